@@ -1,0 +1,42 @@
+"""fastood: out-of-distribution scores from a classifier's logits and features.
+
+``fastood.score(logits, feats)`` gives one number per row, higher = more in-distribution.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastood.api import norms, row_stats, score, scores, sweep
+from fastood.gradients import anchor_gradient, batchgrad, deep_gradient_norm, gradient_norm
+from fastood.kernels import STATISTICS, backends
+from fastood.registry import SCORES, Score, register
+
+if TYPE_CHECKING:
+    from fastood import metrics
+
+from fastood._version import __version__
+
+__all__ = [
+    "SCORES",
+    "STATISTICS",
+    "Score",
+    "anchor_gradient",
+    "backends",
+    "batchgrad",
+    "deep_gradient_norm",
+    "gradient_norm",
+    "metrics",
+    "norms",
+    "register",
+    "row_stats",
+    "score",
+    "scores",
+    "sweep",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # scikit-learn takes longer to import than all the rest of fastood: it loads when used.
+    if name == "metrics":
+        return import_module("fastood.metrics")
+    raise AttributeError(f"module 'fastood' has no attribute {name!r}")

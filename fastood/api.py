@@ -1,0 +1,355 @@
+"""score, scores, sweep, norms, row_stats: check the arguments, ask one backend once, compose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastood._inputs import (
+    ArrayT,
+    choice,
+    give,
+    logits_and_feats,
+    norm_of,
+    number,
+    order_of,
+    result_dtype,
+    take,
+    temperature_of,
+)
+from fastood.kernels import STATISTICS, Stat, Want, select
+from fastood.registry import SCORES, RowStats, Score
+
+PAPER_NORMS = (0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf)
+BEST_NORM = 0.3  # Section 4.3: ||h||_0.3 x energy, chosen on the paper's own test set
+
+
+def score(
+    logits: ArrayT | None,
+    feats: ArrayT | None = None,
+    method: str = "energy",
+    *,
+    norm: float | None | EllipsisType = ...,
+    temperature: float = 1.0,
+    bias: bool = False,
+    log: bool = False,
+    oriented: bool = True,
+    backend: str = "auto",
+    **params: Any,
+) -> ArrayT:
+    """How in-distribution each row is: one OOD score S = U * V per sample. Higher = more in-distribution.
+
+    V is a function of p = softmax(logits / T), U a norm of the features (Section 4.2 of the paper);
+    the last-layer gradient scores (Table 1) have closed forms of the same kind.
+
+    Parameters
+    ----------
+    logits : Tensor or ndarray [N, C]
+        What the classifier puts out before its softmax; float16, bfloat16, float32 or float64. A logit
+        of -inf is a masked class. May be None for ``method="norm"``.
+    feats : Tensor or ndarray [N, D], optional
+        Penultimate features h, the input of the last layer.
+    method : str
+        A name in ``fastood.SCORES``.
+    norm : float or None
+        Order r >= 0 (fractions and ``math.inf`` too) of the ||h||_r that multiplies a V term; None for
+        U = 1. Left out: 0.3 with feats (the paper's best on ImageNet), None without. A gradient score
+        has its own norm and takes none.
+    temperature : float
+        T > 0 of the softmax.
+    bias : bool
+        Take [h; 1] for h: the last layer's bias counted among its weights (Appendix B).
+    log : bool
+        log(U * V) = log U + log V, finite where U * V overflows; NaN where U * V < 0.
+    oriented : bool
+        False for the paper's raw formula, in which ExGrad and its kin are larger for OOD inputs.
+    backend : str
+        "auto", or a name in ``fastood.backends()``; a backend asked for by name never falls back.
+    **params
+        Parameters of the score itself: ``gamma`` and ``M`` of "gen".
+
+    Returns
+    -------
+    Tensor or ndarray [N]
+        Of the kind and on the device of the inputs; float32, or float64 where an input is float64.
+        NaN for a row that holds NaN, and (but for energy, then infinite) for one of logits that are
+        all -inf or hold +inf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what was wanted.
+    RuntimeError
+        Where a backend asked for by name cannot run here.
+
+    Notes
+    -----
+    Energy can be negative (small logits, many of them below 0), and a larger U then *lowers* U * V;
+    the same holds for every V that is negative: neg_entropy, gen, max_logit.
+
+    Examples
+    --------
+    >>> import torch, fastood
+    >>> logits, feats = torch.tensor([[4.0, 0.0], [0.1, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    >>> fastood.score(logits, method="msp")
+    tensor([0.9820, 0.5250])
+    >>> fastood.score(logits, feats, norm=2)
+    tensor([20.0907,  0.7444])
+    >>> fastood.score(logits, feats, "exgrad", oriented=False)
+    tensor([0.4946, 0.9975])
+    """
+    f, h, as_numpy = logits_and_feats(logits, feats)
+    entry = _entry(method)
+    bound = _bind_params([entry], params)
+    order = _order(entry, norm, h)
+    compose = _Composer([entry], [order], f, h, temperature, bias, log, oriented, backend, bound)
+    return give(compose(entry, order), result_dtype(f, h), as_numpy)
+
+
+def scores(
+    logits: ArrayT | None,
+    feats: ArrayT | None = None,
+    methods: Iterable[str] | None = None,
+    *,
+    norm: float | None | EllipsisType = ...,
+    temperature: float = 1.0,
+    bias: bool = False,
+    log: bool = False,
+    oriented: bool = True,
+    backend: str = "auto",
+    **params: Any,
+) -> dict[str, ArrayT]:
+    """Many scores from one read of logits and feats: name -> [N]. Higher = more in-distribution.
+
+    The arguments are those of ``fastood.score``; `norm` multiplies the V terms among the methods.
+
+    Parameters
+    ----------
+    methods : iterable of str, optional
+        Names in ``fastood.SCORES``. Left out: every score that the given inputs (and ``log=True``) allow.
+
+    Examples
+    --------
+    >>> import torch, fastood
+    >>> fastood.scores(torch.tensor([[4.0, 0.0]]), methods=["msp", "tv"])
+    {'msp': tensor([0.9820]), 'tv': tensor([0.4820])}
+    """
+    f, h, as_numpy = logits_and_feats(logits, feats)
+    if methods is None:
+        given = {name for name, x in (("logits", f), ("feats", h)) if x is not None}
+        entries = [e for e in SCORES.values() if given.issuperset(e.needs) and (e.positive or not log)]
+        if norm is None:
+            entries = [e for e in entries if e.v is not None]
+    else:
+        entries = [_entry(m) for m in _names("methods", methods)]
+    bound = _bind_params(entries, params)
+    orders = [_order(e, ... if e.gradient else norm, h) for e in entries]
+    compose = _Composer(entries, orders, f, h, temperature, bias, log, oriented, backend, bound)
+    dtype = result_dtype(f, h)
+    return {e.name: give(compose(e, order), dtype, as_numpy) for e, order in zip(entries, orders, strict=True)}
+
+
+def sweep(
+    logits: ArrayT,
+    feats: ArrayT,
+    v: Sequence[str] = ("energy", "tv", "msp", "varsum"),
+    norms: Sequence[float | None] = PAPER_NORMS,
+    *,
+    temperature: float = 1.0,
+    bias: bool = False,
+    log: bool = False,
+    oriented: bool = True,
+    backend: str = "auto",
+    **params: Any,
+) -> ArrayT:
+    """Every V times every ||h||_r, the grid of Figure 2, from one read: [N, V, P].
+
+    Higher = more in-distribution. ``out[:, i, j]`` is ``score(logits, feats, v[i], norm=norms[j])``; the
+    other arguments are those of ``fastood.score``.
+
+    Parameters
+    ----------
+    v : sequence of str
+        V terms: names in ``fastood.SCORES`` that take a norm.
+    norms : sequence of float or None
+        Orders r; None for U = 1.
+
+    Examples
+    --------
+    >>> import torch, fastood
+    >>> fastood.sweep(torch.randn(5, 10), torch.randn(5, 32)).shape
+    torch.Size([5, 4, 12])
+    """
+    f, h, as_numpy = logits_and_feats(logits, feats)
+    names, orders = _names("v", v), [norm_of(r, None) for r in norms]
+    entries = [_entry(name, "v") for name in names]
+    for entry in entries:
+        if entry.gradient or entry.v is None:
+            raise ValueError(f"v must name V terms, which take any norm, got {entry.name!r}")
+    for argument, length in (("v", len(entries)), ("norms", len(orders))):
+        if not length:
+            raise ValueError(f"{argument} must not be empty")
+    bound = _bind_params(entries, params)
+    compose = _Composer(entries, orders, f, h, temperature, bias, log, oriented, backend, bound)
+    grid = torch.stack([torch.stack([compose(e, r) for r in orders], -1) for e in entries], -2)
+    return give(grid, result_dtype(f, h), as_numpy)
+
+
+def norms(
+    feats: ArrayT, orders: Sequence[float], *, log: bool = False, bias: bool = False, backend: str = "auto"
+) -> ArrayT:
+    """||h||_r of every row for several orders from one read: [N, P]. Higher = more in-distribution.
+
+    ||h||_r = (sum_i |h_i|^r)^(1/r) for any r > 0, the number of nonzero entries for r = 0, max |h_i| for
+    r = inf (Section 4.3 of the paper). float32, or float64 for float64 feats.
+
+    Parameters
+    ----------
+    feats : Tensor or ndarray [N, D]
+    orders : sequence of float
+        Each r >= 0 or ``math.inf``.
+    log : bool
+        log ||h||_r instead, finite where a small r makes ||h||_r overflow (r = 0.1 from D = 7132 on).
+    bias : bool
+        Of [h; 1].
+
+    Examples
+    --------
+    >>> import torch, fastood
+    >>> fastood.norms(torch.tensor([[3.0, -4.0]]), [0, 1, 2, float("inf")])
+    tensor([[2., 7., 5., 4.]])
+    """
+    (h,), as_numpy = take(feats=feats)
+    if h is None:
+        raise TypeError("feats must be a torch tensor or a numpy array, got None")
+    wanted = tuple(order_of("orders", r) for r in orders)
+    if not wanted:
+        raise ValueError("orders must not be empty")
+    _, u = select(backend, h.device, h.dtype).row_stats(None, h, Want(orders=wanted, bias=bool(bias), log=bool(log)))
+    assert u is not None
+    return give(u, result_dtype(h), as_numpy)
+
+
+def row_stats(
+    logits: ArrayT, stats: Iterable[Stat] | None = None, *, temperature: float = 1.0, backend: str = "auto"
+) -> dict[Stat, ArrayT]:
+    """The row statistics under every score, for scores of one's own: name -> [N].
+
+    Parameters
+    ----------
+    logits : Tensor or ndarray [N, C]
+    stats : iterable, optional
+        Names in ``fastood.STATISTICS`` (which says what each one is), or ``("power_sum", r)`` and
+        ``("gen", gamma, M)``. Left out: all that need no parameter.
+    temperature : float
+        T > 0.
+
+    Examples
+    --------
+    >>> import torch, fastood
+    >>> fastood.row_stats(torch.tensor([[80.0, 0.0]]), ["msp", "one_minus_msp"])
+    {'msp': tensor([1.]), 'one_minus_msp': tensor([1.8049e-35])}
+    """
+    f, _, as_numpy = logits_and_feats(logits, None)
+    if f is None:
+        raise TypeError("logits must be a torch tensor or a numpy array, got None")
+    wanted = tuple(_stat(s) for s in (stats if stats is not None else STATISTICS.keys() - {"power_sum", "gen"}))
+    found, _ = select(backend, f.device, f.dtype).row_stats(f, None, Want(wanted, temperature=temperature_of(temperature)))
+    return {s: give(found[s], result_dtype(f), as_numpy) for s in wanted}
+
+
+class _Composer:
+    """One backend call for all the scores asked for; called with a score and its order, U * V of every row."""
+
+    def __init__(
+        self,
+        entries: Sequence[Score],
+        orders: Sequence[float | None],
+        logits: Tensor | None,
+        feats: Tensor | None,
+        temperature: float,
+        bias: bool,
+        log: bool,
+        oriented: bool,
+        backend: str,
+        params: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        T = temperature_of(temperature)
+        self.log, self.oriented, self.params = bool(log), bool(oriented), params
+        for entry in entries:
+            if log and not entry.positive:
+                raise ValueError(f"log: {entry.name} is never above 0, so it has no logarithm")
+            for name, x in (("logits", logits), ("feats", feats)):
+                if x is None and name in entry.needs:
+                    raise ValueError(f"{name} must be given: {entry.name} = {entry.formula}")
+        self.orders = tuple(dict.fromkeys(r for r in orders if r is not None))
+        if self.orders and feats is None:
+            raise ValueError(f"feats must be given for norm={self.orders[0]:g}")
+        stats = tuple(dict.fromkeys(s for e in entries for s in e.stats_for(params[e.name])))
+        want = Want(stats, self.orders, T, bool(bias), self.log)
+        x = logits if logits is not None else feats
+        assert x is not None
+        found, self.norms = select(backend, x.device, result_dtype(logits, feats)).row_stats(logits, feats, want)
+        self.stats = RowStats(found, logits.shape[1] if logits is not None else 0, T)
+
+    def __call__(self, entry: Score, order: float | None) -> Tensor:
+        u = None
+        if order is not None:
+            assert self.norms is not None
+            u = self.norms[:, self.orders.index(order)]
+        return entry.compose(self.stats, u, params=self.params[entry.name], log=self.log, oriented=self.oriented)
+
+
+def _entry(method: str, argument: str = "method") -> Score:
+    return SCORES[choice(argument, method, tuple(SCORES))]
+
+
+def _names(argument: str, names: Iterable[str]) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError(f"{argument} must be a list of names, got the string {names!r}")
+    return list(names)
+
+
+def _order(entry: Score, norm: float | None | EllipsisType, feats: Tensor | None) -> float | None:
+    """The order of U: fixed for a gradient score, the caller's for any other."""
+    if entry.gradient:
+        if norm is not ...:
+            raise ValueError(f"norm: {entry.name} = {entry.formula} has a norm of its own, got norm={norm!r}")
+        return float(entry.gradient["order"])
+    order = norm_of(norm, BEST_NORM if feats is not None or entry.v is None else None)
+    if order is None and entry.v is None:
+        raise ValueError(f"norm must be an order r >= 0 for {entry.name!r}, got None")
+    return order
+
+
+def _bind_params(entries: Sequence[Score], params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parameters of each score: its defaults, overridden by the caller's."""
+    for name in params:
+        if not any(name in e.params for e in entries):
+            raise TypeError(f"{name}: no such argument, nor a parameter of {', '.join(e.name for e in entries)}")
+    bound = {e.name: {**e.params, **{k: x for k, x in params.items() if k in e.params}} for e in entries}
+    for entry in entries:
+        for stat in entry.stats_for(bound[entry.name]):
+            _stat(stat)
+    return bound
+
+
+def _stat(stat: Stat) -> Stat:
+    """`stat`, if it names a row statistic with good parameters."""
+    name, *params = (stat,) if isinstance(stat, str) else stat
+    choice("stats", name, tuple(STATISTICS))
+    if name == "power_sum":
+        (r,) = params or [None]
+        return name, number("stats: r of power_sum", r, above=0)
+    if name == "gen":
+        gamma, M = params or [None, None]
+        M = number("M", M, at_least=1)
+        if M != int(M):
+            raise ValueError(f"M must be a whole number of classes, got {M!r}")
+        return name, number("gamma", gamma, above=0), int(M)
+    return stat

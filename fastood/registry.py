@@ -1,0 +1,214 @@
+"""The registry: each score is one small declaration over the row statistics.
+
+Raw formulas are written as in the paper; which way a score points is said once, in ``higher``, and
+turned in one place, :meth:`Score.compose`, so that what fastood returns is higher = more
+in-distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastood.kernels import STATISTICS, Stat
+
+
+class RowStats(dict[Stat, Tensor]):
+    """What a formula sees: statistics [N] by name, the number of classes ``C``, the temperature ``T``."""
+
+    def __init__(self, stats: Mapping[Stat, Tensor], C: int, T: float) -> None:
+        super().__init__({name: stat.double() for name, stat in stats.items()})
+        self.C, self.T = C, T
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score: S = U * V, with V a formula over row statistics and U a norm of the features.
+
+    Parameters
+    ----------
+    name : str
+        What ``fastood.score(..., method=name)`` calls it.
+    formula : str
+        The raw formula, for people.
+    source : str
+        The paper's equation or table row, or another reference.
+    higher : {"in", "out"}
+        Which inputs the *raw* formula is larger for: in- or out-of-distribution ones.
+    stats : tuple, or callable of the score's parameters that gives one
+        The row statistics that `v` and `log_v` read: names of ``fastood.STATISTICS``.
+    v : callable
+        ``v(s, **params)`` -> V, float64 [N], from ``s["name"]``, ``s.C`` and ``s.T``; None for V = 1.
+    log_v : callable, optional
+        log V where that is more exact than the logarithm of V.
+    positive : bool
+        False for a V that is never above 0, which has no logarithm.
+    gradient : dict, optional
+        Of a last-layer gradient score: the arguments that make ``fastood.gradient_norm`` (and, for all
+        parameters, ``fastood.deep_gradient_norm``) the same raw quantity. U is then fixed to
+        ``(||h||_order / T) ** power``.
+    params : dict
+        Parameters of the formula with their defaults.
+
+    Examples
+    --------
+    A score of one's own, the margin between the free energy and the largest logit:
+
+    >>> import fastood, torch
+    >>> _ = fastood.register(fastood.Score(
+    ...     "margin", formula="T lse - max f", source="mine", higher="out",
+    ...     stats=("energy", "fmax"), v=lambda s: s["energy"] - s["fmax"]))
+    >>> fastood.score(torch.tensor([[2.0, 2.0]]), method="margin")
+    tensor([-0.6931])
+    >>> del fastood.SCORES["margin"]
+    """
+
+    name: str
+    formula: str
+    source: str
+    higher: Literal["in", "out"]
+    stats: tuple[Stat, ...] | Callable[..., tuple[Stat, ...]] = ()
+    v: Callable[..., Tensor] | None = None
+    log_v: Callable[..., Tensor] | None = None
+    positive: bool = True
+    gradient: Mapping[str, Any] | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The inputs without which it cannot be computed: "logits", "feats"."""
+        logits = ("logits",) if self.stats else ()
+        return logits + (("feats",) if self.gradient or self.v is None else ())
+
+    def stats_for(self, params: Mapping[str, Any]) -> tuple[Stat, ...]:
+        return self.stats(**params) if callable(self.stats) else self.stats
+
+    def compose(
+        self, s: RowStats, u: Tensor | None, *, params: Mapping[str, Any], log: bool, oriented: bool
+    ) -> Tensor:
+        """U * V, or log U + log V with `u` already a logarithm; the one place where a sign is turned."""
+        power, T = (self.gradient["power"], s.T) if self.gradient else (1, 1.0)
+        if log:
+            v = self.log_v(s, **params) if self.log_v else self.v(s, **params).log() if self.v else None
+            u = None if u is None else power * (u - math.log(T))
+            raw = v if u is None else u if v is None else u + v
+        else:
+            v = self.v(s, **params) if self.v else None
+            # (x / T)^2 as a product: a power of a tensor rounds by its place in the batch.
+            u = None if u is None else u / T if power == 1 else (u / T) * (u / T)
+            raw = v if u is None else u if v is None else u * v
+        assert raw is not None
+        return -raw if oriented and self.higher == "out" else raw
+
+
+SCORES: dict[str, Score] = {}
+"""Every score by name. ``register`` adds one; ``del SCORES[name]`` takes it away."""
+
+
+def register(score: Score) -> Score:
+    """Add a score to ``SCORES``, so that every function of fastood knows it by name.
+
+    Raises
+    ------
+    ValueError
+        Where the name is taken, or ``higher``, a statistic or ``gradient`` is not one that fastood knows.
+    """
+    if score.name in SCORES:
+        raise ValueError(f"name: a score called {score.name!r} is registered already")
+    if score.higher not in ("in", "out"):
+        raise ValueError(f"higher must be 'in' or 'out', got {score.higher!r}")
+    for stat in score.stats_for(score.params):
+        if (stat if isinstance(stat, str) else stat[0]) not in STATISTICS:
+            raise ValueError(f"stats: no row statistic {stat!r}; there are {', '.join(STATISTICS)}")
+    if score.gradient and score.gradient["power"] not in (1, 2):
+        raise ValueError(f"gradient: power must be 1 or 2, got {score.gradient['power']!r}")
+    SCORES[score.name] = score
+    return score
+
+
+# ---- V terms: multiplied by any ||h||_r, or alone
+
+register(Score(
+    "msp", "max_k p_k", "Section 4.2, Table 2; Hendrycks & Gimpel (2016)", "in",
+    stats=("msp", "log_msp"), v=lambda s: s["msp"], log_v=lambda s: s["log_msp"],
+))
+register(Score(
+    "energy", "T log sum_k exp(f_k / T)", "Section 4.2, Table 2; Liu et al. (2020), sign turned", "in",
+    stats=("energy",), v=lambda s: s["energy"],
+))
+register(Score(
+    "varsum", "1 - sum_k p_k (1 - p_k) = sum_k p_k^2",
+    "Section 4.2, Table 2; the order of DOCTOR's alpha score, Granese et al. (2021)", "in",
+    stats=("s2", "one_minus_s2"), v=lambda s: s["s2"], log_v=lambda s: (-s["one_minus_s2"]).log1p(),
+))
+register(Score(
+    "tv", "1/2 sum_k |1/C - p_k|", "V of Eq. 4, Table 2", "in",
+    stats=("tv",), v=lambda s: s["tv"],
+))
+register(Score(
+    "max_logit", "max_k f_k", "Hendrycks et al. (2022)", "in",
+    stats=("fmax",), v=lambda s: s["fmax"],
+))
+register(Score(
+    "neg_entropy", "sum_k p_k log p_k", "minus the entropy of p", "in",
+    stats=("plogp",), v=lambda s: s["plogp"], positive=False,
+))
+register(Score(
+    "kl_uniform", "KL(u || p) = -log C - 1/C sum_k log p_k", "the divergence inside Eq. 1", "in",
+    stats=("sumlogp",), v=lambda s: -math.log(s.C) - s["sumlogp"] / s.C,
+))
+register(Score(
+    "gen", "-sum over the M largest p of p^gamma (1 - p)^gamma", "GEN, Liu et al. (2023)", "in",
+    stats=lambda gamma, M: (("gen", gamma, M),), v=lambda s, gamma, M: -s["gen", gamma, M],
+    positive=False, params={"gamma": 0.1, "M": 100},
+))  # fmt: skip
+
+# ---- U alone
+
+register(Score("norm", "||h||_r", "U of Section 4.3, Figure 2", "in"))
+
+
+# ---- gradients of the last layer, Table 1 (shallow): (||h||_order / T)^power times V
+
+def _gradient(labels: str, order: float, power: int, expectation: str) -> dict[str, Any]:
+    return {"labels": labels, "order": order, "power": power, "expectation": expectation}
+
+
+register(Score(
+    "gradnorm", "(2/T) ||h||_1 TV", "Eq. 1, 2 and 4; Table 1: || grad E_u[log p] ||_1", "in",
+    stats=("tv",), v=lambda s: 2 * s["tv"], gradient=_gradient("uniform", 1, 1, "inside"),
+))
+register(Score(
+    "exgrad", "(2/T) ||h||_1 (1 - S_2)", "Eq. 3 and 5; Table 1: E_p || grad log p ||_1", "out",
+    stats=("one_minus_s2",), v=lambda s: 2 * s["one_minus_s2"], gradient=_gradient("predicted", 1, 1, "outside"),
+))
+register(Score(
+    "eg_u_l1", "(2/T) ||h||_1 (C - 1)/C, a constant times ||h||_1", "Table 1: E_u || grad log p ||_1", "in",
+    # 0 * msp: a row of logits without a softmax has no gradient either.
+    stats=("msp",), v=lambda s: 2 * (s.C - 1) / s.C + 0 * s["msp"],
+    gradient=_gradient("uniform", 1, 1, "outside"),
+))
+register(Score(
+    "eg_u_l2sq", "(1/T^2) ||h||_2^2 (1 - 2/C + S_2)", "Table 1: E_u || grad log p ||_2^2", "in",
+    stats=("s2",), v=lambda s: 1 - 2 / s.C + s["s2"], gradient=_gradient("uniform", 2, 2, "outside"),
+))
+register(Score(
+    "eg_p_l2sq", "(1/T^2) ||h||_2^2 (1 - S_2)", "Table 1: E_p || grad log p ||_2^2", "out",
+    stats=("one_minus_s2",), v=lambda s: s["one_minus_s2"], gradient=_gradient("predicted", 2, 2, "outside"),
+))
+register(Score(
+    "eg_p_logp_l2sq", "(1/T^2) ||h||_2^2 ((1 + S_2) sum_k log p_k - 2 sum_k p_k log p_k) <= 0",
+    "Table 1: E_p[ (log p / p) || grad log p ||_2^2 ]", "out",
+    stats=("s2", "sumlogp", "plogp"), v=lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"],
+    positive=False, gradient=_gradient("log_predicted", 2, 2, "outside"),
+))
+register(Score(
+    "norm_eg_p_l2sq", "0, for E_p[e_Y - p] = 0: what the paper ranked by is rounding noise",
+    "Table 1: || E_p[grad log p] ||_2^2", "in",
+    stats=("msp",), v=lambda s: 0 * s["msp"], gradient=_gradient("predicted", 2, 2, "inside"),
+))

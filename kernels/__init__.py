@@ -1,0 +1,115 @@
+"""Row statistics, and the one place that decides who computes them.
+
+Every score of fastood is an O(N) formula over a few numbers per row. A *backend* is a module in
+this folder that computes those numbers; it has two functions:
+
+``row_stats(logits, feats, want) -> (stats, norms)``
+    ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
+    column per order in ``want.orders`` (``None`` where none was asked for). Both come in float32
+    or wider; norms always in float64, so that U * V overflows only where the product does.
+``unusable(device, dtype) -> str | None``
+    Why it cannot serve tensors of that device and dtype here, or None where it can.
+
+Which statistics exist, and what each one means, is ``STATISTICS`` below: the contract between
+scores and backends.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from fastood.kernels import reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A statistic is named by a string, or by a tuple of a string and its parameters.
+Stat = str | tuple[str | float, ...]
+
+STATISTICS: dict[str, str] = {
+    "fmax": "max_k f_k",
+    "lse": "log sum_k exp z_k, with z = f / T",
+    "energy": "T * lse, finite even where lse overflows",
+    "msp": "max_k p_k",
+    "one_minus_msp": "1 - max_k p_k, to relative precision",
+    "log_msp": "log max_k p_k, to relative precision",
+    "s2": "S_2 = sum_k p_k^2",
+    "one_minus_s2": "1 - S_2 = sum_k p_k (1 - p_k), to relative precision",
+    "tv": "1/2 sum_k |1/C - p_k|",
+    "plogp": "sum_k p_k log p_k",
+    "sumlogp": "sum_k log p_k",
+    "power_sum": "('power_sum', r): S_r = sum_k p_k^r, r > 0",
+    "gen": "('gen', gamma, M): sum over the M largest p of p^gamma (1 - p)^gamma",
+}
+
+
+class Want(NamedTuple):
+    """What one call asks a backend for. Work is proportional to it."""
+
+    stats: tuple[Stat, ...] = ()
+    orders: tuple[float, ...] = ()
+    temperature: float = 1.0
+    bias: bool = False  # norms of [h; 1] instead of h
+    log: bool = False  # log ||h||_r instead of ||h||_r
+
+
+class Backend(Protocol):
+    def row_stats(
+        self, logits: Tensor | None, feats: Tensor | None, want: Want
+    ) -> tuple[dict[Stat, Tensor], Tensor | None]: ...
+
+    def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
+
+
+# In order of preference: "auto" takes the first that can serve the tensors at hand.
+BACKENDS: dict[str, Backend] = {"reference": reference}
+
+
+class BackendStatus(NamedTuple):
+    usable: bool
+    why: str
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend called `name` ("auto": the best usable one) for tensors of this device and dtype."""
+    if name == "auto":
+        # A traced graph holds plain torch operations only, so that it loads without fastood.
+        if torch.compiler.is_compiling():
+            return reference
+        name = os.environ.get("FASTOOD_BACKEND", "auto")
+    if name == "auto":
+        return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+    if reason := BACKENDS[name].unusable(device, dtype):
+        raise RuntimeError(f"backend {name!r} cannot serve {dtype} on {device}: {reason}")
+    return BACKENDS[name]
+
+
+def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:
+    """Every backend, in the order "auto" tries them, with whether and why it can serve here.
+
+    Parameters
+    ----------
+    device, dtype
+        The tensors that it would have to serve.
+
+    Returns
+    -------
+    dict
+        Name -> ``BackendStatus(usable, why)``.
+
+    Examples
+    --------
+    >>> import fastood
+    >>> fastood.backends()["reference"].usable
+    True
+    """
+    status = {}
+    for name, backend in BACKENDS.items():
+        reason = backend.unusable(torch.device(device), dtype)
+        status[name] = BackendStatus(reason is None, reason or backend.__doc__.strip().split("\n")[0])
+    return status

@@ -1,0 +1,326 @@
+"""Plain PyTorch on any device: the definition, the fallback, and what compilers and autograd trace.
+
+Row sums are float32 (float64 for float64 inputs); the O(N) algebra on top of them is float64.
+
+The softmax is split into one maximum and the rest, and the rest has a pivot of its own:
+
+    E_k = exp((f_k - f_2) / T) over all classes but the peeled maximum, f_2 the largest of those
+    R_q = sum_k E_k^q,  r_q = exp(q (f_2 - f_max) / T) R_q,  so that sum_k exp(z_k - z_max) = 1 + r_1
+
+1 - p_max = r_1 / (1 + r_1) and its kin then keep their relative precision when p_max is 1 - 1e-30
+and beyond, where a plain sum of exponentials has long been rounded to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastood.kernels import Stat, Want
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def row_stats(
+    logits: Tensor | None, feats: Tensor | None, want: Want
+) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    stats: dict[Stat, Tensor] = {}
+    if want.stats:
+        assert logits is not None
+        rows = Softmax(logits, want.temperature)
+        for stat in want.stats:
+            stats[stat] = getattr(rows, stat) if isinstance(stat, str) else getattr(rows, stat[0])(*stat[1:])
+    norms = None
+    if want.orders:
+        assert feats is not None
+        norms = norms_of(feats, want.orders, want.log, want.bias)
+    return stats, norms
+
+
+def working(x: Tensor) -> Tensor:
+    """`x` in its arithmetic type, the inner stride 1 so that every layout sums in the same order."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis with the same bits for a row whatever batch it is in.
+
+    torch splits the sum of a single long row over threads; fixed blocks take that choice away.
+    """
+    block = 1024
+    if x.shape[-1] < 32 * block:
+        return x.sum(-1)
+    body = x.shape[-1] // block * block
+    return row_sum(x[..., :body].unflatten(-1, (-1, block)).sum(-1)) + x[..., body:].sum(-1)
+
+
+class Softmax:
+    """Statistics of softmax(logits / T), each computed when first asked for, float64 [N]."""
+
+    def __init__(self, logits: Tensor, temperature: float) -> None:
+        self.T = temperature
+        self.f = working(logits)
+        # A scalar takes the tensor's type in a division: 0 or inf there would turn a 0 or -inf into NaN.
+        limits = torch.finfo(self.f.dtype)
+        self.divisor = min(max(temperature, limits.tiny), limits.max)
+        self.C = logits.shape[-1]
+        self.f_max, self.top = self.f.max(-1)
+        self.finite = self.f_max.isfinite()
+
+    def _or_nan(self, stat: Tensor) -> Tensor:
+        # A row that is all -inf, or holds +inf or NaN, has no softmax.
+        return torch.where(self.finite, stat, math.nan)
+
+    # ---- the pieces
+
+    @cached_property
+    def rest(self) -> Tensor:
+        return self.f.scatter(-1, self.top[:, None], -math.inf)
+
+    @cached_property
+    def f_2(self) -> Tensor:
+        second = self.rest.amax(-1)
+        # With no second class (C = 1, all others masked) any finite pivot does.
+        return torch.where(second == -math.inf, self.f_max, second).detach()
+
+    @cached_property
+    def z(self) -> Tensor:
+        """(f_k - f_2) / T of the rest; subtracted before it is divided, or a small T overflows."""
+        return (self.rest - self.f_2[:, None]) / self.divisor
+
+    @cached_property
+    def e(self) -> Tensor:
+        return self.z.exp()
+
+    @cached_property
+    def gap(self) -> Tensor:
+        """(f_2 - f_max) / T <= 0, float64."""
+        return (self.f_2.double() - self.f_max.double()) / self.T
+
+    @cached_property
+    def total(self) -> Tensor:
+        """R_1, float64."""
+        return row_sum(self.e).double()
+
+    @cached_property
+    def r1(self) -> Tensor:
+        return self._or_nan(self.gap.exp() * self.total)
+
+    @cached_property
+    def r2(self) -> Tensor:
+        return (2 * self.gap).exp() * row_sum(self.e.square()).double()
+
+    @cached_property
+    def p_2(self) -> Tensor:
+        """The probability at the pivot, so that p_k = p_2 E_k."""
+        return self.gap.exp() / (1 + self.r1)
+
+    # ---- the statistics
+
+    @cached_property
+    def fmax(self) -> Tensor:
+        return self._or_nan(self.f_max.double())
+
+    @cached_property
+    def lse(self) -> Tensor:
+        f_max = self.f_max.double()
+        return torch.where(self.finite, f_max / self.T + self.r1.log1p(), f_max)
+
+    @cached_property
+    def energy(self) -> Tensor:
+        f_max = self.f_max.double()
+        return torch.where(self.finite, f_max + self.T * self.r1.log1p(), f_max)
+
+    @cached_property
+    def msp(self) -> Tensor:
+        return 1 / (1 + self.r1)
+
+    @cached_property
+    def one_minus_msp(self) -> Tensor:
+        return self.r1 / (1 + self.r1)
+
+    @cached_property
+    def log_msp(self) -> Tensor:
+        return -self.r1.log1p()
+
+    @cached_property
+    def s2(self) -> Tensor:
+        return (1 + self.r2) / (1 + self.r1).square()
+
+    @cached_property
+    def one_minus_s2(self) -> Tensor:
+        # r1^2 >= r2 and 2 r1 >= 2 r2: nothing cancels.
+        return (2 * self.r1 + (self.r1.square() - self.r2)) / (1 + self.r1).square()
+
+    @cached_property
+    def tv(self) -> Tensor:
+        # p and 1/C both sum to 1, so half the absolute differences are the positive ones.
+        above = row_sum((self.e * self._rows(self.p_2) - 1 / self.C).relu())
+        return (self.msp - 1 / self.C) + above.double()
+
+    @cached_property
+    def plogp(self) -> Tensor:
+        # sum_k p_k z_k - log(1 + r1), with z relative to the maximum: all terms of one sign.
+        z = self.z.masked_fill(self.z == -math.inf, 0)  # 0 log 0 = 0
+        gap = self.gap.clamp(min=-1e4)  # exp(-1e4) = 0, and 0 * -inf would be NaN
+        return self.p_2 * (row_sum(self.e * z).double() + gap * self.total) - self.r1.log1p()
+
+    @cached_property
+    def sumlogp(self) -> Tensor:
+        z = (self.f - self.f_max[:, None]) / self.divisor
+        return row_sum(z).double() - self.C * self.r1.log1p()
+
+    def power_sum(self, r: float) -> Tensor:
+        return self.msp**r + self.power_sum_rest(r)
+
+    def power_sum_rest(self, r: float) -> Tensor:
+        """sum of p_k^r over all classes but the peeled maximum."""
+        return (r * (self.gap + self.log_msp)).exp() * row_sum((r * self.z).exp()).double()
+
+    def gen(self, gamma: float, M: int) -> Tensor:
+        top = self.z.topk(min(M, self.C) - 1, -1).values
+        others = (1 - top.exp() * self._rows(self.p_2)).log()
+        rest = (gamma * (self.gap + self.log_msp)).exp() * row_sum((gamma * (top + others)).exp()).double()
+        return (self.msp * self.one_minus_msp) ** gamma + rest
+
+    def _rows(self, stat: Tensor) -> Tensor:
+        return stat.to(self.f.dtype)[:, None]
+
+    def probabilities(self) -> tuple[Tensor, Tensor]:
+        """p and 1 - p, [N, C] in the arithmetic type, both to relative precision."""
+        p = self.e * self._rows(self.p_2)
+        top = self.top[:, None]
+        return p.scatter(-1, top, self._rows(self.msp)), (1 - p).scatter(-1, top, self._rows(self.one_minus_msp))
+
+    # ---- last-layer gradients: grad_W log p_y = (1/T) (e_y - p) h^T, the factors that logits decide
+
+    def gradient_inside(self, q: Tensor | str, order: float, power: float) -> Tensor:
+        """|| E_q[e_Y - p] ||_order^power for a label distribution q: "uniform", "predicted" or [N, C]."""
+        if isinstance(q, str):
+            if q == "predicted":
+                return 0 * self.msp  # E_p[e_Y - p] = 0, exactly
+            q = torch.full_like(self.f, 1 / self.C)
+        # At the peeled maximum q - p = (q - 1) + (1 - p), which keeps 1 - p when q = 1.
+        top = self._peeled(q) - 1 + self.one_minus_msp
+        difference = (q - self.e * self._rows(self.p_2)).scatter(-1, self.top[:, None], self._rows(top))
+        return Powers(norms_of(difference, (order,))[:, 0])(power)
+
+    def gradient_outside(self, q: Tensor | str, order: float, power: float) -> Tensor:
+        """E_q[ || e_Y - p ||_order^power ]; "log_predicted" takes the weights log p_y for q."""
+        p = self.e * self._rows(self.p_2)
+        # ||e_y - p||_r^r = (1 - p_y)^r + the other classes' p_k^r
+        if order == math.inf:
+            norm, norm_top = Powers(1 - p)(power), Powers(self.one_minus_msp)(power)
+        else:
+            others = self._rows(self.power_sum(order)) - Powers(p)(order)
+            norm = Powers(Powers(1 - p)(order) + others)(power / order)
+            norm_top = Powers(Powers(self.one_minus_msp)(order) + self.power_sum_rest(order))(power / order)
+        norm = norm.scatter(-1, self.top[:, None], 0)
+        if isinstance(q, Tensor):
+            return self._peeled(q) * norm_top + row_sum(q * norm).double()
+        if q == "uniform":
+            return (norm_top + row_sum(norm).double()) / self.C
+        if q == "predicted":
+            return self.msp * norm_top + self.p_2 * row_sum(self.e * norm).double()
+        log_p = self.z.scatter(-1, self.top[:, None], 0) + self._rows(self.gap + self.log_msp)
+        return self.log_msp * norm_top + row_sum(log_p * norm).double()
+
+    def _peeled(self, q: Tensor) -> Tensor:
+        """q of the peeled maximum, float64."""
+        return q.gather(-1, self.top[:, None])[:, 0].double()
+
+
+def norms_of(feats: Tensor, orders: tuple[float, ...], log: bool = False, bias: bool = False) -> Tensor:
+    """||h||_r for each order, [N, P] float64; `log` for its logarithm, `bias` for [h; 1]."""
+    h = working(feats)
+    if bias:
+        h = torch.cat([h, h.new_ones(h.shape[0], 1)], -1)
+    if h.shape[-1] == 0:
+        return h.new_full((h.shape[0], len(orders)), -math.inf if log else 0, dtype=torch.float64)
+    h = h.abs()
+    largest = h.amax(-1)
+    # Large orders sum powers of h / max|h|, which neither overflow nor vanish. Small orders must not: what
+    # underflows in the division is a visible part of sum |h|^0.1. At 0.85, sums of 2^19 terms stay finite.
+    scale = torch.where((largest == 0) | largest.isinf(), 1.0, largest).detach()
+    raw, scaled = Powers(h), Powers(h / scale[:, None])
+
+    columns = []
+    for r in orders:
+        if r == math.inf:
+            norm = largest.double()
+            columns.append(norm.log() if log else norm)
+        elif r == 0:
+            norm = torch.where(largest.isnan(), math.nan, (h != 0).sum(-1).double())
+            columns.append(norm.log() if log else norm)
+        else:
+            powers, unit = (scaled, scale.double()) if r > 0.85 else (raw, torch.ones_like(scale).double())
+            total = row_sum(powers(r)).double()
+            columns.append(unit.log() + total.log() / r if log else unit * Powers(total)(1 / r))
+    return torch.stack(columns, -1)
+
+
+class Powers:
+    """x^r of x >= 0 for several r, sharing the logarithm."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __call__(self, r: float) -> Tensor:
+        x = self.x
+        if r in (1, 2, 3, 4, 5, 6, 10):
+            return _integer_power(x, int(r))
+        if torch.compiler.is_compiling() or x.requires_grad:
+            # What every exporter and autograd know; at 0 the slope of r < 1 is taken as 0.
+            return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x) ** r)
+        if r == 0.5:
+            return x.sqrt()
+        if r > 64:
+            return (self.log * r).exp()
+        # torch's pow rounds the last elements of a thread's share otherwise than the rest, so a row's
+        # bits would depend on its batch. exp and log do not; the exponent, split off exactly, keeps
+        # the error of r log x from growing with |log x|.
+        high, low = _split_r_ln2(r, 12 if x.dtype == torch.float32 else 40)
+        return (self.exponent * high).exp() * (self.exponent * low + self.mantissa_log * r).exp()
+
+    @cached_property
+    def log(self) -> Tensor:
+        return self.x.log()
+
+    @cached_property
+    def _frexp(self) -> tuple[Tensor, Tensor]:
+        mantissa, exponent = torch.frexp(self.x)
+        return mantissa.log(), exponent.to(self.x.dtype)
+
+    @property
+    def mantissa_log(self) -> Tensor:
+        return self._frexp[0]
+
+    @property
+    def exponent(self) -> Tensor:
+        return self._frexp[1]
+
+
+def _integer_power(x: Tensor, n: int) -> Tensor:
+    if n == 1:
+        return x
+    half = _integer_power(x, n // 2)
+    return half * half * x if n % 2 else half * half
+
+
+@lru_cache
+def _split_r_ln2(r: float, bits: int) -> tuple[float, float]:
+    """r ln 2 = high + low; high has so few bits that its product with an exponent is exact."""
+    ln2 = Fraction(0.6931471805599453) + Fraction(2.3190468138462996e-17)
+    product = Fraction(r) * ln2
+    mantissa, exponent = math.frexp(float(product))
+    high = math.ldexp(round(mantissa * 2**bits), exponent - bits)
+    return high, float(product - Fraction(high))
