@@ -14,7 +14,7 @@ from fastood.registry import SCORES, Score, register
 if TYPE_CHECKING:
     from fastood import metrics
 
-from fastood._version import __version__
+from fastood._version import __version__ as __version__
 
 __all__ = [
     "SCORES",

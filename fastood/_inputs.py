@@ -91,7 +91,9 @@ def give(x: Tensor, dtype: torch.dtype, as_numpy: bool) -> Any:
     return x.numpy() if as_numpy else x
 
 
-def number(name: str, x: Any, *, above: float = -math.inf, at_least: float = -math.inf, infinite: bool = False) -> float:
+def number(
+    name: str, x: Any, *, above: float = -math.inf, at_least: float = -math.inf, infinite: bool = False
+) -> float:
     """A real number > `above` and >= `at_least`, as float; NaN never, infinity only where `infinite`."""
     if isinstance(x, bool | np.bool_) or not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
@@ -116,7 +118,7 @@ def choice(name: str, x: Any, known: Sequence[str]) -> str:
     return str(x)
 
 
-def norm_of(norm: float | None | EllipsisType, default: float | None) -> float | None:
+def norm_of(norm: float | EllipsisType | None, default: float | None) -> float | None:
     if norm is ...:
         return default
     return None if norm is None else order_of("norm", norm)

@@ -34,7 +34,7 @@ def score(
     feats: ArrayT | None = None,
     method: str = "energy",
     *,
-    norm: float | None | EllipsisType = ...,
+    norm: float | EllipsisType | None = ...,
     temperature: float = 1.0,
     bias: bool = False,
     log: bool = False,
@@ -116,7 +116,7 @@ def scores(
     feats: ArrayT | None = None,
     methods: Iterable[str] | None = None,
     *,
-    norm: float | None | EllipsisType = ...,
+    norm: float | EllipsisType | None = ...,
     temperature: float = 1.0,
     bias: bool = False,
     log: bool = False,
@@ -259,7 +259,8 @@ def row_stats(
     if f is None:
         raise TypeError("logits must be a torch tensor or a numpy array, got None")
     wanted = tuple(_stat(s) for s in (stats if stats is not None else STATISTICS.keys() - {"power_sum", "gen"}))
-    found, _ = select(backend, f.device, f.dtype).row_stats(f, None, Want(wanted, temperature=temperature_of(temperature)))
+    want = Want(wanted, temperature=temperature_of(temperature))
+    found, _ = select(backend, f.device, f.dtype).row_stats(f, None, want)
     return {s: give(found[s], result_dtype(f), as_numpy) for s in wanted}
 
 
@@ -315,7 +316,7 @@ def _names(argument: str, names: Iterable[str]) -> list[str]:
     return list(names)
 
 
-def _order(entry: Score, norm: float | None | EllipsisType, feats: Tensor | None) -> float | None:
+def _order(entry: Score, norm: float | EllipsisType | None, feats: Tensor | None) -> float | None:
     """The order of U: fixed for a gradient score, the caller's for any other."""
     if entry.gradient:
         if norm is not ...:
@@ -349,7 +350,7 @@ def _stat(stat: Stat) -> Stat:
     if name == "gen":
         gamma, M = params or [None, None]
         M = number("M", M, at_least=1)
-        if M != int(M):
+        if int(M) != M:
             raise ValueError(f"M must be a whole number of classes, got {M!r}")
         return name, number("gamma", gamma, above=0), int(M)
     return stat

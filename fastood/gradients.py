@@ -123,7 +123,7 @@ def anchor_gradient(
         raise ValueError(f"labels must be [{f.shape[0]}], one class per anchor, got shape {list(y.shape)}")
     if y.device != f.device:
         raise ValueError(f"labels must be on the device of logits, {f.device}, got {y.device}")
-    if y.numel() and not (0 <= int(y.min()) and int(y.max()) < f.shape[1]):
+    if y.numel() and (int(y.min()) < 0 or int(y.max()) >= f.shape[1]):
         raise ValueError(f"labels must be classes 0..{f.shape[1] - 1}, got {int(y.min())}..{int(y.max())}")
     dtype = result_dtype(f, h)
     p, not_p = (x.to(dtype) for x in reference.Softmax(f, T).probabilities())
@@ -236,7 +236,9 @@ def deep_gradient_norm(
     if not isinstance(inputs, Tensor):
         raise TypeError(f"inputs must be a torch tensor, got {type(inputs).__name__}")
     if model.training:
-        raise ValueError("model must be in eval mode (model.eval()): batch statistics and dropout have no per-sample gradient")
+        raise ValueError(
+            "model must be in eval mode: call model.eval(), or its scores depend on the batch and on dropout"
+        )
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("model must have a parameter that requires a gradient")
@@ -313,7 +315,7 @@ def _distribution(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
     if q_numpy != as_numpy:
         raise TypeError(f"labels must be of the kind of logits, got {type(labels).__name__}")
     if q.shape != logits.shape:
-        raise ValueError(f"labels must be {list(logits.shape)}, one distribution per row of logits, got {list(q.shape)}")
+        raise ValueError(f"labels must be {list(logits.shape)}, a distribution per row, got shape {list(q.shape)}")
     same_rows("labels", q, logits)
     q = q.to(torch.promote_types(logits.dtype, torch.float32))
     # Probabilities in a half type do not sum to 1 exactly.

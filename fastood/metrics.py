@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-__all__ = ["METRICS", "auroc", "aupr_in", "aupr_out", "evaluate", "fpr95_in", "fpr95_out"]
+__all__ = ["METRICS", "aupr_in", "aupr_out", "auroc", "evaluate", "fpr95_in", "fpr95_out"]
 
 
 def _ranks(id_scores: Any, ood_scores: Any) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
@@ -23,7 +23,9 @@ def _ranks(id_scores: Any, ood_scores: Any) -> tuple[NDArray[np.bool_], NDArray[
     and unlike scores, ranks are finite (energy and ||h||_0.1 may be infinite)."""
     arrays = []
     for name, x in (("id_scores", id_scores), ("ood_scores", ood_scores)):
-        a = x.detach().cpu().to(torch.float64).numpy() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=np.float64)
+        if isinstance(x, torch.Tensor):
+            x = x.detach().cpu().double().numpy()
+        a = np.asarray(x, dtype=np.float64)
         if a.ndim != 1 or a.size == 0:
             raise ValueError(f"{name} must be a non-empty vector of scores, got shape {list(a.shape)}")
         if bad := int(np.isnan(a).sum()):

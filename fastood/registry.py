@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from fastood.kernels import STATISTICS, Stat
@@ -88,9 +87,7 @@ class Score:
     def stats_for(self, params: Mapping[str, Any]) -> tuple[Stat, ...]:
         return self.stats(**params) if callable(self.stats) else self.stats
 
-    def compose(
-        self, s: RowStats, u: Tensor | None, *, params: Mapping[str, Any], log: bool, oriented: bool
-    ) -> Tensor:
+    def compose(self, s: RowStats, u: Tensor | None, *, params: Mapping[str, Any], log: bool, oriented: bool) -> Tensor:
         """U * V, or log U + log V with `u` already a logarithm; the one place where a sign is turned."""
         power, T = (self.gradient["power"], s.T) if self.gradient else (1, 1.0)
         if log:
@@ -133,35 +130,79 @@ def register(score: Score) -> Score:
 
 # ---- V terms: multiplied by any ||h||_r, or alone
 
-register(Score(
-    "msp", "max_k p_k", "Section 4.2, Table 2; Hendrycks & Gimpel (2016)", "in",
-    stats=("msp", "log_msp"), v=lambda s: s["msp"], log_v=lambda s: s["log_msp"],
-))
-register(Score(
-    "energy", "T log sum_k exp(f_k / T)", "Section 4.2, Table 2; Liu et al. (2020), sign turned", "in",
-    stats=("energy",), v=lambda s: s["energy"],
-))
-register(Score(
-    "varsum", "1 - sum_k p_k (1 - p_k) = sum_k p_k^2",
-    "Section 4.2, Table 2; the order of DOCTOR's alpha score, Granese et al. (2021)", "in",
-    stats=("s2", "one_minus_s2"), v=lambda s: s["s2"], log_v=lambda s: (-s["one_minus_s2"]).log1p(),
-))
-register(Score(
-    "tv", "1/2 sum_k |1/C - p_k|", "V of Eq. 4, Table 2", "in",
-    stats=("tv",), v=lambda s: s["tv"],
-))
-register(Score(
-    "max_logit", "max_k f_k", "Hendrycks et al. (2022)", "in",
-    stats=("fmax",), v=lambda s: s["fmax"],
-))
-register(Score(
-    "neg_entropy", "sum_k p_k log p_k", "minus the entropy of p", "in",
-    stats=("plogp",), v=lambda s: s["plogp"], positive=False,
-))
-register(Score(
-    "kl_uniform", "KL(u || p) = -log C - 1/C sum_k log p_k", "the divergence inside Eq. 1", "in",
-    stats=("sumlogp",), v=lambda s: -math.log(s.C) - s["sumlogp"] / s.C,
-))
+register(
+    Score(
+        "msp",
+        "max_k p_k",
+        "Section 4.2, Table 2; Hendrycks & Gimpel (2016)",
+        "in",
+        stats=("msp", "log_msp"),
+        v=lambda s: s["msp"],
+        log_v=lambda s: s["log_msp"],
+    )
+)
+register(
+    Score(
+        "energy",
+        "T log sum_k exp(f_k / T)",
+        "Section 4.2, Table 2; Liu et al. (2020), sign turned",
+        "in",
+        stats=("energy",),
+        v=lambda s: s["energy"],
+    )
+)
+register(
+    Score(
+        "varsum",
+        "1 - sum_k p_k (1 - p_k) = sum_k p_k^2",
+        "Section 4.2, Table 2; the order of DOCTOR's alpha score, Granese et al. (2021)",
+        "in",
+        stats=("s2", "one_minus_s2"),
+        v=lambda s: s["s2"],
+        log_v=lambda s: (-s["one_minus_s2"]).log1p(),
+    )
+)
+register(
+    Score(
+        "tv",
+        "1/2 sum_k |1/C - p_k|",
+        "V of Eq. 4, Table 2",
+        "in",
+        stats=("tv",),
+        v=lambda s: s["tv"],
+    )
+)
+register(
+    Score(
+        "max_logit",
+        "max_k f_k",
+        "Hendrycks et al. (2022)",
+        "in",
+        stats=("fmax",),
+        v=lambda s: s["fmax"],
+    )
+)
+register(
+    Score(
+        "neg_entropy",
+        "sum_k p_k log p_k",
+        "minus the entropy of p",
+        "in",
+        stats=("plogp",),
+        v=lambda s: s["plogp"],
+        positive=False,
+    )
+)
+register(
+    Score(
+        "kl_uniform",
+        "KL(u || p) = -log C - 1/C sum_k log p_k",
+        "the divergence inside Eq. 1",
+        "in",
+        stats=("sumlogp",),
+        v=lambda s: -math.log(s.C) - s["sumlogp"] / s.C,
+    )
+)
 register(Score(
     "gen", "-sum over the M largest p of p^gamma (1 - p)^gamma", "GEN, Liu et al. (2023)", "in",
     stats=lambda gamma, M: (("gen", gamma, M),), v=lambda s, gamma, M: -s["gen", gamma, M],
@@ -175,40 +216,87 @@ register(Score("norm", "||h||_r", "U of Section 4.3, Figure 2", "in"))
 
 # ---- gradients of the last layer, Table 1 (shallow): (||h||_order / T)^power times V
 
+
 def _gradient(labels: str, order: float, power: int, expectation: str) -> dict[str, Any]:
     return {"labels": labels, "order": order, "power": power, "expectation": expectation}
 
 
-register(Score(
-    "gradnorm", "(2/T) ||h||_1 TV", "Eq. 1, 2 and 4; Table 1: || grad E_u[log p] ||_1", "in",
-    stats=("tv",), v=lambda s: 2 * s["tv"], gradient=_gradient("uniform", 1, 1, "inside"),
-))
-register(Score(
-    "exgrad", "(2/T) ||h||_1 (1 - S_2)", "Eq. 3 and 5; Table 1: E_p || grad log p ||_1", "out",
-    stats=("one_minus_s2",), v=lambda s: 2 * s["one_minus_s2"], gradient=_gradient("predicted", 1, 1, "outside"),
-))
-register(Score(
-    "eg_u_l1", "(2/T) ||h||_1 (C - 1)/C, a constant times ||h||_1", "Table 1: E_u || grad log p ||_1", "in",
-    # 0 * msp: a row of logits without a softmax has no gradient either.
-    stats=("msp",), v=lambda s: 2 * (s.C - 1) / s.C + 0 * s["msp"],
-    gradient=_gradient("uniform", 1, 1, "outside"),
-))
-register(Score(
-    "eg_u_l2sq", "(1/T^2) ||h||_2^2 (1 - 2/C + S_2)", "Table 1: E_u || grad log p ||_2^2", "in",
-    stats=("s2",), v=lambda s: 1 - 2 / s.C + s["s2"], gradient=_gradient("uniform", 2, 2, "outside"),
-))
-register(Score(
-    "eg_p_l2sq", "(1/T^2) ||h||_2^2 (1 - S_2)", "Table 1: E_p || grad log p ||_2^2", "out",
-    stats=("one_minus_s2",), v=lambda s: s["one_minus_s2"], gradient=_gradient("predicted", 2, 2, "outside"),
-))
-register(Score(
-    "eg_p_logp_l2sq", "(1/T^2) ||h||_2^2 ((1 + S_2) sum_k log p_k - 2 sum_k p_k log p_k) <= 0",
-    "Table 1: E_p[ (log p / p) || grad log p ||_2^2 ]", "out",
-    stats=("s2", "sumlogp", "plogp"), v=lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"],
-    positive=False, gradient=_gradient("log_predicted", 2, 2, "outside"),
-))
-register(Score(
-    "norm_eg_p_l2sq", "0, for E_p[e_Y - p] = 0: what the paper ranked by is rounding noise",
-    "Table 1: || E_p[grad log p] ||_2^2", "in",
-    stats=("msp",), v=lambda s: 0 * s["msp"], gradient=_gradient("predicted", 2, 2, "inside"),
-))
+register(
+    Score(
+        "gradnorm",
+        "(2/T) ||h||_1 TV",
+        "Eq. 1, 2 and 4; Table 1: || grad E_u[log p] ||_1",
+        "in",
+        stats=("tv",),
+        v=lambda s: 2 * s["tv"],
+        gradient=_gradient("uniform", 1, 1, "inside"),
+    )
+)
+register(
+    Score(
+        "exgrad",
+        "(2/T) ||h||_1 (1 - S_2)",
+        "Eq. 3 and 5; Table 1: E_p || grad log p ||_1",
+        "out",
+        stats=("one_minus_s2",),
+        v=lambda s: 2 * s["one_minus_s2"],
+        gradient=_gradient("predicted", 1, 1, "outside"),
+    )
+)
+register(
+    Score(
+        "eg_u_l1",
+        "(2/T) ||h||_1 (C - 1)/C, a constant times ||h||_1",
+        "Table 1: E_u || grad log p ||_1",
+        "in",
+        # 0 * msp: a row of logits without a softmax has no gradient either.
+        stats=("msp",),
+        v=lambda s: 2 * (s.C - 1) / s.C + 0 * s["msp"],
+        gradient=_gradient("uniform", 1, 1, "outside"),
+    )
+)
+register(
+    Score(
+        "eg_u_l2sq",
+        "(1/T^2) ||h||_2^2 (1 - 2/C + S_2)",
+        "Table 1: E_u || grad log p ||_2^2",
+        "in",
+        stats=("s2",),
+        v=lambda s: 1 - 2 / s.C + s["s2"],
+        gradient=_gradient("uniform", 2, 2, "outside"),
+    )
+)
+register(
+    Score(
+        "eg_p_l2sq",
+        "(1/T^2) ||h||_2^2 (1 - S_2)",
+        "Table 1: E_p || grad log p ||_2^2",
+        "out",
+        stats=("one_minus_s2",),
+        v=lambda s: s["one_minus_s2"],
+        gradient=_gradient("predicted", 2, 2, "outside"),
+    )
+)
+register(
+    Score(
+        "eg_p_logp_l2sq",
+        "(1/T^2) ||h||_2^2 ((1 + S_2) sum_k log p_k - 2 sum_k p_k log p_k) <= 0",
+        "Table 1: E_p[ (log p / p) || grad log p ||_2^2 ]",
+        "out",
+        stats=("s2", "sumlogp", "plogp"),
+        v=lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"],
+        positive=False,
+        gradient=_gradient("log_predicted", 2, 2, "outside"),
+    )
+)
+register(
+    Score(
+        "norm_eg_p_l2sq",
+        "0, for E_p[e_Y - p] = 0: what the paper ranked by is rounding noise",
+        "Table 1: || E_p[grad log p] ||_2^2",
+        "in",
+        stats=("msp",),
+        v=lambda s: 0 * s["msp"],
+        gradient=_gradient("predicted", 2, 2, "inside"),
+    )
+)

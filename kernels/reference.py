@@ -29,9 +29,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def row_stats(
-    logits: Tensor | None, feats: Tensor | None, want: Want
-) -> tuple[dict[Stat, Tensor], Tensor | None]:
+def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
     stats: dict[Stat, Tensor] = {}
     if want.stats:
         assert logits is not None
