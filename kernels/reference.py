@@ -105,22 +105,26 @@ class Softmax:
         return (self.f_2.double() - self.f_max.double()) / self.T
 
     @cached_property
+    def exp_gap(self) -> Tensor:
+        return _exp_quotient(self.f_2.double(), self.f_max.double(), self.T)
+
+    @cached_property
     def total(self) -> Tensor:
         """R_1, float64."""
         return row_sum(self.e).double()
 
     @cached_property
     def r1(self) -> Tensor:
-        return self._or_nan(self.gap.exp() * self.total)
+        return self._or_nan(self.exp_gap * self.total)
 
     @cached_property
     def r2(self) -> Tensor:
-        return (2 * self.gap).exp() * row_sum(self.e.square()).double()
+        return self.exp_gap.square() * row_sum(self.e.square()).double()
 
     @cached_property
     def p_2(self) -> Tensor:
         """The probability at the pivot, so that p_k = p_2 E_k."""
-        return self.gap.exp() / (1 + self.r1)
+        return self.exp_gap / (1 + self.r1)
 
     # ---- the statistics
 
@@ -188,7 +192,8 @@ class Softmax:
         top = self.z.topk(min(M, self.C) - 1, -1).values
         others = (1 - top.exp() * self._rows(self.p_2)).log()
         rest = (gamma * (self.gap + self.log_msp)).exp() * row_sum((gamma * (top + others)).exp()).double()
-        return (self.msp * self.one_minus_msp) ** gamma + rest
+        log_r1 = self.gap + self.total.log()  # where r1 itself underflows, r1^0.1 does not
+        return (gamma * (log_r1 + 2 * self.log_msp)).exp() + rest
 
     def _rows(self, stat: Tensor) -> Tensor:
         return stat.to(self.f.dtype)[:, None]
@@ -235,6 +240,22 @@ class Softmax:
     def _peeled(self, q: Tensor) -> Tensor:
         """q of the peeled maximum, float64."""
         return q.gather(-1, self.top[:, None])[:, 0].double()
+
+
+def _exp_quotient(a: Tensor, b: Tensor, T: float) -> Tensor:
+    """exp((a - b) / T) for a <= b in float64, its error not growing with the quotient.
+
+    The quotient is taken to a few bits, so that its product with each half of T is exact; what is left
+    over is small. exp of both.
+    """
+    d = a - b
+    back = d - a
+    lost = ((a - (d - back)) - (b + back)).nan_to_num(0, 0, 0)  # a - b = d + lost, exactly
+    quotient = (d / T).clamp(min=-1100).mul(8192).round() / 8192  # exp(-1100) = 0
+    mantissa, exponent = math.frexp(T)
+    T_high = math.ldexp(round(mantissa * 2**26), exponent - 26)
+    left = (d - quotient * T_high) - quotient * (T - T_high) + lost
+    return quotient.exp() * (left / T).exp()
 
 
 def norms_of(feats: Tensor, orders: tuple[float, ...], log: bool = False, bias: bool = False) -> Tensor:
@@ -287,7 +308,8 @@ class Powers:
         # bits would depend on its batch. exp and log do not; the exponent, split off exactly, keeps
         # the error of r log x from growing with |log x|.
         high, low = _split_r_ln2(r, 12 if x.dtype == torch.float32 else 40)
-        return (self.exponent * high).exp() * (self.exponent * low + self.mantissa_log * r).exp()
+        root = (self.exponent * (high / 2)).exp()  # in two halves, neither of which leaves the range early
+        return root * (self.exponent * low + self.mantissa_log * r).exp() * root
 
     @cached_property
     def log(self) -> Tensor:
@@ -295,8 +317,8 @@ class Powers:
 
     @cached_property
     def _frexp(self) -> tuple[Tensor, Tensor]:
-        mantissa, exponent = torch.frexp(self.x)
-        return mantissa.log(), exponent.to(self.x.dtype)
+        mantissa, exponent = torch.frexp(self.x)  # 1/2 <= mantissa < 1; doubled, so that 1^r is 1
+        return (2 * mantissa).log(), (exponent - 1).to(self.x.dtype)
 
     @property
     def mantissa_log(self) -> Tensor:

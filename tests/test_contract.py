@@ -1,0 +1,405 @@
+"""The numeric contract of every backend, against truth written independently (truth.py)."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import truth
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastood
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+STATS = ["fmax", "lse", "energy", "msp", "one_minus_msp", "log_msp", "s2", "one_minus_s2", "tv", "plogp", "sumlogp"]
+ORDERS = [0, 0.05, 0.1, 0.3, 0.5, 0.8, 0.9, 1, 1.5, 2, 3, 4, 5, 6, 7.3, 20, 100, math.inf]
+
+
+def eps_of(x):
+    return truth.EPS[str(x.dtype).removeprefix("torch.")]
+
+
+def result_type(*tensors):
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+# ---- inputs
+
+
+def laid_out(x, layout):
+    """The values of `x` in another memory layout."""
+    n, c = x.shape
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "columns of a wider tensor":
+        wide = torch.full((n, c + 3), 7.0, dtype=x.dtype)
+        wide[:, 1 : c + 1] = x
+        return wide[:, 1 : c + 1]
+    if layout == "every other column":
+        wide = torch.full((n, 2 * c), 7.0, dtype=x.dtype)
+        wide[:, ::2] = x
+        return wide[:, ::2]
+    if layout == "every other row":
+        tall = torch.full((2 * n, c), 7.0, dtype=x.dtype)
+        tall[::2] = x
+        return tall[::2]
+    if layout == "one row expanded":
+        return x[:1].expand(n, c)
+    return x
+
+
+LAYOUTS = [
+    "contiguous",
+    "transposed",
+    "columns of a wider tensor",
+    "every other column",
+    "every other row",
+    "one row expanded",
+]
+
+
+@st.composite
+def logits(draw, dtypes=DTYPES):
+    # Around 8, 16 and 32: the widths of vector registers; 130 and 1025: more than one block of them.
+    n, c = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 3, 7, 8, 10, 15, 16, 17, 33, 100, 130, 1000, 1025]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = draw(st.sampled_from([0.0, 1e-4, 0.1, 1.0, 10.0, 60.0, 1e4]))
+    x = rng.standard_normal((n, c)) * scale + draw(st.sampled_from([0.0, 0.0, -20.0, 3e3, -5e4]))
+    if draw(st.booleans()):  # a confident row: 1 - p_max down to 1e-38
+        x[rng.integers(n), rng.integers(c)] += draw(st.sampled_from([5.0, 20.0, 69.0, 88.0]))
+    if draw(st.booleans()):  # ties of the maximum
+        x[:, rng.integers(c)] = x.max(1)
+    if draw(st.booleans()):  # masked classes, never the whole row
+        mask = rng.random((n, c)) < draw(st.sampled_from([0.1, 0.9]))
+        mask[np.arange(n), rng.integers(c, size=n)] = False
+        x[mask] = -np.inf
+    dtype = draw(st.sampled_from(dtypes))
+    limit = torch.finfo(dtype).max
+    tensor = torch.from_numpy(np.where(np.isneginf(x), x, x.clip(-limit, limit))).to(dtype)
+    return laid_out(tensor, draw(st.sampled_from(LAYOUTS)))
+
+
+@st.composite
+def feats(draw, rows=None, dtypes=DTYPES):
+    n = rows or draw(st.integers(1, 5))
+    d = draw(st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 33, 130, 1025, 8000]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    decades = draw(st.sampled_from([0, 1, 10, 37]))
+    x = rng.standard_normal((n, d)) * 10.0 ** rng.uniform(-decades, decades, (n, d))
+    if draw(st.booleans()):
+        x = np.maximum(x, 0)  # after a ReLU: many exact zeros, perhaps a whole row of them
+    if draw(st.booleans()):
+        x[rng.integers(n)] = 0
+    x *= draw(st.sampled_from([1.0, 1e-30, 1e-8, 1e6, 1e30]))
+    dtype = draw(st.sampled_from(dtypes))
+    limit = torch.finfo(dtype).max
+    return laid_out(torch.from_numpy(x.clip(-limit, limit)).to(dtype), draw(st.sampled_from(LAYOUTS)))
+
+
+temperatures = st.sampled_from([1.0, 1.0, 0.37, 10.0, 1000.0, 1e-3, 1e-10])
+
+
+# ---- softmax statistics and V terms
+
+
+@given(f=logits(), T=temperatures)
+def test_row_statistics(backend, f, T):
+    got = fastood.row_stats(f, STATS, temperature=T, backend=backend)
+    for name in STATS:
+        assert got[name].dtype == result_type(f)
+        expected = truth.stat(name, f, T)
+        truth.assert_close(got[name], expected, truth.tolerance(name, expected, f, T, eps_of(f)), name)
+
+
+@given(f=logits(), T=temperatures)
+def test_v_terms(backend, f, T):
+    eps = eps_of(f)
+    got = fastood.scores(f, temperature=T, backend=backend)
+    for name, of in {"msp": "msp", "energy": "energy", "varsum": "s2", "tv": "tv", "max_logit": "fmax"}.items():
+        expected = truth.stat(of, f, T)
+        truth.assert_close(got[name], expected, truth.tolerance(of, expected, f, T, eps), name)
+    plogp, sumlogp = truth.stat("plogp", f, T), truth.stat("sumlogp", f, T)
+    truth.assert_close(got["neg_entropy"], plogp, truth.tolerance("plogp", plogp, f, T, eps), "neg_entropy")
+    C = f.shape[1]
+    with np.errstate(all="ignore"):
+        kl = -np.log(truth.LD(C)) - sumlogp / C
+        allowed = 32 * eps * np.abs(sumlogp) / C + 8 * eps * math.log(C)
+    truth.assert_close(got["kl_uniform"], kl, allowed, "kl_uniform")
+
+
+@given(f=logits(), T=temperatures, gamma=st.sampled_from([0.1, 0.5, 1.0, 2.0]), M=st.sampled_from([1, 2, 10, 100, 5000]))
+def test_gen(backend, f, T, gamma, M):
+    got = fastood.score(f, method="gen", gamma=gamma, M=M, temperature=T, backend=backend)
+    expected = truth.gen(f, gamma, M, T)
+    relative = (32 + 4 * max(1.0, gamma) * np.minimum(truth.span(f) / T, 104)) * eps_of(f)
+    truth.assert_close(got, -expected, relative * expected, "gen")
+
+
+@given(f=logits(), T=temperatures, r=st.sampled_from([0.5, 1, 1.5, 2, 3, 6]))
+def test_power_sums(backend, f, T, r):
+    got = fastood.row_stats(f, [("power_sum", r)], temperature=T, backend=backend)["power_sum", r]
+    with np.errstate(all="ignore"):
+        p = [truth.softmax_row(row, T)[0] for row in truth.widen(f)]
+        expected = np.array([np.sum(x[x > 0] ** truth.LD(r)) for x in p])
+    relative = (32 + 4 * r * np.minimum(truth.span(f) / T, 104)) * eps_of(f)
+    truth.assert_close(got, expected, relative * expected, f"S_{r}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [1.0, 17.0, 69.1, 87.0, 95.0, 103.0, 300.0])
+def test_complements_keep_relative_precision(backend, dtype, gap):
+    f = torch.tensor([[gap, 0.0, -1.0], [0.0, gap, 0.0]], dtype=dtype)
+    h = torch.full((2, 4), 1e30, dtype=dtype)
+    eps = eps_of(f)
+    got = fastood.row_stats(f, ["one_minus_s2", "one_minus_msp", "log_msp"], backend=backend)
+    for name, value in got.items():
+        expected = truth.stat(name, f)
+        truth.assert_close(value, expected, truth.tolerance(name, expected, f, 1.0, eps), name)
+    # Large features lift even 1e-45 back into the normal numbers.
+    expected = 2 * truth.norm(h, 1) * truth.stat("one_minus_s2", f)
+    relative = (32 + 4 * np.minimum(truth.span(f), 104) + 16) * eps
+    got = fastood.score(f, h, "exgrad", oriented=False, backend=backend)
+    if gap <= 104:
+        truth.assert_close(got, expected, relative * expected, "exgrad")
+
+
+@pytest.mark.parametrize("C", [21841, 128256, 1_000_003])
+def test_very_many_classes(backend, C):
+    rng = np.random.default_rng(C)
+    f = torch.from_numpy(rng.standard_normal((2, C)) * [[1.0], [4.0]]).float()
+    got = fastood.row_stats(f, STATS, backend=backend)
+    for name in STATS:
+        expected = truth.stat(name, f)
+        truth.assert_close(got[name], expected, truth.tolerance(name, expected, f, 1.0, eps_of(f)), name)
+
+
+# ---- norms
+
+
+@given(h=feats(), bias=st.booleans(), log=st.booleans(), data=st.data())
+def test_norms(backend, h, bias, log, data):
+    orders = data.draw(st.lists(st.sampled_from(ORDERS), min_size=1, max_size=4))
+    got = fastood.norms(h, orders, bias=bias, log=log, backend=backend)
+    assert got.shape == (len(h), len(orders))
+    assert got.dtype == result_type(h)
+    for j, r in enumerate(orders):
+        expected, relative = truth.norm(h, r, bias), truth.norm_tolerance(h, r, eps_of(h), bias)
+        if log:
+            with np.errstate(all="ignore"):
+                logs = np.log(expected)
+            rounding = 2 * eps_of(h) * np.where(np.isfinite(logs), np.abs(logs), 0)
+            truth.assert_close(got[:, j], logs, relative + rounding, f"log ||h||_{r}")
+        else:
+            truth.assert_close(got[:, j], expected, relative * expected, f"||h||_{r}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_special_features(backend, dtype):
+    """h = 0 contributes nothing, a subnormal counts, infinity and NaN stay in their row."""
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    h = torch.tensor(
+        [[0.0, -0.0, 0.0], [tiny, 0.0, -tiny], [math.inf, 1.0, 0.0], [-math.inf, 0.0, 0.0], [math.nan, math.inf, 0.0]],
+        dtype=dtype,
+    )
+    got = fastood.norms(h, ORDERS, backend=backend)
+    assert (got[0] == 0).all()
+    for j, r in enumerate(ORDERS):
+        expected = truth.norm(h[1:2], r)
+        truth.assert_close(got[1:2, j], expected, truth.norm_tolerance(h[1:2], r, eps_of(h)) * expected, f"r={r}")
+    assert got[2, 0] == 2
+    assert got[3, 0] == 1
+    assert (got[2:4, 1:] == math.inf).all()
+    assert got[4].isnan().all()
+
+
+def test_r_below_1_overflows_to_inf_and_its_logarithm_does_not(backend):
+    h = torch.ones(1, 8192)
+    assert fastood.norms(h, [0.1], backend=backend).item() == math.inf
+    assert fastood.norms(h, [0.1], log=True, backend=backend).item() == pytest.approx(10 * math.log(8192), rel=1e-6)
+    f = torch.zeros(1, 10)
+    log_score = fastood.score(f, h, "tv", norm=0.1, log=True, backend=backend)
+    assert log_score.item() == -math.inf  # TV = 0
+    log_score = fastood.score(f, h, "energy", norm=0.1, log=True, backend=backend)
+    assert log_score.item() == pytest.approx(10 * math.log(8192) + math.log(math.log(10)), rel=1e-6)
+
+
+@pytest.mark.parametrize("r", [0.9, 0.99])
+def test_orders_just_below_1_at_the_edge_of_float32(backend, r):
+    h = torch.full((1, 4096), 3e38)
+    expected = math.log(3e38) + math.log(4096) / r
+    assert fastood.norms(h, [r], log=True, backend=backend).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_features(backend):
+    assert fastood.norms(torch.ones(3, 0), ORDERS, backend=backend).eq(0).all()
+    assert fastood.norms(torch.ones(3, 0), ORDERS, bias=True, backend=backend).eq(1).all()
+    assert fastood.score(torch.ones(3, 5), torch.ones(3, 0), "gradnorm", backend=backend).eq(0).all()
+
+
+# ---- products
+
+
+@given(data=st.data(), T=st.sampled_from([1.0, 0.5, 20.0]), bias=st.booleans())
+def test_products(backend, data, T, bias):
+    f = data.draw(logits())
+    h = data.draw(feats(rows=len(f)))
+    eps = max(eps_of(f), eps_of(h))
+    r = data.draw(st.sampled_from(ORDERS))
+    u, u_relative = truth.norm(h, r, bias), truth.norm_tolerance(h, r, eps, bias)
+    for name, of in {"msp": "msp", "energy": "energy", "varsum": "s2", "tv": "tv"}.items():
+        got = fastood.score(f, h, name, norm=r, temperature=T, bias=bias, backend=backend)
+        assert got.dtype == result_type(f, h)
+        v = truth.stat(of, f, T)
+        with np.errstate(all="ignore"):
+            allowed = u * truth.tolerance(of, v, f, T, eps) + u_relative * np.abs(u * v)
+            truth.assert_close(got, u * v, allowed, f"{name} * ||h||_{r}")
+
+
+@given(data=st.data(), T=st.sampled_from([1.0, 0.5, 20.0, 1e-3]), bias=st.booleans())
+def test_gradient_scores(backend, data, T, bias):
+    f = data.draw(logits())
+    h = data.draw(feats(rows=len(f)))
+    eps, C, LD = max(eps_of(f), eps_of(h)), f.shape[1], truth.LD
+    got = fastood.scores(
+        f,
+        h,
+        ["gradnorm", "exgrad", "eg_u_l1", "eg_u_l2sq", "eg_p_l2sq", "eg_p_logp_l2sq", "norm_eg_p_l2sq"],
+        temperature=T,
+        bias=bias,
+        oriented=False,
+        backend=backend,
+    )
+    s = {name: truth.stat(name, f, T) for name in ("tv", "s2", "one_minus_s2", "sumlogp", "plogp")}
+    u1, u2 = truth.norm(h, 1, bias) / LD(T), (truth.norm(h, 2, bias) / LD(T)) ** 2
+    tail = (32 + 4 * np.minimum(truth.span(f) / T, 104)) * eps
+    with np.errstate(all="ignore"):
+        v = (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"]
+        expected = {
+            "gradnorm": (2 * u1 * s["tv"], 2 * u1 * (8 * eps + 80 * eps * s["tv"])),
+            "exgrad": (2 * u1 * s["one_minus_s2"], 2 * u1 * s["one_minus_s2"] * (tail + 16 * eps)),
+            "eg_u_l1": (2 * u1 * LD(C - 1) / C, 2 * u1 * 16 * eps),
+            "eg_u_l2sq": (u2 * (1 - LD(2) / C + s["s2"]), u2 * (1 - LD(2) / C + s["s2"]) * 64 * eps),
+            "eg_p_l2sq": (u2 * s["one_minus_s2"], u2 * s["one_minus_s2"] * (tail + 32 * eps)),
+            "eg_p_logp_l2sq": (u2 * v, u2 * np.abs(v) * 64 * eps),
+            "norm_eg_p_l2sq": (0 * u2, 0 * u2),
+        }
+    for name, (value, allowed) in expected.items():
+        truth.assert_close(got[name], value, allowed, name)
+
+
+@given(data=st.data())
+def test_log_scores(backend, data):
+    f, T = data.draw(logits(dtypes=[torch.float32, torch.float64])), 1.0
+    h = data.draw(feats(rows=len(f), dtypes=[torch.float32, torch.float64]))
+    r = data.draw(st.sampled_from([0.1, 0.3, 1, 2, math.inf]))
+    eps = max(eps_of(f), eps_of(h))
+    with np.errstate(all="ignore"):
+        log_u = np.log(truth.norm(h, r))
+        log_v = {
+            "msp": truth.stat("log_msp", f),
+            "varsum": np.log1p(-truth.stat("one_minus_s2", f)),
+            "energy": np.log(truth.stat("energy", f)),
+        }
+    for name, expected in log_v.items():
+        got = fastood.score(f, h, name, norm=r, log=True, backend=backend)
+        with np.errstate(all="ignore"):
+            v = truth.stat("energy", f)
+            of_energy = truth.tolerance("energy", v, f, T, eps) / np.abs(v) if name == "energy" else 0
+            of_v = (32 + 4 * np.minimum(truth.span(f), 104)) * eps * np.abs(expected) + 4 * of_energy
+            total = log_u + expected
+            allowed = of_v + truth.norm_tolerance(h, r, eps) + 4 * eps * (np.abs(log_u) + np.abs(expected))
+        truth.assert_close(got, total, allowed, f"log {name}")
+
+
+# ---- rows that have no softmax, and batches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bad_rows_are_nan_alone(backend, dtype):
+    inf, nan = math.inf, math.nan
+    good = [3.0, -inf, 0.5, 0.25]
+    f = torch.tensor(
+        [good, [nan, 0, 0, 0], [0, nan, inf, -inf], [inf, 0, 0, 0], [inf, inf, 0, -inf], [-inf] * 4, good], dtype=dtype
+    )
+    h = torch.ones(7, 3, dtype=dtype)
+    for name, got in fastood.scores(f, h, [n for n in fastood.SCORES if n != "norm"], norm=None, backend=backend).items():
+        alone = fastood.scores(f[:1], h[:1], [name], norm=None, backend=backend)[name]
+        assert torch.equal(got[[0, 6]], alone.expand(2)), name
+        if name == "energy":
+            assert got[1:3].isnan().all()
+            assert got[3:6].tolist() == [inf, inf, -inf]
+        else:
+            assert got[1:6].isnan().all(), name
+    h[1, 0] = nan
+    f = torch.tensor([good] * 7, dtype=dtype)
+    for name, got in fastood.scores(f, h, backend=backend).items():
+        assert got.isnan().tolist() == [False, True] + [False] * 5, name
+
+
+def test_one_class(backend):
+    f = torch.tensor([[3.0], [-1e4]])
+    got = fastood.row_stats(f, STATS, backend=backend)
+    expected = {
+        "fmax": [3, -1e4],
+        "lse": [3, -1e4],
+        "energy": [3, -1e4],
+        "msp": [1, 1],
+        "one_minus_msp": [0, 0],
+        "log_msp": [0, 0],
+        "s2": [1, 1],
+        "one_minus_s2": [0, 0],
+        "tv": [0, 0],
+        "plogp": [0, 0],
+        "sumlogp": [0, 0],
+    }
+    assert {name: stat.tolist() for name, stat in got.items()} == expected
+
+
+def test_empty_batch(backend):
+    f, h = torch.ones(0, 10), torch.ones(0, 7)
+    for name, got in fastood.scores(f, h, backend=backend).items():
+        assert got.shape == (0,), name
+        assert got.dtype == torch.float32
+    assert fastood.sweep(f, h, backend=backend).shape == (0, 4, 12)
+    assert fastood.norms(h, [1, 0.3], backend=backend).shape == (0, 2)
+
+
+@pytest.mark.parametrize("T", [1e-10, 1e-40, 1e-300, 1e30, 1e300])
+def test_extreme_temperatures(backend, T):
+    f = torch.tensor([[5.0, 4.0, -math.inf], [5.0, 5.0, 0.0]])
+    got = fastood.row_stats(f, ["msp", "energy", "tv", "s2", "plogp"], temperature=T, backend=backend)
+    for name, value in got.items():
+        expected = truth.stat(name, f, T)
+        truth.assert_close(value, expected, 64 * truth.EPS["float32"] * (np.abs(expected) + 1), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("C", "D"), [(3, 5), (10, 512), (1000, 257), (40_000, 33_001)])
+def test_bits_do_not_depend_on_the_batch(backend, dtype, C, D):
+    """C and D above 32768: where torch would split the sum of a lone row over threads."""
+    N = 7 if C > 1000 else 61
+    torch.manual_seed(0)
+    f, h = (torch.randn(N, C) * 3).to(dtype), torch.randn(N, D).to(dtype)
+    methods = [name for name in fastood.SCORES if name != "norm"]
+    orders = [0.1, 0.3, 0.8, 1, 1.5, 2, 3, 6, math.inf]
+
+    def everything(rows):
+        v = fastood.scores(f[rows], methods=[m for m in methods if not fastood.SCORES[m].gradient], backend=backend)
+        g = fastood.scores(f[rows], h[rows], [m for m in methods if fastood.SCORES[m].gradient], backend=backend)
+        u = fastood.norms(h[rows], orders, backend=backend)
+        return torch.cat([torch.stack([*v.values(), *g.values()], -1), u], -1)
+
+    whole = everything(slice(None))
+    for rows in (slice(0, 1), slice(3, 4), slice(N - 1, N), slice(2, 7), slice(1, None, 2)):
+        assert torch.equal(everything(rows), whole[rows])
+
+
+def test_offsets_beyond_32_bits(backend):
+    """A view whose last row starts past 2^31 elements; half precision and an expanded row keep it small."""
+    base = torch.zeros(2**31 + 64, dtype=torch.float16)
+    base[-32:] = torch.arange(32, dtype=torch.float16)
+    f = base.as_strided((2, 32), (2**31 + 32, 1))
+    got = fastood.score(f, method="msp", backend=backend)
+    expected = truth.stat("msp", f)
+    truth.assert_close(got, expected, 32 * truth.EPS["float32"] * expected)

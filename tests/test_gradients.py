@@ -1,0 +1,299 @@
+"""Closed forms of gradient norms against explicit autograd, class by class, in float64."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import truth
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastood
+
+
+def head(seed, n=3, C=5, D=7, scale=1.0):
+    """Features, last-layer weights and their logits, float64."""
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, D, generator=g, dtype=torch.float64)
+    W = torch.randn(C, D, generator=g, dtype=torch.float64) * scale
+    return h, W, h @ W.T
+
+
+def per_class_gradients(h, W, T, b=None):
+    """grad_W log p_y (with b, of [W b]) for every row and class by autograd: [N, C, C, D]."""
+    out = []
+    for row in h:
+        grads = []
+        for y in range(len(W)):
+            params = [W.clone().requires_grad_()] + ([b.clone().requires_grad_()] if b is not None else [])
+            f = params[0] @ row + (params[1] if b is not None else 0)
+            g = torch.autograd.grad(torch.log_softmax(f / T, -1)[y], params)
+            grads.append(torch.cat([g[0], g[1][:, None]], 1) if b is not None else g[0])
+        out.append(torch.stack(grads))
+    return torch.stack(out)
+
+
+def entrywise(g, order):
+    """The entrywise norm over the last two axes."""
+    g = g.abs().flatten(-2)
+    return g.amax(-1) if order == math.inf else (g**order).sum(-1) ** (1 / order)
+
+
+def expected_norm(g, q, order, power, expectation):
+    if expectation == "inside":
+        return entrywise((q[:, :, None, None] * g).sum(1), order) ** power
+    return (q * entrywise(g, order) ** power).sum(1)
+
+
+ROWS = {
+    "gradnorm": ("uniform", 1, 1, "inside"),
+    "exgrad": ("predicted", 1, 1, "outside"),
+    "eg_u_l1": ("uniform", 1, 1, "outside"),
+    "eg_u_l2sq": ("uniform", 2, 2, "outside"),
+    "eg_p_l2sq": ("predicted", 2, 2, "outside"),
+    "eg_p_logp_l2sq": ("log_predicted", 2, 2, "outside"),
+    "norm_eg_p_l2sq": ("predicted", 2, 2, "inside"),
+}
+
+
+def weights(labels, f, T):
+    log_p = torch.log_softmax(f / T, -1)
+    return {"uniform": torch.full_like(f, 1 / f.shape[1]), "predicted": log_p.exp(), "log_predicted": log_p}[labels]
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("T", "bias", "scale"), [(1.0, False, 1.0), (0.4, True, 0.1), (3.0, True, 3.0)])
+def test_table_1_shallow_rows_are_what_autograd_gives(backend, name, T, bias, scale):
+    h, W, f = head(0, scale=scale)
+    b = torch.linspace(-1, 1, len(W), dtype=torch.float64) if bias else None
+    f = f + (b if bias else 0)
+    labels, order, power, expectation = ROWS[name]
+    expected = expected_norm(per_class_gradients(h, W, T, b), weights(labels, f, T), order, power, expectation)
+    got = fastood.score(f, h, name, temperature=T, bias=bias, oriented=False, backend=backend)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    sign = -1 if name in ("exgrad", "eg_p_l2sq", "eg_p_logp_l2sq") else 1
+    assert torch.equal(fastood.score(f, h, name, temperature=T, bias=bias, backend=backend), sign * got)
+    general = fastood.gradient_norm(f, h, labels, order, power, expectation, temperature=T, bias=bias)
+    torch.testing.assert_close(general, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_registry_names_the_same_rows():
+    recorded = {name: tuple(e.gradient.values()) for name, e in fastood.SCORES.items() if e.gradient}
+    assert recorded == ROWS
+
+
+@pytest.mark.parametrize("order", [0.5, 1, 1.5, 2, 3, math.inf])
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+def test_gradient_norm_in_general(order, power):
+    T = 0.7
+    h, W, f = head(1)
+    q = torch.softmax(torch.randn(f.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64), -1)
+    one_hot = torch.nn.functional.one_hot(f.argmax(-1), f.shape[1]).double()
+    g = per_class_gradients(h, W, T)
+    for labels, expectation in itertools.product(["uniform", "predicted", q, one_hot], ["inside", "outside"]):
+        w = weights(labels, f, T) if isinstance(labels, str) else labels
+        expected = expected_norm(g, w, order, power, expectation)
+        got = fastood.gradient_norm(f, h, labels, order, power, expectation, temperature=T)
+        if isinstance(labels, str) and (labels, expectation) == ("predicted", "inside"):
+            assert (got == 0).all()  # exactly; autograd leaves rounding noise
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=0)
+
+
+@given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+def test_gradient_norm_in_lower_precision(seed, dtype):
+    """float32 arithmetic on any input type, against the long double closed form."""
+    g = torch.Generator().manual_seed(seed)
+    n, C, D = 2, int(torch.randint(2, 40, (), generator=g)), int(torch.randint(1, 40, (), generator=g))
+    f = (torch.randn(n, C, generator=g) * 5).to(dtype)
+    h = torch.randn(n, D, generator=g).to(dtype)
+    q = torch.softmax(torch.randn(n, C, generator=g), -1)
+    for order, power in [(1, 1), (2, 2), (1.5, 0.5)]:
+        u = truth.norm(h, order) ** power
+        inside, outside = [], []
+        for row, label in zip(truth.widen(f), truth.widen(q), strict=True):
+            p, not_p, _ = truth.softmax_row(row, 1.0)
+            away = np.array([np.r_[not_p[y], np.delete(p, y)] for y in range(C)])
+            outside.append((label * (away**order).sum(1) ** (truth.LD(power) / order)).sum())
+            inside.append((np.abs(label - p) ** order).sum() ** (truth.LD(power) / order))
+        for expectation, v in (("inside", np.array(inside)), ("outside", np.array(outside))):
+            got = fastood.gradient_norm(f, h, q, order, power, expectation)
+            assert got.dtype == torch.float32
+            allowed = 2**-24 * (200 * u * v + 16 * u * max(1, power))
+            truth.assert_close(got, u * v, allowed, f"{expectation} {order} {power}")
+
+
+def test_exgrad_keeps_its_precision_when_the_network_is_sure():
+    f = torch.tensor([[69.0, 0.0, -3.0]])
+    h = torch.ones(1, 2)
+    got = fastood.gradient_norm(f, h, "predicted", expectation="outside")
+    expected = 2 * 2 * truth.stat("one_minus_s2", f)
+    truth.assert_close(got, expected, 2**-24 * 400 * expected)
+
+
+@given(seed=st.integers(0, 2**31), C=st.integers(1, 30), D=st.integers(1, 30), T=st.sampled_from([0.1, 1.0, 5.0]))
+def test_identities(backend, seed, C, D, T):
+    g = torch.Generator().manual_seed(seed)
+    f, h = torch.randn(2, C, generator=g) * 10, torch.randn(2, D, generator=g)
+    assert (fastood.gradient_norm(f, h, "predicted", temperature=T) == 0).all()
+    assert (fastood.score(f, h, "norm_eg_p_l2sq", temperature=T, backend=backend) == 0).all()
+    constant = fastood.score(f, h, "eg_u_l1", temperature=T, backend=backend)
+    torch.testing.assert_close(constant, 2 / T * (C - 1) / C * fastood.norms(h, [1], backend=backend)[:, 0])
+    torch.testing.assert_close(fastood.gradient_norm(f, h, temperature=T), fastood.score(f, h, "gradnorm", temperature=T))
+
+
+def test_a_row_of_labels_that_is_no_distribution_is_nan():
+    h, _, f = head(3, n=4)
+    q = torch.full_like(f, 1 / f.shape[1])
+    q[1, 0], q[2, 0], q[3] = -0.1, 0.9, math.nan
+    for expectation in ("inside", "outside"):
+        got = fastood.gradient_norm(f, h, q, expectation=expectation)
+        assert got.isnan().tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"labels": "unifrom"}, ValueError, r"labels must be one of 'uniform'.*got 'unifrom'"),
+        ({"labels": torch.ones(3, 2)}, ValueError, r"labels must be \[3, 5\].*\[3, 2\]"),
+        ({"labels": np.ones((3, 5))}, TypeError, r"labels must be of the kind of logits, got ndarray"),
+        ({"labels": "log_predicted"}, ValueError, r"log_predicted.*outside"),
+        ({"order": 0}, ValueError, "order must be a number > 0"),
+        ({"power": -1}, ValueError, "power must be a finite number > 0"),
+        ({"expectation": "middle"}, ValueError, "expectation must be one of"),
+        ({"feats": None}, TypeError, "feats must be a torch tensor"),
+    ],
+)
+def test_bad_arguments(change, error, words):
+    h, _, f = head(4)
+    with pytest.raises(error, match=words):
+        fastood.gradient_norm(**{"logits": f, "feats": h, **change})
+
+
+# ---- BatchGrad
+
+
+@pytest.mark.parametrize(("T", "bias"), [(1.0, False), (2.5, True)])
+def test_batchgrad_is_equation_6(T, bias):
+    """E_Y || grad_W ( log p_Y(x) + sum_i log p_{y_i}(x_i) ) ||_1, all by autograd."""
+    h, W, f = head(5)
+    anchors, _, _ = head(6, n=8)
+    anchor_labels = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    b = torch.linspace(-1, 1, len(W), dtype=torch.float64)
+
+    expected = []
+    for row, p in zip(h, torch.softmax((f + b * bias) / T, -1), strict=True):
+        total = 0.0
+        for y in range(len(W)):
+            Wb = torch.cat([W, b[:, None]], 1).requires_grad_() if bias else W.clone().requires_grad_()
+            one = torch.ones(1, dtype=torch.float64)
+
+            def log_p(x, label, Wb=Wb, one=one):
+                return torch.log_softmax(Wb @ (torch.cat([x, one]) if bias else x) / T, -1)[label]
+
+            loss = log_p(row, y) + sum(log_p(a, label) for a, label in zip(anchors, anchor_labels, strict=True))
+            (g,) = torch.autograd.grad(loss, Wb)
+            total += p[y] * g.abs().sum()
+        expected.append(total)
+
+    G = fastood.anchor_gradient(anchors @ W.T + b * bias, anchors, anchor_labels, temperature=T, bias=bias)
+    got = fastood.batchgrad(f + b * bias, h, G, temperature=T, bias=bias, oriented=False)
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-11, atol=0)
+    assert torch.equal(fastood.batchgrad(f + b * bias, h, G, temperature=T, bias=bias), -got)
+
+
+def test_batchgrad_in_tiles(monkeypatch):
+    """Every branch of the tiling, and rows that do not depend on their batch."""
+    g = torch.Generator().manual_seed(0)
+    f, h, G = torch.randn(6, 11, generator=g), torch.randn(6, 9, generator=g), torch.randn(11, 9, generator=g)
+    whole = fastood.batchgrad(f, h, G)
+    for tile in (1, 9, 20, 99, 250):
+        monkeypatch.setattr("fastood.gradients._TILE", tile)
+        got = fastood.batchgrad(f, h, G)
+        torch.testing.assert_close(got, whole)
+        assert torch.equal(fastood.batchgrad(f[2:3], h[2:3], G), got[2:3])
+
+
+def test_batchgrad_arguments():
+    f, h, y = torch.randn(4, 3), torch.randn(4, 2), torch.arange(4) % 3
+    G = fastood.anchor_gradient(f, h, y)
+    assert fastood.batchgrad(f[:0], h[:0], G).shape == (0,)
+    assert isinstance(fastood.batchgrad(f.numpy(), h.numpy(), G.numpy()), np.ndarray)
+    assert np.array_equal(fastood.anchor_gradient(f.numpy(), h.numpy(), y.numpy()), G.numpy())
+    with pytest.raises(ValueError, match=r"G must be \[3, 3\], got shape \[3, 2\]"):
+        fastood.batchgrad(f, h, G, bias=True)
+    with pytest.raises(ValueError, match=r"labels must be classes 0..2, got 0..3"):
+        fastood.anchor_gradient(f, h, torch.arange(4))
+    with pytest.raises(TypeError, match="labels must be integers, got torch.float32"):
+        fastood.anchor_gradient(f, h, y.float())
+    with pytest.raises(ValueError, match=r"labels must be \[4\], one class per anchor, got shape \[3\]"):
+        fastood.anchor_gradient(f, h, y[:3])
+
+
+# ---- all parameters
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def network():
+    torch.manual_seed(0)
+    net = Net().double().eval()
+    net.body[1].running_mean.normal_()
+    return net
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_deep_rows_are_a_loop_of_autograd(name):
+    net, x, T = network(), torch.randn(5, 6, dtype=torch.float64), 1.5
+    labels, order, power, expectation = ROWS[name]
+    expected = []
+    for row in x:
+        f = net(row[None])[0] / T
+        q = weights(labels, f[None] * T, T)[0].detach()
+        grads = []
+        for y in range(4):
+            g = torch.autograd.grad(torch.log_softmax(f, -1)[y], list(net.parameters()), retain_graph=True)
+            grads.append(torch.cat([p.flatten() for p in g]))
+        g = torch.stack(grads)[None, :, :, None]
+        expected.append(expected_norm(g, q[None], order, power, expectation)[0])
+    for max_bytes in (1, 1 << 14, 1 << 30):  # one gradient at a time, some, all
+        got = fastood.deep_gradient_norm(net, x, temperature=T, max_bytes=max_bytes, **fastood.SCORES[name].gradient)
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-9, atol=1e-20)
+
+
+def test_deep_gradient_norm_with_labels_and_frozen_parameters():
+    net, x = network(), torch.randn(3, 6, dtype=torch.float64)
+    for p in net.body.parameters():
+        p.requires_grad_(False)
+    q = torch.softmax(torch.randn(3, 4, dtype=torch.float64), -1)
+    with torch.no_grad():
+        h = net.body(x)
+    for labels, expectation in itertools.product(["uniform", q], ["inside", "outside"]):
+        got = fastood.deep_gradient_norm(net, x, labels, expectation=expectation)
+        last_layer = fastood.gradient_norm(net.head(h).detach(), h, labels, expectation=expectation, bias=True)
+        torch.testing.assert_close(got, last_layer)
+
+
+def test_deep_gradient_norm_arguments():
+    net, x = network(), torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert fastood.deep_gradient_norm(net, x).shape == (3,)
+    assert fastood.deep_gradient_norm(net, x[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="model must be in eval mode"):
+        fastood.deep_gradient_norm(net.train(), x)
+    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient"):
+        fastood.deep_gradient_norm(net.eval().requires_grad_(False), x)
+    with pytest.raises(TypeError, match="inputs must be a torch tensor, got ndarray"):
+        fastood.deep_gradient_norm(network(), x.numpy())
+    with pytest.raises(ValueError, match="model must map inputs"):
+        fastood.deep_gradient_norm(torch.nn.Linear(6, 2).double().eval(), x[:, None])

@@ -1,0 +1,162 @@
+"""What the right answer is, written from the definitions in numpy's long double, and how far off a result may be.
+
+Nothing here imports fastood. A row is one vector; the functions take matrices and loop over rows.
+"""
+
+import math
+
+import numpy as np
+
+LD = np.longdouble
+EPS = {"float16": 2.0**-24, "bfloat16": 2.0**-24, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+def widen(x):
+    """Any tensor or array in long double; exact, for every input type."""
+    if hasattr(x, "detach"):
+        x = x.detach().double().numpy()
+    return np.asarray(x).astype(LD)
+
+
+def softmax_row(f, T):
+    """p, 1 - p and log p of one row; -inf is a masked class."""
+    top = int(np.argmax(f))
+    if np.isnan(f).any() or not np.isfinite(f[top]):
+        bad = np.full_like(f, np.nan)
+        return bad, bad, bad
+    z = (f - f[top]) / LD(T)
+    e = np.exp(z)
+    rest = np.delete(e, top).sum()
+    p = e / (1 + rest)
+    not_p = 1 - p
+    not_p[top] = rest / (1 + rest)
+    return p, not_p, z - np.log1p(rest)
+
+
+def row_stat(name, f, T):
+    p, not_p, log_p = softmax_row(f, T)
+    top = int(np.argmax(f))
+    C = len(f)
+    if name == "energy":
+        if np.isnan(f).any() or not np.isfinite(f[top]):
+            return f[top] if not np.isnan(f).any() else LD(np.nan)
+        return f[top] - LD(T) * log_p[top]
+    if np.isnan(p).any():
+        return LD(np.nan)
+    others = np.arange(C) != top
+    return {
+        "fmax": lambda: f[top],
+        "lse": lambda: f[top] / LD(T) - log_p[top],
+        "msp": lambda: p[top],
+        "one_minus_msp": lambda: not_p[top],
+        "log_msp": lambda: log_p[top],
+        "s2": lambda: (p**2).sum(),
+        "one_minus_s2": lambda: not_p[top] * p[top] + (p[others] * not_p[others]).sum(),
+        "tv": lambda: np.abs(LD(1) / C - p).sum() / 2,
+        "plogp": lambda: sum((x * y for x, y in zip(p, log_p, strict=True) if x > 0), LD(0)),
+        "sumlogp": lambda: log_p.sum(),
+    }[name]()
+
+
+def stat(name, f, T=1.0):
+    with np.errstate(all="ignore"):
+        return np.array([row_stat(name, row, T) for row in widen(f)], dtype=LD)
+
+
+def gen(f, gamma, M, T=1.0):
+    out = []
+    for row in widen(f):
+        p, not_p, _ = softmax_row(row, T)
+        order = np.argsort(-p)[:M]
+        out.append(np.sum((p[order] * not_p[order]) ** LD(gamma)))
+    return np.array(out, dtype=LD)
+
+
+def norm(h, r, bias=False):
+    """||h||_r of every row: [N]."""
+    h = np.abs(widen(h))
+    if bias:
+        h = np.concatenate([h, np.ones((len(h), 1), LD)], 1)
+    with np.errstate(all="ignore"):
+        nan = np.isnan(h).any(1)
+        if r == math.inf:
+            u = h.max(1, initial=0)
+        elif r == 0:
+            u = (h != 0).sum(1).astype(LD)
+        else:
+            u = ((h ** LD(r)) * (h != 0)).sum(1) ** (1 / LD(r))
+            u[np.isinf(h).any(1)] = np.inf
+    u[nan] = np.nan
+    return u
+
+
+# ---- tolerances of the numeric contract
+
+
+def span(f):
+    """Largest minus smallest finite logit of each row."""
+    f = widen(f)
+    finite = np.isfinite(f)
+    with np.errstate(all="ignore"):
+        return np.where(finite, f, -np.inf).max(1) - np.where(finite, f, np.inf).min(1)
+
+
+def tolerance(name, truth, f, T, eps):
+    """Absolute error allowed on the statistic or V term `name`."""
+    f = widen(f)
+    with np.errstate(all="ignore"):
+        size = np.where(np.isfinite(f), np.abs(f), 0).max(1, initial=0)
+        relative_tail = (32 + 4 * np.minimum(span(f) / T, 104)) * eps
+        return {
+            "msp": lambda: 32 * eps * truth,
+            "s2": lambda: 32 * eps * truth,
+            "energy": lambda: 8 * eps * np.maximum(size, T * math.log(f.shape[1])) + 8 * eps * np.abs(truth),
+            "tv": lambda: 8 * eps + 64 * eps * truth,
+            "one_minus_msp": lambda: relative_tail * truth,
+            "one_minus_s2": lambda: relative_tail * truth,
+            "log_msp": lambda: relative_tail * np.abs(truth),
+            "fmax": lambda: 0 * truth,
+            # The contract names no bound for these: that of a sum of terms of one sign.
+            "plogp": lambda: relative_tail * np.abs(truth) + (1e-319 if eps < 1e-9 else 0),
+            "sumlogp": lambda: 32 * eps * np.abs(truth),
+            "lse": lambda: 8 * eps * np.maximum(size / T, math.log(f.shape[1])) + 8 * eps * np.abs(truth),
+        }[name]()
+
+
+def norm_tolerance(h, r, eps, bias=False):
+    """Relative error allowed on ||h||_r, [N]."""
+    h = np.abs(widen(h))
+    if bias:
+        h = np.concatenate([h, np.ones((len(h), 1), LD)], 1)
+    with np.errstate(all="ignore"):
+        logs = np.where((h > 0) & np.isfinite(h), np.abs(np.log(h)), 0).max(1, initial=0)
+    if r in (0, math.inf):
+        return np.full(len(h), eps, dtype=LD)
+    return 16 * eps * max(1, 1 / r) + (eps * logs if r < 1 else 0)
+
+
+def assert_close(got, truth, allowed, label=""):
+    """|got - truth| <= allowed for every element; NaN, infinities and float32's own limits included."""
+    got_type = np.asarray(got.detach() if hasattr(got, "detach") else got).dtype
+    limits = np.finfo(got_type)
+    got = widen(got)
+    truth, allowed = np.broadcast_to(truth, got.shape), np.broadcast_to(allowed, got.shape)
+    with np.errstate(all="ignore"):
+        overflow = np.abs(truth) > LD(limits.max)
+        near_limit = np.abs(np.abs(truth) - LD(limits.max)) <= allowed
+        expected = np.where(overflow, np.sign(truth) * np.inf, truth)
+        # A result type has a smallest step; below its normal numbers no relative bound can hold.
+        slack = allowed + LD(limits.smallest_subnormal)
+        good = (
+            (np.isnan(expected) & np.isnan(got))
+            | (got == expected)
+            | (np.abs(got - truth) <= slack)
+            | (near_limit & (np.abs(got) >= LD(limits.max)))
+        )
+    if not good.all():
+        i = tuple(np.argwhere(~good)[0])
+        error = np.abs(got[i] - truth[i])
+        raise AssertionError(
+            f"{label} at {i}: got {got[i]!r}, truth {truth[i]!r}, error {error!r}, allowed {slack[i]!r}"
+            f" ({error / slack[i]:.3g} times)"
+        )
