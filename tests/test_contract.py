@@ -128,11 +128,14 @@ def test_v_terms(backend, f, T):
     truth.assert_close(got["kl_uniform"], kl, allowed, "kl_uniform")
 
 
-@given(f=logits(), T=temperatures, gamma=st.sampled_from([0.1, 0.5, 1.0, 2.0]), M=st.sampled_from([1, 2, 10, 100, 5000]))
+@given(
+    f=logits(), T=temperatures, gamma=st.sampled_from([0.1, 0.5, 1.0, 2.0]), M=st.sampled_from([1, 2, 10, 100, 5000])
+)
 def test_gen(backend, f, T, gamma, M):
     got = fastood.score(f, method="gen", gamma=gamma, M=M, temperature=T, backend=backend)
     expected = truth.gen(f, gamma, M, T)
-    relative = (32 + 4 * max(1.0, gamma) * np.minimum(truth.span(f) / T, 104)) * eps_of(f)
+    # p^gamma does not underflow where p does: its error grows with gamma |log p| all the way
+    relative = (32 + 4 * np.minimum(max(1.0, gamma) * truth.span(f) / T, 745)) * eps_of(f)
     truth.assert_close(got, -expected, relative * expected, "gen")
 
 
@@ -323,7 +326,9 @@ def test_bad_rows_are_nan_alone(backend, dtype):
         [good, [nan, 0, 0, 0], [0, nan, inf, -inf], [inf, 0, 0, 0], [inf, inf, 0, -inf], [-inf] * 4, good], dtype=dtype
     )
     h = torch.ones(7, 3, dtype=dtype)
-    for name, got in fastood.scores(f, h, [n for n in fastood.SCORES if n != "norm"], norm=None, backend=backend).items():
+    for name, got in fastood.scores(
+        f, h, [n for n in fastood.SCORES if n != "norm"], norm=None, backend=backend
+    ).items():
         alone = fastood.scores(f[:1], h[:1], [name], norm=None, backend=backend)[name]
         assert torch.equal(got[[0, 6]], alone.expand(2)), name
         if name == "energy":

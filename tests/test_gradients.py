@@ -141,7 +141,9 @@ def test_identities(backend, seed, C, D, T):
     assert (fastood.score(f, h, "norm_eg_p_l2sq", temperature=T, backend=backend) == 0).all()
     constant = fastood.score(f, h, "eg_u_l1", temperature=T, backend=backend)
     torch.testing.assert_close(constant, 2 / T * (C - 1) / C * fastood.norms(h, [1], backend=backend)[:, 0])
-    torch.testing.assert_close(fastood.gradient_norm(f, h, temperature=T), fastood.score(f, h, "gradnorm", temperature=T))
+    torch.testing.assert_close(
+        fastood.gradient_norm(f, h, temperature=T), fastood.score(f, h, "gradnorm", temperature=T)
+    )
 
 
 def test_a_row_of_labels_that_is_no_distribution_is_nan():

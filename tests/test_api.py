@@ -1,0 +1,402 @@
+"""What callers see: kinds and devices of results, defaults, orientation, errors, the seam with PyTorch."""
+
+import io
+import math
+import os
+import subprocess
+import sys
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import truth
+
+import fastood
+from fastood import kernels
+
+F = torch.tensor([[4.0, 0.0, 1.0], [0.2, 0.1, 0.0]])
+H = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
+V_TERMS = ["msp", "energy", "varsum", "tv", "max_logit", "neg_entropy", "kl_uniform", "gen"]
+
+
+# ---- one score, many scores, the sweep
+
+
+def test_default_is_energy_alone_or_times_norm_03():
+    energy = truth.stat("energy", F)
+    truth.assert_close(fastood.score(F), energy, 1e-6)
+    truth.assert_close(fastood.score(F, H), energy * truth.norm(H, 0.3), 1e-4)
+    truth.assert_close(fastood.score(F, H, norm=None), energy, 1e-6)
+    truth.assert_close(fastood.score(None, H, "norm"), truth.norm(H, 0.3), 1e-4)
+    truth.assert_close(fastood.score(None, H, "norm", norm=math.inf), truth.norm(H, math.inf), 0)
+
+
+def test_every_documented_method_is_registered():
+    assert set(fastood.SCORES) == {
+        *V_TERMS, "norm", "gradnorm", "exgrad", "eg_u_l1", "eg_u_l2sq", "eg_p_l2sq", "eg_p_logp_l2sq", "norm_eg_p_l2sq"
+    }  # fmt: skip
+
+
+def test_higher_means_in_distribution():
+    """A confident row with large features against a flat one with small features: every score agrees on who is in.
+
+    (But for a score that cannot tell: the zero row. For E_p rows the norms are equal, or U would decide.)
+    """
+    f = torch.tensor([[9.0, 0.0, 0.0], [0.1, 0.0, 0.0]])
+    same_norm = torch.ones(2, 4)
+    for name in fastood.SCORES:
+        feats = torch.tensor([[2.0] * 4, [1.0] * 4]) if name in ("norm", "eg_u_l1") else same_norm
+        inside, outside = fastood.score(f, feats, name)
+        if name == "norm_eg_p_l2sq":
+            assert inside == outside == 0
+        else:
+            assert inside > outside, name
+        raw_in, raw_out = fastood.score(f, feats, name, oriented=False)
+        if fastood.SCORES[name].higher == "out":
+            assert (raw_in, raw_out) == (-inside, -outside)
+            assert raw_in < raw_out
+        else:
+            assert (raw_in, raw_out) == (inside, outside)
+
+
+def test_scores_are_score_by_name():
+    for options in (
+        {},
+        {"norm": 2},
+        {"norm": None},
+        {"temperature": 0.5, "bias": True, "oriented": False},
+        {"gamma": 1.0},
+    ):
+        got = fastood.scores(F, H, list(fastood.SCORES) if options.get("norm", 1) is not None else V_TERMS, **options)
+        for name, value in got.items():
+            own = {k: v for k, v in options.items() if k in ("temperature", "bias", "oriented")}
+            if name == "gen":
+                own |= {k: v for k, v in options.items() if k == "gamma"}
+            if fastood.SCORES[name].gradient is None:
+                own |= {k: v for k, v in options.items() if k == "norm"}
+            assert torch.equal(value, fastood.score(F, H, name, **own)), name
+
+
+def test_scores_without_names_are_all_that_the_inputs_allow():
+    assert list(fastood.scores(F)) == V_TERMS
+    assert list(fastood.scores(F, H)) == list(fastood.SCORES)
+    assert list(fastood.scores(None, H)) == ["norm"]
+    positive = [name for name in fastood.SCORES if name not in ("neg_entropy", "gen", "eg_p_logp_l2sq")]
+    assert list(fastood.scores(F, H, log=True)) == positive
+
+
+def test_sweep_is_score_by_cell():
+    v, norms = ["msp", "gen", "energy"], [None, 0, 0.3, 1, math.inf]
+    grid = fastood.sweep(F, H, v, norms, temperature=2.0, bias=True, M=2)
+    assert grid.shape == (2, 3, 5)
+    for i, name in enumerate(v):
+        for j, r in enumerate(norms):
+            params = {"M": 2} if name == "gen" else {}
+            cell = fastood.score(F, H, name, norm=r, temperature=2.0, bias=True, **params)
+            assert torch.equal(grid[:, i, j], cell)
+    logs = fastood.sweep(F, H, log=True)
+    torch.testing.assert_close(logs, fastood.sweep(F, H).log(), rtol=1e-5, atol=1e-6)
+
+
+def test_log_of_a_gradient_score():
+    for name in ("gradnorm", "exgrad", "eg_u_l2sq", "eg_p_l2sq"):
+        raw = fastood.score(F, H, name, temperature=0.7, oriented=False)
+        got = fastood.score(F, H, name, temperature=0.7, oriented=False, log=True)
+        torch.testing.assert_close(got, raw.log())
+        sign = -1 if fastood.SCORES[name].higher == "out" else 1
+        assert torch.equal(fastood.score(F, H, name, temperature=0.7, log=True), sign * got)
+
+
+# ---- kinds, types, devices
+
+
+def test_numpy_in_numpy_out():
+    f, h = F.numpy(), H.numpy()
+    for got, same in [
+        (fastood.score(f, h), fastood.score(F, H)),
+        (fastood.sweep(f, h), fastood.sweep(F, H)),
+        (fastood.norms(h, [1]), fastood.norms(H, [1])),
+        (fastood.scores(f, methods=["tv"])["tv"], fastood.score(F, method="tv")),
+        (fastood.row_stats(f)["lse"], fastood.row_stats(F)["lse"]),
+        (fastood.gradient_norm(f, h), fastood.gradient_norm(F, H)),
+    ]:
+        assert isinstance(got, np.ndarray)
+        assert got.dtype == np.float32
+        assert np.array_equal(got, same.numpy())
+    assert fastood.score(f.astype(np.float64)).dtype == np.float64
+    assert fastood.score(f.astype(np.float16)).dtype == np.float32
+
+
+def test_numpy_arrays_of_every_layout(tmp_path):
+    expected = fastood.score(F).numpy()
+    np.save(tmp_path / "f.npy", F.numpy())
+    read_only = np.load(tmp_path / "f.npy", mmap_mode="r")
+    swapped = F.numpy().astype(">f4")
+    odd = np.zeros((2, 3), dtype=[("x", "i1"), ("f", "<f4")])
+    odd["f"] = F.numpy()
+    for array in (
+        read_only,
+        swapped,
+        F.numpy()[:, ::-1],
+        F.numpy()[::-1][::-1],
+        np.asfortranarray(F.numpy()),
+        odd["f"],
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_allclose(fastood.score(array), expected, rtol=1e-6)
+    assert (read_only == F.numpy()).all()
+
+
+def test_inputs_are_left_as_they_were():
+    f, h = torch.randn(5, 7), torch.randn(5, 3)
+    before = f.clone(), h.clone()
+    fastood.scores(f, h)
+    fastood.sweep(f, h)
+    fastood.gradient_norm(f, h, "predicted", expectation="outside")
+    assert torch.equal(f, before[0])
+    assert torch.equal(h, before[1])
+
+
+def test_half_types_give_float32_of_the_upcast_input():
+    for dtype in (torch.float16, torch.bfloat16):
+        f, h = F.to(dtype), H.to(dtype)
+        assert torch.equal(fastood.score(f, h), fastood.score(f.float(), h.float()))
+        assert fastood.score(f, h.double()).dtype == torch.float64
+
+
+def test_modes():
+    expected = fastood.score(F, H)
+    with torch.no_grad():
+        assert torch.equal(fastood.score(F, H), expected)
+    with torch.inference_mode():
+        assert torch.equal(fastood.score(F, H), expected)
+        assert torch.equal(fastood.score(F.clone(), H.clone()), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fastood.score(F, H), expected)
+        y = torch.tensor([0, 1])
+        G = fastood.anchor_gradient(F, H, y)
+    assert torch.equal(G, fastood.anchor_gradient(F, H, y))
+
+
+# ---- autograd and tracing
+
+
+@pytest.mark.parametrize("name", list(fastood.SCORES))
+def test_gradients_are_right(name):
+    torch.manual_seed(0)
+    f = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for r in (0.3, 0.5, 1, 1.5, 2, 3, 7.5, math.inf):
+        if fastood.SCORES[name].gradient is None:
+            torch.autograd.gradcheck(lambda f, h, r=r: fastood.score(f, h, name, norm=r, temperature=0.7), (f, h))
+    if fastood.SCORES[name].gradient:
+        torch.autograd.gradcheck(lambda f, h: fastood.score(f, h, name, bias=True), (f, h))
+
+
+def test_gradients_at_masked_logits_and_zero_features():
+    f = torch.tensor([[1.0, -math.inf, 0.5]], dtype=torch.float64, requires_grad=True)
+    h = torch.tensor([[0.0, 2.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    for name in ("msp", "energy", "varsum", "tv", "neg_entropy", "gen"):
+        for r in (0.3, 0.5, 1, 2, 3):
+            g = torch.autograd.grad(fastood.score(f, h, name, norm=r).sum(), (f, h))
+            assert all(x.isfinite().all() for x in g), (name, r)
+            assert g[0][0, 1] == 0
+    zeros = torch.zeros(1, 3, requires_grad=True)
+    for r in (0.3, 1, 2, 3):
+        assert torch.autograd.grad(fastood.norms(zeros, [r]).sum(), zeros)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": None}, {"norm": 2, "log": True}, {"method": "exgrad"}])
+def test_exported_program_needs_no_fastood(options):
+    class Served(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(6, 4)
+
+        def forward(self, h):
+            return fastood.score(self.head(h), h, **options)
+
+    torch.manual_seed(0)
+    model, h = Served().eval(), torch.randn(5, 6)
+    batch = {"h": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (h,), dynamic_shapes=batch)
+    for n in (2, 5, 9):
+        rows = torch.randn(n, 6)
+        torch.testing.assert_close(program.module()(rows), model(rows), rtol=1e-5, atol=1e-5)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    alone = "import io, sys, torch; torch.export.load(io.BytesIO(sys.stdin.buffer.read())); assert 'fastood' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", alone], input=file.getvalue(), check=True)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"logits": [[1.0, 2.0]]}, TypeError, "logits must be a torch tensor or a numpy array, got list"),
+        ({"logits": None}, ValueError, "logits must be given: energy = T log"),
+        ({"logits": F[0]}, ValueError, r"logits must be 2-D.*got shape \[3\]; a single row is logits\[None\]"),
+        ({"logits": F[None]}, ValueError, r"logits must be 2-D.*got shape \[1, 2, 3\]"),
+        ({"logits": F.long()}, TypeError, "logits must be float16.*got torch.int64"),
+        ({"logits": F.to(torch.complex64)}, TypeError, "logits must be float16.*got torch.complex64"),
+        ({"logits": F.numpy().astype(int)}, TypeError, "logits must be float16.*got torch.int64"),
+        ({"logits": F.numpy().astype(np.longdouble)}, TypeError, "logits must hold float16.*got numpy .*128"),
+        ({"logits": F.numpy().astype(str)}, TypeError, "logits must hold float16.*got numpy <U"),
+        ({"logits": F.to_sparse()}, TypeError, "logits must be a dense tensor, got layout torch.sparse_coo"),
+        ({"logits": F[:, :0]}, ValueError, r"logits must have at least one class, got shape \[2, 0\]"),
+        ({"feats": H[:1]}, ValueError, r"feats must have the 2 rows of logits, got shape \[1, 2\]"),
+        ({"feats": H.numpy()}, TypeError, "logits is a torch tensor, feats is a numpy array"),
+        ({"feats": H.to("meta")}, ValueError, "feats must be on the device of logits, cpu, got meta"),
+        ({"feats": H.int()}, TypeError, "feats must be float16.*got torch.int32"),
+        ({"feats": None, "norm": 1}, ValueError, "feats must be given for norm=1"),
+        ({"feats": None, "method": "gradnorm"}, ValueError, "feats must be given: gradnorm = "),
+        ({"method": "enrgy"}, ValueError, "method must be one of 'msp', .*got 'enrgy'"),
+        ({"method": "gradnorm", "norm": 2}, ValueError, "norm: gradnorm = .* has a norm of its own, got norm=2"),
+        ({"method": "norm", "norm": None}, ValueError, "norm must be an order r >= 0 for 'norm', got None"),
+        ({"norm": -1}, ValueError, "norm must be a number >= 0, got -1.0"),
+        ({"norm": math.nan}, ValueError, "norm must be a number >= 0, got nan"),
+        ({"norm": "0.3"}, TypeError, "norm must be a number, got str"),
+        ({"norm": True}, TypeError, "norm must be a number, got bool"),
+        ({"temperature": 0}, ValueError, "temperature must be a finite number > 0, got 0.0"),
+        ({"temperature": -2.0}, ValueError, "temperature must be a finite number > 0, got -2.0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be a finite number > 0, got nan"),
+        ({"temperature": math.inf}, ValueError, "temperature must be a finite number > 0, got inf"),
+        ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+        ({"method": "neg_entropy", "log": True}, ValueError, "log: neg_entropy is never above 0"),
+        ({"backend": "cuda"}, ValueError, "backend must be 'auto' or one of .*, got 'cuda'"),
+        ({"gama": 0.1}, TypeError, "gama: no such argument, nor a parameter of energy"),
+        ({"method": "gen", "gamma": 0}, ValueError, "gamma must be a finite number > 0, got 0.0"),
+        ({"method": "gen", "M": 2.5}, ValueError, "M must be a whole number of classes, got 2.5"),
+        ({"method": "gen", "M": 0}, ValueError, "M must be a finite number >= 1, got 0.0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, words):
+    with pytest.raises(error, match=words):
+        fastood.score(**{"logits": F, "feats": H, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: fastood.sweep(F, H, v="energy"), TypeError, "v must be a list of names, got the string 'energy'"),
+        (lambda: fastood.sweep(F, H, v=["gradnorm"]), ValueError, "v must name V terms"),
+        (lambda: fastood.sweep(F, H, v=[]), ValueError, "v must not be empty"),
+        (lambda: fastood.sweep(F, H, norms=[]), ValueError, "norms must not be empty"),
+        (lambda: fastood.sweep(F, None), ValueError, "feats must be given for norm=0"),
+        (lambda: fastood.scores(F, methods="msp"), TypeError, "methods must be a list of names, got the string 'msp'"),
+        (lambda: fastood.norms(H, []), ValueError, "orders must not be empty"),
+        (lambda: fastood.norms(H, [1, -2]), ValueError, "orders must be a number >= 0, got -2.0"),
+        (lambda: fastood.norms(None, [1]), TypeError, "feats must be a torch tensor"),
+        (lambda: fastood.row_stats(None), TypeError, "logits must be a torch tensor"),
+        (lambda: fastood.row_stats(F, ["entropy"]), ValueError, "stats must be one of 'fmax', .*got 'entropy'"),
+        (lambda: fastood.row_stats(F, ["power_sum"]), TypeError, "r of power_sum must be a number, got NoneType"),
+    ],
+)
+def test_bad_arguments_elsewhere(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+# ---- backends
+
+
+def test_backends_say_whether_they_can_serve():
+    status = fastood.backends()
+    assert status["reference"].usable
+    assert all(s.why for s in status.values())
+    assert list(status)[-1] == "reference"  # "auto" falls back on it
+
+
+def fake(reason, result=42.0):
+    def row_stats(logits, feats, want):
+        return {s: torch.full((len(logits),), result) for s in want.stats}, None
+
+    return types.SimpleNamespace(__doc__="A fake.", unusable=lambda device, dtype: reason, row_stats=row_stats)
+
+
+def test_one_place_picks_the_backend(monkeypatch):
+    monkeypatch.delenv("FASTOOD_BACKEND", raising=False)
+    monkeypatch.setattr(kernels, "BACKENDS", {"fast": fake(None), "lame": fake("it has no legs"), **kernels.BACKENDS})
+    assert fastood.score(F).tolist() == [42, 42]
+    assert fastood.score(F, backend="fast").tolist() == [42, 42]
+    energy = fastood.score(F, backend="reference")
+    truth.assert_close(energy, truth.stat("energy", F), 1e-6)
+    with pytest.raises(RuntimeError, match=r"backend 'lame' cannot serve torch.float32 on cpu: it has no legs"):
+        fastood.score(F, backend="lame")
+    assert fastood.backends()["lame"] == (False, "it has no legs")
+
+    monkeypatch.setenv("FASTOOD_BACKEND", "reference")
+    assert torch.equal(fastood.score(F), energy)
+    assert fastood.score(F, backend="fast").tolist() == [42, 42]  # an argument outranks the environment
+    monkeypatch.setenv("FASTOOD_BACKEND", "lame")
+    with pytest.raises(RuntimeError, match="it has no legs"):
+        fastood.score(F)
+
+
+def test_auto_skips_a_backend_that_cannot_serve(monkeypatch):
+    monkeypatch.setattr(kernels, "BACKENDS", {"lame": fake("it has no legs"), **kernels.BACKENDS})
+    truth.assert_close(fastood.score(F), truth.stat("energy", F), 1e-6)
+
+
+# ---- the registry
+
+
+def test_a_score_of_ones_own():
+    own = fastood.Score(
+        "margin", formula="T lse - max f", source="mine", higher="out",
+        stats=("energy", "fmax"), v=lambda s: s["energy"] - s["fmax"],
+    )  # fmt: skip
+    try:
+        fastood.register(own)
+        expected = truth.stat("energy", F) - truth.stat("fmax", F)
+        truth.assert_close(fastood.score(F, method="margin"), -expected, 1e-6)
+        truth.assert_close(fastood.score(F, method="margin", oriented=False), expected, 1e-6)
+        truth.assert_close(fastood.score(F, H, "margin", norm=2), -expected * truth.norm(H, 2), 1e-5)
+        assert "margin" in fastood.scores(F)
+        with pytest.raises(ValueError, match="name: a score called 'margin' is registered already"):
+            fastood.register(own)
+    finally:
+        fastood.SCORES.pop("margin", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"higher": "ood"}, "higher must be 'in' or 'out', got 'ood'"),
+        ({"stats": ("entropy",)}, "stats: no row statistic 'entropy'"),
+        ({"gradient": {"order": 1, "power": 3}}, "gradient: power must be 1 or 2, got 3"),
+    ],
+)
+def test_a_bad_score_is_refused(change, words):
+    fields = {"name": "x", "formula": "", "source": "", "higher": "in", "stats": ("msp",), "v": lambda s: s["msp"]}
+    with pytest.raises(ValueError, match=words):
+        fastood.register(fastood.Score(**{**fields, **change}))
+    assert "x" not in fastood.SCORES
+
+
+def test_every_entry_says_what_it_is():
+    for name, entry in fastood.SCORES.items():
+        assert entry.name == name
+        assert entry.formula
+        assert entry.source
+        assert entry.higher in ("in", "out")
+        assert set(entry.needs) <= {"logits", "feats"}
+    assert fastood.SCORES["norm"].needs == ("feats",)
+    assert fastood.SCORES["msp"].needs == ("logits",)
+    assert fastood.SCORES["gradnorm"].needs == ("logits", "feats")
+
+
+# ---- import
+
+
+def test_import_is_light():
+    """Plots, the command line, scikit-learn and Triton load when used."""
+    heavy = ["sklearn", "scipy", "matplotlib", "typer", "rich", "jinja2", "safetensors", "pyarrow", "triton"]
+    code = f"import sys, torch; before = set(sys.modules); import fastood; print([m for m in {heavy} if m in sys.modules and m not in before])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert out.stdout.strip() == "[]"
