@@ -228,7 +228,7 @@ def test_batchgrad_arguments():
         fastood.batchgrad(f, h, G, bias=True)
     with pytest.raises(ValueError, match=r"labels must be classes 0..2, got 0..3"):
         fastood.anchor_gradient(f, h, torch.arange(4))
-    with pytest.raises(TypeError, match="labels must be integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"labels must be integers, got torch\.float32"):
         fastood.anchor_gradient(f, h, y.float())
     with pytest.raises(ValueError, match=r"labels must be \[4\], one class per anchor, got shape \[3\]"):
         fastood.anchor_gradient(f, h, y[:3])
