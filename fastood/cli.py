@@ -1,0 +1,344 @@
+"""The command line: scores of files, evaluation, a demonstration, and what runs here."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from fastood import SCORES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastood.evaluation import Evaluation
+    from fastood.files import Rows
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; what a user can cause ends in one line, without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # typer ends these itself
+            raise
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
+            typer.echo(f"error: {str(error).partition(chr(10))[0]}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help=(
+        "Out-of-distribution scores from a classifier's logits and features.\n\n"
+        "Files hold [bold]logits[/] \\[N, C] and [bold]feats[/] \\[N, D]: .npz, .npy (logits alone), .safetensors, .pt "
+        "or .parquet. They are read in chunks, so they may be larger than memory; .safetensors and .npy are the "
+        "fastest. Every score is higher for in-distribution rows.\n\n"
+        "[bold]To begin with:[/]  fastood demo"
+    ),
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fastood import __version__
+
+        typer.echo(f"fastood {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    pass
+
+
+LogitsKey = Annotated[str | None, typer.Option(help="What the file calls the logits.", show_default="logits")]
+FeatsKey = Annotated[str | None, typer.Option(help="What the file calls the features.", show_default="feats")]
+Temperature = Annotated[float, typer.Option(help="T > 0 of the softmax.")]
+Bias = Annotated[bool, typer.Option("--bias", help="Count the last layer's bias: \\[h; 1] for h.")]
+
+
+@app.command(no_args_is_help=True)
+def score(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Logits and features.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Scores: .csv, .parquet, .npz, .npy, .safetensors, .pt.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A score, repeatable: {', '.join(SCORES)}; or 'all' that the file allows.", show_default="energy"
+        ),
+    ] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            help="Order r of the ||h||_r that multiplies a V term: 0.3, 2, inf; 'none' for none.",
+            show_default="0.3 with feats, none without",
+        ),
+    ] = None,
+    temperature: Temperature = 1.0,
+    bias: Bias = False,
+    log: Annotated[bool, typer.Option("--log", help="log(U * V), finite where U * V overflows.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="The paper's signs: not every score is then higher = ID.")] = False,
+    logits_key: LogitsKey = None,
+    feats_key: FeatsKey = None,
+    chunk_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows read at a time.", show_default="64 MiB of them")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="'auto', or one that 'fastood info' lists.")] = "auto",
+) -> None:
+    """Score every row of a file.
+
+    [bold]Examples[/]
+
+    The default, energy times ||h||_0.3:
+
+        fastood score val.npz scores.csv
+
+    Two scores in one read, without the features' norm:
+
+        fastood score val.pt scores.npz --method msp --method tv --norm none
+
+    Everything the file allows, on a GPU:
+
+        fastood score val.npy scores.parquet --method all --device cuda
+    """
+    import torch
+
+    import fastood
+    from fastood.files import open_rows, save_scores, writable
+
+    methods = _methods(method or ["energy"])
+    order: float | EllipsisType | None = ... if norm is None else _order(norm)
+    if order is not ... and methods and all(m in SCORES and SCORES[m].gradient for m in methods):
+        raise ValueError(f"--norm: {', '.join(methods)} has a norm of its own")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device must be a torch device such as cpu or cuda:0, got {device!r}") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: torch finds no GPU here for {device!r}")
+
+    nan: dict[str, int] = {}
+    with open_rows(source, logits_key, feats_key) as rows, save_scores(writable(out, source)) as writer:
+        for chunk in _with_progress(rows, chunk_rows):
+            logits, feats = (None if x is None else x.to(target) for x in chunk)
+            found: dict[str, Tensor] = fastood.scores(
+                logits,
+                feats,
+                methods,
+                norm=order,
+                temperature=temperature,
+                bias=bias,
+                log=log,
+                oriented=not raw,
+                backend=backend,
+            )
+            writer.write(found)
+            for name, x in found.items():
+                nan[name] = nan.get(name, 0) + int(x.isnan().sum())
+        count = rows.rows
+    typer.echo(f"{out}: {count:,} rows of {', '.join(nan)}")
+    if any(nan.values()):
+        typer.echo("NaN: " + ", ".join(f"{name} in {n:,} rows" for name, n in nan.items() if n))
+        typer.echo(
+            "A row is NaN where it holds NaN, where its logits hold +inf or are all -inf"
+            + (", or where U * V has no logarithm" if log else "")
+            + ". Leave such rows out before evaluating."
+        )
+
+
+@app.command("eval", no_args_is_help=True)
+def evaluate(
+    id_file: Annotated[Path, typer.Option("--id", metavar="FILE", help="In-distribution logits and features.")],
+    ood: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="An OOD set, repeatable.")],
+    norm: Annotated[
+        list[str] | None,
+        typer.Option(help="Order of ||h||_r, or 'none'; repeatable.", show_default="none and 0.3"),
+    ] = None,
+    temperature: Temperature = 1.0,
+    bias: Bias = False,
+    method: Annotated[list[str] | None, typer.Option(help="A score, repeatable.", show_default="all")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report as HTML.")] = None,
+    logits_key: LogitsKey = None,
+    feats_key: FeatsKey = None,
+) -> None:
+    """How well each score separates in-distribution rows from OOD ones.
+
+    [bold]Examples[/]
+
+    Two OOD sets and their average:
+
+        fastood eval --id val.npz --ood svhn.npz --ood textures=dtd/out.npz
+
+    One score, plain and times ||h||_2, with a report:
+
+        fastood eval --id val.npz --ood svhn.npz --method msp --norm none --norm 2 --html a.html
+    """
+    from fastood.evaluation import evaluate as evaluation_of
+    from fastood.evaluation import score_rows
+    from fastood.files import open_rows, writable
+
+    files = _named_files(ood)
+    for path in (json_file, csv_file, html_file):
+        if path:
+            writable(path, id_file, *files.values())
+    methods = _methods(method or ["all"])
+    norms = tuple(_order(text) for text in norm) if norm else (None, 0.3)
+
+    def scores_of(path: Path) -> dict[str, Any]:
+        with open_rows(path, logits_key, feats_key) as rows:
+            return score_rows(_with_progress(rows), methods=methods, norms=norms, temperature=temperature, bias=bias)
+
+    evaluation = evaluation_of(scores_of(id_file), {name: scores_of(path) for name, path in files.items()})
+    print_table(evaluation)
+    if json_file:
+        evaluation.to_json(json_file)
+    if csv_file:
+        evaluation.to_csv(csv_file)
+    if html_file:
+        from fastood.report import write_html
+
+        write_html(html_file, evaluation, title=f"OOD detection: {id_file.stem} against {', '.join(files)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("fastood-demo"),
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+) -> None:
+    """Train a small classifier, score in- and out-of-distribution data, and show what comes out.
+
+    [bold]Example[/]
+
+        fastood demo --out my-demo
+    """
+    from fastood.demo import run
+
+    print_table(run(out, seed, lambda line: typer.echo(line, err=True)))
+    typer.echo("Written:")
+    for path in sorted(out.iterdir()):
+        typer.echo(f"  {path}")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """What fastood runs on here: versions, backends, processor, GPUs. For bug reports, too.
+
+    [bold]Example[/]
+
+        fastood info --json
+    """
+    import numpy as np
+    import torch
+
+    import fastood
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    # A GPU's backends are asked about its tensors; they cannot serve the processor's anyway.
+    devices = ["cpu", *(["cuda"] if gpus else [])]
+    facts: dict[str, Any] = {
+        "fastood": fastood.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": gpus,
+        "backends": {
+            device: {name: {"usable": s.usable, "why": s.why} for name, s in fastood.backends(device).items()}
+            for device in devices
+        },
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for name, fact in facts.items():
+        if name == "backends":
+            for device, backends in fact.items():
+                for backend, status in backends.items():
+                    usable = "usable" if status["usable"] else "not usable"
+                    typer.echo(f"backend {backend} on {device}: {usable}: {status['why']}")
+        else:
+            typer.echo(f"{name}: {', '.join(fact) or 'none' if isinstance(fact, list) else fact}")
+
+
+def print_table(evaluation: Evaluation) -> None:
+    """An evaluation for people: one section per OOD set, the best AUROC of each in bold."""
+    columns = {"auroc": "AUROC", "fpr95_in": "FPR95", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
+    rows = evaluation.table()
+    table = Table("OOD set", "score")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for ood in dict.fromkeys(row["ood"] for row in rows):
+        section = [row for row in rows if row["ood"] == ood]
+        best = max(row["auroc"] for row in section)
+        for i, row in enumerate(section):
+            cells = [f"{100 * row[key]:.2f}" for key in columns]
+            table.add_row(ood if i == 0 else "", row["score"], *cells, style="bold" if row["auroc"] == best else None)
+        table.add_section()
+    console = Console()
+    console.print(table)
+    console.print(
+        "Percent. A score is higher for in-distribution rows. FPR95: OOD rows accepted where 95% of ID rows are,\n"
+        "lower is better. AUPR-in counts ID rows as positive, AUPR-out OOD rows.",
+        highlight=False,
+    )
+
+
+def _with_progress(rows: Rows, chunk_rows: int | None = None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The chunks of `rows`, with a bar on the terminal where there is one."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(rows.path.name, total=rows.rows)
+        for logits, feats in rows.chunks(chunk_rows):
+            yield logits, feats
+            done = logits if logits is not None else feats
+            assert done is not None
+            progress.advance(task, len(done))
+
+
+def _methods(names: list[str]) -> list[str] | None:
+    """None, which is every score that the inputs allow, where "all" is among the names."""
+    return None if "all" in names else names
+
+
+def _order(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise ValueError(f"--norm must be a number, 'inf' or 'none', got {text!r}") from None
+
+
+def _named_files(texts: list[str]) -> dict[str, Path]:
+    """NAME=FILE by name; a file's own name may hold a "="."""
+    files: dict[str, Path] = {}
+    for text in texts:
+        name, given, path = text.partition("=")
+        if not given or os.path.exists(text):
+            name, path = Path(text).stem, text
+        if name in files:
+            raise ValueError(f"--ood: {name!r} names two sets; give one another name with --ood NAME={path}")
+        files[name] = Path(path)
+    return files
