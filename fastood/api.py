@@ -345,10 +345,13 @@ def _stat(stat: Stat) -> Stat:
     name, *params = (stat,) if isinstance(stat, str) else stat
     choice("stats", name, tuple(STATISTICS))
     if name == "power_sum":
-        (r,) = params or [None]
-        return name, number("stats: r of power_sum", r, above=0)
+        if len(params) != 1:
+            raise ValueError(f"stats: power_sum is asked for as ('power_sum', r), got {stat!r}")
+        return name, number("stats: r of power_sum", params[0], above=0)
     if name == "gen":
-        gamma, M = params or [None, None]
+        if len(params) != 2:
+            raise ValueError(f"stats: gen is asked for as ('gen', gamma, M), got {stat!r}")
+        gamma, M = params
         M = number("M", M, at_least=1)
         if int(M) != M:
             raise ValueError(f"M must be a whole number of classes, got {M!r}")

@@ -181,10 +181,11 @@ def batchgrad(
     # Tiles [n, c, D]; c does not depend on N, so that a row's sum does not depend on its batch.
     c = max(1, min(g.shape[0], _TILE // max(1, g.shape[1])))
     n = max(1, _TILE // max(1, c * g.shape[1]))
-    raw = []
+    raw = [p.new_zeros(0, dtype=torch.float64)]
     for p_n, not_p_n, x_n in zip(p.split(n), not_p.split(n), x.split(n), strict=True):
         tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), g.split(c), strict=True)
-        raw.append(sum(_expected_l1(*tile, x_n).double() for tile in tiles))
+        nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
+        raw.append(sum((_expected_l1(*tile, x_n).double() for tile in tiles), start=nothing))
     return give((-1 if oriented else 1) * torch.cat(raw), dtype, as_numpy)
 
 
@@ -259,18 +260,18 @@ def deep_gradient_norm(
                 raise ValueError("model must map inputs [N, ...] to one tensor of logits [N, C]")
             return logits[0]
 
-        logits, pull = torch.func.vjp(forward, params)
+        logits, pull = torch.func.vjp(forward, params)[:2]
         log_p = (logits.double() / T).log_softmax(-1)  # float64: e_y - p must keep 1 - p_max
         p, eye = log_p.exp(), torch.eye(logits.shape[0], dtype=torch.float64, device=x.device)
         weights = {"uniform": torch.full_like(p, 1 / len(eye)), "predicted": p, "log_predicted": log_p}
-        q = weights[labels] if isinstance(labels, str) else q
+        w = q if q is not None else weights[str(labels)]
 
         def size(cotangent: Tensor) -> Tensor:
             return norm_of_gradient(pull((cotangent / T).to(logits.dtype))[0])
 
         if expectation == "inside":
-            return size(q - p)
-        return (q * torch.func.vmap(lambda e: size(e - p), chunk_size=at_a_time)(eye)).sum()
+            return size(w - p)
+        return (w * torch.func.vmap(lambda e: size(e - p), chunk_size=at_a_time)(eye)).sum()
 
     # Each gradient at work is held about four times: itself, its absolute value, its power, autograd's share.
     held = 4 * sum(p.numel() * max(4, p.element_size()) for p in params.values())

@@ -159,7 +159,8 @@ register(
         "in",
         stats=("s2", "one_minus_s2"),
         v=lambda s: s["s2"],
-        log_v=lambda s: (-s["one_minus_s2"]).log1p(),
+        # near S_2 = 1 from 1 - S_2, or its logarithm would lose what 1 - S_2 keeps
+        log_v=lambda s: (-s["one_minus_s2"]).log1p().where(s["s2"] > 0.5, s["s2"].log()),
     )
 )
 register(

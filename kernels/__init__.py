@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # A statistic is named by a string, or by a tuple of a string and its parameters.
-Stat = str | tuple[str | float, ...]
+Stat = str | tuple[str, float] | tuple[str, float, int]
 
 STATISTICS: dict[str, str] = {
     "fmax": "max_k f_k",
@@ -111,5 +111,5 @@ def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.floa
     status = {}
     for name, backend in BACKENDS.items():
         reason = backend.unusable(torch.device(device), dtype)
-        status[name] = BackendStatus(reason is None, reason or backend.__doc__.strip().split("\n")[0])
+        status[name] = BackendStatus(reason is None, reason or (backend.__doc__ or "").strip().split("\n")[0])
     return status

@@ -294,7 +294,9 @@ def test_bad_arguments_are_named(arguments, error, words):
         (lambda: fastood.norms(None, [1]), TypeError, "feats must be a torch tensor"),
         (lambda: fastood.row_stats(None), TypeError, "logits must be a torch tensor"),
         (lambda: fastood.row_stats(F, ["entropy"]), ValueError, "stats must be one of 'fmax', .*got 'entropy'"),
-        (lambda: fastood.row_stats(F, ["power_sum"]), TypeError, "r of power_sum must be a number, got NoneType"),
+        (lambda: fastood.row_stats(F, ["power_sum"]), ValueError, r"asked for as \('power_sum', r\)"),
+        (lambda: fastood.row_stats(F, [("power_sum", 0)]), ValueError, "r of power_sum must be a finite number > 0"),
+        (lambda: fastood.row_stats(F, [("gen", 0.1)]), ValueError, r"asked for as \('gen', gamma, M\)"),
     ],
 )
 def test_bad_arguments_elsewhere(call, error, words):
