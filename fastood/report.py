@@ -1,0 +1,94 @@
+"""An evaluation as one HTML file that needs nothing else: no network, no files beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+from fastood._version import __version__
+from fastood.evaluation import CONVENTION, Evaluation
+from fastood.files import atomic
+from fastood.metrics import METRICS
+from fastood.plots import histograms
+
+_DRAWN = 3  # histograms per OOD set
+_LOWER_IS_BETTER = ("fpr95_in", "fpr95_out")
+
+
+def write_html(
+    path: str | os.PathLike[str],
+    evaluation: Evaluation,
+    *,
+    title: str = "fastood report",
+    figures: Mapping[str, Figure] | None = None,
+) -> None:
+    """Write the report: tables of all metrics, histograms of the best scores per OOD set, what it all means.
+
+    Parameters
+    ----------
+    path : path
+        The .html file. Images, style and script are inside it, so it opens offline.
+    evaluation : Evaluation
+        What ``fastood.evaluation.evaluate`` gives.
+    title : str
+        The heading.
+    figures : mapping, optional
+        Caption -> a further figure, ``fastood.plots.heatmap`` for one.
+
+    Examples
+    --------
+    >>> from fastood.evaluation import evaluate
+    >>> from fastood.report import write_html
+    >>> evaluation = evaluate({"msp": [0.9, 0.8]}, {"noise": {"msp": [0.3]}})
+    >>> write_html("report.html", evaluation)  # doctest: +SKIP
+    """
+    by_ood: dict[str, list[dict[str, Any]]] = {}
+    for row in evaluation.table():
+        by_ood.setdefault(row["ood"], []).append(row)
+    sections = [
+        {
+            "ood": ood,
+            "columns": [_column(metric, rows, metric) for metric in METRICS],
+            "histograms": {
+                label: _inline(histograms(evaluation.id_scores[label], {ood: evaluation.ood_scores[ood][label]}, label))
+                for label in (evaluation.best(_DRAWN, ood) if ood in evaluation.ood_scores else ())
+            },
+        }
+        for ood, rows in by_ood.items()
+    ]
+    overview = [_column(ood, rows, "auroc") for ood, rows in by_ood.items()]
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html = template.from_string(files("fastood").joinpath("report.html").read_text(encoding="utf-8")).render(
+        title=title,
+        version=__version__,
+        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        counts=evaluation.counts(),
+        labels=list(evaluation.id_scores),
+        overview=overview if len(overview) > 1 else None,
+        sections=sections,
+        convention=CONVENTION,
+        figures={caption: _inline(figure) for caption, figure in (figures or {}).items()},
+    )
+    with atomic(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def _column(heading: str, rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    numbers = {row["score"]: row[metric] for row in rows}
+    best = min if metric in _LOWER_IS_BETTER else max
+    return {"heading": heading, "numbers": numbers, "best": best(numbers.values())}
+
+
+def _inline(figure: Figure) -> str:
+    """The figure as a data: address."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
