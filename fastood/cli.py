@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -293,14 +294,17 @@ def print_table(evaluation: Evaluation) -> None:
         best = max(row["auroc"] for row in section)
         for i, row in enumerate(section):
             cells = [f"{100 * row[key]:.2f}" for key in columns]
-            table.add_row(ood if i == 0 else "", row["score"], *cells, style="bold" if row["auroc"] == best else None)
+            table.add_row(
+                escape(ood) if i == 0 else "",
+                escape(row["score"]),
+                *cells,
+                style="bold" if row["auroc"] == best else None,
+            )
         table.add_section()
-    console = Console()
-    console.print(table)
-    console.print(
-        "Percent. A score is higher for in-distribution rows. FPR95: OOD rows accepted where 95% of ID rows are,\n"
-        "lower is better. AUPR-in counts ID rows as positive, AUPR-out OOD rows.",
-        highlight=False,
+    Console().print(table)
+    typer.echo(
+        "In percent. Scores are higher for in-distribution (ID) rows. AUPR-in counts ID rows\nas positive, AUPR-out "
+        "OOD rows. FPR95: OOD rows accepted where 95% of ID rows are; lower is better."
     )
 
 

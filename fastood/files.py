@@ -121,7 +121,8 @@ def open_rows(path: str | os.PathLike[str], logits_key: str | None = None, feats
     opener = _of_format(path, _OPENERS)
     if not path.is_file():
         raise FileError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
-    with ExitStack() as resources:
+    resources = ExitStack()
+    try:
         with _reading(path):
             arrays = opener(path, resources)
         logits = _pick(path, arrays, logits_key, "logits")
@@ -135,7 +136,10 @@ def open_rows(path: str | os.PathLike[str], logits_key: str | None = None, feats
                 f"{path}: {feats_key or 'feats'!r} must have the {logits.shape[0]} rows of "
                 f"{logits_key or 'logits'!r}, got {_shown(feats)}"
             )
-        return Rows(path, logits, feats, resources.pop_all())
+    except BaseException:
+        resources.close()
+        raise
+    return Rows(path, logits, feats, resources)
 
 
 def _pick(path: Path, arrays: Mapping[str, _Array], asked: str | None, default: str) -> _Array | None:
@@ -199,10 +203,10 @@ def _npz(path: Path, resources: ExitStack) -> dict[str, _Array]:
     # np.load reads a member whole; a zip archive and the .npy header give it row by row.
     archive = resources.enter_context(zipfile.ZipFile(path))
     members = [name for name in archive.namelist() if name.endswith(".npy")]
-    return {name.removesuffix(".npy"): _npz_member(path, archive, name) for name in members}
+    return {name.removesuffix(".npy"): _npz_member(path, archive, name, resources) for name in members}
 
 
-def _npz_member(path: Path, archive: zipfile.ZipFile, member: str) -> _Array:
+def _npz_member(path: Path, archive: zipfile.ZipFile, member: str, resources: ExitStack) -> _Array:
     def header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         version = np.lib.format.read_magic(stream)
         # Version 3 differs from 2 in the names of structured fields, which no matrix has.
@@ -219,16 +223,17 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: str) -> _Array:
                 "save numpy.ascontiguousarray of it"
             )
         rows, width = shape
-        with archive.open(member) as stream:
-            header(stream)
-            for i in range(0, rows, n):
-                count = min(n, rows - i)
-                data = stream.read(count * width * dtype.itemsize)
-                if len(data) < count * width * dtype.itemsize:
-                    raise FileError(f"{path}: {member!r} ends before its {rows} rows do")
-                if i + n >= rows:
-                    stream.read(1)  # the end of the member, where its checksum is compared
-                yield _from_numpy(member, np.frombuffer(data, dtype).reshape(count, width))
+        # Closed with the file, for a chunk whose use failed leaves this generator waiting.
+        stream = resources.enter_context(archive.open(member))
+        header(stream)
+        for i in range(0, rows, n):
+            count = min(n, rows - i)
+            data = stream.read(count * width * dtype.itemsize)
+            if len(data) < count * width * dtype.itemsize:
+                raise FileError(f"{path}: {member!r} ends before its {rows} rows do")
+            if i + n >= rows:
+                stream.read(1)  # the end of the member, where its checksum is compared
+            yield _from_numpy(member, np.frombuffer(data, dtype).reshape(count, width))
 
     return _Array(shape, dtype.name, blocks)
 
@@ -439,7 +444,7 @@ def _held(save: Callable[[Path, Columns], object]) -> Callable[[Path], AbstractC
 
 def _save_npy(path: Path, columns: Columns) -> None:
     with path.open("wb") as file:
-        np.save(file, *columns.values())
+        np.save(file, next(iter(columns.values())))
 
 
 @contextmanager
@@ -454,7 +459,7 @@ def _npy_score(path: Path) -> Iterator[Sink]:
         yield write
 
 
-def _save_npz(path: Path, columns: Columns) -> None:
+def _save_npz(path: Path, columns: dict[str, Any]) -> None:
     with path.open("wb") as file:  # given a name, numpy may append to it
         np.savez(file, **columns)
 
