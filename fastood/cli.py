@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,8 +138,12 @@ def score(
         raise ValueError(f"--device: torch finds no GPU here for {device!r}")
 
     nan: dict[str, int] = {}
-    with open_rows(source, logits_key, feats_key) as rows, save_scores(writable(out, source)) as writer:
-        for chunk in _with_progress(rows, chunk_rows):
+    with (
+        open_rows(source, logits_key, feats_key) as rows,
+        save_scores(writable(out, source)) as writer,
+        _chunks_of(rows, chunk_rows) as chunks,
+    ):
+        for chunk in chunks:
             logits, feats = (None if x is None else x.to(target) for x in chunk)
             found: dict[str, Tensor] = fastood.scores(
                 logits,
@@ -205,8 +211,8 @@ def evaluate(
     norms = tuple(_order(text) for text in norm) if norm else (None, 0.3)
 
     def scores_of(path: Path) -> dict[str, Any]:
-        with open_rows(path, logits_key, feats_key) as rows:
-            return score_rows(_with_progress(rows), methods=methods, norms=norms, temperature=temperature, bias=bias)
+        with open_rows(path, logits_key, feats_key) as rows, _chunks_of(rows) as chunks:
+            return score_rows(chunks, methods=methods, norms=norms, temperature=temperature, bias=bias)
 
     evaluation = evaluation_of(scores_of(id_file), {name: scores_of(path) for name, path in files.items()})
     print_table(evaluation)
@@ -303,24 +309,31 @@ def print_table(evaluation: Evaluation) -> None:
         table.add_section()
     Console().print(table)
     typer.echo(
-        "In percent. Scores are higher for in-distribution (ID) rows. AUPR-in counts ID rows\nas positive, AUPR-out "
-        "OOD rows. FPR95: OOD rows accepted where 95% of ID rows are; lower is better."
+        "In percent. Scores are higher for in-distribution (ID) rows. FPR95: OOD rows\n"
+        "accepted where 95% of ID rows are; lower is better. AUPR-in counts ID rows as\n"
+        "positive, AUPR-out OOD rows."
     )
 
 
-def _with_progress(rows: Rows, chunk_rows: int | None = None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+@contextmanager
+def _chunks_of(rows: Rows, chunk_rows: int | None = None) -> Iterator[Iterator[tuple[Tensor | None, Tensor | None]]]:
     """The chunks of `rows`, with a bar on the terminal where there is one."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(rows.path.name, total=rows.rows)
-        for logits, feats in rows.chunks(chunk_rows):
-            yield logits, feats
-            done = logits if logits is not None else feats
-            assert done is not None
-            progress.advance(task, len(done))
+    # rich's own idea of a terminal follows environment variables about colour, too.
+    hidden = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
+        task = progress.add_task(escape(rows.path.name), total=rows.rows)
+
+        def chunks() -> Iterator[tuple[Tensor | None, Tensor | None]]:
+            for logits, feats in rows.chunks(chunk_rows):
+                yield logits, feats
+                done = logits if logits is not None else feats
+                assert done is not None
+                progress.advance(task, len(done))
+
+        yield chunks()
 
 
 def _methods(names: list[str]) -> list[str] | None:

@@ -189,6 +189,21 @@ def test_a_missing_argument_is_a_usage_error(data):
     assert "Missing argument 'OUT'" in result.stderr
 
 
+def test_a_bar_on_a_terminal_ends_before_the_complaint(data):
+    pty = pytest.importorskip("pty", reason="needs a POSIX terminal")
+    terminal, stderr = pty.openpty()
+    np.savez("long.npz", logits=np.zeros((9, C)), feats=np.full((9, D), np.nan))
+    command = [sys.executable, "-m", "fastood", "score", "long.npz", "out.npy", "--method", "all"]
+    result = subprocess.run(command, stderr=stderr, stdout=subprocess.PIPE, env={**os.environ, "TERM": "xterm"})
+    text = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    os.close(stderr)
+    assert result.returncode == 2
+    assert "0/9" in text
+    shown_again = text.index("\x1b[?25h")  # the cursor, which the bar hides
+    assert "error: a .npy file holds one score" in text[shown_again:]
+
+
 # ---- eval
 
 
