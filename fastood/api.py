@@ -25,6 +25,7 @@ from fastood._inputs import (
 from fastood.kernels import STATISTICS, Stat, Want, select
 from fastood.registry import SCORES, RowStats, Score
 
+PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
 PAPER_NORMS = (0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf)
 BEST_NORM = 0.3  # Section 4.3: ||h||_0.3 x energy, chosen on the paper's own test set
 
@@ -157,7 +158,7 @@ def scores(
 def sweep(
     logits: ArrayT,
     feats: ArrayT,
-    v: Sequence[str] = ("energy", "tv", "msp", "varsum"),
+    v: Sequence[str] = PAPER_V,
     norms: Sequence[float | None] = PAPER_NORMS,
     *,
     temperature: float = 1.0,

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from fastood import SCORES
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from fastood.evaluation import Evaluation
@@ -223,7 +224,34 @@ def evaluate(
     if html_file:
         from fastood.report import write_html
 
-        write_html(html_file, evaluation, title=f"OOD detection: {id_file.stem} against {', '.join(files)}")
+        figures = _heatmap(id_file, files, logits_key, feats_key, temperature, bias)
+        title = f"OOD detection: {id_file.stem} against {', '.join(files)}"
+        write_html(html_file, evaluation, title=title, figures=figures)
+
+
+def _heatmap(
+    id_file: Path,
+    ood_files: dict[str, Path],
+    logits_key: str | None,
+    feats_key: str | None,
+    temperature: float,
+    bias: bool,
+) -> dict[str, Figure]:
+    """Figure 2 of these files, where all of them have logits and feats."""
+    from fastood import plots
+    from fastood.api import PAPER_NORMS, PAPER_V
+    from fastood.evaluation import sweep_auroc
+    from fastood.files import open_rows
+
+    with ExitStack() as stack:
+        inside, *outside = (
+            stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *ood_files.values())
+        )
+        if any(rows.classes is None or rows.dim is None for rows in (inside, *outside)):
+            return {}
+        chunks = {name: rows.chunks() for name, rows in zip(ood_files, outside, strict=True)}
+        auroc = sweep_auroc(inside.chunks(), chunks, temperature=temperature, bias=bias)
+    return {plots.FIGURE_2: plots.heatmap(auroc, PAPER_V, PAPER_NORMS)}
 
 
 @app.command()
@@ -292,14 +320,15 @@ def print_table(evaluation: Evaluation) -> None:
     """An evaluation for people: one section per OOD set, the best AUROC of each in bold."""
     columns = {"auroc": "AUROC", "fpr95_in": "FPR95", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
     rows = evaluation.table()
-    table = Table("OOD set", "score")
+    table = Table("OOD set")
+    table.add_column("score", no_wrap=True)
     for title in columns.values():
         table.add_column(title, justify="right")
     for ood in dict.fromkeys(row["ood"] for row in rows):
         section = [row for row in rows if row["ood"] == ood]
         best = max(row["auroc"] for row in section)
         for i, row in enumerate(section):
-            cells = [f"{100 * row[key]:.2f}" for key in columns]
+            cells = [f"{row[key]:.6f}" for key in columns]
             table.add_row(
                 escape(ood) if i == 0 else "",
                 escape(row["score"]),
@@ -307,11 +336,14 @@ def print_table(evaluation: Evaluation) -> None:
                 style="bold" if row["auroc"] == best else None,
             )
         table.add_section()
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 400  # a file or a pipe has no edge to cut names off at
+    console.print(table)
     typer.echo(
-        "In percent. Scores are higher for in-distribution (ID) rows. FPR95: OOD rows\n"
-        "accepted where 95% of ID rows are; lower is better. AUPR-in counts ID rows as\n"
-        "positive, AUPR-out OOD rows."
+        "Scores are higher for in-distribution (ID) rows. FPR95: share of OOD rows accepted\n"
+        "where 95% of ID rows are; lower is better. AUPR-in counts ID rows as positive,\n"
+        "AUPR-out OOD rows."
     )
 
 

@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fastood import plots
-from fastood.api import PAPER_NORMS
+from fastood.api import PAPER_NORMS, PAPER_V
 from fastood.evaluation import Evaluation, Scores, evaluate, score_rows, sweep_auroc
 from fastood.files import atomic
 from fastood.gradients import anchor_gradient, batchgrad, deep_gradient_norm
@@ -29,7 +29,6 @@ from fastood.report import write_html
 
 _KNOWN = 7  # the digits 0 to 6
 _PHOTO_PATCHES = 300
-_SWEPT = ("energy", "tv", "msp", "varsum")
 
 
 def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], object] = print) -> Evaluation:
@@ -81,15 +80,15 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
             np.savez(temporary, logits=logits.numpy(), feats=feats.numpy())
     evaluation.to_csv(out / "scores.csv")
     evaluation.to_json(out / "scores.json")
-    grid = sweep_auroc([outputs["id"]], {name: [outputs[f"ood_{name}"]] for name in ood}, _SWEPT, PAPER_NORMS)
-    simplex, heatmap = plots.simplex(), plots.heatmap(grid, _SWEPT, PAPER_NORMS)
+    grid = sweep_auroc([outputs["id"]], {name: [outputs[f"ood_{name}"]] for name in ood})
+    simplex, heatmap = plots.simplex(), plots.heatmap(grid, PAPER_V, PAPER_NORMS)
     best = evaluation.best(1)[0]
     ood_scores = {name: columns[best] for name, columns in evaluation.ood_scores.items()}
     _save(simplex, out / "figure1_simplex.png")
     _save(heatmap, out / "figure2_heatmap.png")
     _save(plots.histograms(evaluation.id_scores[best], ood_scores, best), out / "histograms.png")
     figures = {
-        "V terms times norms of the features: AUROC, mean over the OOD sets (Figure 2 of the paper)": heatmap,
+        plots.FIGURE_2: heatmap,
         "What the V terms look like (Figure 1 of the paper)": simplex,
     }
     write_html(out / "report.html", evaluation, title="fastood on handwritten digits", figures=figures)

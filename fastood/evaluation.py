@@ -17,7 +17,7 @@ from torch import Tensor
 from fastood import metrics
 from fastood._inputs import order_of
 from fastood._version import __version__
-from fastood.api import BEST_NORM, PAPER_NORMS, scores, sweep
+from fastood.api import BEST_NORM, PAPER_NORMS, PAPER_V, scores, sweep
 from fastood.api import norms as norms_of
 from fastood.files import atomic
 from fastood.registry import SCORES
@@ -224,7 +224,7 @@ def evaluate(id_scores: Mapping[str, ArrayLike], ood_scores: Mapping[str, Mappin
 def sweep_auroc(
     id_chunks: Chunks,
     ood_chunks: Mapping[str, Chunks],
-    v: Sequence[str] = ("energy", "tv", "msp", "varsum"),
+    v: Sequence[str] = PAPER_V,
     norms: Sequence[float | None] = PAPER_NORMS,
     *,
     temperature: float = 1.0,

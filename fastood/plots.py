@@ -20,6 +20,7 @@ from fastood.api import row_stats
 _ID_COLOUR = "#0072B2"
 _OOD_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BINS = 50
+FIGURE_2 = "V terms times norms of the features: AUROC, mean over the OOD sets (Figure 2 of the paper)"
 
 
 def heatmap(auroc: ArrayLike, v: Sequence[str], norms: Sequence[float | None]) -> Figure:

@@ -222,7 +222,9 @@ def test_eval_writes_the_table_it_prints(data):
         rows = {(row["ood"], row["score"]): row for row in csv.DictReader(file)}
     with open("t.json", encoding="utf-8") as file:
         assert len(json.load(file)["results"]) == len(rows) == 6
-    assert "<html" in Path("t.html").read_text(encoding="utf-8")
+    html = Path("t.html").read_text(encoding="utf-8")
+    assert "<html" in html
+    assert "Figure 2 of the paper" in html
     for label, score_of in {
         "energy": lambda f, h: logsumexp(f),
         "energy*||h||_2": lambda f, h: logsumexp(f) * norm(h, 2),
@@ -231,7 +233,7 @@ def test_eval_writes_the_table_it_prints(data):
         truth["average"] = np.mean(list(truth.values()))
         for name, value in truth.items():
             assert float(rows[name, label]["auroc"]) == pytest.approx(value, abs=1e-12)
-            assert f"{100 * value:.2f}" in result.stdout
+            assert f"{value:.6f}" in result.stdout
             assert name in result.stdout
     for word in ("AUROC", "FPR95", "AUPR-in", "AUPR-out", "higher for in-distribution"):
         assert word in result.stdout
@@ -296,7 +298,7 @@ def test_demo_prints_the_table_and_the_files(data, monkeypatch):
     monkeypatch.setattr(demo, "run", quick)
     result = run("demo", "--out", "here", "--seed", "3")
     assert "noise" in result.stdout
-    assert "50.00" in result.stdout
+    assert "0.500000" in result.stdout
     assert os.path.join("here", "picture.png") in result.stdout
     assert result.stderr == "working\n"
 
