@@ -48,7 +48,7 @@ def heatmap(auroc: ArrayLike, v: Sequence[str], norms: Sequence[float | None]) -
     image = ax.imshow(cells, cmap="cividis", aspect="auto")
     ax.set_xticks(range(len(norms)), ["U = 1" if r is None else "∞" if r == np.inf else f"{r:g}" for r in norms])
     ax.set_yticks(range(len(v)), v)
-    ax.set_xlabel(r"order r of U = $\|\|h\|\|_r$")
+    ax.set_xlabel(r"order r of U = $\|h\|_r$")
     ax.set_ylabel("V")
     ax.set_title("AUROC of U · V, higher is better")
     ax.tick_params(length=0)
