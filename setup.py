@@ -1,8 +1,21 @@
-"""What pyproject.toml cannot say: the top-level folder kernels/ is installed as fastood.kernels."""
+"""What pyproject.toml cannot say: kernels/ is installed as fastood.kernels, and has a part in C++."""
 
-from setuptools import setup
+import sys
+
+from setuptools import Extension, setup
+
+native = Extension(
+    "fastood.kernels.cpu._native",
+    sources=[f"kernels/cpu/{name}.cpp" for name in ("module", "state", "rows_base", "rows_avx2", "rows_avx512")],
+    depends=[f"kernels/cpu/{name}.h" for name in ("plan", "state", "rows")],
+    extra_compile_args=[] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"],
+    py_limited_api=True,  # one build for Python 3.11 and newer
+    optional=True,  # without a compiler fastood runs on the reference backend, and fastood.backends() says why
+)
 
 setup(
-    packages=["fastood", "fastood.kernels"],
+    packages=["fastood", "fastood.kernels", "fastood.kernels.cpu"],
     package_dir={"fastood": "fastood", "fastood.kernels": "kernels"},
+    ext_modules=[native],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from fastood.kernels import reference
+from fastood.kernels import cpu, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ class Backend(Protocol):
 
 
 # In order of preference: "auto" takes the first that can serve the tensors at hand.
-BACKENDS: dict[str, Backend] = {"reference": reference}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
 
 
 class BackendStatus(NamedTuple):

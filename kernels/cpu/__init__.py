@@ -1,0 +1,115 @@
+"""C++ over torch's own threads, for CPU tensors: one read of each row, whatever is asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastood.kernels import reference
+
+try:
+    from fastood.kernels.cpu import _native
+except ImportError as error:
+    _native, _missing = None, str(error)
+
+if TYPE_CHECKING:
+    from fastood.kernels import Stat, Want
+
+# The numbers that state.h and plan.h give them.
+_STATS = {
+    name: number
+    for number, name in enumerate(
+        ["fmax", "lse", "energy", "msp", "one_minus_msp", "log_msp", "s2", "one_minus_s2", "tv", "plogp", "sumlogp"]
+        + ["power_sum"]
+    )
+}
+_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if _native is None:
+        return f"its C++ part was not built; reinstall fastood where there is a C++ compiler ({_missing})"
+    if device.type != "cpu":
+        return "it serves CPU tensors"
+    return None
+
+
+def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    if _traced(logits, feats):
+        return reference.row_stats(logits, feats, want)
+    # gen sorts, which is another kind of work: plain PyTorch does it.
+    native = tuple(s for s in want.stats if s[0] != "gen")
+    stats, norms = _run(logits, feats, want._replace(stats=native))
+    if len(native) < len(want.stats):
+        sorting = tuple(s for s in want.stats if s[0] == "gen")
+        stats |= reference.row_stats(logits, None, want._replace(stats=sorting, orders=()))[0]
+    return stats, norms
+
+
+def _traced(*tensors: Tensor | None) -> bool:
+    """Whether autograd or a tracer needs plain torch operations; neither can look into the C++ part."""
+    if torch.compiler.is_compiling():
+        return True
+    grad = torch.is_grad_enabled()
+    return any(
+        t is not None and ((grad and t.requires_grad) or type(t) not in (Tensor, torch.nn.Parameter)) for t in tensors
+    )
+
+
+def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    x = logits if logits is not None else feats
+    assert x is not None
+    n = x.shape[0]
+    # The C++ part reads raw addresses: every tensor has a name here until it returns.
+    f, f_arguments = _argument(logits if want.stats else None)
+    h, h_arguments = _argument(feats if want.orders else None)
+    stats = torch.empty(len(want.stats), n, dtype=torch.float64)
+    norms = torch.empty(n, len(want.orders), dtype=torch.float64)
+    _native.row_stats(
+        n,
+        *f_arguments,
+        *h_arguments,
+        want.temperature,
+        tuple([_STATS[s if isinstance(s, str) else s[0]] for s in want.stats]),
+        tuple([0.0 if isinstance(s, str) else float(s[1]) for s in want.stats]),
+        want.orders,
+        want.bias,
+        want.log,
+        stats.data_ptr(),
+        norms.data_ptr(),
+    )
+    del f, h
+    return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
+
+
+def _argument(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
+    """A matrix with inner stride 1, and its address, type, columns and row stride."""
+    if x is None:
+        return None, (0, _TYPES[torch.float32], 0, 0)
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    return x, (x.data_ptr(), _TYPES[x.dtype], x.shape[1], x.stride(0))
+
+
+def _torch_threads() -> int:
+    """The address of torch's own thread pool (torch_parallel_for, since 2.10), so that set_num_threads holds; or 0."""
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+if _native is not None:
+    _native.use_threads_of(_torch_threads())
+    # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))
+    if isa := os.environ.get("FASTOOD_CPU_ISA"):
+        _native.use_level(isa)

@@ -1,0 +1,88 @@
+// What one call asks for, and the partial sums that a chunk of a row is reduced to.
+// Plain data only: this header is compiled once per instruction set, and inline code in it could be
+// merged by the linker into a copy that the processor does not have.
+#pragma once
+
+#include <cstdint>
+
+namespace fastood {
+
+enum Type : int { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, TYPES };
+
+// A row is reduced chunk by chunk, and chunks are merged in order: the same bits on any number of threads.
+constexpr int64_t CHUNK = 8192;
+constexpr int MAX_ORDERS = 32;
+constexpr int MAX_POWER_SUMS = 8;
+
+// Sums over the logits beside sum exp; the work is what is asked for.
+enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16 };
+
+struct LogitsPlan {
+  double temperature;
+  double scale, scale_low;  // log2(e) / T in two parts
+  int sums;         // of Sums; 0 is the maximum alone
+  int power_sums;   // how many S_r
+  double power[MAX_POWER_SUMS];
+};
+
+// Of z = (f - max) / T over a chunk, "rest" meaning all elements below the maximum.
+struct LogitsState {
+  double max;
+  double ties;     // elements equal to the maximum
+  double exp;      // rest: sum exp z
+  double squares;  // rest: sum exp 2z
+  double exp_z;    // rest: sum z exp z
+  double z;        // all: sum z
+  double powers[MAX_POWER_SUMS];  // rest: sum exp rz
+  int64_t n;
+  bool nan;
+};
+
+// One base power y = |h|^base costs one exp2; the orders that are whole multiples of it cost multiplications.
+struct PowerGroup {
+  double base, high;  // high: its leading bits
+  bool scaled;        // of |h| / reference instead of |h|
+  int multiples;
+  int multiple[MAX_ORDERS];
+  int slot[MAX_ORDERS];  // where in NormsState.sum
+};
+
+struct NormsPlan {
+  bool count;       // l0
+  int integers;     // bits 1..6: the orders that are formed by multiplication alone, in slots 1..6
+  int groups;
+  PowerGroup group[MAX_ORDERS];
+  int slots;        // in use, integers included
+  double order[MAX_ORDERS + 7];
+  bool scaled[MAX_ORDERS + 7];
+};
+
+struct NormsState {
+  double max;        // max |h|
+  double reference;  // what scaled sums are relative to: max when they were last rescaled
+  double shift, shift_log;  // its log2, whole and fraction
+  double nonzero;
+  double sum[MAX_ORDERS + 7];
+  bool nan;
+};
+
+// Rescale the sums so that they are relative to `max`. (In state.cpp, with the rest of the scalar code.)
+void rescale(const NormsPlan& plan, NormsState* state, double max);
+
+struct Kernels {
+  const char* name;
+  int float_lanes;
+  void (*logits[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, LogitsState* state, void* kept);
+  // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
+  double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
+                      const void* kept);
+  void (*norms[TYPES])(const void* h, int64_t n, const NormsPlan& plan, NormsState* state);
+  // For tests of the error bounds: 2^x and log2 x of whole vectors.
+  void (*exp2f)(const float* x, float* out, int64_t n);
+  void (*log2f)(const float* x, float* out, int64_t n);
+};
+
+// 2^(x + SCALED): exponentials are kept this much larger than they are, so that e^-104 is a normal number.
+constexpr int SCALED_FLOAT = 40, SCALED_DOUBLE = 100;
+
+}  // namespace fastood

@@ -1,0 +1,552 @@
+// The kernels, in GCC/Clang vector types of VECTOR_BYTES: one source for every instruction set.
+// Included once by each of rows_*.cpp, inside its own namespace and target pragma.
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  typedef float V __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int lanes = VECTOR_BYTES / 4;
+  static constexpr int mantissa = 23, bias = 127, scaled = SCALED_FLOAT;
+  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  static constexpr float largest = 3.40282346638528860e+38f;
+  static constexpr float least_normal = 1.17549435082228751e-38f;
+};
+
+template <>
+struct Vec<double> {
+  typedef double V __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int lanes = VECTOR_BYTES / 8;
+  static constexpr int mantissa = 52, bias = 1023, scaled = SCALED_DOUBLE;
+  static constexpr double magic = 6755399441055744.0;
+  static constexpr double largest = 1.79769313486231571e+308;
+  static constexpr double least_normal = 2.22507385850720138e-308;
+};
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+template <class T> using V = typename Vec<T>::V;
+template <class T> using I = typename Vec<T>::I;
+template <class T> using U = typename Vec<T>::U;
+
+template <class T> INLINE V<T> all(T x) { return x - V<T>{}; }
+
+template <class T> constexpr T minus_inf() { return T(-__builtin_inf()); }
+
+template <class T> INLINE T sum_of(V<T> x) {
+  T total = 0;
+  for (int k = 0; k < Vec<T>::lanes; k++) total += x[k];
+  return total;
+}
+
+template <class T> INLINE T max_of(V<T> x) {
+  T most = x[0];
+  for (int k = 1; k < Vec<T>::lanes; k++) most = x[k] > most ? x[k] : most;
+  return most;
+}
+
+template <class T> INLINE bool any(I<T> mask) {
+  I<T> bits = mask;
+  int64_t found = 0;
+  for (int k = 0; k < Vec<T>::lanes; k++) found |= bits[k];
+  return found != 0;
+}
+
+// ---- loads: any input type into vectors of its arithmetic type
+
+struct Half { uint16_t bits; };
+struct BFloat { uint16_t bits; };
+
+template <class In> struct Arithmetic { typedef float type; };
+template <> struct Arithmetic<double> { typedef double type; };
+
+INLINE V<float> load(const float* x) {
+  V<float> v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+
+INLINE V<double> load(const double* x) {
+  V<double> v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+INLINE V<float> load(const BFloat* x) {
+  Halves raw;
+  __builtin_memcpy(&raw, x, sizeof raw);
+  return (V<float>)(__builtin_convertvector(raw, U<float>) << 16);
+}
+
+INLINE V<float> load(const Half* x) {
+#if defined(__F16C__) && VECTOR_BYTES == 64
+  return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
+#elif defined(__F16C__) && VECTOR_BYTES == 32
+  return (V<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
+#else
+  Halves raw;
+  __builtin_memcpy(&raw, x, sizeof raw);
+  U<float> h = __builtin_convertvector(raw, U<float>);
+  V<float> magnitude = (V<float>)((h & 0x7fff) << 13) * 5.192296858534828e+33f;  // 2^112, subnormals included
+  U<float> special = (h & 0x7fff) << 13 | 0x7f800000;  // infinity and NaN
+  U<float> bits = (h & 0x7c00) == 0x7c00 ? special : (U<float>)magnitude;
+  return (V<float>)(bits | (h & 0x8000) << 16);
+#endif
+}
+
+// The first k elements at x, the other lanes `padding`.
+template <class T, class In> INLINE V<T> load_some(const In* x, int64_t k, T padding) {
+  In held[Vec<T>::lanes] = {};
+  __builtin_memcpy(held, x, k * sizeof(In));
+  V<T> v = load(held);
+  for (int64_t j = k; j < Vec<T>::lanes; j++) v[j] = padding;
+  return v;
+}
+
+// ---- 2^x and log2 x. tests/test_cpu.py holds the bounds that are stated here.
+
+// 2^f for |f| <= 1/2; relative error of the polynomial 2^-29.0 (float), 2^-58.2 (double).
+INLINE V<float> exp2_fraction(V<float> f) {
+  V<float> p = 0.0001534586335765198f * f + 0.0013399929739534855f;
+  p = p * f + 0.009618489071726799f;
+  p = p * f + 0.05550328642129898f;
+  p = p * f + 0.24022646248340607f;
+  p = p * f + 0.6931471824645996f;
+  return p * f + 1.0f;
+}
+
+INLINE V<double> exp2_fraction(V<double> f) {
+  V<double> p = 4.4352888650675365e-10 * f + 7.074104573753809e-09;
+  p = p * f + 1.0178197976954745e-07;
+  p = p * f + 1.3215433095891532e-06;
+  p = p * f + 1.5252733490108938e-05;
+  p = p * f + 0.00015403530462501698;
+  p = p * f + 0.0013333558146789778;
+  p = p * f + 0.009618129107588346;
+  p = p * f + 0.055504108664819925;
+  p = p * f + 0.24022650695910155;
+  p = p * f + 0.6931471805599453;
+  return p * f + 1.0;
+}
+
+// 2^shift times 2^n, n an integer held in `rounded` = n + magic; n + shift within the normal exponents.
+template <class T> INLINE V<T> power_of_two(V<T> rounded, int shift) {
+  return (V<T>)(((I<T>)rounded + (Vec<T>::bias + shift)) << Vec<T>::mantissa);
+}
+
+// 2^(whole + part), whole = a product that is exact, part small; 0 below the normal numbers.
+template <class T> INLINE V<T> exp2_sum(V<T> whole, V<T> part) {
+  V<T> x = whole + part;
+  V<T> lowest = all<T>(T(1 - Vec<T>::bias)), highest = all<T>(T(Vec<T>::bias));
+  V<T> held = x < lowest ? lowest : x > highest ? highest : x;
+  V<T> rounded = held + Vec<T>::magic;
+  V<T> n = rounded - Vec<T>::magic;
+  V<T> power = exp2_fraction((whole - n) + part) * power_of_two<T>(rounded, 0);
+  return x < lowest ? V<T>{} : x > highest ? all<T>(T(__builtin_inf())) : power;
+}
+
+// log2 of positive finite x as exponent + log: |log| <= 1/2; absolute error 2^-27 (float), 2^-59 (double).
+INLINE V<float> log2_mantissa(V<float> m) {
+  V<float> t = m - 1.0f;
+  V<float> q = 0.12541735172271729f * t - 0.21030476689338684f;
+  q = q * t + 0.2173781841993332f;
+  q = q * t - 0.23851919174194336f;
+  q = q * t + 0.2876567840576172f;
+  q = q * t - 0.3607212007045746f;
+  q = q * t + 0.48092252016067505f;
+  q = q * t - 0.7213471531867981f;
+  q = q * t + 1.442694902420044f;
+  return q * t;
+}
+
+INLINE V<double> log2_mantissa(V<double> m) {
+  V<double> s = (m - 1.0) / (m + 1.0), u = s * s;
+  V<double> q = 0.21367066635364648 * u + 0.22091187639284415;
+  q = q * u + 0.2623344014601578;
+  q = q * u + 0.32059853392980525;
+  q = q * u + 0.4121985858510587;
+  q = q * u + 0.5770780163454703;
+  q = q * u + 0.9617966939259899;
+  q = q * u + 2.8853900817779268;
+  return q * s;
+}
+
+template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
+  // 2^-1/2 in bits: the mantissa comes out in [2^-1/2, 2^1/2)
+  constexpr int64_t half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
+  I<T> subnormal = x < Vec<T>::least_normal;
+  x = subnormal ? x * T(int64_t(1) << Vec<T>::mantissa) : x;
+  I<T> e = ((I<T>)x - typename Vec<T>::I{} - half) >> Vec<T>::mantissa;
+  *log = log2_mantissa((V<T>)((I<T>)x - (e << Vec<T>::mantissa)));
+  *exponent = __builtin_convertvector(e + (subnormal & -Vec<T>::mantissa), V<T>);
+}
+
+// ---- logits
+
+template <class T> struct Softmax {
+  T max, high, low;  // z log2(e) = (f - max) (high + low)
+  T lowest;          // the difference below which exp is 0
+
+  Softmax(double max_, const LogitsPlan& plan) : max(T(max_)), high(T(plan.scale)) {
+    low = sizeof(T) == 4 ? T(plan.scale - double(high)) : T(plan.scale_low);
+    double far = (Vec<T>::bias - 1 + Vec<T>::scaled) / plan.scale;
+    lowest = T(far < double(Vec<T>::largest) ? -far : -double(Vec<T>::largest));
+  }
+
+  // 2^SCALED exp(z), z = (f - max) / T; d = f - max is handed out, no less than `lowest`
+  INLINE V<T> exp(const Softmax& s, V<T> f, V<T>* d) {
+    V<T> exact = f - s.max;
+    V<T> held = exact < s.lowest ? all<T>(s.lowest) : exact;
+    V<T> rounded = held * s.high + Vec<T>::magic;
+    V<T> n = rounded - Vec<T>::magic;
+    V<T> fraction = held * s.low + (held * s.high - n);
+    if constexpr (sizeof(T) == 8) {  // what the subtraction rounded away grows with |z|
+      V<T> back = exact - f;
+      V<T> lost = (f - (exact - back)) - (s.max + back);
+      fraction += lost * s.high;
+    }
+    V<T> e = exp2_fraction(fraction) * power_of_two<T>(rounded, Vec<T>::scaled);
+    *d = held;
+    return exact < s.lowest ? V<T>{} : e;
+  }
+};
+
+// Calls step(u, v, i) on every vector of x, u < WIDTH the accumulator to use, i its first element, the last
+// one padded; flush() at the end of each BLOCK elements, so that no float sum grows long.
+constexpr int64_t BLOCK = 512;
+
+template <int WIDTH, class T, class In, class Step, class Flush>
+INLINE void for_blocks(const In* x, int64_t n, T padding, Step step, Flush flush) {
+  constexpr int64_t lanes = Vec<T>::lanes;
+  for (int64_t i = 0; i < n;) {
+    int64_t end = i + BLOCK < n ? i + BLOCK : n;
+    for (; i + WIDTH * lanes <= end; i += WIDTH * lanes) {
+      UNROLL for (int u = 0; u < WIDTH; u++) step(u, load(x + i + u * lanes), i + u * lanes);
+    }
+    UNROLL for (int u = 0; u < WIDTH; u++) {
+      if (i < end) {
+        step(u, i + lanes <= end ? load(x + i) : load_some<T>(x + i, end - i, padding), i);
+        i = i + lanes <= end ? i + lanes : end;
+      }
+    }
+    flush();
+  }
+}
+
+template <int WIDTH, class T> INLINE double take(V<T>* sums) {
+  V<T> total = sums[0];
+  UNROLL for (int u = 1; u < WIDTH; u++) total += sums[u];
+  UNROLL for (int u = 0; u < WIDTH; u++) sums[u] = V<T>{};
+  return double(sum_of<T>(total));
+}
+
+template <class T, class In> static void max_of_row(const In* f, int64_t n, LogitsState* state) {
+  constexpr int W = 4;
+  V<T> most[W];
+  I<T> nan[W] = {};
+  UNROLL for (int u = 0; u < W; u++) most[u] = all<T>(minus_inf<T>());
+  for_blocks<W, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+        most[u] = v > most[u] ? v : most[u];
+        nan[u] |= v != v;
+      },
+      [] {});
+  V<T> m = most[0];
+  UNROLL for (int u = 1; u < W; u++) {
+    m = most[u] > m ? most[u] : m;
+    nan[0] |= nan[u];
+  }
+  state->max = max_of<T>(m);
+  state->nan = any<T>(nan[0]);
+}
+
+template <class T, class In, bool MORE, bool KEEP>
+static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsState* state, T* kept) {
+  constexpr int W = MORE ? 2 : 4;
+  const Softmax<T> softmax(state->max, plan);
+  const bool sum_z = plan.sums & SUMLOGP;
+  V<T> ties[W] = {}, exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
+  double z_total = 0;
+  for_blocks<W, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t i) __attribute__((always_inline)) {
+        V<T> d, e = Softmax<T>::exp(softmax, v, &d);
+        if constexpr (KEEP) __builtin_memcpy(kept + i, &e, sizeof e);
+        I<T> top = v == softmax.max;
+        ties[u] += top ? all<T>(T(1)) : V<T>{};
+        e = top ? V<T>{} : e;
+        exp[u] += e;
+        if constexpr (MORE) {
+          squares[u] += e * e;
+          exp_z[u] += e * d;
+          if (sum_z) {
+            V<T> difference = v - softmax.max;
+            if (i + Vec<T>::lanes > n)  // the padding is no masked class
+              for (int k = int(n - i); k < Vec<T>::lanes; k++) difference[k] = 0;
+            z[u] += difference;
+          }
+        }
+      },
+      [&] {
+        state->ties += take<W, T>(ties);
+        state->exp += take<W, T>(exp);
+        if constexpr (MORE) {
+          state->squares += take<W, T>(squares);
+          state->exp_z += take<W, T>(exp_z);
+          if (sum_z) z_total += take<W, T>(z);
+        }
+      });
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  state->exp *= unit;
+  state->squares *= unit * unit;
+  state->exp_z *= unit / plan.temperature;
+  state->z = z_total / plan.temperature;
+}
+
+template <class T, class In>
+static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int which, LogitsState* state) {
+  LogitsPlan sharper = plan;
+  sharper.scale *= plan.power[which];
+  sharper.scale_low *= plan.power[which];
+  const Softmax<T> softmax(state->max, sharper);
+  V<T> exp[4] = {};
+  for_blocks<4, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+        V<T> d, e = Softmax<T>::exp(softmax, v, &d);
+        exp[u] += v == softmax.max ? V<T>{} : e;
+      },
+      [&] { state->powers[which] += take<4, T>(exp); });
+  state->powers[which] *= __builtin_ldexp(1.0, -Vec<T>::scaled);
+}
+
+// Where the maximum is so far above the rest that float exponentials vanish: the rest again, from a pivot of
+// its own.
+template <class T, class In>
+static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsState* state) {
+  const T top = T(state->max);
+  V<T> most[2] = {all<T>(minus_inf<T>()), all<T>(minus_inf<T>())};
+  for_blocks<2, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) { most[u] = v < top && v > most[u] ? v : most[u]; }, [] {});
+  const double pivot = max_of<T>(most[0] > most[1] ? most[0] : most[1]);
+  if (pivot == -__builtin_inf()) return;
+  const Softmax<T> softmax(pivot, plan);
+  V<T> exp[2] = {}, squares[2] = {}, exp_z[2] = {};
+  double sum = 0, square = 0, sum_z = 0;
+  for_blocks<2, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+        V<T> d, e = Softmax<T>::exp(softmax, v < top ? v : all<T>(minus_inf<T>()), &d);
+        exp[u] += e;
+        squares[u] += e * e;
+        exp_z[u] += e * d;
+      },
+      [&] { sum += take<2, T>(exp), square += take<2, T>(squares), sum_z += take<2, T>(exp_z); });
+  const double gap = (pivot - state->max) / plan.temperature, w = __builtin_exp(gap);
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  state->exp = w * unit * sum;
+  state->squares = w * w * unit * unit * square;
+  state->exp_z = w == 0 ? 0 : w * unit * (sum_z / plan.temperature + gap * sum);
+}
+
+template <class In> static void logits(const void* data, int64_t n, const LogitsPlan& plan, LogitsState* state, void* kept) {
+  typedef typename Arithmetic<In>::type T;
+  const In* f = static_cast<const In*>(data);
+  T* keep = static_cast<T*>(kept);
+  max_of_row<T>(f, n, state);
+  const double infinity = __builtin_inf();
+  if (plan.sums == 0 || state->nan || state->max == infinity || state->max == -infinity) return;
+  const bool more = plan.sums & (SQUARES | PLOGP | SUMLOGP);
+  if (more && keep)
+    sums_of_row<T, In, true, true>(f, n, plan, state, keep);
+  else if (more)
+    sums_of_row<T, In, true, false>(f, n, plan, state, keep);
+  else if (keep)
+    sums_of_row<T, In, false, true>(f, n, plan, state, keep);
+  else
+    sums_of_row<T, In, false, false>(f, n, plan, state, keep);
+  if (sizeof(T) == 4 && state->exp < 0x1p-128) rest_of_row<T>(f, n, plan, state);
+  for (int r = 0; r < plan.power_sums; r++) power_sum_of_row<T>(f, n, plan, r, state);
+}
+
+template <class In>
+static double tv(const void* data, int64_t n, const LogitsPlan& plan, double max, double total, double uniform, const void* kept) {
+  typedef typename Arithmetic<In>::type T;
+  const T scale = T(__builtin_ldexp(1 / total, -Vec<T>::scaled)), level = T(uniform);
+  V<T> above[4] = {};
+  double sum = 0;
+  auto add = [&](int u, V<T> e) __attribute__((always_inline)) {
+    V<T> p = e * scale - level;
+    above[u] += p > 0 ? p : V<T>{};
+  };
+  auto flush = [&] { sum += take<4, T>(above); };
+  if (kept) {
+    for_blocks<4, T>(
+        static_cast<const T*>(kept), n, T(0), [&](int u, V<T> e, int64_t) __attribute__((always_inline)) { add(u, e); }, flush);
+  } else {
+    const Softmax<T> softmax(max, plan);
+    for_blocks<4, T>(
+        static_cast<const In*>(data), n, minus_inf<T>(),
+        [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+          V<T> d;
+          add(u, Softmax<T>::exp(softmax, v, &d));
+        },
+        flush);
+  }
+  return sum;
+}
+
+// ---- norms
+
+template <int P, class T> INLINE V<T> integer_power(V<T> x) {
+  if constexpr (P == 1) return x;
+  else if constexpr (P % 2) return integer_power<P / 2, T>(x) * integer_power<P / 2, T>(x) * x;
+  else return integer_power<P / 2, T>(x) * integer_power<P / 2, T>(x);
+}
+
+template <int P, class T> INLINE double sum_of_powers(const T* y, int64_t n) {
+  V<T> sums[4] = {};
+  for_blocks<4, T>(
+      y, n, T(0), [&](int u, V<T> v, int64_t) __attribute__((always_inline)) { sums[u] += integer_power<P, T>(v); }, [] {});
+  return take<4, T>(sums);
+}
+
+template <class T> static double sum_of_powers(const T* y, int64_t n, int p) {
+  switch (p) {
+    case 1: return sum_of_powers<1, T>(y, n);
+    case 2: return sum_of_powers<2, T>(y, n);
+    case 3: return sum_of_powers<3, T>(y, n);
+    case 4: return sum_of_powers<4, T>(y, n);
+    case 5: return sum_of_powers<5, T>(y, n);
+    case 6: return sum_of_powers<6, T>(y, n);
+    case 7: return sum_of_powers<7, T>(y, n);
+    default: return sum_of_powers<8, T>(y, n);
+  }
+}
+
+// Sums of integer powers 1..6 of y * scale in one pass, as far as `most`.
+template <int MOST, class T> static void integer_sums(const T* a, int64_t n, T s1, T s2, double* sum) {
+  constexpr int W = MOST > 2 ? 2 : 4;
+  V<T> s[MOST][W] = {};
+  for_blocks<W, T>(
+      a, n, T(0),
+      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+        V<T> y = v * s1 * s2, y2 = y * y;
+        s[0][u] += y;
+        if constexpr (MOST >= 2) s[1][u] += y2;
+        if constexpr (MOST >= 3) {
+          V<T> y3 = y2 * y;
+          s[2][u] += y3;
+          s[3][u] += y2 * y2;
+          s[4][u] += y2 * y3;
+          s[5][u] += y3 * y3;
+        }
+      },
+      [] {});
+  UNROLL for (int p = 0; p < MOST; p++) sum[p + 1] += take<W, T>(s[p]);
+}
+
+template <class In> static void norms(const void* data, int64_t n, const NormsPlan& plan, NormsState* state) {
+  typedef typename Arithmetic<In>::type T;
+  const In* h = static_cast<const In*>(data);
+  T a[BLOCK], exponent[BLOCK], log[BLOCK], power[BLOCK];
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const int64_t m = n - start < BLOCK ? n - start : BLOCK;
+    V<T> most[4] = {}, nonzero[4] = {};
+    I<T> nan[4] = {};
+    for_blocks<4, T>(
+        h + start, m, T(0),
+        [&](int u, V<T> v, int64_t i) __attribute__((always_inline)) {
+          v = v < 0 ? -v : v;
+          __builtin_memcpy(a + i, &v, sizeof v);
+          most[u] = v > most[u] ? v : most[u];
+          nan[u] |= v != v;
+          nonzero[u] += v == 0 ? V<T>{} : all<T>(T(1));
+        },
+        [] {});
+    const int64_t whole = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the rest is zeros
+    I<T> bad = nan[0] | nan[1] | nan[2] | nan[3];
+    V<T> top = most[0];
+    UNROLL for (int u = 1; u < 4; u++) top = most[u] > top ? most[u] : top;
+    const double max = max_of<T>(top);
+    state->nan |= any<T>(bad);
+    state->nonzero += take<4, T>(nonzero);
+    state->max = max > state->max ? max : state->max;
+    if (max == 0 || max == __builtin_inf() || state->nan) continue;
+    if (max > state->reference) rescale(plan, state, max);
+
+    if (plan.integers) {
+      const int k = -int(state->shift) - 1, k1 = k < -126 ? -126 : k > 126 ? 126 : k;
+      const T s1 = T(__builtin_ldexp(1.0, k1)), s2 = T(__builtin_ldexp(1.0, k - k1));
+      if (plan.integers >> 3) integer_sums<6, T>(a, whole, s1, s2, state->sum);
+      else if (plan.integers >> 2) integer_sums<2, T>(a, whole, s1, s2, state->sum);
+      else integer_sums<1, T>(a, whole, s1, s2, state->sum);
+    }
+    if (plan.groups) {
+      for (int64_t i = 0; i < whole; i += Vec<T>::lanes) {
+        V<T> e, l;
+        log2_parts<T>(load(a + i), &e, &l);
+        __builtin_memcpy(exponent + i, &e, sizeof e);
+        __builtin_memcpy(log + i, &l, sizeof l);
+      }
+    }
+    for (int g = 0; g < plan.groups; g++) {
+      const PowerGroup& group = plan.group[g];
+      // base = high + low, high so short that its product with an exponent is exact
+      const T base = T(group.base), high = T(group.high), low = T(group.base - double(high));
+      const T shift = group.scaled ? T(state->shift) : T(0), shift_log = group.scaled ? T(state->shift_log) : T(0);
+      V<T> sums[4] = {};
+      for_blocks<4, T>(
+          a, whole, T(0),
+          [&](int u, V<T> v, int64_t i) __attribute__((always_inline)) {
+            V<T> e = load(exponent + i) - shift;
+            V<T> y = exp2_sum<T>(e * high, e * low + (load(log + i) - shift_log) * base);
+            y = v == 0 ? V<T>{} : y;
+            __builtin_memcpy(power + i, &y, sizeof y);
+            sums[u] += y;
+          },
+          [] {});
+      const double first = take<4, T>(sums);
+      for (int j = 0; j < group.multiples; j++)
+        state->sum[group.slot[j]] += group.multiple[j] == 1 ? first : sum_of_powers<T>(power, whole, group.multiple[j]);
+    }
+  }
+}
+
+static void exp2_of(const float* x, float* out, int64_t n) {
+  for_blocks<1, float>(
+      x, n, 0.0f,
+      [&](int, V<float> v, int64_t i) {
+        V<float> y = exp2_sum<float>(v, V<float>{});
+        __builtin_memcpy(out + i, &y, (n - i < Vec<float>::lanes ? n - i : Vec<float>::lanes) * sizeof(float));
+      },
+      [] {});
+}
+
+static void log2_of(const float* x, float* out, int64_t n) {
+  for_blocks<1, float>(
+      x, n, 1.0f,
+      [&](int, V<float> v, int64_t i) {
+        V<float> e, l;
+        log2_parts<float>(v, &e, &l);
+        e += l;
+        __builtin_memcpy(out + i, &e, (n - i < Vec<float>::lanes ? n - i : Vec<float>::lanes) * sizeof(float));
+      },
+      [] {});
+}
+
+#define KERNELS(NAME)                                                              \
+  {NAME, Vec<float>::lanes,                                                        \
+   {logits<Half>, logits<BFloat>, logits<float>, logits<double>},                  \
+   {tv<Half>, tv<BFloat>, tv<float>, tv<double>},                                  \
+   {norms<Half>, norms<BFloat>, norms<float>, norms<double>}, exp2_of, log2_of}

@@ -1,0 +1,24 @@
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#include "plan.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+#define VECTOR_BYTES 64
+
+namespace fastood::avx512 {
+#include "rows.h"
+
+extern const Kernels kernels;
+const Kernels kernels = KERNELS("avx512");
+}  // namespace fastood::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

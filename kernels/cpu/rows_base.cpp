@@ -1,0 +1,10 @@
+#include "plan.h"
+
+#define VECTOR_BYTES 16
+
+namespace fastood::base {
+#include "rows.h"
+
+extern const Kernels kernels;
+const Kernels kernels = KERNELS("base");
+}  // namespace fastood::base

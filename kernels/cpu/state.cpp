@@ -1,0 +1,166 @@
+#include "state.h"
+
+#include <cmath>
+#include <limits>
+
+namespace fastood {
+
+constexpr double NaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double INF = std::numeric_limits<double>::infinity();
+
+// ---- logits
+
+int sums_for(int stat) {
+  switch (stat) {
+    case FMAX: return 0;
+    case S2:
+    case ONE_MINUS_S2: return EXP | SQUARES;
+    case TOTAL_VARIATION: return EXP | TV;
+    case PLOGP_STAT: return EXP | PLOGP;
+    case SUMLOGP_STAT: return EXP | SUMLOGP;
+    default: return EXP;
+  }
+}
+
+// The sums of `s` with its maximum no longer at the top, but z = gap below it.
+static void lower(const LogitsPlan& plan, LogitsState* s, double gap) {
+  const double w = std::exp(gap), mass = s->ties + s->exp;
+  s->exp_z = w == 0 ? 0 : w * (s->exp_z + gap * mass);
+  s->exp = w * mass;
+  s->squares = w * w * (s->ties + s->squares);
+  for (int r = 0; r < plan.power_sums; r++)
+    s->powers[r] = std::exp(gap * plan.power[r]) * (s->ties + s->powers[r]);
+  s->z += s->n * gap;
+  s->ties = 0;
+}
+
+void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
+  LogitsState other = b;
+  const bool finite = std::isfinite(a->max) && std::isfinite(other.max);
+  if (a->max < other.max) {
+    if (finite) lower(plan, a, (a->max - other.max) / plan.temperature);
+    else if (other.max < INF) a->z = a->n ? -INF : 0;  // all masked so far
+    a->max = other.max;
+  } else if (other.max < a->max) {
+    if (finite) lower(plan, &other, (other.max - a->max) / plan.temperature);
+    else if (a->max < INF) other.z = other.n ? -INF : 0;
+  }
+  a->ties += other.ties;
+  a->exp += other.exp;
+  a->squares += other.squares;
+  a->exp_z += other.exp_z;
+  a->z += other.z;
+  for (int r = 0; r < plan.power_sums; r++) a->powers[r] += other.powers[r];
+  a->n += other.n;
+  a->nan |= other.nan;
+}
+
+double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv) {
+  if (s.nan) return NaN;
+  if (!std::isfinite(s.max)) return stat == LSE || stat == ENERGY ? s.max : NaN;
+  const double r1 = (s.ties - 1) + s.exp, r2 = (s.ties - 1) + s.squares;
+  switch (stat) {
+    case FMAX: return s.max;
+    case LSE: return s.max / plan.temperature + std::log1p(r1);
+    case ENERGY: return s.max + plan.temperature * std::log1p(r1);
+    case MSP: return 1 / (1 + r1);
+    case ONE_MINUS_MSP: return r1 / (1 + r1);
+    case LOG_MSP: return -std::log1p(r1);
+    case S2: return (1 + r2) / ((1 + r1) * (1 + r1));
+    case ONE_MINUS_S2: return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1));
+    case TOTAL_VARIATION: return tv;
+    case PLOGP_STAT: return s.exp_z / (1 + r1) - std::log1p(r1);
+    case SUMLOGP_STAT: return s.z - classes * std::log1p(r1);
+    case POWER_SUM: return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);
+    default: return NaN;
+  }
+}
+
+// ---- norms
+
+// Powers of small order stay unscaled: what underflows in h / max is a visible part of sum |h|^0.1.
+// At 0.85, sums of 2^19 float terms stay finite.
+constexpr double UNSCALED = 0.85;
+constexpr int FIRST_GROUP_SLOT = 7;
+
+void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out) {
+  *plan = NormsPlan{};
+  plan->slots = FIRST_GROUP_SLOT;
+  for (int p = 1; p <= 6; p++) plan->order[p] = p, plan->scaled[p] = true;
+  double least = INF;  // the base that small orders may be multiples of
+  for (int j = 0; j < count; j++)
+    if (orders[j] > 0 && orders[j] < least && orders[j] <= UNSCALED) least = orders[j];
+  for (int j = 0; j < count; j++) {
+    const double r = orders[j];
+    if (r == 0 || r == INF) {
+      plan->count |= r == 0;
+      out[j] = {r, -1};
+      continue;
+    }
+    if (r <= 6 && r == std::floor(r)) {
+      plan->integers |= 1 << int(r);
+      out[j] = {r, int(r)};
+      continue;
+    }
+    const double multiple = std::round(r / least);
+    const bool shares = r <= UNSCALED && multiple <= 8 && std::fabs(multiple * least - r) <= 1e-15 * r;
+    const double base = shares ? least : r;
+    int g = 0;
+    while (g < plan->groups && !(plan->group[g].base == base)) g++;
+    PowerGroup& group = plan->group[g];
+    if (g == plan->groups) {
+      int exponent;
+      const double mantissa = std::frexp(base, &exponent);
+      const int bits = float32 ? 12 : 40;
+      group.base = base;
+      group.high = std::ldexp(std::round(std::ldexp(mantissa, bits)), exponent - bits);
+      group.scaled = r > UNSCALED;
+      plan->groups++;
+    }
+    const int slot = plan->slots++;
+    group.multiple[group.multiples] = shares ? int(multiple) : 1;
+    group.slot[group.multiples++] = slot;
+    plan->order[slot] = r;
+    plan->scaled[slot] = group.scaled;
+    out[j] = {r, slot};
+  }
+}
+
+void rescale(const NormsPlan& plan, NormsState* s, double max) {
+  const double shift = std::ilogb(max);
+  if (s->reference > 0) {
+    for (int p = 1; p < FIRST_GROUP_SLOT; p++) s->sum[p] *= std::exp2(p * (s->shift - shift));
+    for (int slot = FIRST_GROUP_SLOT; slot < plan.slots; slot++)
+      if (plan.scaled[slot]) s->sum[slot] *= std::pow(s->reference / max, plan.order[slot]);
+  }
+  s->reference = max;
+  s->shift = shift;
+  s->shift_log = std::log2(std::ldexp(max, -int(shift)));
+}
+
+void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
+  NormsState other = b;
+  if (other.reference > a->reference) rescale(plan, a, other.reference);
+  else if (other.reference > 0 && other.reference < a->reference) rescale(plan, &other, a->reference);
+  for (int slot = 1; slot < plan.slots; slot++) a->sum[slot] += other.sum[slot];
+  a->max = other.max > a->max ? other.max : a->max;
+  a->nonzero += other.nonzero;
+  a->nan |= other.nan;
+}
+
+double norm(const Order& order, const NormsPlan& plan, const NormsState& s, bool log) {
+  if (s.nan) return NaN;
+  if (order.r == 0) return log ? std::log(s.nonzero) : s.nonzero;
+  if (order.r == INF || s.max == INF || s.max == 0) return log ? std::log(s.max) : s.max;
+  const double sum = s.sum[order.slot], r = order.r;
+  // Integer powers are of |h| / 2^(shift + 1), scaled ones of |h| / reference.
+  const bool integer = order.slot < FIRST_GROUP_SLOT;
+  if (log) {
+    const double unit = integer ? (s.shift + 1) * 0.6931471805599453 : plan.scaled[order.slot] ? std::log(s.reference) : 0;
+    return unit + std::log(sum) / r;
+  }
+  const double root = r == 1 ? sum : r == 2 ? std::sqrt(sum) : std::pow(sum, 1 / r);
+  return integer ? std::ldexp(root, int(s.shift) + 1) : plan.scaled[order.slot] ? s.reference * root : root;
+}
+
+}  // namespace fastood
