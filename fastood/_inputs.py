@@ -98,7 +98,7 @@ def number(
     if isinstance(x, bool | np.bool_) or not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     x = float(x)
-    if not (x > above and x >= at_least) or (math.isinf(x) and not infinite):
+    if not (x > above and x >= at_least) or (abs(x) == math.inf and not infinite):
         bound = f" > {above:g}" if above > -math.inf else f" >= {at_least:g}" if at_least > -math.inf else ""
         raise ValueError(f"{name} must be a{'' if infinite else ' finite'} number{bound}, got {x!r}")
     return x

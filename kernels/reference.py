@@ -14,9 +14,10 @@ and beyond, where a plain sum of exponentials has long been rounded to 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,19 @@ def row_sum(x: Tensor) -> Tensor:
     return row_sum(x[..., :body].unflatten(-1, (-1, block)).sum(-1)) + x[..., body:].sum(-1)
 
 
+class lazy:
+    """functools.cached_property without its lock, which torch.compile cannot trace (and Python 3.12 dropped)."""
+
+    def __init__(self, compute: Callable[[Any], Tensor]) -> None:
+        self.compute = compute
+        self.name = compute.__name__
+
+    def __get__(self, instance: Any, owner: type) -> Tensor:
+        value = self.compute(instance)
+        instance.__dict__[self.name] = value
+        return value
+
+
 class Softmax:
     """Statistics of softmax(logits / T), each computed when first asked for, float64 [N]."""
 
@@ -80,103 +94,103 @@ class Softmax:
 
     # ---- the pieces
 
-    @cached_property
+    @lazy
     def rest(self) -> Tensor:
         return self.f.scatter(-1, self.top[:, None], -math.inf)
 
-    @cached_property
+    @lazy
     def f_2(self) -> Tensor:
         second = self.rest.amax(-1)
         # With no second class (C = 1, all others masked) any finite pivot does.
         return torch.where(second == -math.inf, self.f_max, second).detach()
 
-    @cached_property
+    @lazy
     def z(self) -> Tensor:
         """(f_k - f_2) / T of the rest; subtracted before it is divided, or a small T overflows."""
         return (self.rest - self.f_2[:, None]) / self.divisor
 
-    @cached_property
+    @lazy
     def e(self) -> Tensor:
         return self.z.exp()
 
-    @cached_property
+    @lazy
     def gap(self) -> Tensor:
         """(f_2 - f_max) / T <= 0, float64."""
         return (self.f_2.double() - self.f_max.double()) / self.T
 
-    @cached_property
+    @lazy
     def exp_gap(self) -> Tensor:
         return _exp_quotient(self.f_2.double(), self.f_max.double(), self.T)
 
-    @cached_property
+    @lazy
     def total(self) -> Tensor:
         """R_1, float64."""
         return row_sum(self.e).double()
 
-    @cached_property
+    @lazy
     def r1(self) -> Tensor:
         return self._or_nan(self.exp_gap * self.total)
 
-    @cached_property
+    @lazy
     def r2(self) -> Tensor:
         return self.exp_gap.square() * row_sum(self.e.square()).double()
 
-    @cached_property
+    @lazy
     def p_2(self) -> Tensor:
         """The probability at the pivot, so that p_k = p_2 E_k."""
         return self.exp_gap / (1 + self.r1)
 
     # ---- the statistics
 
-    @cached_property
+    @lazy
     def fmax(self) -> Tensor:
         return self._or_nan(self.f_max.double())
 
-    @cached_property
+    @lazy
     def lse(self) -> Tensor:
         f_max = self.f_max.double()
         return torch.where(self.finite, f_max / self.T + self.r1.log1p(), f_max)
 
-    @cached_property
+    @lazy
     def energy(self) -> Tensor:
         f_max = self.f_max.double()
         return torch.where(self.finite, f_max + self.T * self.r1.log1p(), f_max)
 
-    @cached_property
+    @lazy
     def msp(self) -> Tensor:
         return 1 / (1 + self.r1)
 
-    @cached_property
+    @lazy
     def one_minus_msp(self) -> Tensor:
         return self.r1 / (1 + self.r1)
 
-    @cached_property
+    @lazy
     def log_msp(self) -> Tensor:
         return -self.r1.log1p()
 
-    @cached_property
+    @lazy
     def s2(self) -> Tensor:
         return (1 + self.r2) / (1 + self.r1).square()
 
-    @cached_property
+    @lazy
     def one_minus_s2(self) -> Tensor:
         # r1^2 >= r2 and 2 r1 >= 2 r2: nothing cancels.
         return (2 * self.r1 + (self.r1.square() - self.r2)) / (1 + self.r1).square()
 
-    @cached_property
+    @lazy
     def tv(self) -> Tensor:
         # p and 1/C both sum to 1, so half the absolute differences are the positive ones.
         above = row_sum((self.e * self._rows(self.p_2) - 1 / self.C).relu())
         return (self.msp - 1 / self.C) + above.double()
 
-    @cached_property
+    @lazy
     def plogp(self) -> Tensor:
         # sum_k p_k z_k - log(1 + r1), with z relative to the maximum: all terms of one sign.
         z = self.z.masked_fill(self.z == -math.inf, 0)  # 0 log 0 = 0
         gap = self.gap.clamp(min=-1e4)  # exp(-1e4) = 0, and 0 * -inf would be NaN
         return self.p_2 * (row_sum(self.e * z).double() + gap * self.total) - self.r1.log1p()
 
-    @cached_property
+    @lazy
     def sumlogp(self) -> Tensor:
         z = (self.f - self.f_max[:, None]) / self.divisor
         return row_sum(z).double() - self.C * self.r1.log1p()
@@ -311,22 +325,21 @@ class Powers:
         root = (self.exponent * (high / 2)).exp()  # in two halves, neither of which leaves the range early
         return root * (self.exponent * low + self.mantissa_log * r).exp() * root
 
-    @cached_property
+    @lazy
     def log(self) -> Tensor:
         return self.x.log()
 
-    @cached_property
-    def _frexp(self) -> tuple[Tensor, Tensor]:
-        mantissa, exponent = torch.frexp(self.x)  # 1/2 <= mantissa < 1; doubled, so that 1^r is 1
-        return (2 * mantissa).log(), (exponent - 1).to(self.x.dtype)
+    @lazy
+    def frexp(self) -> Any:
+        return torch.frexp(self.x)  # 1/2 <= mantissa < 1; doubled below, so that 1^r is 1
 
-    @property
+    @lazy
     def mantissa_log(self) -> Tensor:
-        return self._frexp[0]
+        return (2 * self.frexp.mantissa).log()
 
-    @property
+    @lazy
     def exponent(self) -> Tensor:
-        return self._frexp[1]
+        return (self.frexp.exponent - 1).to(self.x.dtype)
 
 
 def _integer_power(x: Tensor, n: int) -> Tensor:

@@ -84,7 +84,9 @@ def norm(h, r, bias=False):
         elif r == 0:
             u = (h != 0).sum(1).astype(LD)
         else:
-            u = ((h ** LD(r)) * (h != 0)).sum(1) ** (1 / LD(r))
+            top = np.where(np.isfinite(h), h, 1).max(1, initial=0)
+            unit = np.where((top > 0) & (r > 1), top, 1)  # even long double overflows in the 100th power
+            u = unit * (((h / unit[:, None]) ** LD(r)) * (h != 0)).sum(1) ** (1 / LD(r))
             u[np.isinf(h).any(1)] = np.inf
     u[nan] = np.nan
     return u

@@ -23,13 +23,21 @@ if TYPE_CHECKING:
 
 # The numbers that state.h and plan.h give them.
 _STATS = {
-    name: number
-    for number, name in enumerate(
-        ["fmax", "lse", "energy", "msp", "one_minus_msp", "log_msp", "s2", "one_minus_s2", "tv", "plogp", "sumlogp"]
-        + ["power_sum"]
-    )
+    "fmax": 0,
+    "lse": 1,
+    "energy": 2,
+    "msp": 3,
+    "one_minus_msp": 4,
+    "log_msp": 5,
+    "s2": 6,
+    "one_minus_s2": 7,
+    "tv": 8,
+    "plogp": 9,
+    "sumlogp": 10,
+    "power_sum": 11,
 }
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -44,12 +52,26 @@ def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[
     if _traced(logits, feats):
         return reference.row_stats(logits, feats, want)
     # gen sorts, which is another kind of work: plain PyTorch does it.
-    native = tuple(s for s in want.stats if s[0] != "gen")
-    stats, norms = _run(logits, feats, want._replace(stats=native))
-    if len(native) < len(want.stats):
-        sorting = tuple(s for s in want.stats if s[0] == "gen")
-        stats |= reference.row_stats(logits, None, want._replace(stats=sorting, orders=()))[0]
+    gen = tuple([s for s in want.stats if s[0] == "gen"])
+    native = tuple([s for s in want.stats if s[0] != "gen"]) if gen else want.stats
+    if len(want.orders) > _MOST_ORDERS or sum(s[0] == "power_sum" for s in native) > _MOST_POWER_SUMS:
+        stats, norms = _run_in_parts(logits, feats, want._replace(stats=native))
+    else:
+        stats, norms = _run(logits, feats, want._replace(stats=native) if gen else want)
+    if gen:
+        stats |= reference.row_stats(logits, None, want._replace(stats=gen, orders=()))[0]
     return stats, norms
+
+
+def _run_in_parts(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    stats: dict[Stat, Tensor] = {}
+    for i in range(0, len(want.stats), _MOST_POWER_SUMS):
+        part = want._replace(stats=want.stats[i : i + _MOST_POWER_SUMS], orders=())
+        stats |= _run(logits, None, part)[0]
+    norms = []
+    for i in range(0, len(want.orders), _MOST_ORDERS):
+        norms.append(_run(None, feats, want._replace(stats=(), orders=want.orders[i : i + _MOST_ORDERS]))[1])
+    return stats, torch.cat([x for x in norms if x is not None], -1) if norms else None
 
 
 def _traced(*tensors: Tensor | None) -> bool:
