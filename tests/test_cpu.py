@@ -198,3 +198,25 @@ def test_compiled_with_a_dynamic_batch():
     for n in (3, 8, 17):
         f, h = torch.randn(n, 12), torch.randn(n, 9)
         torch.testing.assert_close(score(f, h), fastood.score(f, h), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in forward-mode derivatives
+def test_under_function_transforms_and_traces():
+    f, h = torch.randn(4, 3, 10), torch.randn(4, 3, 5)
+    each = torch.stack([fastood.score(x, y) for x, y in zip(f, h, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(fastood.score)(f, h), each)
+    x, direction = f[0].double(), torch.randn(3, 10, dtype=torch.float64)
+    slope = (fastood.score(x + 1e-6 * direction) - fastood.score(x - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(torch.func.jvp(fastood.score, (x,), (direction,))[1], slope)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(fastood.score(dual)).tangent, slope)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_under_jit_trace():
+    f = torch.randn(3, 10)
+    traced = torch.jit.trace(lambda f: fastood.score(f), (f,))
+    other = torch.randn(3, 10)
+    torch.testing.assert_close(traced(other), fastood.score(other))

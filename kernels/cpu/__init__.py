@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastood.kernels import reference
 
@@ -76,7 +77,12 @@ def _run_in_parts(logits: Tensor | None, feats: Tensor | None, want: Want) -> tu
 
 def _traced(*tensors: Tensor | None) -> bool:
     """Whether autograd or a tracer needs plain torch operations; neither can look into the C++ part."""
-    if torch.compiler.is_compiling():
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()  # vmap, jvp, torch.func.grad
+        or forward_ad._current_level >= 0
+    ):
         return True
     grad = torch.is_grad_enabled()
     return any(
