@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Array = Tensor | np.ndarray
 ArrayT = TypeVar("ArrayT", Tensor, np.ndarray)
@@ -59,7 +59,7 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
             hint = f"; a single row is {name}[None]" if x.ndim == 1 else ""
             raise ValueError(f"{name} must be 2-D, one row per sample, got shape {list(x.shape)}{hint}")
         tensors.append(x)
-    if len(set(kinds.values())) > 1:
+    if len(kinds) > 1 and len(set(kinds.values())) > 1:
         raise TypeError("mixed inputs: " + ", ".join(f"{name} is a {kind}" for name, kind in kinds.items()))
     return tensors, "numpy array" in kinds.values()
 
@@ -67,10 +67,11 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
 def logits_and_feats(logits: Any, feats: Any) -> tuple[Tensor | None, Tensor | None, bool]:
     """Checked logits [N, C] and feats [N, D], either of them optional."""
     (f, h), as_numpy = take(logits=logits, feats=feats)
-    if f is not None and f.shape[1] == 0:
-        raise ValueError(f"logits must have at least one class, got shape {list(f.shape)}")
-    if f is not None and h is not None:
-        same_rows("feats", h, f)
+    if f is not None:
+        if f.shape[1] == 0:
+            raise ValueError(f"logits must have at least one class, got shape {list(f.shape)}")
+        if h is not None:
+            same_rows("feats", h, f)
     return f, h, as_numpy
 
 
@@ -83,7 +84,10 @@ def same_rows(name: str, x: Tensor, logits: Tensor) -> None:
 
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where an input is float64, else float32: never a half type."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def give(x: Tensor, dtype: torch.dtype, as_numpy: bool) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood.kernels import STATISTICS, Stat, Want, select
+from fastood.kernels import STATISTICS, Product, Stat, Want, select
 from fastood.registry import SCORES, RowStats, Score
 
 PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
@@ -106,10 +106,11 @@ def score(
     """
     f, h, as_numpy = logits_and_feats(logits, feats)
     entry = _entry(method)
-    bound = _bind_params([entry], params)
-    order = _order(entry, norm, h)
-    compose = _Composer([entry], [order], f, h, temperature, bias, log, oriented, backend, bound)
-    return give(compose(entry, order), result_dtype(f, h), as_numpy)
+    options = (temperature, bias, log, oriented)
+    key = (entry, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
+    plan = _plan(key, lambda: _Plan([(entry, _order(entry, norm, h))], *options, params))
+    out = plan(f, h, backend, _rows(f, h), by_row=True)
+    return out.numpy() if as_numpy else out
 
 
 def scores(
@@ -145,14 +146,20 @@ def scores(
         given = {name for name, x in (("logits", f), ("feats", h)) if x is not None}
         entries = [e for e in SCORES.values() if given.issuperset(e.needs) and (e.positive or not log)]
         if norm is None:
-            entries = [e for e in entries if e.v is not None]
+            entries = [e for e in entries if e.stats]
     else:
         entries = [_entry(m) for m in _names("methods", methods)]
-    bound = _bind_params(entries, params)
-    orders = [_order(e, ... if e.gradient else norm, h) for e in entries]
-    compose = _Composer(entries, orders, f, h, temperature, bias, log, oriented, backend, bound)
-    dtype = result_dtype(f, h)
-    return {e.name: give(compose(e, order), dtype, as_numpy) for e, order in zip(entries, orders, strict=True)}
+    options = (temperature, bias, log, oriented)
+    key = (*entries, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
+
+    def make() -> _Plan:
+        return _Plan([(e, _order(e, ... if e.gradient else norm, h)) for e in entries], *options, params)
+
+    plan = _plan(key, make)
+    if not entries:
+        return {}
+    out = plan(f, h, backend, (len(entries), *_rows(f, h)), by_row=False).unbind()
+    return {e.name: x.numpy() if as_numpy else x for e, x in zip(entries, out, strict=True)}
 
 
 def sweep(
@@ -187,18 +194,19 @@ def sweep(
     torch.Size([5, 4, 12])
     """
     f, h, as_numpy = logits_and_feats(logits, feats)
-    names, orders = _names("v", v), [norm_of(r, None) for r in norms]
-    entries = [_entry(name, "v") for name in names]
+    entries = [_entry(name, "v") for name in _names("v", v)]
     for entry in entries:
-        if entry.gradient or entry.v is None:
+        if entry.gradient or not entry.stats:
             raise ValueError(f"v must name V terms, which take any norm, got {entry.name!r}")
-    for argument, length in (("v", len(entries)), ("norms", len(orders))):
+    for argument, length in (("v", len(entries)), ("norms", len(norms))):
         if not length:
             raise ValueError(f"{argument} must not be empty")
-    bound = _bind_params(entries, params)
-    compose = _Composer(entries, orders, f, h, temperature, bias, log, oriented, backend, bound)
-    grid = torch.stack([torch.stack([compose(e, r) for r in orders], -1) for e in entries], -2)
-    return give(grid, result_dtype(f, h), as_numpy)
+    orders = [norm_of(r, None) for r in norms]
+    options = (temperature, bias, log, oriented)
+    key = ("sweep", *entries, *orders, *options, temperature.__class__, *params.items())
+    plan = _plan(key, lambda: _Plan([(e, r) for e in entries for r in orders], *options, params))
+    out = plan(f, h, backend, (*_rows(f, h), len(entries), len(orders)), by_row=True)
+    return out.numpy() if as_numpy else out
 
 
 def norms(
@@ -265,50 +273,104 @@ def row_stats(
     return {s: give(found[s], result_dtype(f), as_numpy) for s in wanted}
 
 
-class _Composer:
-    """One backend call for all the scores asked for; called with a score and its order, U * V of every row."""
+class _Plan:
+    """What scores need of a backend, and how they are made of it; worked out once for the same arguments."""
 
     def __init__(
         self,
-        entries: Sequence[Score],
-        orders: Sequence[float | None],
-        logits: Tensor | None,
-        feats: Tensor | None,
+        scores: Sequence[tuple[Score, float | None]],
         temperature: float,
         bias: bool,
         log: bool,
         oriented: bool,
-        backend: str,
-        params: Mapping[str, Mapping[str, Any]],
+        params: Mapping[str, Any],
     ) -> None:
         T = temperature_of(temperature)
-        self.log, self.oriented, self.params = bool(log), bool(oriented), params
-        for entry in entries:
+        self.scores, self.oriented = scores, bool(oriented)
+        self.params = _bind_params([e for e, _ in scores], params)
+        for entry, _ in scores:
             if log and not entry.positive:
                 raise ValueError(f"log: {entry.name} is never above 0, so it has no logarithm")
-            for name, x in (("logits", logits), ("feats", feats)):
+        stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name])))
+        orders = tuple(dict.fromkeys(r for _, r in scores if r is not None))
+        self.want = Want(stats, orders, T, bool(bias), bool(log))
+        self.products = None
+        if not log and not any(e.v for e, _ in scores):
+            self.products = tuple(self._product(e, r) for e, r in scores)
+
+    def _product(self, entry: Score, order: float | None) -> Product:
+        stats = entry.stats_for(self.params[entry.name])
+        return Product(
+            self.want.stats.index(stats[0]) if stats else -1,
+            -1 if order is None else self.want.orders.index(order),
+            float(self.sign_of(entry) * entry.factor),
+            entry.power,
+            entry.divisor(self.want.temperature),
+        )
+
+    def sign_of(self, entry: Score) -> int:
+        return entry.sign(self.oriented)
+
+    def __call__(
+        self, f: Tensor | None, h: Tensor | None, backend: str, shape: tuple[int, ...], by_row: bool
+    ) -> Tensor:
+        """All scores, [N, K] where `by_row`, else [K, N], as `shape` and in the result type."""
+        if f is None or h is None:
+            self._check_given(f, h)
+        x = f if f is not None else h
+        assert x is not None
+        dtype = result_dtype(f, h)
+        chosen = select(backend, x.device, dtype)
+        if self.products is not None:
+            out = chosen.products(f, h, self.want, self.products, shape, dtype, by_row)
+            if out is not None:
+                return out
+        found, norms = chosen.row_stats(f, h, self.want)
+        stats = RowStats(found, f.shape[1] if f is not None else 0, self.want.temperature)
+        columns = []
+        for entry, order in self.scores:
+            u = None if order is None or norms is None else norms[:, self.want.orders.index(order)]
+            params = self.params[entry.name]
+            columns.append(entry.compose(stats, u, params=params, log=self.want.log, oriented=self.oriented))
+        return torch.stack(columns, -1 if by_row else 0).reshape(shape).to(dtype)
+
+    def _check_given(self, f: Tensor | None, h: Tensor | None) -> None:
+        for entry, _ in self.scores:
+            for name, x in (("logits", f), ("feats", h)):
                 if x is None and name in entry.needs:
                     raise ValueError(f"{name} must be given: {entry.name} = {entry.formula}")
-        self.orders = tuple(dict.fromkeys(r for r in orders if r is not None))
-        if self.orders and feats is None:
-            raise ValueError(f"feats must be given for norm={self.orders[0]:g}")
-        stats = tuple(dict.fromkeys(s for e in entries for s in e.stats_for(params[e.name])))
-        want = Want(stats, self.orders, T, bool(bias), self.log)
-        x = logits if logits is not None else feats
-        assert x is not None
-        found, self.norms = select(backend, x.device, result_dtype(logits, feats)).row_stats(logits, feats, want)
-        self.stats = RowStats(found, logits.shape[1] if logits is not None else 0, T)
+        if h is None and self.want.orders:
+            raise ValueError(f"feats must be given for norm={self.want.orders[0]:g}")
 
-    def __call__(self, entry: Score, order: float | None) -> Tensor:
-        u = None
-        if order is not None:
-            assert self.norms is not None
-            u = self.norms[:, self.orders.index(order)]
-        return entry.compose(self.stats, u, params=self.params[entry.name], log=self.log, oriented=self.oriented)
+
+_PLANS: dict[Any, _Plan] = {}
+
+
+def _plan(key: Any, make: Callable[[], _Plan]) -> _Plan:
+    """The plan under `key`, made where it is not kept. A plan costs more than scoring one row."""
+    if torch.compiler.is_compiling():
+        return make()
+    try:
+        plan = _PLANS.get(key)
+    except TypeError:  # an argument that has no hash is also one that has no meaning: let it be refused
+        return make()
+    if plan is None:
+        plan = make()
+        if len(_PLANS) >= 256:
+            _PLANS.clear()
+        _PLANS[key] = plan
+    return plan
+
+
+def _rows(f: Tensor | None, h: Tensor | None) -> tuple[int]:
+    if f is None and h is None:
+        raise TypeError("logits must be a torch tensor or a numpy array, got None")
+    return ((f if f is not None else h).shape[0],)
 
 
 def _entry(method: str, argument: str = "method") -> Score:
-    return SCORES[choice(argument, method, tuple(SCORES))]
+    entry = SCORES.get(method) if isinstance(method, str) else None
+    return entry or SCORES[choice(argument, method, tuple(SCORES))]
 
 
 def _names(argument: str, names: Iterable[str]) -> list[str]:
@@ -323,8 +385,8 @@ def _order(entry: Score, norm: float | EllipsisType | None, feats: Tensor | None
         if norm is not ...:
             raise ValueError(f"norm: {entry.name} = {entry.formula} has a norm of its own, got norm={norm!r}")
         return float(entry.gradient["order"])
-    order = norm_of(norm, BEST_NORM if feats is not None or entry.v is None else None)
-    if order is None and entry.v is None:
+    order = norm_of(norm, BEST_NORM if feats is not None or not entry.stats else None)
+    if order is None and not entry.stats:
         raise ValueError(f"norm must be an order r >= 0 for {entry.name!r}, got None")
     return order
 

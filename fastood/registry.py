@@ -25,9 +25,9 @@ class RowStats(dict[Stat, Tensor]):
         self.C, self.T = C, T
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
-    """One score: S = U * V, with V a formula over row statistics and U a norm of the features.
+    """One score: S = U * V, with V a row statistic or a formula over several, and U a norm of the features.
 
     Parameters
     ----------
@@ -40,9 +40,12 @@ class Score:
     higher : {"in", "out"}
         Which inputs the *raw* formula is larger for: in- or out-of-distribution ones.
     stats : tuple, or callable of the score's parameters that gives one
-        The row statistics that `v` and `log_v` read: names of ``fastood.STATISTICS``.
-    v : callable
-        ``v(s, **params)`` -> V, float64 [N], from ``s["name"]``, ``s.C`` and ``s.T``; None for V = 1.
+        The row statistics that V is made of, and `log_v`: names of ``fastood.STATISTICS``.
+    factor : float
+        V = factor * the first of `stats`, or the factor alone where there are none: what a kernel can
+        multiply by U without coming back to Python.
+    v : callable, optional
+        In place of `factor`: ``v(s, **params)`` -> V, float64 [N], from ``s["name"]``, ``s.C`` and ``s.T``.
     log_v : callable, optional
         log V where that is more exact than the logarithm of V.
     positive : bool
@@ -72,6 +75,7 @@ class Score:
     source: str
     higher: Literal["in", "out"]
     stats: tuple[Stat, ...] | Callable[..., tuple[Stat, ...]] = ()
+    factor: float = 1.0
     v: Callable[..., Tensor] | None = None
     log_v: Callable[..., Tensor] | None = None
     positive: bool = True
@@ -82,25 +86,43 @@ class Score:
     def needs(self) -> tuple[str, ...]:
         """The inputs without which it cannot be computed: "logits", "feats"."""
         logits = ("logits",) if self.stats else ()
-        return logits + (("feats",) if self.gradient or self.v is None else ())
+        return logits + (("feats",) if self.gradient or not self.stats else ())
+
+    @property
+    def power(self) -> int:
+        """Of U."""
+        return int(self.gradient["power"]) if self.gradient else 1
+
+    def divisor(self, T: float) -> float:
+        """Of ||h||: a gradient is 1/T times as large as the features."""
+        return T if self.gradient else 1.0
+
+    def sign(self, oriented: bool) -> int:
+        """-1 where the raw formula is turned round; the one place where a sign is decided."""
+        return -1 if oriented and self.higher == "out" else 1
 
     def stats_for(self, params: Mapping[str, Any]) -> tuple[Stat, ...]:
         return self.stats(**params) if callable(self.stats) else self.stats
 
     def compose(self, s: RowStats, u: Tensor | None, *, params: Mapping[str, Any], log: bool, oriented: bool) -> Tensor:
-        """U * V, or log U + log V with `u` already a logarithm; the one place where a sign is turned."""
-        power, T = (self.gradient["power"], s.T) if self.gradient else (1, 1.0)
-        if log:
-            v = self.log_v(s, **params) if self.log_v else self.v(s, **params).log() if self.v else None
-            u = None if u is None else power * (u - math.log(T))
-            raw = v if u is None else u if v is None else u + v
+        """U * V, or log U + log V with `u` already a logarithm."""
+        v = self._v(s, params, log)
+        if u is None:
+            raw = v
+        elif log:
+            raw = self.power * (u - math.log(self.divisor(s.T))) + v
         else:
-            v = self.v(s, **params) if self.v else None
-            # (x / T)^2 as a product: a power of a tensor rounds by its place in the batch.
-            u = None if u is None else u / T if power == 1 else (u / T) * (u / T)
-            raw = v if u is None else u if v is None else u * v
-        assert raw is not None
-        return -raw if oriented and self.higher == "out" else raw
+            u = u / self.divisor(s.T)
+            raw = (u if self.power == 1 else u * u) * v  # a power would round by an element's place in the batch
+        return self.sign(oriented) * raw
+
+    def _v(self, s: RowStats, params: Mapping[str, Any], log: bool) -> Any:
+        if log and self.log_v:
+            return self.log_v(s, **params)
+        if not self.stats:
+            return math.log(self.factor) if log else self.factor
+        v = self.v(s, **params) if self.v else self.factor * s[self.stats_for(params)[0]]
+        return v.log() if log else v
 
 
 SCORES: dict[str, Score] = {}
@@ -137,7 +159,6 @@ register(
         "Section 4.2, Table 2; Hendrycks & Gimpel (2016)",
         "in",
         stats=("msp", "log_msp"),
-        v=lambda s: s["msp"],
         log_v=lambda s: s["log_msp"],
     )
 )
@@ -148,7 +169,6 @@ register(
         "Section 4.2, Table 2; Liu et al. (2020), sign turned",
         "in",
         stats=("energy",),
-        v=lambda s: s["energy"],
     )
 )
 register(
@@ -158,7 +178,6 @@ register(
         "Section 4.2, Table 2; the order of DOCTOR's alpha score, Granese et al. (2021)",
         "in",
         stats=("s2", "one_minus_s2"),
-        v=lambda s: s["s2"],
         # near S_2 = 1 from 1 - S_2, or its logarithm would lose what 1 - S_2 keeps
         log_v=lambda s: (-s["one_minus_s2"]).log1p().where(s["s2"] > 0.5, s["s2"].log()),
     )
@@ -170,7 +189,6 @@ register(
         "V of Eq. 4, Table 2",
         "in",
         stats=("tv",),
-        v=lambda s: s["tv"],
     )
 )
 register(
@@ -180,7 +198,6 @@ register(
         "Hendrycks et al. (2022)",
         "in",
         stats=("fmax",),
-        v=lambda s: s["fmax"],
     )
 )
 register(
@@ -190,7 +207,6 @@ register(
         "minus the entropy of p",
         "in",
         stats=("plogp",),
-        v=lambda s: s["plogp"],
         positive=False,
     )
 )
@@ -229,7 +245,7 @@ register(
         "Eq. 1, 2 and 4; Table 1: || grad E_u[log p] ||_1",
         "in",
         stats=("tv",),
-        v=lambda s: 2 * s["tv"],
+        factor=2,
         gradient=_gradient("uniform", 1, 1, "inside"),
     )
 )
@@ -240,7 +256,7 @@ register(
         "Eq. 3 and 5; Table 1: E_p || grad log p ||_1",
         "out",
         stats=("one_minus_s2",),
-        v=lambda s: 2 * s["one_minus_s2"],
+        factor=2,
         gradient=_gradient("predicted", 1, 1, "outside"),
     )
 )
@@ -274,7 +290,6 @@ register(
         "Table 1: E_p || grad log p ||_2^2",
         "out",
         stats=("one_minus_s2",),
-        v=lambda s: s["one_minus_s2"],
         gradient=_gradient("predicted", 2, 2, "outside"),
     )
 )
@@ -297,7 +312,7 @@ register(
         "Table 1: || E_p[grad log p] ||_2^2",
         "in",
         stats=("msp",),
-        v=lambda s: 0 * s["msp"],
+        factor=0,
         gradient=_gradient("predicted", 2, 2, "inside"),
     )
 )

@@ -1,12 +1,15 @@
 """Row statistics, and the one place that decides who computes them.
 
 Every score of fastood is an O(N) formula over a few numbers per row. A *backend* is a module in
-this folder that computes those numbers; it has two functions:
+this folder that computes those numbers; it has three functions:
 
 ``row_stats(logits, feats, want) -> (stats, norms)``
     ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
     column per order in ``want.orders`` (``None`` where none was asked for). Both come in float32
     or wider; norms always in float64, so that U * V overflows only where the product does.
+``products(logits, feats, want, products, shape, dtype, by_row) -> out | None``
+    Finished scores in one go: each ``Product``, [N, K] where `by_row`, else [K, N], as `shape`; or None
+    where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
 ``unusable(device, dtype) -> str | None``
     Why it cannot serve tensors of that device and dtype here, or None where it can.
 
@@ -56,13 +59,37 @@ class Want(NamedTuple):
     log: bool = False  # log ||h||_r instead of ||h||_r
 
 
+class Product(NamedTuple):
+    """One finished score: factor * stats[stat] * (norms[order] / divisor) ** power; -1 for a term that is not there."""
+
+    stat: int
+    order: int
+    factor: float
+    power: int
+    divisor: float
+
+
 class Backend(Protocol):
     def row_stats(
         self, logits: Tensor | None, feats: Tensor | None, want: Want
     ) -> tuple[dict[Stat, Tensor], Tensor | None]: ...
 
+    def products(
+        self,
+        logits: Tensor | None,
+        feats: Tensor | None,
+        want: Want,
+        products: tuple[Product, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        by_row: bool,
+    ) -> Tensor | None: ...
+
     def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
 
+
+# What "auto" stands for, for a whole process.
+DEFAULT = os.environ.get("FASTOOD_BACKEND", "auto")
 
 # In order of preference: "auto" takes the first that can serve the tensors at hand.
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
@@ -79,7 +106,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         # A traced graph holds plain torch operations only, so that it loads without fastood.
         if torch.compiler.is_compiling():
             return reference
-        name = os.environ.get("FASTOOD_BACKEND", "auto")
+        name = DEFAULT
     if name == "auto":
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
     if name not in BACKENDS:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import subprocess
 import sys
 import types
@@ -318,11 +319,13 @@ def fake(reason, result=42.0):
     def row_stats(logits, feats, want):
         return {s: torch.full((len(logits),), result) for s in want.stats}, None
 
-    return types.SimpleNamespace(__doc__="A fake.", unusable=lambda device, dtype: reason, row_stats=row_stats)
+    return types.SimpleNamespace(
+        __doc__="A fake.", unusable=lambda device, dtype: reason, row_stats=row_stats, products=lambda *_: None
+    )
 
 
 def test_one_place_picks_the_backend(monkeypatch):
-    monkeypatch.delenv("FASTOOD_BACKEND", raising=False)
+    monkeypatch.setattr(kernels, "DEFAULT", "auto")
     monkeypatch.setattr(kernels, "BACKENDS", {"fast": fake(None), "lame": fake("it has no legs"), **kernels.BACKENDS})
     assert fastood.score(F).tolist() == [42, 42]
     assert fastood.score(F, backend="fast").tolist() == [42, 42]
@@ -332,12 +335,19 @@ def test_one_place_picks_the_backend(monkeypatch):
         fastood.score(F, backend="lame")
     assert fastood.backends()["lame"] == (False, "it has no legs")
 
-    monkeypatch.setenv("FASTOOD_BACKEND", "reference")
+    monkeypatch.setattr(kernels, "DEFAULT", "reference")  # FASTOOD_BACKEND, read at import
     assert torch.equal(fastood.score(F), energy)
     assert fastood.score(F, backend="fast").tolist() == [42, 42]  # an argument outranks the environment
-    monkeypatch.setenv("FASTOOD_BACKEND", "lame")
+    monkeypatch.setattr(kernels, "DEFAULT", "lame")
     with pytest.raises(RuntimeError, match="it has no legs"):
         fastood.score(F)
+
+
+def test_the_environment_names_the_default():
+    code = "import fastood, torch; fastood.score(torch.ones(1, 2))"
+    env = {**os.environ, "FASTOOD_BACKEND": "nonsense"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "backend must be 'auto' or one of" in out.stderr
 
 
 def test_auto_skips_a_backend_that_cannot_serve(monkeypatch):

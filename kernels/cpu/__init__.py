@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ except ImportError as error:
     _native, _missing = None, str(error)
 
 if TYPE_CHECKING:
-    from fastood.kernels import Stat, Want
+    from fastood.kernels import Product, Stat, Want
 
 # The numbers that state.h and plan.h give them.
 _STATS = {
@@ -52,23 +53,14 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
     if _traced(logits, feats):
         return reference.row_stats(logits, feats, want)
-    # gen sorts, which is another kind of work: plain PyTorch does it.
-    gen = tuple([s for s in want.stats if s[0] == "gen"])
-    native = tuple([s for s in want.stats if s[0] != "gen"]) if gen else want.stats
-    if len(want.orders) > _MOST_ORDERS or sum(s[0] == "power_sum" for s in native) > _MOST_POWER_SUMS:
-        stats, norms = _run_in_parts(logits, feats, want._replace(stats=native))
-    else:
-        stats, norms = _run(logits, feats, want._replace(stats=native) if gen else want)
-    if gen:
-        stats |= reference.row_stats(logits, None, want._replace(stats=gen, orders=()))[0]
-    return stats, norms
-
-
-def _run_in_parts(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    stats: dict[Stat, Tensor] = {}
-    for i in range(0, len(want.stats), _MOST_POWER_SUMS):
-        part = want._replace(stats=want.stats[i : i + _MOST_POWER_SUMS], orders=())
-        stats |= _run(logits, None, part)[0]
+    if _numbers(want) is not None:
+        return _run(logits, feats, want)
+    # gen sorts, which is another kind of work: plain PyTorch does it. The rest comes in parts that fit one call.
+    gen = tuple(s for s in want.stats if s[0] == "gen")
+    native = [s for s in want.stats if s[0] != "gen"]
+    stats = reference.row_stats(logits, None, want._replace(stats=gen, orders=()))[0]
+    for i in range(0, len(native), _MOST_POWER_SUMS):
+        stats |= _run(logits, None, want._replace(stats=tuple(native[i : i + _MOST_POWER_SUMS]), orders=()))[0]
     norms = []
     for i in range(0, len(want.orders), _MOST_ORDERS):
         norms.append(_run(None, feats, want._replace(stats=(), orders=want.orders[i : i + _MOST_ORDERS]))[1])
@@ -84,36 +76,56 @@ def _traced(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return True
-    grad = torch.is_grad_enabled()
-    return any(
-        t is not None and ((grad and t.requires_grad) or type(t) not in (Tensor, torch.nn.Parameter)) for t in tensors
-    )
+    for t in tensors:
+        if t is not None and (type(t) is not Tensor and type(t) is not torch.nn.Parameter):
+            return True
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            return True
+    return False
+
+
+def products(
+    logits: Tensor | None,
+    feats: Tensor | None,
+    want: Want,
+    products: tuple[Product, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    by_row: bool,
+) -> Tensor | None:
+    numbers = _numbers(want)
+    if numbers is None or _traced(logits, feats):
+        return None
+    f, f_arguments = _argument(logits if want.stats else None)
+    h, h_arguments = _argument(feats if want.orders else None)
+    out = torch.empty(shape, dtype=dtype)
+    rows = shape[0 if by_row else 1]
+    _native.products(rows, *f_arguments, *h_arguments, *numbers, products, out.data_ptr(), _TYPES[dtype], by_row)
+    del f, h  # their addresses were read: until here they needed a name
+    return out
 
 
 def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
     x = logits if logits is not None else feats
     assert x is not None
-    n = x.shape[0]
-    # The C++ part reads raw addresses: every tensor has a name here until it returns.
     f, f_arguments = _argument(logits if want.stats else None)
     h, h_arguments = _argument(feats if want.orders else None)
-    stats = torch.empty(len(want.stats), n, dtype=torch.float64)
-    norms = torch.empty(n, len(want.orders), dtype=torch.float64)
-    _native.row_stats(
-        n,
-        *f_arguments,
-        *h_arguments,
-        want.temperature,
-        tuple([_STATS[s if isinstance(s, str) else s[0]] for s in want.stats]),
-        tuple([0.0 if isinstance(s, str) else float(s[1]) for s in want.stats]),
-        want.orders,
-        want.bias,
-        want.log,
-        stats.data_ptr(),
-        norms.data_ptr(),
-    )
+    stats = torch.empty(len(want.stats), len(x), dtype=torch.float64)
+    norms = torch.empty(len(x), len(want.orders), dtype=torch.float64)
+    _native.row_stats(len(x), *f_arguments, *h_arguments, *_numbers(want), stats.data_ptr(), norms.data_ptr())
     del f, h
     return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
+
+
+@lru_cache
+def _numbers(want: Want) -> tuple[Any, ...] | None:
+    """`want` as the C++ part reads it; None where one call cannot give all of it."""
+    powers = sum(s[0] == "power_sum" for s in want.stats)
+    if len(want.orders) > _MOST_ORDERS or powers > _MOST_POWER_SUMS or any(s[0] == "gen" for s in want.stats):
+        return None
+    stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
+    exponents = tuple(0.0 if isinstance(s, str) else float(s[1]) for s in want.stats)
+    return want.temperature, stats, exponents, want.orders, want.bias, want.log
 
 
 def _argument(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:

@@ -51,6 +51,12 @@ struct Matrix {
   }
 };
 
+// factor * stats[stat] * (norms[order] / divisor)^power; -1 for a term that is not there
+struct Product {
+  int stat, order, power;
+  double factor, divisor;
+};
+
 struct Request {
   int64_t rows = 0;
   Matrix logits, feats;
@@ -59,8 +65,14 @@ struct Request {
   bool bias = false, log = false;
   std::vector<int> stats, power_of_stat;
   std::vector<Order> orders;
+  // Either the statistics themselves ...
   double* stats_out = nullptr;  // [stats, rows]
   double* norms_out = nullptr;  // [rows, orders]
+  // ... or finished products, float or double.
+  std::vector<Product> products;
+  void* out = nullptr;
+  bool out_double = false;
+  int64_t row_stride = 0, product_stride = 0;
 };
 
 static int64_t chunks(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
@@ -90,20 +102,34 @@ static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
   return s;
 }
 
-static void write_stats(const Request& q, int64_t row, const LogitsState& s, double tv) {
+static void emit(const Request& q, int64_t row, const LogitsState& s, double tv, NormsState h) {
+  double stats[MAX_STATS], norms[MAX_ORDERS];
   for (size_t j = 0; j < q.stats.size(); j++)
-    q.stats_out[j * q.rows + row] = statistic(q.stats[j], q.power_of_stat[j], q.logits_plan, s, q.logits.columns, tv);
-}
-
-static void write_norms(const Request& q, int64_t row, NormsState s) {
-  if (q.bias) {
+    stats[j] = statistic(q.stats[j], q.power_of_stat[j], q.logits_plan, s, q.logits.columns, tv);
+  if (q.bias && !q.orders.empty()) {
     const double one = 1;
     NormsState last{};
     kernels->norms[FLOAT64](&one, 1, q.norms_plan, &last);
-    merge(q.norms_plan, &s, last);
+    merge(q.norms_plan, &h, last);
   }
-  for (size_t j = 0; j < q.orders.size(); j++)
-    q.norms_out[row * q.orders.size() + j] = norm(q.orders[j], q.norms_plan, s, q.log);
+  for (size_t j = 0; j < q.orders.size(); j++) norms[j] = norm(q.orders[j], q.norms_plan, h, q.log);
+
+  if (!q.out) {
+    for (size_t j = 0; j < q.stats.size(); j++) q.stats_out[j * q.rows + row] = stats[j];
+    for (size_t j = 0; j < q.orders.size(); j++) q.norms_out[row * q.orders.size() + j] = norms[j];
+    return;
+  }
+  for (size_t k = 0; k < q.products.size(); k++) {
+    const Product& p = q.products[k];
+    double score = p.stat < 0 ? p.factor : p.factor * stats[p.stat];
+    if (p.order >= 0) {
+      const double u = norms[p.order] / p.divisor;
+      score = p.power == 2 ? u * u * score : u * score;
+    }
+    const int64_t at = row * q.row_stride + int64_t(k) * q.product_stride;
+    if (q.out_double) static_cast<double*>(q.out)[at] = score;
+    else static_cast<float*>(q.out)[at] = float(score);
+  }
 }
 
 // ---- many rows: each thread takes whole rows
@@ -115,20 +141,20 @@ static void rows_task(int64_t begin, int64_t end, void* context) {
   // With a vector's width to spare, for the padding.
   if ((q.logits_plan.sums & TV) && logit_chunks == 1) kept.reset(new double[q.logits.columns + 16]);
   for (int64_t row = begin; row < end; row++) {
+    LogitsState s{};
+    NormsState h{};
+    double tv = 0;
     if (!q.stats.empty()) {
-      LogitsState s = logits_chunk(q, row, 0, kept.get());
+      s = logits_chunk(q, row, 0, kept.get());
       for (int64_t c = 1; c < logit_chunks; c++) merge(q.logits_plan, &s, logits_chunk(q, row, c, nullptr));
-      double tv = 0;
       if (needs_tv(q, s))
         for (int64_t c = 0; c < logit_chunks; c++) tv += tv_chunk(q, row, c, s, kept.get());
-      write_stats(q, row, s, tv);
     }
-    if (!q.orders.empty()) {
-      NormsState s{};
-      if (feat_chunks) s = norms_chunk(q, row, 0);
-      for (int64_t c = 1; c < feat_chunks; c++) merge(q.norms_plan, &s, norms_chunk(q, row, c));
-      write_norms(q, row, s);
+    if (!q.orders.empty() && feat_chunks) {
+      h = norms_chunk(q, row, 0);
+      for (int64_t c = 1; c < feat_chunks; c++) merge(q.norms_plan, &h, norms_chunk(q, row, c));
     }
+    emit(q, row, s, tv, h);
   }
 }
 
@@ -182,17 +208,12 @@ static void run_split(const Request& q) {
     share(split.tv.size(), 1, tv_task, &split);
   }
   for (int64_t row = 0; row < q.rows; row++) {
-    if (split.logit_chunks) {
-      double tv = 0;
-      for (int64_t c = 0; c < split.logit_chunks && !split.tv.empty(); c++) tv += split.tv[row * split.logit_chunks + c];
-      write_stats(q, row, split.merged[row], tv);
-    }
-    if (!q.orders.empty()) {
-      NormsState s{};
-      if (split.feat_chunks) s = split.norms[row * split.feat_chunks];
-      for (int64_t c = 1; c < split.feat_chunks; c++) merge(q.norms_plan, &s, split.norms[row * split.feat_chunks + c]);
-      write_norms(q, row, s);
-    }
+    double tv = 0;
+    for (size_t c = 0; c < split.tv.size() / q.rows; c++) tv += split.tv[row * split.logit_chunks + c];
+    NormsState h{};
+    if (split.feat_chunks) h = split.norms[row * split.feat_chunks];
+    for (int64_t c = 1; c < split.feat_chunks; c++) merge(q.norms_plan, &h, split.norms[row * split.feat_chunks + c]);
+    emit(q, row, split.logit_chunks ? split.merged[row] : LogitsState{}, tv, h);
   }
 }
 
@@ -215,44 +236,79 @@ static bool read_matrix(PyObject* const* args, Matrix* m) {
   return !PyErr_Occurred();
 }
 
-// row_stats(rows, logits, type, C, stride, feats, type, D, stride, temperature, stats, powers, orders, bias, log,
-//           stats_out, norms_out); stats is a tuple of numbers of Stat, powers the r of each (0 where it has none)
-static PyObject* row_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 17) return PyErr_Format(PyExc_TypeError, "row_stats takes 17 arguments, got %zd", count);
-  Request q;
-  q.rows = PyLong_AsLongLong(args[0]);
-  if (!read_matrix(args + 1, &q.logits) || !read_matrix(args + 5, &q.feats)) return nullptr;
-  const double T = PyFloat_AsDouble(args[9]);
-  LogitsPlan& plan = q.logits_plan;
-  plan.temperature = T;
+// The arguments that both functions begin with: rows, logits (address, type, columns, stride), feats (the same),
+// temperature, stats (numbers of Stat), powers (the r of each, 0 where it has none), orders, bias, log.
+constexpr Py_ssize_t COMMON = 15;
+
+static bool read_request(PyObject* const* args, Request* q) {
+  q->rows = PyLong_AsLongLong(args[0]);
+  if (!read_matrix(args + 1, &q->logits) || !read_matrix(args + 5, &q->feats)) return false;
+  LogitsPlan& plan = q->logits_plan;
+  const double T = plan.temperature = PyFloat_AsDouble(args[9]);
   // log2(e) / T in two parts: the quotient, and what it rounded away and log2(e) lacks as a double.
   const double log2e = 1.4426950408889634, log2e_low = 2.0355273740931033e-17;
   plan.scale = std::min(log2e / T, 1e38);
   plan.scale_low = plan.scale < 1e38 ? (std::fma(-plan.scale, T, log2e) + log2e_low) / T : 0;
-  for (Py_ssize_t j = 0; j < PyTuple_Size(args[10]); j++) {
-    const int stat = int(PyLong_AsLong(PyTuple_GetItem(args[10], j)));
-    q.stats.push_back(stat);
-    q.power_of_stat.push_back(plan.power_sums);
-    plan.sums |= sums_for(stat);
-    if (stat == POWER_SUM) {
-      if (plan.power_sums == MAX_POWER_SUMS) return PyErr_Format(PyExc_ValueError, "at most %d power sums", MAX_POWER_SUMS);
-      plan.power[plan.power_sums++] = PyFloat_AsDouble(PyTuple_GetItem(args[11], j));
-    }
+  const Py_ssize_t stats = PyTuple_Size(args[10]), orders = PyTuple_Size(args[12]);
+  if (stats > MAX_STATS || orders > MAX_ORDERS) {
+    PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);
+    return false;
   }
-  std::vector<double> orders;
-  for (Py_ssize_t j = 0; j < PyTuple_Size(args[12]); j++) orders.push_back(PyFloat_AsDouble(PyTuple_GetItem(args[12], j)));
-  if (orders.size() > MAX_ORDERS) return PyErr_Format(PyExc_ValueError, "at most %d orders", MAX_ORDERS);
-  q.orders.resize(orders.size());
-  plan_norms(orders.data(), int(orders.size()), q.feats.type != FLOAT64, &q.norms_plan, q.orders.data());
-  q.bias = PyObject_IsTrue(args[13]);
-  q.log = PyObject_IsTrue(args[14]);
-  q.stats_out = static_cast<double*>(PyLong_AsVoidPtr(args[15]));
-  q.norms_out = static_cast<double*>(PyLong_AsVoidPtr(args[16]));
+  for (Py_ssize_t j = 0; j < stats; j++) {
+    const int stat = int(PyLong_AsLong(PyTuple_GetItem(args[10], j)));
+    q->stats.push_back(stat);
+    q->power_of_stat.push_back(plan.power_sums);
+    plan.sums |= sums_for(stat);
+    if (stat == POWER_SUM && plan.power_sums < MAX_POWER_SUMS)
+      plan.power[plan.power_sums++] = PyFloat_AsDouble(PyTuple_GetItem(args[11], j));
+  }
+  double order[MAX_ORDERS];
+  for (Py_ssize_t j = 0; j < orders; j++) order[j] = PyFloat_AsDouble(PyTuple_GetItem(args[12], j));
+  if (orders) {
+    q->orders.resize(orders);
+    plan_norms(order, int(orders), q->feats.type != FLOAT64, &q->norms_plan, q->orders.data());
+  }
+  q->bias = PyObject_IsTrue(args[13]);
+  q->log = PyObject_IsTrue(args[14]);
+  return !PyErr_Occurred();
+}
+
+static PyObject* run_without_lock(const Request& q) {
   if (PyErr_Occurred()) return nullptr;
   PyThreadState* held = PyEval_SaveThread();
   if (q.rows) run(q);
   PyEval_RestoreThread(held);
   Py_RETURN_NONE;
+}
+
+// row_stats(..., address of [stats, rows] double, address of [rows, orders] double)
+static PyObject* row_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != COMMON + 2) return PyErr_Format(PyExc_TypeError, "row_stats takes %zd arguments", COMMON + 2);
+  Request q;
+  if (!read_request(args, &q)) return nullptr;
+  q.stats_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON]));
+  q.norms_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 1]));
+  return run_without_lock(q);
+}
+
+// products(..., tuple of Product, address of the result, its type, whether it is [rows, products])
+static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != COMMON + 4) return PyErr_Format(PyExc_TypeError, "products takes %zd arguments", COMMON + 4);
+  Request q;
+  if (!read_request(args, &q)) return nullptr;
+  const Py_ssize_t size = PyTuple_Size(args[COMMON]);
+  for (Py_ssize_t k = 0; k < size; k++) {
+    PyObject* p = PyTuple_GetItem(args[COMMON], k);  // stat, order, factor, power, divisor
+    q.products.push_back({int(PyLong_AsLong(PyTuple_GetItem(p, 0))), int(PyLong_AsLong(PyTuple_GetItem(p, 1))),
+                          int(PyLong_AsLong(PyTuple_GetItem(p, 3))), PyFloat_AsDouble(PyTuple_GetItem(p, 2)),
+                          PyFloat_AsDouble(PyTuple_GetItem(p, 4))});
+  }
+  q.out = PyLong_AsVoidPtr(args[COMMON + 1]);
+  q.out_double = PyLong_AsLong(args[COMMON + 2]) == FLOAT64;
+  const bool by_row = PyObject_IsTrue(args[COMMON + 3]);
+  q.row_stride = by_row ? size : 1;
+  q.product_stride = by_row ? 1 : q.rows;
+  return run_without_lock(q);
 }
 
 static PyObject* levels(PyObject*, PyObject*) {
@@ -298,6 +354,7 @@ static PyObject* apply(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 static PyMethodDef methods[] = {
     {"row_stats", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(row_stats)), METH_FASTCALL, nullptr},
+    {"products", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(products)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},
     {"level", level, METH_NOARGS, "The one in use."},
     {"use_level", use_level, METH_O, "Use another one."},

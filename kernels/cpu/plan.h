@@ -12,7 +12,7 @@ enum Type : int { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, TYPES };
 // A row is reduced chunk by chunk, and chunks are merged in order: the same bits on any number of threads.
 constexpr int64_t CHUNK = 8192;
 constexpr int MAX_ORDERS = 32;
-constexpr int MAX_POWER_SUMS = 8;
+constexpr int MAX_POWER_SUMS = 8, MAX_STATS = 32;
 
 // Sums over the logits beside sum exp; the work is what is asked for.
 enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16 };
