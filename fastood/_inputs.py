@@ -46,6 +46,8 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
             continue
         if isinstance(x, Tensor):
             kinds[name] = "torch tensor"
+        elif isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{name} must not be a masked array: a masked class is a logit of -inf")
         elif isinstance(x, np.ndarray):
             kinds[name] = "numpy array"
             x = _from_numpy(name, x)
@@ -53,8 +55,8 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
             raise TypeError(f"{name} must be a torch tensor or a numpy array, got {type(x).__name__}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
         if x.ndim != 2:
             hint = f"; a single row is {name}[None]" if x.ndim == 1 else ""
             raise ValueError(f"{name} must be 2-D, one row per sample, got shape {list(x.shape)}{hint}")
@@ -117,7 +119,7 @@ def order_of(name: str, x: Any) -> float:
 
 
 def choice(name: str, x: Any, known: Sequence[str]) -> str:
-    if x not in known:
+    if not isinstance(x, str) or x not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {x!r}")
     return str(x)
 

@@ -142,13 +142,14 @@ def scores(
     {'msp': tensor([0.9820]), 'tv': tensor([0.4820])}
     """
     f, h, as_numpy = logits_and_feats(logits, feats)
+    n = _rows(f, h)
     if methods is None:
         given = {name for name, x in (("logits", f), ("feats", h)) if x is not None}
         entries = [e for e in SCORES.values() if given.issuperset(e.needs) and (e.positive or not log)]
         if norm is None:
             entries = [e for e in entries if e.stats]
     else:
-        entries = [_entry(m) for m in _names("methods", methods)]
+        entries = [_entry(m, "methods") for m in _names("methods", methods)]
     options = (temperature, bias, log, oriented)
     key = (*entries, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
 
@@ -158,7 +159,7 @@ def scores(
     plan = _plan(key, make)
     if not entries:
         return {}
-    out = plan(f, h, backend, (len(entries), *_rows(f, h)), by_row=False).unbind()
+    out = plan(f, h, backend, (len(entries), *n), by_row=False).unbind()
     return {e.name: x.numpy() if as_numpy else x for e, x in zip(entries, out, strict=True)}
 
 
@@ -198,10 +199,10 @@ def sweep(
     for entry in entries:
         if entry.gradient or not entry.stats:
             raise ValueError(f"v must name V terms, which take any norm, got {entry.name!r}")
-    for argument, length in (("v", len(entries)), ("norms", len(norms))):
-        if not length:
+    orders = [norm_of(r, None) for r in _names("norms", norms)]
+    for argument, given in (("v", entries), ("norms", orders)):
+        if not given:
             raise ValueError(f"{argument} must not be empty")
-    orders = [norm_of(r, None) for r in norms]
     options = (temperature, bias, log, oriented)
     key = ("sweep", *entries, *orders, *options, temperature.__class__, *params.items())
     plan = _plan(key, lambda: _Plan([(e, r) for e in entries for r in orders], *options, params))
@@ -236,7 +237,7 @@ def norms(
     (h,), as_numpy = take(feats=feats)
     if h is None:
         raise TypeError("feats must be a torch tensor or a numpy array, got None")
-    wanted = tuple(order_of("orders", r) for r in orders)
+    wanted = tuple(order_of("orders", r) for r in _names("orders", orders))
     if not wanted:
         raise ValueError("orders must not be empty")
     _, u = select(backend, h.device, h.dtype).row_stats(None, h, Want(orders=wanted, bias=bool(bias), log=bool(log)))
@@ -267,7 +268,9 @@ def row_stats(
     f, _, as_numpy = logits_and_feats(logits, None)
     if f is None:
         raise TypeError("logits must be a torch tensor or a numpy array, got None")
-    wanted = tuple(_stat(s) for s in (stats if stats is not None else STATISTICS.keys() - {"power_sum", "gen"}))
+    if stats is None:
+        stats = [name for name in STATISTICS if name not in ("power_sum", "gen")]
+    wanted = tuple(_stat(s) for s in _names("stats", stats))
     want = Want(wanted, temperature=temperature_of(temperature))
     found, _ = select(backend, f.device, f.dtype).row_stats(f, None, want)
     return {s: give(found[s], result_dtype(f), as_numpy) for s in wanted}
@@ -291,7 +294,7 @@ class _Plan:
         for entry, _ in scores:
             if log and not entry.positive:
                 raise ValueError(f"log: {entry.name} is never above 0, so it has no logarithm")
-        stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name])))
+        stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name], log)))
         orders = tuple(dict.fromkeys(r for _, r in scores if r is not None))
         self.want = Want(stats, orders, T, bool(bias), bool(log))
         self.products = None
@@ -373,9 +376,9 @@ def _entry(method: str, argument: str = "method") -> Score:
     return entry or SCORES[choice(argument, method, tuple(SCORES))]
 
 
-def _names(argument: str, names: Iterable[str]) -> list[str]:
-    if isinstance(names, str):
-        raise TypeError(f"{argument} must be a list of names, got the string {names!r}")
+def _names(argument: str, names: Any) -> list[Any]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"{argument} must be a list, got {names!r}")
     return list(names)
 
 
@@ -403,9 +406,9 @@ def _bind_params(entries: Sequence[Score], params: Mapping[str, Any]) -> dict[st
     return bound
 
 
-def _stat(stat: Stat) -> Stat:
+def _stat(stat: Any) -> Stat:
     """`stat`, if it names a row statistic with good parameters."""
-    name, *params = (stat,) if isinstance(stat, str) else stat
+    name, *params = stat if isinstance(stat, tuple) and stat else (stat,)
     choice("stats", name, tuple(STATISTICS))
     if name == "power_sum":
         if len(params) != 1:
@@ -419,4 +422,4 @@ def _stat(stat: Stat) -> Stat:
         if int(M) != M:
             raise ValueError(f"M must be a whole number of classes, got {M!r}")
         return name, number("gamma", gamma, above=0), int(M)
-    return stat
+    return str(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,6 +117,8 @@ def anchor_gradient(
     f, h, as_numpy = logits_and_feats(logits, feats)
     f, h = _given("logits", f), _given("feats", h)
     T = temperature_of(temperature)
+    if not isinstance(labels, Tensor | np.ndarray):
+        raise TypeError(f"labels must be a torch tensor or a numpy array of integers, got {type(labels).__name__}")
     y = torch.as_tensor(labels)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"labels must be integers, got {y.dtype}")
@@ -177,7 +180,7 @@ def batchgrad(
         raise ValueError(f"G must be of the kind and on the device of logits, got {type(G).__name__} on {g.device}")
     dtype = result_dtype(f, h, g)
     p, not_p = (x.to(dtype) for x in reference.Softmax(f, T).probabilities())
-    g, x = g.to(dtype), _extended(h.to(dtype), bias) / T
+    g, x = g.to(dtype), _extended(h.to(dtype), bias)
     # Tiles [n, c, D]; c does not depend on N, so that a row's sum does not depend on its batch.
     c = max(1, min(g.shape[0], _TILE // max(1, g.shape[1])))
     n = max(1, _TILE // max(1, c * g.shape[1]))
@@ -185,15 +188,21 @@ def batchgrad(
     for p_n, not_p_n, x_n in zip(p.split(n), not_p.split(n), x.split(n), strict=True):
         tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), g.split(c), strict=True)
         nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
-        raw.append(sum((_expected_l1(*tile, x_n).double() for tile in tiles), start=nothing))
+        raw.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
     return give((-1 if oriented else 1) * torch.cat(raw), dtype, as_numpy)
 
 
-def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor) -> Tensor:
+def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
     """Two rank-one updates of each row of G, weighed: p, not_p [n, c], g [c, D], x [n, D] -> [n]."""
-    away = (g - p[..., None] * x[:, None]).abs().sum(-1)
-    towards = (g + not_p[..., None] * x[:, None]).abs().sum(-1)
-    return reference.row_sum(not_p * away + p * towards)
+    # Divided by T last: h / T alone may overflow where p h / T is small.
+    away = (g - p[..., None] * x[:, None] / T).abs().sum(-1)
+    towards = (g + not_p[..., None] * x[:, None] / T).abs().sum(-1)
+    return reference.row_sum(_weighed(not_p, away) + _weighed(p, towards))
+
+
+def _weighed(p: Tensor, x: Tensor) -> Tensor:
+    """p x, where what has no probability does not count even if it is infinite."""
+    return torch.where(p == 0, 0.0, p * x)
 
 
 def deep_gradient_norm(
@@ -234,6 +243,8 @@ def deep_gradient_norm(
     True
     """
     T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(inputs, Tensor):
         raise TypeError(f"inputs must be a torch tensor, got {type(inputs).__name__}")
     if model.training:
@@ -311,12 +322,17 @@ def _gradient_arguments(
 
 def _distribution(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
     """Label probabilities [N, C] beside logits; NaN in place of a row that is not a distribution."""
-    (q,), q_numpy = take(labels=labels)
+    if not isinstance(labels, np.ndarray if as_numpy else Tensor):
+        kind = "numpy array" if as_numpy else "torch tensor"
+        raise TypeError(
+            f"labels must be 'uniform', 'predicted', 'log_predicted' or a {kind}, got {type(labels).__name__}"
+        )
+    (q,), _ = take(labels=labels)
     q = _given("labels", q)
-    if q_numpy != as_numpy:
-        raise TypeError(f"labels must be of the kind of logits, got {type(labels).__name__}")
     if q.shape != logits.shape:
-        raise ValueError(f"labels must be {list(logits.shape)}, a distribution per row, got shape {list(q.shape)}")
+        raise ValueError(
+            f"labels must be {list(logits.shape)}, a distribution per row (one-hot for classes), got {list(q.shape)}"
+        )
     same_rows("labels", q, logits)
     q = q.to(torch.promote_types(logits.dtype, torch.float32))
     # Probabilities in a half type do not sum to 1 exactly.

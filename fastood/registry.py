@@ -40,14 +40,14 @@ class Score:
     higher : {"in", "out"}
         Which inputs the *raw* formula is larger for: in- or out-of-distribution ones.
     stats : tuple, or callable of the score's parameters that gives one
-        The row statistics that V is made of, and `log_v`: names of ``fastood.STATISTICS``.
+        The row statistics that V is made of: names of ``fastood.STATISTICS``.
     factor : float
         V = factor * the first of `stats`, or the factor alone where there are none: what a kernel can
         multiply by U without coming back to Python.
     v : callable, optional
         In place of `factor`: ``v(s, **params)`` -> V, float64 [N], from ``s["name"]``, ``s.C`` and ``s.T``.
-    log_v : callable, optional
-        log V where that is more exact than the logarithm of V.
+    log_v, log_stats : optional
+        log V over statistics of its own, where that is more exact than the logarithm of V.
     positive : bool
         False for a V that is never above 0, which has no logarithm.
     gradient : dict, optional
@@ -78,6 +78,7 @@ class Score:
     factor: float = 1.0
     v: Callable[..., Tensor] | None = None
     log_v: Callable[..., Tensor] | None = None
+    log_stats: tuple[Stat, ...] = ()
     positive: bool = True
     gradient: Mapping[str, Any] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -101,7 +102,9 @@ class Score:
         """-1 where the raw formula is turned round; the one place where a sign is decided."""
         return -1 if oriented and self.higher == "out" else 1
 
-    def stats_for(self, params: Mapping[str, Any]) -> tuple[Stat, ...]:
+    def stats_for(self, params: Mapping[str, Any], log: bool = False) -> tuple[Stat, ...]:
+        if log and self.log_v:
+            return self.log_stats
         return self.stats(**params) if callable(self.stats) else self.stats
 
     def compose(self, s: RowStats, u: Tensor | None, *, params: Mapping[str, Any], log: bool, oriented: bool) -> Tensor:
@@ -137,11 +140,13 @@ def register(score: Score) -> Score:
     ValueError
         Where the name is taken, or ``higher``, a statistic or ``gradient`` is not one that fastood knows.
     """
+    if not isinstance(score, Score):
+        raise TypeError(f"score must be a fastood.Score, got {type(score).__name__}")
     if score.name in SCORES:
         raise ValueError(f"name: a score called {score.name!r} is registered already")
     if score.higher not in ("in", "out"):
         raise ValueError(f"higher must be 'in' or 'out', got {score.higher!r}")
-    for stat in score.stats_for(score.params):
+    for stat in (*score.stats_for(score.params), *score.log_stats):
         if (stat if isinstance(stat, str) else stat[0]) not in STATISTICS:
             raise ValueError(f"stats: no row statistic {stat!r}; there are {', '.join(STATISTICS)}")
     if score.gradient and score.gradient["power"] not in (1, 2):
@@ -158,7 +163,8 @@ register(
         "max_k p_k",
         "Section 4.2, Table 2; Hendrycks & Gimpel (2016)",
         "in",
-        stats=("msp", "log_msp"),
+        stats=("msp",),
+        log_stats=("log_msp",),
         log_v=lambda s: s["log_msp"],
     )
 )
@@ -177,7 +183,8 @@ register(
         "1 - sum_k p_k (1 - p_k) = sum_k p_k^2",
         "Section 4.2, Table 2; the order of DOCTOR's alpha score, Granese et al. (2021)",
         "in",
-        stats=("s2", "one_minus_s2"),
+        stats=("s2",),
+        log_stats=("s2", "one_minus_s2"),
         # near S_2 = 1 from 1 - S_2, or its logarithm would lose what 1 - S_2 keeps
         log_v=lambda s: (-s["one_minus_s2"]).log1p().where(s["s2"] > 0.5, s["s2"].log()),
     )
@@ -257,6 +264,8 @@ register(
         "out",
         stats=("one_minus_s2",),
         factor=2,
+        log_stats=("log_one_minus_s2",),
+        log_v=lambda s: s["log_one_minus_s2"] + math.log(2),
         gradient=_gradient("predicted", 1, 1, "outside"),
     )
 )
@@ -290,6 +299,8 @@ register(
         "Table 1: E_p || grad log p ||_2^2",
         "out",
         stats=("one_minus_s2",),
+        log_stats=("log_one_minus_s2",),
+        log_v=lambda s: s["log_one_minus_s2"],
         gradient=_gradient("predicted", 2, 2, "outside"),
     )
 )

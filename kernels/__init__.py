@@ -41,6 +41,7 @@ STATISTICS: dict[str, str] = {
     "log_msp": "log max_k p_k, to relative precision",
     "s2": "S_2 = sum_k p_k^2",
     "one_minus_s2": "1 - S_2 = sum_k p_k (1 - p_k), to relative precision",
+    "log_one_minus_s2": "log (1 - S_2), finite where 1 - S_2 underflows",
     "tv": "1/2 sum_k |1/C - p_k|",
     "plogp": "sum_k p_k log p_k",
     "sumlogp": "sum_k log p_k",
@@ -110,7 +111,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if name == "auto":
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
     if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+        raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
     if reason := BACKENDS[name].unusable(device, dtype):
         raise RuntimeError(f"backend {name!r} cannot serve {dtype} on {device}: {reason}")
     return BACKENDS[name]

@@ -136,6 +136,11 @@ class Softmax:
         return self._or_nan(self.exp_gap * self.total)
 
     @lazy
+    def log_r1(self) -> Tensor:
+        """Finite where r1 itself underflows."""
+        return self.gap + self.total.log()
+
+    @lazy
     def r2(self) -> Tensor:
         return self.exp_gap.square() * row_sum(self.e.square()).double()
 
@@ -182,6 +187,11 @@ class Softmax:
         return (2 * self.r1 + (self.r1.square() - self.r2)) / (1 + self.r1).square()
 
     @lazy
+    def log_one_minus_s2(self) -> Tensor:
+        r2_over_r1 = self.exp_gap * row_sum(self.e.square()).double() / self.total
+        return self._or_nan(self.log_r1 + (2 + self.r1 - r2_over_r1).log() - 2 * self.r1.log1p())
+
+    @lazy
     def tv(self) -> Tensor:
         # p and 1/C both sum to 1, so half the absolute differences are the positive ones.
         above = row_sum((self.e * self._rows(self.p_2) - 1 / self.C).relu())
@@ -210,8 +220,7 @@ class Softmax:
         top = self.z.topk(min(M, self.C) - 1, -1).values
         others = (1 - top.exp() * self._rows(self.p_2)).log()
         rest = (gamma * (self.gap + self.log_msp)).exp() * row_sum((gamma * (top + others)).exp()).double()
-        log_r1 = self.gap + self.total.log()  # where r1 itself underflows, r1^0.1 does not
-        return (gamma * (log_r1 + 2 * self.log_msp)).exp() + rest
+        return (gamma * (self.log_r1 + 2 * self.log_msp)).exp() + rest
 
     def _rows(self, stat: Tensor) -> Tensor:
         return stat.to(self.f.dtype)[:, None]
@@ -238,13 +247,17 @@ class Softmax:
     def gradient_outside(self, q: Tensor | str, order: float, power: float) -> Tensor:
         """E_q[ || e_Y - p ||_order^power ]; "log_predicted" takes the weights log p_y for q."""
         p = self.e * self._rows(self.p_2)
-        # ||e_y - p||_r^r = (1 - p_y)^r + the other classes' p_k^r
-        if order == math.inf:
-            norm, norm_top = Powers(1 - p)(power), Powers(self.one_minus_msp)(power)
-        else:
-            others = self._rows(self.power_sum(order)) - Powers(p)(order)
-            norm = Powers(Powers(1 - p)(order) + others)(power / order)
-            norm_top = Powers(Powers(self.one_minus_msp)(order) + self.power_sum_rest(order))(power / order)
+        # ||e_y - p||_r = (1 - p_y) (1 + sum over the other classes of (p_k / (1 - p_y))^r)^(1/r): no ratio is
+        # above 1, so that a high order does not underflow as a whole.
+        norm = Powers(1 - p)(power)
+        norm_top = (power * (self.log_r1 + self.log_msp)).exp()
+        if order != math.inf:
+            relative = (self.z + self._rows(self.gap)) * order  # log (p_k / p_max)^r
+            others = 1 + self._rows(row_sum(relative.exp()).double()) - relative.exp()
+            others = others * (order * (self._rows(self.log_msp) - (-p).log1p())).exp()
+            norm = norm * Powers(1 + others)(power / order)
+            others_top = row_sum((order * (self.z - self._rows(self.total.log()))).exp()).double()
+            norm_top = norm_top * Powers(1 + others_top)(power / order)
         norm = norm.scatter(-1, self.top[:, None], 0)
         if isinstance(q, Tensor):
             return self._peeled(q) * norm_top + row_sum(q * norm).double()

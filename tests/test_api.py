@@ -109,6 +109,16 @@ def test_log_of_a_gradient_score():
         assert torch.equal(fastood.score(F, H, name, temperature=0.7, log=True), sign * got)
 
 
+def test_logs_where_the_score_itself_underflows():
+    sure, ones = torch.tensor([[800.0, 0.0, -10.0]]), torch.ones(1, 1)
+    expected = math.log(4) - 800 + math.log1p(math.exp(-10))
+    for backend in fastood.backends():
+        got = fastood.score(sure, ones, "exgrad", log=True, oriented=False, backend=backend)
+        assert got.item() == pytest.approx(expected, rel=1e-6)
+        got = fastood.score(sure / 100, ones, "eg_p_l2sq", temperature=0.01, log=True, backend=backend)
+        assert got.item() == pytest.approx(-(expected - math.log(2) - 2 * math.log(0.01)), rel=1e-6)
+
+
 # ---- kinds, types, devices
 
 
@@ -120,6 +130,7 @@ def test_numpy_in_numpy_out():
         (fastood.norms(h, [1]), fastood.norms(H, [1])),
         (fastood.scores(f, methods=["tv"])["tv"], fastood.score(F, method="tv")),
         (fastood.row_stats(f)["lse"], fastood.row_stats(F)["lse"]),
+        (fastood.row_stats(f)["log_one_minus_s2"], fastood.row_stats(F)["log_one_minus_s2"]),
         (fastood.gradient_norm(f, h), fastood.gradient_norm(F, H)),
     ]:
         assert isinstance(got, np.ndarray)
@@ -248,7 +259,7 @@ def test_exported_program_needs_no_fastood(options):
         ({"logits": F.numpy().astype(int)}, TypeError, "logits must be float16.*got torch.int64"),
         ({"logits": F.numpy().astype(np.longdouble)}, TypeError, "logits must hold float16.*got numpy .*128"),
         ({"logits": F.numpy().astype(str)}, TypeError, "logits must hold float16.*got numpy <U"),
-        ({"logits": F.to_sparse()}, TypeError, "logits must be a dense tensor, got layout torch.sparse_coo"),
+        ({"logits": F.to_sparse()}, TypeError, r"logits must be a dense tensor, got torch\.sparse_coo"),
         ({"logits": F[:, :0]}, ValueError, r"logits must have at least one class, got shape \[2, 0\]"),
         ({"feats": H[:1]}, ValueError, r"feats must have the 2 rows of logits, got shape \[1, 2\]"),
         ({"feats": H.numpy()}, TypeError, "logits is a torch tensor, feats is a numpy array"),
@@ -269,7 +280,7 @@ def test_exported_program_needs_no_fastood(options):
         ({"temperature": math.inf}, ValueError, "temperature must be a finite number > 0, got inf"),
         ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
         ({"method": "neg_entropy", "log": True}, ValueError, "log: neg_entropy is never above 0"),
-        ({"backend": "cuda"}, ValueError, "backend must be 'auto' or one of .*, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, r"backend \(or FASTOOD_BACKEND\) must be 'auto' or one of .*, got 'cuda'"),
         ({"gama": 0.1}, TypeError, "gama: no such argument, nor a parameter of energy"),
         ({"method": "gen", "gamma": 0}, ValueError, "gamma must be a finite number > 0, got 0.0"),
         ({"method": "gen", "M": 2.5}, ValueError, "M must be a whole number of classes, got 2.5"),
@@ -284,12 +295,27 @@ def test_bad_arguments_are_named(arguments, error, words):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: fastood.sweep(F, H, v="energy"), TypeError, "v must be a list of names, got the string 'energy'"),
+        (lambda: fastood.sweep(F, H, v="energy"), TypeError, "v must be a list, got 'energy'"),
         (lambda: fastood.sweep(F, H, v=["gradnorm"]), ValueError, "v must name V terms"),
         (lambda: fastood.sweep(F, H, v=[]), ValueError, "v must not be empty"),
         (lambda: fastood.sweep(F, H, norms=[]), ValueError, "norms must not be empty"),
         (lambda: fastood.sweep(F, None), ValueError, "feats must be given for norm=0"),
-        (lambda: fastood.scores(F, methods="msp"), TypeError, "methods must be a list of names, got the string 'msp'"),
+        (lambda: fastood.scores(F, methods="msp"), TypeError, "methods must be a list, got 'msp'"),
+        (lambda: fastood.scores(F, methods=5), TypeError, "methods must be a list, got 5"),
+        (lambda: fastood.scores(F, methods=["x"]), ValueError, "methods must be one of 'msp'"),
+        (lambda: fastood.scores(None, None), TypeError, "logits must be a torch tensor or a numpy array, got None"),
+        (lambda: fastood.sweep(F, H, norms=0.3), TypeError, "norms must be a list, got 0.3"),
+        (lambda: fastood.norms(H, 2), TypeError, "orders must be a list, got 2"),
+        (lambda: fastood.row_stats(F, "msp"), TypeError, "stats must be a list, got 'msp'"),
+        (lambda: fastood.row_stats(F, [5]), ValueError, "stats must be one of 'fmax'.*got 5"),
+        (lambda: fastood.score(F, method=np.array(["msp"])), ValueError, "method must be one of 'msp'"),
+        (lambda: fastood.register("x"), TypeError, "score must be a fastood.Score, got str"),
+        (lambda: fastood.score(np.ma.masked_array(F.numpy())), TypeError, "logits must not be a masked array"),
+        (
+            lambda: fastood.score(torch.nested.nested_tensor([F[0], F[1]], layout=torch.jagged)),
+            TypeError,
+            "logits must be a dense tensor, got",
+        ),
         (lambda: fastood.norms(H, []), ValueError, "orders must not be empty"),
         (lambda: fastood.norms(H, [1, -2]), ValueError, "orders must be a number >= 0, got -2.0"),
         (lambda: fastood.norms(None, [1]), TypeError, "feats must be a torch tensor"),
@@ -347,7 +373,7 @@ def test_the_environment_names_the_default():
     code = "import fastood, torch; fastood.score(torch.ones(1, 2))"
     env = {**os.environ, "FASTOOD_BACKEND": "nonsense"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "backend must be 'auto' or one of" in out.stderr
+    assert "FASTOOD_BACKEND) must be 'auto' or one of" in out.stderr
 
 
 def test_auto_skips_a_backend_that_cannot_serve(monkeypatch):

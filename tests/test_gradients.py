@@ -102,6 +102,25 @@ def test_gradient_norm_in_general(order, power):
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("f", "T", "labels", "order", "power", "expected"),
+    [
+        # (1 - p_y) (1 + sum (p_k / (1 - p_y))^r)^(1/r), by hand
+        ([0.0, 0.0], 1.0, "uniform", 200, 1, 0.5 * 2 ** (1 / 200)),
+        ([0.0] * 10, 1.0, "predicted", 1000, 1, 0.9),
+        ([75.0, 0.0, 0.0], 1.0, "predicted", 20, 1, 2 * math.exp(-75) * ((1 + 2**-19) ** 0.05 + 2**0.05)),
+        ([800.0, 0.0], 1.0, "predicted", 2, 0.5, math.exp(-400) * 2**0.25),
+    ],
+)
+def test_orders_and_powers_whose_terms_underflow(f, T, labels, order, power, expected):
+    f = torch.tensor([f], dtype=torch.float64)
+    got = fastood.gradient_norm(f, torch.ones(1, 1).double(), labels, order, power, "outside", temperature=T)
+    assert got.item() == pytest.approx(expected, rel=1e-9)
+    if f.max() < 100:
+        got = fastood.gradient_norm(f.float(), torch.ones(1, 1), labels, order, power, "outside", temperature=T)
+        assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
 @given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
 def test_gradient_norm_in_lower_precision(seed, dtype):
     """float32 arithmetic on any input type, against the long double closed form."""
@@ -160,7 +179,7 @@ def test_a_row_of_labels_that_is_no_distribution_is_nan():
     [
         ({"labels": "unifrom"}, ValueError, r"labels must be one of 'uniform'.*got 'unifrom'"),
         ({"labels": torch.ones(3, 2)}, ValueError, r"labels must be \[3, 5\].*\[3, 2\]"),
-        ({"labels": np.ones((3, 5))}, TypeError, r"labels must be of the kind of logits, got ndarray"),
+        ({"labels": np.ones((3, 5))}, TypeError, r"labels must be 'uniform', .* or a torch tensor, got ndarray"),
         ({"labels": "log_predicted"}, ValueError, r"log_predicted.*outside"),
         ({"order": 0}, ValueError, "order must be a number > 0"),
         ({"power": -1}, ValueError, "power must be a finite number > 0"),
@@ -218,6 +237,11 @@ def test_batchgrad_in_tiles(monkeypatch):
         assert torch.equal(fastood.batchgrad(f[2:3], h[2:3], G), got[2:3])
 
 
+def test_batchgrad_where_features_over_T_overflow():
+    f, h = torch.tensor([[1e3, 0.0]]), torch.full((1, 2), 1e30)
+    assert fastood.batchgrad(f, h, torch.ones(2, 2), temperature=1e-10, oriented=False).item() == 4
+
+
 def test_batchgrad_arguments():
     f, h, y = torch.randn(4, 3), torch.randn(4, 2), torch.arange(4) % 3
     G = fastood.anchor_gradient(f, h, y)
@@ -230,6 +254,8 @@ def test_batchgrad_arguments():
         fastood.anchor_gradient(f, h, torch.arange(4))
     with pytest.raises(TypeError, match=r"labels must be integers, got torch\.float32"):
         fastood.anchor_gradient(f, h, y.float())
+    with pytest.raises(TypeError, match="labels must be a torch tensor or a numpy array of integers, got NoneType"):
+        fastood.anchor_gradient(f, h, None)
     with pytest.raises(ValueError, match=r"labels must be \[4\], one class per anchor, got shape \[3\]"):
         fastood.anchor_gradient(f, h, y[:3])
 
@@ -295,6 +321,8 @@ def test_deep_gradient_norm_arguments():
         fastood.deep_gradient_norm(net.train(), x)
     with pytest.raises(ValueError, match="model must have a parameter that requires a gradient"):
         fastood.deep_gradient_norm(net.eval().requires_grad_(False), x)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
+        fastood.deep_gradient_norm(lambda x: x, x)
     with pytest.raises(TypeError, match="inputs must be a torch tensor, got ndarray"):
         fastood.deep_gradient_norm(network(), x.numpy())
     with pytest.raises(ValueError, match="model must map inputs"):

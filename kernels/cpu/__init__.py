@@ -55,10 +55,11 @@ def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[
         return reference.row_stats(logits, feats, want)
     if _numbers(want) is not None:
         return _run(logits, feats, want)
-    # gen sorts, which is another kind of work: plain PyTorch does it. The rest comes in parts that fit one call.
-    gen = tuple(s for s in want.stats if s[0] == "gen")
-    native = [s for s in want.stats if s[0] != "gen"]
-    stats = reference.row_stats(logits, None, want._replace(stats=gen, orders=()))[0]
+    # gen sorts, and log_one_minus_s2 outlives its own underflow: other kinds of work, which plain PyTorch does.
+    # The rest comes in parts that fit one call.
+    other = tuple(s for s in want.stats if not _has(s))
+    native = [s for s in want.stats if _has(s)]
+    stats = reference.row_stats(logits, None, want._replace(stats=other, orders=()))[0]
     for i in range(0, len(native), _MOST_POWER_SUMS):
         stats |= _run(logits, None, want._replace(stats=tuple(native[i : i + _MOST_POWER_SUMS]), orders=()))[0]
     norms = []
@@ -121,11 +122,15 @@ def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[
 def _numbers(want: Want) -> tuple[Any, ...] | None:
     """`want` as the C++ part reads it; None where one call cannot give all of it."""
     powers = sum(s[0] == "power_sum" for s in want.stats)
-    if len(want.orders) > _MOST_ORDERS or powers > _MOST_POWER_SUMS or any(s[0] == "gen" for s in want.stats):
+    if len(want.orders) > _MOST_ORDERS or powers > _MOST_POWER_SUMS or not all(map(_has, want.stats)):
         return None
     stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
     exponents = tuple(0.0 if isinstance(s, str) else float(s[1]) for s in want.stats)
     return want.temperature, stats, exponents, want.orders, want.bias, want.log
+
+
+def _has(stat: Stat) -> bool:
+    return (stat if isinstance(stat, str) else stat[0]) in _STATS
 
 
 def _argument(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:

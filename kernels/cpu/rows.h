@@ -7,6 +7,7 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef float V __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t Scalar;
   typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
   typedef uint32_t U __attribute__((vector_size(VECTOR_BYTES)));
   static constexpr int lanes = VECTOR_BYTES / 4;
@@ -19,6 +20,7 @@ struct Vec<float> {
 template <>
 struct Vec<double> {
   typedef double V __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t Scalar;
   typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
   typedef uint64_t U __attribute__((vector_size(VECTOR_BYTES)));
   static constexpr int lanes = VECTOR_BYTES / 8;
@@ -39,23 +41,30 @@ template <class T> INLINE V<T> all(T x) { return x - V<T>{}; }
 
 template <class T> constexpr T minus_inf() { return T(-__builtin_inf()); }
 
+// Combine the lanes of x pair by pair, by halves.
+template <class T, int BYTES, class X, class F> INLINE T reduce(X x, F f) {
+  if constexpr (BYTES == sizeof(T)) {
+    return x[0];
+  } else {
+    typedef T Half __attribute__((vector_size(BYTES / 2)));
+    Half low, high;
+    __builtin_memcpy(&low, &x, BYTES / 2);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + BYTES / 2, BYTES / 2);
+    return reduce<T, BYTES / 2>(f(low, high), f);
+  }
+}
+
 template <class T> INLINE T sum_of(V<T> x) {
-  T total = 0;
-  for (int k = 0; k < Vec<T>::lanes; k++) total += x[k];
-  return total;
+  return reduce<T, VECTOR_BYTES>(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <class T> INLINE T max_of(V<T> x) {
-  T most = x[0];
-  for (int k = 1; k < Vec<T>::lanes; k++) most = x[k] > most ? x[k] : most;
-  return most;
+  return reduce<T, VECTOR_BYTES>(x, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 template <class T> INLINE bool any(I<T> mask) {
-  I<T> bits = mask;
-  int64_t found = 0;
-  for (int k = 0; k < Vec<T>::lanes; k++) found |= bits[k];
-  return found != 0;
+  typedef typename Vec<T>::Scalar S;
+  return reduce<S, VECTOR_BYTES>(mask, [](auto a, auto b) __attribute__((always_inline)) { return a | b; }) != 0;
 }
 
 // ---- loads: any input type into vectors of its arithmetic type
@@ -102,13 +111,26 @@ INLINE V<float> load(const Half* x) {
 #endif
 }
 
-// The first k elements at x, the other lanes `padding`.
-template <class T, class In> INLINE V<T> load_some(const In* x, int64_t k, T padding) {
-  In held[Vec<T>::lanes] = {};
-  __builtin_memcpy(held, x, k * sizeof(In));
-  V<T> v = load(held);
-  for (int64_t j = k; j < Vec<T>::lanes; j++) v[j] = padding;
-  return v;
+// Which lanes are at or after `first`.
+template <class T> INLINE I<T> from_lane(int64_t first) {
+  I<T> lane;
+  for (int k = 0; k < Vec<T>::lanes; k++) lane[k] = k;
+  return lane >= typename Vec<T>::Scalar(first);
+}
+
+// The k < lanes elements that end at `end` in the last lanes, `padding` in the others. `before`: how many
+// elements there are before those, which may be read but not used.
+template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int64_t before, T padding) {
+  constexpr int64_t lanes = Vec<T>::lanes;
+  V<T> v;
+  if (before >= lanes - k) {
+    v = load(end - lanes);
+  } else {
+    In held[lanes] = {};
+    for (int64_t j = 0; j < k; j++) held[lanes - k + j] = end[j - k];
+    v = load(held);
+  }
+  return from_lane<T>(lanes - k) ? v : all<T>(padding);
 }
 
 // ---- 2^x and log2 x. tests/test_cpu.py holds the bounds that are stated here.
@@ -142,15 +164,15 @@ template <class T> INLINE V<T> power_of_two(V<T> rounded, int shift) {
   return (V<T>)(((I<T>)rounded + (Vec<T>::bias + shift)) << Vec<T>::mantissa);
 }
 
-// 2^(whole + part), whole = a product that is exact, part small; 0 below the normal numbers.
+// 2^(whole + part), part small, the sum at most 127 (1023): 0 below the normal numbers.
 template <class T> INLINE V<T> exp2_sum(V<T> whole, V<T> part) {
   V<T> x = whole + part;
-  V<T> lowest = all<T>(T(1 - Vec<T>::bias)), highest = all<T>(T(Vec<T>::bias));
-  V<T> held = x < lowest ? lowest : x > highest ? highest : x;
+  const T lowest = T(1 - Vec<T>::bias);
+  V<T> held = x > lowest ? x : all<T>(lowest);
   V<T> rounded = held + Vec<T>::magic;
   V<T> n = rounded - Vec<T>::magic;
   V<T> power = exp2_fraction((whole - n) + part) * power_of_two<T>(rounded, 0);
-  return x < lowest ? V<T>{} : x > highest ? all<T>(T(__builtin_inf())) : power;
+  return x < lowest ? V<T>{} : power;
 }
 
 // log2 of positive finite x as exponent + log, |log| <= 1/2; absolute error of log 2^-24 (float; 2^-27 of it the
@@ -220,32 +242,44 @@ template <class T> struct Softmax {
   }
 };
 
-// Calls step(u, v, i) on every vector of x, u < WIDTH the accumulator to use, i its first element, the last
-// one padded; flush() at the end of each BLOCK elements, so that no float sum grows long.
+// Calls step(u, v, i, first) on every vector of x: u < WIDTH the accumulator to use, i where it begins, `first`
+// its first lane that counts, 0 but in a last vector that is not full; flush() after each BLOCK elements, so that
+// no sum of floats grows long.
 constexpr int64_t BLOCK = 512;
 
 template <int WIDTH, class T, class In, class Step, class Flush>
 INLINE void for_blocks(const In* x, int64_t n, T padding, Step step, Flush flush) {
   constexpr int64_t lanes = Vec<T>::lanes;
   for (int64_t i = 0; i < n;) {
-    int64_t end = i + BLOCK < n ? i + BLOCK : n;
+    const int64_t end = i + BLOCK < n ? i + BLOCK : n;
     for (; i + WIDTH * lanes <= end; i += WIDTH * lanes) {
-      UNROLL for (int u = 0; u < WIDTH; u++) step(u, load(x + i + u * lanes), i + u * lanes);
+      UNROLL for (int u = 0; u < WIDTH; u++) step(u, load(x + i + u * lanes), i + u * lanes, 0);
     }
     UNROLL for (int u = 0; u < WIDTH; u++) {
-      if (i < end) {
-        step(u, i + lanes <= end ? load(x + i) : load_some<T>(x + i, end - i, padding), i);
-        i = i + lanes <= end ? i + lanes : end;
+      if (i + lanes <= end) {
+        step(u, load(x + i), i, 0);
+        i += lanes;
       }
+    }
+    if (i < end) {
+      step(0, load_last<T>(x + end, end - i, i, padding), i, lanes - (end - i));
+      i = end;
     }
     flush();
   }
 }
 
-template <int WIDTH, class T> INLINE double take(V<T>* sums) {
-  V<T> total = sums[0];
-  UNROLL for (int u = 1; u < WIDTH; u++) total += sums[u];
+// Adds the accumulators of a block to a running total and clears them.
+template <int WIDTH, class T> INLINE void add_up(V<T>* total, V<T>* sums) {
+  V<T> sum = sums[0];
+  UNROLL for (int u = 1; u < WIDTH; u++) sum += sums[u];
   UNROLL for (int u = 0; u < WIDTH; u++) sums[u] = V<T>{};
+  *total += sum;
+}
+
+template <int WIDTH, class T> INLINE double take(V<T>* sums) {
+  V<T> total = {};
+  add_up<WIDTH, T>(&total, sums);
   return double(sum_of<T>(total));
 }
 
@@ -256,7 +290,7 @@ template <class T, class In> static void max_of_row(const In* f, int64_t n, Logi
   UNROLL for (int u = 0; u < W; u++) most[u] = all<T>(minus_inf<T>());
   for_blocks<W, T>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         most[u] = v > most[u] ? v : most[u];
         nan[u] |= v != v;
       },
@@ -276,10 +310,11 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   const Softmax<T> softmax(state->max, plan);
   const bool sum_z = plan.sums & SUMLOGP;
   V<T> ties[W] = {}, exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
-  double z_total = 0;
+  V<T> all_exp = {}, all_squares = {}, all_exp_z = {};
+  double all_z = 0;
   for_blocks<W, T>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t i) __attribute__((always_inline)) {
+      [&](int u, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
         V<T> d, e = Softmax<T>::exp(softmax, v, &d);
         if constexpr (KEEP) __builtin_memcpy(kept + i, &e, sizeof e);
         I<T> top = v == softmax.max;
@@ -291,26 +326,28 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
           exp_z[u] += e * d;
           if (sum_z) {
             V<T> difference = v - softmax.max;
-            if (i + Vec<T>::lanes > n)  // the padding is no masked class
-              for (int k = int(n - i); k < Vec<T>::lanes; k++) difference[k] = 0;
+            if (first) difference = from_lane<T>(first) ? difference : V<T>{};  // the padding is no masked class
             z[u] += difference;
           }
         }
       },
       [&] {
-        state->ties += take<W, T>(ties);
-        state->exp += take<W, T>(exp);
+        add_up<W, T>(&all_exp, exp);
         if constexpr (MORE) {
-          state->squares += take<W, T>(squares);
-          state->exp_z += take<W, T>(exp_z);
-          if (sum_z) z_total += take<W, T>(z);
+          add_up<W, T>(&all_squares, squares);
+          add_up<W, T>(&all_exp_z, exp_z);
+          if (sum_z) all_z += take<W, T>(z);
         }
       });
+  state->ties = take<W, T>(ties);
+  state->exp = sum_of<T>(all_exp);
+  state->squares = sum_of<T>(all_squares);
+  state->exp_z = sum_of<T>(all_exp_z);
+  state->z = all_z / plan.temperature;
   const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
   state->exp *= unit;
   state->squares *= unit * unit;
   state->exp_z *= unit / plan.temperature;
-  state->z = z_total / plan.temperature;
 }
 
 template <class T, class In>
@@ -322,7 +359,7 @@ static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int
   V<T> exp[4] = {};
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         V<T> d, e = Softmax<T>::exp(softmax, v, &d);
         exp[u] += v == softmax.max ? V<T>{} : e;
       },
@@ -338,7 +375,7 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   V<T> most[2] = {all<T>(minus_inf<T>()), all<T>(minus_inf<T>())};
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) { most[u] = v < top && v > most[u] ? v : most[u]; }, [] {});
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { most[u] = v < top && v > most[u] ? v : most[u]; }, [] {});
   const double pivot = max_of<T>(most[0] > most[1] ? most[0] : most[1]);
   if (pivot == -__builtin_inf()) return;
   const Softmax<T> softmax(pivot, plan);
@@ -346,7 +383,7 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   double sum = 0, square = 0, sum_z = 0;
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         V<T> d, e = Softmax<T>::exp(softmax, v < top ? v : all<T>(minus_inf<T>()), &d);
         exp[u] += e;
         squares[u] += e * e;
@@ -384,27 +421,27 @@ template <class In>
 static double tv(const void* data, int64_t n, const LogitsPlan& plan, double max, double total, double uniform, const void* kept) {
   typedef typename Arithmetic<In>::type T;
   const T scale = T(__builtin_ldexp(1 / total, -Vec<T>::scaled)), level = T(uniform);
-  V<T> above[4] = {};
-  double sum = 0;
+  V<T> above[4] = {}, sum = {};
   auto add = [&](int u, V<T> e) __attribute__((always_inline)) {
     V<T> p = e * scale - level;
     above[u] += p > 0 ? p : V<T>{};
   };
-  auto flush = [&] { sum += take<4, T>(above); };
+  auto flush = [&] { add_up<4, T>(&sum, above); };
   if (kept) {
+    const int64_t whole = (n + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the padding has p = 0
     for_blocks<4, T>(
-        static_cast<const T*>(kept), n, T(0), [&](int u, V<T> e, int64_t) __attribute__((always_inline)) { add(u, e); }, flush);
+        static_cast<const T*>(kept), whole, T(0), [&](int u, V<T> e, int64_t, int64_t) __attribute__((always_inline)) { add(u, e); }, flush);
   } else {
     const Softmax<T> softmax(max, plan);
     for_blocks<4, T>(
         static_cast<const In*>(data), n, minus_inf<T>(),
-        [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+        [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
           V<T> d;
           add(u, Softmax<T>::exp(softmax, v, &d));
         },
         flush);
   }
-  return sum;
+  return sum_of<T>(sum);
 }
 
 // ---- norms
@@ -418,7 +455,7 @@ template <int P, class T> INLINE V<T> integer_power(V<T> x) {
 template <int P, class T> INLINE double sum_of_powers(const T* y, int64_t n) {
   V<T> sums[4] = {};
   for_blocks<4, T>(
-      y, n, T(0), [&](int u, V<T> v, int64_t) __attribute__((always_inline)) { sums[u] += integer_power<P, T>(v); }, [] {});
+      y, n, T(0), [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { sums[u] += integer_power<P, T>(v); }, [] {});
   return take<4, T>(sums);
 }
 
@@ -441,7 +478,7 @@ template <int MOST, class T> static void integer_sums(const T* a, int64_t n, T s
   V<T> s[MOST][W] = {};
   for_blocks<W, T>(
       a, n, T(0),
-      [&](int u, V<T> v, int64_t) __attribute__((always_inline)) {
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         V<T> y = v * s1 * s2, y2 = y * y;
         s[0][u] += y;
         if constexpr (MOST >= 2) s[1][u] += y2;
@@ -457,31 +494,68 @@ template <int MOST, class T> static void integer_sums(const T* a, int64_t n, T s
   UNROLL for (int p = 0; p < MOST; p++) sum[p + 1] += take<W, T>(s[p]);
 }
 
+// Sums of y^multiple, y = |h|^base, for all multiples of a group.
+template <class T, bool SCALED>
+static void group_sums(const T* a, int64_t whole, const PowerGroup& group, const NormsState& s, T* power, double* sum) {
+  // base = high + low, high so short that its product with an exponent is exact
+  const T base = T(group.base), high = T(group.high), low = T(group.base - double(high));
+  const T shift = T(s.shift), shift_log = T(s.shift_log);
+  const bool keep = group.multiples > 1 || group.multiple[0] > 1;
+  V<T> sums[4] = {};
+  for_blocks<4, T>(
+      a, whole, T(0),
+      [&](int u, V<T> v, int64_t i, int64_t) __attribute__((always_inline)) {
+        V<T> e, l;
+        log2_parts<T>(v, &e, &l);
+        if constexpr (SCALED) {
+          e -= shift;
+          l -= shift_log;
+        }
+        V<T> y = exp2_sum<T>(e * high, e * low + l * base);
+        y = v == 0 ? V<T>{} : y;
+        if (keep) __builtin_memcpy(power + i, &y, sizeof y);
+        sums[u] += y;
+      },
+      [] {});
+  const double first = take<4, T>(sums);
+  for (int j = 0; j < group.multiples; j++)
+    sum[group.slot[j]] += group.multiple[j] == 1 ? first : sum_of_powers<T>(power, whole, group.multiple[j]);
+}
+
+// |h| of a tile, with its maximum, whether there is a NaN, and how many are not zero.
+template <class T, bool COUNT, class In> static void read_tile(const In* h, int64_t m, T* a, NormsState* state, double* max) {
+  V<T> most[4] = {}, nonzero[4] = {};
+  I<T> nan[4] = {};
+  for_blocks<4, T>(
+      h, m, T(0),
+      [&](int u, V<T> v, int64_t i, int64_t) __attribute__((always_inline)) {
+        v = (V<T>)((U<T>)v << 1 >> 1);
+        __builtin_memcpy(a + i, &v, sizeof v);
+        most[u] = v > most[u] ? v : most[u];
+        nan[u] |= v != v;
+        if constexpr (COUNT) nonzero[u] += v == 0 ? V<T>{} : all<T>(T(1));
+      },
+      [] {});
+  V<T> top = most[0];
+  UNROLL for (int u = 1; u < 4; u++) {
+    top = most[u] > top ? most[u] : top;
+    nan[0] |= nan[u];
+  }
+  *max = max_of<T>(top);
+  state->nan |= any<T>(nan[0]);
+  if constexpr (COUNT) state->nonzero += take<4, T>(nonzero);
+}
+
 template <class In> static void norms(const void* data, int64_t n, const NormsPlan& plan, NormsState* state) {
   typedef typename Arithmetic<In>::type T;
   const In* h = static_cast<const In*>(data);
-  T a[BLOCK], exponent[BLOCK], log[BLOCK], power[BLOCK];
+  T a[BLOCK], power[BLOCK];
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t m = n - start < BLOCK ? n - start : BLOCK;
-    V<T> most[4] = {}, nonzero[4] = {};
-    I<T> nan[4] = {};
-    for_blocks<4, T>(
-        h + start, m, T(0),
-        [&](int u, V<T> v, int64_t i) __attribute__((always_inline)) {
-          v = v < 0 ? -v : v;
-          __builtin_memcpy(a + i, &v, sizeof v);
-          most[u] = v > most[u] ? v : most[u];
-          nan[u] |= v != v;
-          nonzero[u] += v == 0 ? V<T>{} : all<T>(T(1));
-        },
-        [] {});
     const int64_t whole = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the rest is zeros
-    I<T> bad = nan[0] | nan[1] | nan[2] | nan[3];
-    V<T> top = most[0];
-    UNROLL for (int u = 1; u < 4; u++) top = most[u] > top ? most[u] : top;
-    const double max = max_of<T>(top);
-    state->nan |= any<T>(bad);
-    state->nonzero += take<4, T>(nonzero);
+    double max;
+    if (plan.count) read_tile<T, true>(h + start, m, a, state, &max);
+    else read_tile<T, false>(h + start, m, a, state, &max);
     state->max = max > state->max ? max : state->max;
     if (max == 0 || max == __builtin_inf() || state->nan) continue;
     if (max > state->reference) rescale(plan, state, max);
@@ -493,33 +567,9 @@ template <class In> static void norms(const void* data, int64_t n, const NormsPl
       else if (plan.integers >> 2) integer_sums<2, T>(a, whole, s1, s2, state->sum);
       else integer_sums<1, T>(a, whole, s1, s2, state->sum);
     }
-    if (plan.groups) {
-      for (int64_t i = 0; i < whole; i += Vec<T>::lanes) {
-        V<T> e, l;
-        log2_parts<T>(load(a + i), &e, &l);
-        __builtin_memcpy(exponent + i, &e, sizeof e);
-        __builtin_memcpy(log + i, &l, sizeof l);
-      }
-    }
     for (int g = 0; g < plan.groups; g++) {
-      const PowerGroup& group = plan.group[g];
-      // base = high + low, high so short that its product with an exponent is exact
-      const T base = T(group.base), high = T(group.high), low = T(group.base - double(high));
-      const T shift = group.scaled ? T(state->shift) : T(0), shift_log = group.scaled ? T(state->shift_log) : T(0);
-      V<T> sums[4] = {};
-      for_blocks<4, T>(
-          a, whole, T(0),
-          [&](int u, V<T> v, int64_t i) __attribute__((always_inline)) {
-            V<T> e = load(exponent + i) - shift;
-            V<T> y = exp2_sum<T>(e * high, e * low + (load(log + i) - shift_log) * base);
-            y = v == 0 ? V<T>{} : y;
-            __builtin_memcpy(power + i, &y, sizeof y);
-            sums[u] += y;
-          },
-          [] {});
-      const double first = take<4, T>(sums);
-      for (int j = 0; j < group.multiples; j++)
-        state->sum[group.slot[j]] += group.multiple[j] == 1 ? first : sum_of_powers<T>(power, whole, group.multiple[j]);
+      if (plan.group[g].scaled) group_sums<T, true>(a, whole, plan.group[g], *state, power, state->sum);
+      else group_sums<T, false>(a, whole, plan.group[g], *state, power, state->sum);
     }
   }
 }
@@ -527,9 +577,9 @@ template <class In> static void norms(const void* data, int64_t n, const NormsPl
 static void exp2_of(const float* x, float* out, int64_t n) {
   for_blocks<1, float>(
       x, n, 0.0f,
-      [&](int, V<float> v, int64_t i) {
+      [&](int, V<float> v, int64_t i, int64_t first) {
         V<float> y = exp2_sum<float>(v, V<float>{});
-        __builtin_memcpy(out + i, &y, (n - i < Vec<float>::lanes ? n - i : Vec<float>::lanes) * sizeof(float));
+        for (int64_t k = first; k < Vec<float>::lanes; k++) out[i + k - first] = y[k];
       },
       [] {});
 }
@@ -537,11 +587,10 @@ static void exp2_of(const float* x, float* out, int64_t n) {
 static void log2_of(const float* x, float* out, int64_t n) {
   for_blocks<1, float>(
       x, n, 1.0f,
-      [&](int, V<float> v, int64_t i) {
+      [&](int, V<float> v, int64_t i, int64_t first) {
         V<float> e, l;
         log2_parts<float>(v, &e, &l);
-        e += l;
-        __builtin_memcpy(out + i, &e, (n - i < Vec<float>::lanes ? n - i : Vec<float>::lanes) * sizeof(float));
+        for (int64_t k = first; k < Vec<float>::lanes; k++) out[i + k - first] = e[k] + l[k];
       },
       [] {});
 }
