@@ -324,15 +324,13 @@ def _distribution(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
     """Label probabilities [N, C] beside logits; NaN in place of a row that is not a distribution."""
     if not isinstance(labels, np.ndarray if as_numpy else Tensor):
         kind = "numpy array" if as_numpy else "torch tensor"
-        raise TypeError(
-            f"labels must be 'uniform', 'predicted', 'log_predicted' or a {kind}, got {type(labels).__name__}"
-        )
+        got = type(labels).__name__
+        raise TypeError(f"labels must be 'uniform', 'predicted', 'log_predicted' or a {kind}, got {got}")
     (q,), _ = take(labels=labels)
     q = _given("labels", q)
     if q.shape != logits.shape:
-        raise ValueError(
-            f"labels must be {list(logits.shape)}, a distribution per row (one-hot for classes), got {list(q.shape)}"
-        )
+        wanted = f"{list(logits.shape)}, a distribution per row (one-hot for classes)"
+        raise ValueError(f"labels must be {wanted}, got {list(q.shape)}")
     same_rows("labels", q, logits)
     q = q.to(torch.promote_types(logits.dtype, torch.float32))
     # Probabilities in a half type do not sum to 1 exactly.
