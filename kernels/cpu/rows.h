@@ -135,34 +135,49 @@ template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int
 
 // ---- 2^x and log2 x. tests/test_cpu.py holds the bounds that are stated here.
 
-// 2^f for |f| <= 1/2; relative error of the polynomial 2^-29.0 (float), 2^-58.2 (double).
-INLINE V<float> exp2_fraction(V<float> f) {
-  V<float> p = 0.0001534586335765198f * f + 0.0013399929739534855f;
-  p = p * f + 0.009618489071726799f;
-  p = p * f + 0.05550328642129898f;
-  p = p * f + 0.24022646248340607f;
-  p = p * f + 0.6931471824645996f;
-  return p * f + 1.0f;
+// 2^f * UNIT for |f| <= 1/2, UNIT a power of two; relative error of the polynomial 2^-29.0 (float), 2^-58.2 (double).
+template <int SHIFT> INLINE V<float> exp2_fraction(V<float> f) {
+  constexpr float UNIT = float(int64_t(1) << SHIFT);
+  V<float> p = (0.0001534586335765198f * UNIT) * f + 0.0013399929739534855f * UNIT;
+  p = p * f + 0.009618489071726799f * UNIT;
+  p = p * f + 0.05550328642129898f * UNIT;
+  p = p * f + 0.24022646248340607f * UNIT;
+  p = p * f + 0.6931471824645996f * UNIT;
+  return p * f + UNIT;
 }
 
-INLINE V<double> exp2_fraction(V<double> f) {
-  V<double> p = 4.4352888650675365e-10 * f + 7.074104573753809e-09;
-  p = p * f + 1.0178197976954745e-07;
-  p = p * f + 1.3215433095891532e-06;
-  p = p * f + 1.5252733490108938e-05;
-  p = p * f + 0.00015403530462501698;
-  p = p * f + 0.0013333558146789778;
-  p = p * f + 0.009618129107588346;
-  p = p * f + 0.055504108664819925;
-  p = p * f + 0.24022650695910155;
-  p = p * f + 0.6931471805599453;
-  return p * f + 1.0;
+template <int SHIFT> INLINE V<double> exp2_fraction(V<double> f) {
+  constexpr double UNIT = double(int64_t(1) << SHIFT / 2) * double(int64_t(1) << (SHIFT - SHIFT / 2));
+  V<double> p = (4.4352888650675365e-10 * UNIT) * f + 7.074104573753809e-09 * UNIT;
+  p = p * f + 1.0178197976954745e-07 * UNIT;
+  p = p * f + 1.3215433095891532e-06 * UNIT;
+  p = p * f + 1.5252733490108938e-05 * UNIT;
+  p = p * f + 0.00015403530462501698 * UNIT;
+  p = p * f + 0.0013333558146789778 * UNIT;
+  p = p * f + 0.009618129107588346 * UNIT;
+  p = p * f + 0.055504108664819925 * UNIT;
+  p = p * f + 0.24022650695910155 * UNIT;
+  p = p * f + 0.6931471805599453 * UNIT;
+  return p * f + UNIT;
 }
 
-// 2^shift times 2^n, n an integer held in `rounded` = n + magic; n + shift within the normal exponents.
-template <class T> INLINE V<T> power_of_two(V<T> rounded, int shift) {
-  return (V<T>)(((I<T>)rounded + (Vec<T>::bias + shift)) << Vec<T>::mantissa);
+// 2^x * 2^SHIFT, where x = n + f, n an integer held in `rounded` = n + magic, |f| <= 1/2; 0 where `zero`: at
+// least where the result would be below the normal numbers.
+#if VECTOR_BYTES == 64
+INLINE V<float> scale(V<float> p, V<float> n) { return (V<float>)_mm512_scalef_ps((__m512)p, (__m512)n); }
+INLINE V<double> scale(V<double> p, V<double> n) { return (V<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n); }
+
+template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T>, V<T> n, V<T> f, I<T> zero) {
+  V<T> e = scale(exp2_fraction<SHIFT>(f), n);
+  return zero ? V<T>{} : e;
 }
+#else
+template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T> rounded, V<T>, V<T> f, I<T> zero) {
+  V<T> power = (V<T>)(((I<T>)rounded + (Vec<T>::bias + SHIFT)) << Vec<T>::mantissa);
+  V<T> e = exp2_fraction<0>(f) * power;
+  return zero ? V<T>{} : e;
+}
+#endif
 
 // 2^(whole + part), part small, the sum at most 127 (1023): 0 below the normal numbers.
 template <class T> INLINE V<T> exp2_sum(V<T> whole, V<T> part) {
@@ -171,8 +186,7 @@ template <class T> INLINE V<T> exp2_sum(V<T> whole, V<T> part) {
   V<T> held = x > lowest ? x : all<T>(lowest);
   V<T> rounded = held + Vec<T>::magic;
   V<T> n = rounded - Vec<T>::magic;
-  V<T> power = exp2_fraction((whole - n) + part) * power_of_two<T>(rounded, 0);
-  return x < lowest ? V<T>{} : power;
+  return exp2_parts<T, 0>(rounded, n, (whole - n) + part, x < lowest);
 }
 
 // log2 of positive finite x as exponent + log, |log| <= 1/2; absolute error of log 2^-24 (float; 2^-27 of it the
@@ -202,6 +216,23 @@ INLINE V<double> log2_mantissa(V<double> m) {
   return q * s;
 }
 
+#if VECTOR_BYTES == 64
+INLINE V<float> exponent_of(V<float> x) { return (V<float>)_mm512_getexp_ps((__m512)x); }
+INLINE V<double> exponent_of(V<double> x) { return (V<double>)_mm512_getexp_pd((__m512d)x); }
+INLINE V<float> mantissa_of(V<float> x) {
+  return (V<float>)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+}
+INLINE V<double> mantissa_of(V<double> x) {
+  return (V<double>)_mm512_getmant_pd((__m512d)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+}
+
+template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
+  V<T> m = mantissa_of(x), e = exponent_of(x);
+  I<T> high = m >= T(1.4142135);
+  *log = log2_mantissa(high ? m * T(0.5) : m);
+  *exponent = high ? e + T(1) : e;
+}
+#else
 template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
   // 2^-1/2 in bits: the mantissa comes out in [2^-1/2, 2^1/2)
   constexpr int64_t half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
@@ -211,6 +242,7 @@ template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
   *log = log2_mantissa((V<T>)((I<T>)x - (e << Vec<T>::mantissa)));
   *exponent = __builtin_convertvector(e + (subnormal & -Vec<T>::mantissa), V<T>);
 }
+#endif
 
 // ---- logits
 
@@ -224,8 +256,8 @@ template <class T> struct Softmax {
     lowest = T(far < double(Vec<T>::largest) ? -far : -double(Vec<T>::largest));
   }
 
-  // 2^SCALED exp(z), z = (f - max) / T; d = f - max is handed out, no less than `lowest`
-  INLINE V<T> exp(const Softmax& s, V<T> f, V<T>* d) {
+  // 2^SCALED exp(z), z = (f - max) / T, 0 where `without`; d = f - max is handed out, no less than `lowest`
+  INLINE V<T> exp(const Softmax& s, V<T> f, V<T>* d, I<T> without = I<T>{}) {
     V<T> exact = f - s.max;
     V<T> held = exact < s.lowest ? all<T>(s.lowest) : exact;
     V<T> rounded = held * s.high + Vec<T>::magic;
@@ -236,9 +268,8 @@ template <class T> struct Softmax {
       V<T> lost = (f - (exact - back)) - (s.max + back);
       fraction += lost * s.high;
     }
-    V<T> e = exp2_fraction(fraction) * power_of_two<T>(rounded, Vec<T>::scaled);
     *d = held;
-    return exact < s.lowest ? V<T>{} : e;
+    return exp2_parts<T, Vec<T>::scaled>(rounded, n, fraction, (exact < s.lowest) | without);
   }
 };
 
@@ -304,10 +335,12 @@ template <class T, class In> static void max_of_row(const In* f, int64_t n, Logi
   state->nan = any<T>(nan[0]);
 }
 
+// MORE: all sums, else that of the exponentials alone, which comes out the same to the bit. KEEP: store them.
 template <class T, class In, bool MORE, bool KEEP>
 static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsState* state, T* kept) {
-  constexpr int W = MORE ? 2 : 4;
+  constexpr int W = 2;
   const Softmax<T> softmax(state->max, plan);
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
   const bool sum_z = plan.sums & SUMLOGP;
   V<T> ties[W] = {}, exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
   V<T> all_exp = {}, all_squares = {}, all_exp_z = {};
@@ -315,11 +348,13 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   for_blocks<W, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
-        V<T> d, e = Softmax<T>::exp(softmax, v, &d);
-        if constexpr (KEEP) __builtin_memcpy(kept + i, &e, sizeof e);
-        I<T> top = v == softmax.max;
+        const I<T> top = v == softmax.max;
+        V<T> d, e = Softmax<T>::exp(softmax, v, &d, top);
+        if constexpr (KEEP) {
+          V<T> with_top = top ? all<T>(T(1 / unit)) : e;
+          __builtin_memcpy(kept + i, &with_top, sizeof e);
+        }
         ties[u] += top ? all<T>(T(1)) : V<T>{};
-        e = top ? V<T>{} : e;
         exp[u] += e;
         if constexpr (MORE) {
           squares[u] += e * e;
@@ -340,14 +375,12 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
         }
       });
   state->ties = take<W, T>(ties);
-  state->exp = sum_of<T>(all_exp);
-  state->squares = sum_of<T>(all_squares);
-  state->exp_z = sum_of<T>(all_exp_z);
-  state->z = all_z / plan.temperature;
-  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
-  state->exp *= unit;
-  state->squares *= unit * unit;
-  state->exp_z *= unit / plan.temperature;
+  state->exp = unit * sum_of<T>(all_exp);
+  if constexpr (MORE) {
+    state->squares = unit * unit * sum_of<T>(all_squares);
+    state->exp_z = unit / plan.temperature * sum_of<T>(all_exp_z);
+    state->z = all_z / plan.temperature;
+  }
 }
 
 template <class T, class In>
@@ -360,8 +393,8 @@ static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
-        V<T> d, e = Softmax<T>::exp(softmax, v, &d);
-        exp[u] += v == softmax.max ? V<T>{} : e;
+        V<T> d;
+        exp[u] += Softmax<T>::exp(softmax, v, &d, v == softmax.max);
       },
       [&] { state->powers[which] += take<4, T>(exp); });
   state->powers[which] *= __builtin_ldexp(1.0, -Vec<T>::scaled);
