@@ -179,28 +179,30 @@ template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T> rounded, V<T>, V<T> f,
 }
 #endif
 
-// 2^(whole + part), part small, the sum at most 127 (1023): 0 below the normal numbers.
-template <class T> INLINE V<T> exp2_sum(V<T> whole, V<T> part) {
+// 2^(whole + part), part small, the sum at most 127 (1023); 0 where `zero` and, if CLAMP, below the normal numbers.
+template <class T, bool CLAMP> INLINE V<T> exp2_sum(V<T> whole, V<T> part, I<T> zero) {
   V<T> x = whole + part;
-  const T lowest = T(1 - Vec<T>::bias);
-  V<T> held = x > lowest ? x : all<T>(lowest);
-  V<T> rounded = held + Vec<T>::magic;
+  if constexpr (CLAMP) {
+    const T lowest = T(1 - Vec<T>::bias);
+    zero |= x < lowest;
+    x = x > lowest ? x : all<T>(lowest);
+  }
+  V<T> rounded = x + Vec<T>::magic;
   V<T> n = rounded - Vec<T>::magic;
-  return exp2_parts<T, 0>(rounded, n, (whole - n) + part, x < lowest);
+  return exp2_parts<T, 0>(rounded, n, (whole - n) + part, zero);
 }
 
-// log2 of positive finite x as exponent + log, |log| <= 1/2; absolute error of log 2^-24 (float; 2^-27 of it the
-// polynomial), 2^-52 (double).
+// log2 of positive finite x as exponent + log, |log| <= 1/2; absolute error of log 2^-23.3 (float; 2^-24.3 of it
+// the polynomial), 2^-52 (double).
 INLINE V<float> log2_mantissa(V<float> m) {
   V<float> t = m - 1.0f;
-  V<float> q = 0.12541735172271729f * t - 0.21030476689338684f;
-  q = q * t + 0.2173781841993332f;
-  q = q * t - 0.23851919174194336f;
-  q = q * t + 0.2876567840576172f;
-  q = q * t - 0.3607212007045746f;
-  q = q * t + 0.48092252016067505f;
-  q = q * t - 0.7213471531867981f;
-  q = q * t + 1.442694902420044f;
+  V<float> q = 0.2368849217891693f - 0.14573530852794647f * t;
+  q = q * t - 0.2500697672367096f;
+  q = q * t + 0.2867082357406616f;
+  q = q * t - 0.36008724570274353f;
+  q = q * t + 0.48093941807746887f;
+  q = q * t - 0.7213571667671204f;
+  q = q * t + 1.4426947832107544f;
   return q * t;
 }
 
@@ -544,8 +546,7 @@ static void group_sums(const T* a, int64_t whole, const PowerGroup& group, const
           e -= shift;
           l -= shift_log;
         }
-        V<T> y = exp2_sum<T>(e * high, e * low + l * base);
-        y = v == 0 ? V<T>{} : y;
+        V<T> y = exp2_sum<T, SCALED>(e * high, e * low + l * base, v == 0);
         if (keep) __builtin_memcpy(power + i, &y, sizeof y);
         sums[u] += y;
       },
@@ -611,7 +612,7 @@ static void exp2_of(const float* x, float* out, int64_t n) {
   for_blocks<1, float>(
       x, n, 0.0f,
       [&](int, V<float> v, int64_t i, int64_t first) {
-        V<float> y = exp2_sum<float>(v, V<float>{});
+        V<float> y = exp2_sum<float, true>(v, V<float>{}, V<float>{} != V<float>{});
         for (int64_t k = first; k < Vec<float>::lanes; k++) out[i + k - first] = y[k];
       },
       [] {});
