@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import EllipsisType
@@ -19,6 +19,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from fastood import SCORES
+from fastood._inputs import choice, number, order_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from fastood.evaluation import Evaluation
     from fastood.files import Rows
+
+    Chunks = Iterator[tuple[Tensor | None, Tensor | None]]
 
 
 class _Group(TyperGroup):
@@ -127,10 +130,9 @@ def score(
     import fastood
     from fastood.files import open_rows, save_scores, writable
 
-    methods = _methods(method or ["energy"])
+    methods = _methods(method or ["energy"], norm is not None)
     order: float | EllipsisType | None = ... if norm is None else _order(norm)
-    if order is not ... and methods and all(m in SCORES and SCORES[m].gradient for m in methods):
-        raise ValueError(f"--norm: {', '.join(methods)} has a norm of its own")
+    number("--temperature", temperature, above=0)
     try:
         target = torch.device(device)
     except RuntimeError:
@@ -142,9 +144,9 @@ def score(
     with (
         open_rows(source, logits_key, feats_key) as rows,
         save_scores(writable(out, source)) as writer,
-        _chunks_of(rows, chunk_rows) as chunks,
+        _bars() as chunks_of,
     ):
-        for chunk in chunks:
+        for chunk in chunks_of(rows, chunk_rows):
             logits, feats = (None if x is None else x.to(target) for x in chunk)
             found: dict[str, Tensor] = fastood.scores(
                 logits,
@@ -205,53 +207,82 @@ def evaluate(
     from fastood.files import open_rows, writable
 
     files = _named_files(ood)
-    for path in (json_file, csv_file, html_file):
+    written: dict[Path, str] = {}
+    for option, path in {"--json": json_file, "--csv": csv_file, "--html": html_file}.items():
         if path:
-            writable(path, id_file, *files.values())
-    methods = _methods(method or ["all"])
+            target = writable(path, id_file, *files.values()).resolve()
+            if target in written:
+                raise ValueError(f"{option}: {written[target]} writes {path} already")
+            written[target] = option
+    methods = _methods(method or ["all"], bool(norm))
     norms = tuple(_order(text) for text in norm) if norm else (None, 0.3)
-
-    def scores_of(path: Path) -> dict[str, Any]:
-        with open_rows(path, logits_key, feats_key) as rows, _chunks_of(rows) as chunks:
-            return score_rows(chunks, methods=methods, norms=norms, temperature=temperature, bias=bias)
-
-    evaluation = evaluation_of(scores_of(id_file), {name: scores_of(path) for name, path in files.items()})
-    print_table(evaluation)
-    if json_file:
-        evaluation.to_json(json_file)
-    if csv_file:
-        evaluation.to_csv(csv_file)
-    if html_file:
-        from fastood.report import write_html
-
-        figures = _heatmap(id_file, files, logits_key, feats_key, temperature, bias)
-        title = f"OOD detection: {id_file.stem} against {', '.join(files)}"
-        write_html(html_file, evaluation, title=title, figures=figures)
-
-
-def _heatmap(
-    id_file: Path,
-    ood_files: dict[str, Path],
-    logits_key: str | None,
-    feats_key: str | None,
-    temperature: float,
-    bias: bool,
-) -> dict[str, Figure]:
-    """Figure 2 of these files, where all of them have logits and feats."""
-    from fastood import plots
-    from fastood.api import PAPER_NORMS, PAPER_V
-    from fastood.evaluation import sweep_auroc
-    from fastood.files import open_rows
+    number("--temperature", temperature, above=0)
 
     with ExitStack() as stack:
-        inside, *outside = (
-            stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *ood_files.values())
-        )
-        if any(rows.classes is None or rows.dim is None for rows in (inside, *outside)):
-            return {}
-        chunks = {name: rows.chunks() for name, rows in zip(ood_files, outside, strict=True)}
-        auroc = sweep_auroc(inside.chunks(), chunks, temperature=temperature, bias=bias)
-    return {plots.FIGURE_2: plots.heatmap(auroc, PAPER_V, PAPER_NORMS)}
+        sets = [stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *files.values())]
+        _check_alike(sets, logits_key, feats_key, methods, norms)
+        with _bars() as chunks_of:
+            id_scores, *ood_scores = (
+                score_rows(chunks_of(rows), methods=methods, norms=norms, temperature=temperature, bias=bias)
+                for rows in sets
+            )
+        evaluation = evaluation_of(id_scores, dict(zip(files, ood_scores, strict=True)))
+        print_table(evaluation)
+        if json_file:
+            evaluation.to_json(json_file)
+        if csv_file:
+            evaluation.to_csv(csv_file)
+        if html_file:
+            from fastood.report import write_html
+
+            figures = _heatmap(sets, list(files), temperature, bias)
+            title = f"OOD detection: {id_file.stem} against {', '.join(files)}"
+            write_html(html_file, evaluation, title=title, figures=figures)
+
+
+def _check_alike(
+    sets: list[Rows],
+    logits_key: str | None,
+    feats_key: str | None,
+    methods: list[str] | None,
+    norms: Sequence[float | None],
+) -> None:
+    """FileError where a set cannot be of the first one's network, or lacks what a score takes from another."""
+    from fastood.files import FileError
+
+    taken = {"logits", "feats"}
+    if methods is not None:
+        taken = {name for method in methods for name in SCORES[method].needs}
+        if "logits" in taken and any(r is not None for r in norms):
+            taken.add("feats")  # of the V terms; a gradient score needs them anyway
+    of_logits = "logits", logits_key or "logits", [rows.classes for rows in sets]
+    of_feats = "feats", feats_key or "feats", [rows.dim for rows in sets]
+    for name, key, widths in (of_logits, of_feats):
+        having = {rows.path: width for rows, width in zip(sets, widths, strict=True) if width is not None}
+        if not having:
+            continue
+        first, wanted = next(iter(having.items()))
+        for path, width in having.items():
+            if width != wanted:
+                raise FileError(f"{path}: {key!r} must have {wanted} columns as in {first}, got {width}")
+        if name in taken and None in widths:
+            lacking = sets[widths.index(None)].path
+            raise FileError(f"{lacking}: must hold {key!r} as {first} does, or --method and --norm do without")
+
+
+def _heatmap(sets: list[Rows], names: list[str], temperature: float, bias: bool) -> dict[str, Figure]:
+    """Figure 2 of the ID set and the OOD sets called `names`, where all of them have logits and feats."""
+    from fastood import plots
+    from fastood.api import PAPER_V
+    from fastood.evaluation import sweep_auroc
+
+    if any(rows.classes is None or rows.dim is None for rows in sets):
+        return {}
+    with _bars() as chunks_of:
+        inside, *outside = (chunks_of(rows) for rows in sets)
+        chunks = dict(zip(names, outside, strict=True))
+        auroc = sweep_auroc(inside, chunks, PAPER_V, plots.FIGURE_2_NORMS, temperature=temperature, bias=bias)
+    return {plots.FIGURE_2: plots.heatmap(auroc, PAPER_V, plots.FIGURE_2_NORMS)}
 
 
 @app.command()
@@ -265,12 +296,14 @@ def demo(
 
         fastood demo --out my-demo
     """
-    from fastood.demo import run
+    from fastood.demo import conclusion, run
 
-    print_table(run(out, seed, lambda line: typer.echo(line, err=True)))
+    evaluation = run(out, seed, lambda line: typer.echo(line, err=True))
+    print_table(evaluation)
     typer.echo("Written:")
     for path in sorted(out.iterdir()):
         typer.echo(f"  {path}")
+    typer.echo(conclusion(evaluation))
 
 
 @app.command()
@@ -285,6 +318,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
     import torch
 
     import fastood
+    from fastood.kernels import cpu
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     # A GPU's backends are asked about its tensors; they cannot serve the processor's anyway.
@@ -295,7 +329,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        **({"C++_kernels": cpu._native.level()} if cpu._native else {}),
         "threads": torch.get_num_threads(),
         "cuda": gpus,
         "backends": {
@@ -313,11 +348,11 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
                     usable = "usable" if status["usable"] else "not usable"
                     typer.echo(f"backend {backend} on {device}: {usable}: {status['why']}")
         else:
-            typer.echo(f"{name}: {', '.join(fact) or 'none' if isinstance(fact, list) else fact}")
+            typer.echo(f"{name.replace('_', ' ')}: {', '.join(fact) or 'none' if isinstance(fact, list) else fact}")
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """An evaluation for people: one section per OOD set, the best AUROC of each in bold."""
+    """An evaluation for people: one section per OOD set, the best AUROC of each marked."""
     columns = {"auroc": "AUROC", "fpr95_in": "FPR95", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
     rows = evaluation.table()
     table = Table("OOD set")
@@ -326,14 +361,16 @@ def print_table(evaluation: Evaluation) -> None:
         table.add_column(title, justify="right")
     for ood in dict.fromkeys(row["ood"] for row in rows):
         section = [row for row in rows if row["ood"] == ood]
-        best = max(row["auroc"] for row in section)
+        best = f"{max(row['auroc'] for row in section):.6f}"
         for i, row in enumerate(section):
-            cells = [f"{row[key]:.6f}" for key in columns]
+            auroc, *others = (f"{row[key]:.6f}" for key in columns)
+            # Bold is lost in a pipe, so there is a star as well; a space keeps the digits in line.
             table.add_row(
                 escape(ood) if i == 0 else "",
                 escape(row["score"]),
-                *cells,
-                style="bold" if row["auroc"] == best else None,
+                auroc + ("*" if auroc == best else " "),
+                *others,
+                style="bold" if auroc == best else None,
             )
         table.add_section()
     console = Console()
@@ -343,41 +380,48 @@ def print_table(evaluation: Evaluation) -> None:
     typer.echo(
         "Scores are higher for in-distribution (ID) rows. FPR95: share of OOD rows accepted\n"
         "where 95% of ID rows are; lower is better. AUPR-in counts ID rows as positive,\n"
-        "AUPR-out OOD rows."
+        "AUPR-out OOD rows. * marks the best AUROC of a set."
     )
 
 
 @contextmanager
-def _chunks_of(rows: Rows, chunk_rows: int | None = None) -> Iterator[Iterator[tuple[Tensor | None, Tensor | None]]]:
-    """The chunks of `rows`, with a bar on the terminal where there is one."""
+def _bars() -> Iterator[Callable[..., Chunks]]:
+    """A function of rows that gives their chunks, with a bar on the terminal where there is one."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     # rich's own idea of a terminal follows environment variables about colour, too.
     hidden = not sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        task = progress.add_task(escape(rows.path.name), total=rows.rows)
 
-        def chunks() -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        def chunks_of(rows: Rows, chunk_rows: int | None = None) -> Chunks:
+            task = progress.add_task(escape(rows.path.name), total=rows.rows)
             for logits, feats in rows.chunks(chunk_rows):
                 yield logits, feats
                 done = logits if logits is not None else feats
                 assert done is not None
                 progress.advance(task, len(done))
+            progress.remove_task(task)
 
-        yield chunks()
+        yield chunks_of
 
 
-def _methods(names: list[str]) -> list[str] | None:
+def _methods(names: list[str], norm_given: bool) -> list[str] | None:
     """None, which is every score that the inputs allow, where "all" is among the names."""
-    return None if "all" in names else names
+    for name in names:
+        choice("--method", name, ("all", *SCORES))
+    if "all" in names:
+        return None
+    if norm_given and all(SCORES[name].gradient for name in names):
+        raise ValueError(f"--norm: {', '.join(names)} has a norm of its own")
+    return names
 
 
 def _order(text: str) -> float | None:
     try:
-        return None if text == "none" else float(text)
+        return None if text == "none" else order_of("--norm", float(text))
     except ValueError:
-        raise ValueError(f"--norm must be a number, 'inf' or 'none', got {text!r}") from None
+        raise ValueError(f"--norm must be a number >= 0, 'inf' or 'none', got {text!r}") from None
 
 
 def _named_files(texts: list[str]) -> dict[str, Path]:
@@ -387,6 +431,8 @@ def _named_files(texts: list[str]) -> dict[str, Path]:
         name, given, path = text.partition("=")
         if not given or os.path.exists(text):
             name, path = Path(text).stem, text
+        if not (name and path):
+            raise ValueError(f"--ood: {text!r} lacks the {'FILE' if name else 'NAME'} of NAME=FILE")
         if name in files:
             raise ValueError(f"--ood: {name!r} names two sets; give one another name with --ood NAME={path}")
         files[name] = Path(path)

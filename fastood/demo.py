@@ -20,9 +20,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fastood import plots
-from fastood.api import PAPER_NORMS, PAPER_V
+from fastood.api import BEST_NORM, PAPER_V
 from fastood.evaluation import Evaluation, Scores, evaluate, score_rows, sweep_auroc
-from fastood.files import atomic
+from fastood.files import FileError, atomic
 from fastood.gradients import anchor_gradient, batchgrad, deep_gradient_norm
 from fastood.registry import SCORES
 from fastood.report import write_html
@@ -54,6 +54,8 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     >>> evaluation = demo.run("fastood-demo")  # doctest: +SKIP
     """
     out = Path(out)
+    if out.is_file():
+        raise FileError(f"{out}: is a file; a folder is wanted to write to")
     out.mkdir(parents=True, exist_ok=True)
     train, train_labels, test, test_labels, ood = _images(seed)
     progress(f"training on {len(train)} images of the digits 0 to {_KNOWN - 1}")
@@ -80,8 +82,9 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
             np.savez(temporary, logits=logits.numpy(), feats=feats.numpy())
     evaluation.to_csv(out / "scores.csv")
     evaluation.to_json(out / "scores.json")
-    grid = sweep_auroc([outputs["id"]], {name: [outputs[f"ood_{name}"]] for name in ood})
-    simplex, heatmap = plots.simplex(), plots.heatmap(grid, PAPER_V, PAPER_NORMS)
+    norms = plots.FIGURE_2_NORMS
+    grid = sweep_auroc([outputs["id"]], {name: [outputs[f"ood_{name}"]] for name in ood}, norms=norms)
+    simplex, heatmap = plots.simplex(), plots.heatmap(grid, PAPER_V, norms)
     best = evaluation.best(1)[0]
     ood_scores = {name: columns[best] for name, columns in evaluation.ood_scores.items()}
     _save(simplex, out / "figure1_simplex.png")
@@ -93,6 +96,22 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     }
     write_html(out / "report.html", evaluation, title="fastood on handwritten digits", figures=figures)
     return evaluation
+
+
+def conclusion(evaluation: Evaluation) -> str:
+    """Two lines on what ``run`` found: the best score, and what energy reaches without and with the norm.
+
+    Examples
+    --------
+    >>> print(demo.conclusion(demo.run("fastood-demo")))  # doctest: +SKIP
+    """
+    mean = {row["score"]: row["auroc"] for row in evaluation.table() if row["ood"] == "average"}
+    best = evaluation.best(1)[0]
+    default = f"energy*||h||_{BEST_NORM:g}"
+    return (
+        f"Best AUROC, mean over the OOD sets: {best} with {mean[best]:.6f}.\n"
+        f"energy alone has {mean['energy']:.6f}; {default}, the default of fastood.score, has {mean[default]:.6f}."
+    )
 
 
 def _images(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:

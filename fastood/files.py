@@ -118,9 +118,9 @@ def open_rows(path: str | os.PathLike[str], logits_key: str | None = None, feats
     50000 1000 2048
     """
     path = Path(path)
-    opener = _of_format(path, _OPENERS)
     if not path.is_file():
         raise FileError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    opener = _of_format(path, _OPENERS)
     resources = ExitStack()
     try:
         with _reading(path):
@@ -250,6 +250,8 @@ def _safetensors(path: Path, resources: ExitStack) -> dict[str, _Array]:
 
 
 def _pt(path: Path, resources: ExitStack) -> dict[str, _Array]:
+    if not zipfile.is_zipfile(path):  # torch's own words would advise an option of torch.save
+        raise FileError(f"{path}: cannot be read as {path.suffix}: no file of torch.save (1.6 or later), or cut off")
     held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     tensors = held if isinstance(held, dict) else {"logits": held}
     return {

@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from fastood.api import row_stats
+from fastood.api import PAPER_NORMS, row_stats
 
 # Okabe and Ito's colours, told apart with any colour vision; black and yellow, hard to see on some grounds, left out.
 _ID_COLOUR = "#0072B2"
 _OOD_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BINS = 50
 FIGURE_2 = "V terms times norms of the features: AUROC, mean over the OOD sets (Figure 2 of the paper)"
+FIGURE_2_NORMS = (None, *PAPER_NORMS)  # V alone beside V times each norm
 
 
 def heatmap(auroc: ArrayLike, v: Sequence[str], norms: Sequence[float | None]) -> Figure:

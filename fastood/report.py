@@ -82,9 +82,10 @@ def write_html(
 
 
 def _column(heading: str, rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    numbers = {row["score"]: row[metric] for row in rows}
+    """Compared as they are shown: of two numbers that look the same, both are the best."""
+    shown = {row["score"]: f"{row[metric]:.3f}" for row in rows}
     best = min if metric in _LOWER_IS_BETTER else max
-    return {"heading": heading, "numbers": numbers, "best": best(numbers.values())}
+    return {"heading": heading, "shown": shown, "best": best(shown.values(), key=float)}
 
 
 def _inline(figure: Figure) -> str:

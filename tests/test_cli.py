@@ -1,6 +1,7 @@
 """The command line, as typed: what it writes, what it prints, how it ends."""
 
 import csv
+import importlib
 import json
 import os
 import signal
@@ -147,12 +148,13 @@ def test_no_rows(data):
         (["val.npz", "nowhere/out.npz"], "nowhere"),
         (["val.npz", "out.xls"], "out.xls: unknown extension '.xls'"),
         (["val.npz", "out.npz", "--logits-key", "y"], "val.npz: must hold 'y', found 'logits', 'feats'"),
-        (["val.npz", "out.npz", "--method", "enregy"], "method must be one of 'msp', 'energy'"),
-        (["val.npz", "out.npz", "--norm", "two"], "--norm must be a number, 'inf' or 'none', got 'two'"),
-        (["val.npz", "out.npz", "--norm", "-1"], "norm must be a number >= 0, got -1.0"),
+        (["val", "out.npz"], "val: no such file"),
+        (["val.npz", "out.npz", "--method", "enregy"], "--method must be one of 'all', 'msp', 'energy'"),
+        (["val.npz", "out.npz", "--norm", "two"], "--norm must be a number >= 0, 'inf' or 'none', got 'two'"),
+        (["val.npz", "out.npz", "--norm", "-1"], "--norm must be a number >= 0, 'inf' or 'none', got '-1'"),
         (["val.npz", "out.npz", "--method", "exgrad", "--norm", "2"], "--norm: exgrad has a norm of its own"),
-        (["val.npz", "out.npz", "--temperature", "0"], "temperature must be a finite number > 0"),
-        (["val.npz", "out.npz", "--backend", "abacus"], "backend must be 'auto' or one of"),
+        (["val.npz", "out.npz", "--temperature", "0"], "--temperature must be a finite number > 0, got 0.0"),
+        (["val.npz", "out.npz", "--backend", "abacus"], "must be 'auto' or one of ['"),
         (["val.npz", "out.npz", "--device", "abacus"], "--device must be a torch device"),
         (["val.npz", "out.npz", "--log", "--method", "gen"], "log: gen is never above 0"),
         (["val.npz", "out.npy", "--method", "all"], "a .npy file holds one score"),
@@ -262,14 +264,85 @@ def test_eval_takes_a_file_whose_name_holds_an_equals_sign(data):
         (["--ood", "near.npz", "--json", "nowhere/t.json"], "nowhere"),
         (["--ood", "near.npz", "--csv", "val.npz"], "val.npz: is an input"),
         (["--ood", "near.npz", "--html", "near.npz"], "near.npz: is an input"),
-        (["--ood", "near.npz", "--norm", "x"], "--norm must be a number, 'inf' or 'none', got 'x'"),
-        (["--ood", "near.npz", "--method", "nope"], "'nope'"),
+        (["--ood", "near.npz", "--json", "x.html", "--html", "./x.html"], "--html: --json writes x.html already"),
+        (["--ood", "near="], "--ood: 'near=' lacks the FILE of NAME=FILE"),
+        (["--ood", "=near.npz"], "--ood: '=near.npz' lacks the NAME of NAME=FILE"),
+        (["--ood", "near.npz", "--norm", "x"], "--norm must be a number >= 0, 'inf' or 'none', got 'x'"),
+        (["--ood", "near.npz", "--method", "nope"], "--method must be one of 'all', 'msp'"),
+        (["--ood", "near.npz", "--temperature", "nan"], "--temperature must be a finite number > 0, got nan"),
+        (
+            ["--ood", "near.npz", "--method", "gradnorm", "--method", "exgrad", "--norm", "2"],
+            "--norm: gradnorm, exgrad has a norm of its own",
+        ),
     ],
 )
 def test_eval_mistakes(data, arguments, message):
     before = sorted(os.listdir())
     assert message in complaint("eval", "--id", "val.npz", *arguments)
     assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(("name", "key"), [("logits", "logits"), ("feats", "feats"), ("feats", "h")])
+def test_eval_of_sets_of_different_widths(data, name, key):
+    f, h = data
+    keys = {"logits": "logits", "feats": "feats", name: key}
+    np.savez("val.npz", **{keys["logits"]: f, keys["feats"]: h})
+    arrays = {"logits": f, "feats": h}
+    np.savez("odd.npz", **{keys[x]: a[:, :3] if x == name else a for x, a in arrays.items()})
+    # Above NaN, which scoring would find.
+    np.savez("nan.npz", **{keys[x]: a * np.nan for x, a in arrays.items()})
+    files = ["--id", "val.npz", "--ood", "nan.npz", "--ood", "odd.npz", f"--{name}-key", key]
+    text = complaint("eval", *files)
+    assert text == f"error: odd.npz: {key!r} must have {arrays[name].shape[1]} columns as in val.npz, got 3\n"
+
+
+def test_eval_of_sets_that_hold_different_things(data):
+    f, h = data
+    np.savez("logits.npz", logits=f)
+    np.savez("feats.npz", feats=h)
+    without = "must hold {!r} as {} does, or --method and --norm do without"
+    for inside, outside, lacking, having, key in (
+        ("val", "logits", "logits", "val", "feats"),
+        ("logits", "val", "logits", "val", "feats"),
+        ("val", "feats", "feats", "val", "logits"),
+    ):
+        text = complaint("eval", "--id", f"{inside}.npz", "--ood", f"{outside}.npz")
+        assert text == f"error: {lacking}.npz: {without.format(key, f'{having}.npz')}\n"
+    sets = ["--id", "val.npz", "--ood", "logits.npz"]
+    assert "logits.npz: must hold 'feats'" in complaint("eval", *sets, "--method", "msp")
+    assert "logits.npz: must hold 'feats'" in complaint("eval", *sets, "--method", "exgrad")
+    # What no score takes may be there or not.
+    assert "msp" in run("eval", *sets, "--method", "msp", "--norm", "none").stdout
+    assert "||h||_0.3" in run("eval", "--id", "val.npz", "--ood", "feats.npz", "--method", "norm").stdout
+
+
+def test_eval_marks_the_best_of_each_set(data):
+    levels = {"val": 5, "low": 1, "high": 9}
+    for name, level in levels.items():
+        logits = np.zeros((9, 3))
+        logits[:, 0] = level + np.arange(9) / 9
+        np.savez(name, logits=logits, feats=np.ones((9, 2)))
+    sets = ["--id", "val.npz", "--ood", "low.npz", "--ood", "high.npz"]
+    text = run("eval", *sets, "--method", "msp", "--method", "gen", "--method", "norm", "--norm", "1").stdout
+    marked = [line.split("│")[2].strip() for line in text.splitlines() if "*│" in line.replace(" ", "")]
+    # low: msp and gen are right throughout; high: wrong throughout, where the norm ties; the mean: all are 0.5
+    assert marked == ["msp*||h||_1", "gen*||h||_1", "||h||_1", "msp*||h||_1", "gen*||h||_1", "||h||_1"]
+    assert "* marks the best AUROC" in text
+
+
+def test_eval_shows_a_bar_for_every_reading(data, monkeypatch):
+    from rich.progress import Progress
+
+    bars = []
+    add_task = Progress.add_task
+
+    def counted(self, name, total):
+        bars.append((name, total))
+        return add_task(self, name, total=total)
+
+    monkeypatch.setattr(Progress, "add_task", counted)
+    run("eval", "--id", "val.npz", "--ood", "near.npz", "--ood", "far.npz", "--html", "t.html")
+    assert bars == 2 * [("val.npz", N), ("near.npz", N), ("far.npz", 25)]
 
 
 def test_eval_of_nan_names_the_set_and_the_score(data):
@@ -293,14 +366,25 @@ def test_demo_prints_the_table_and_the_files(data, monkeypatch):
         out.mkdir()
         (out / "picture.png").touch()
         assert seed == 3
-        return evaluate({"msp": [0.9, 0.8]}, {"noise": {"msp": [0.85]}})
+        inside = {"msp": [0.9, 0.8], "energy": [3.0, 1.0], "energy*||h||_0.3": [1.0, 2.0]}
+        noise = {"msp": [0.7], "energy": [4.0], "energy*||h||_0.3": [0.5]}
+        blur = {"msp": [0.7], "energy": [2.0], "energy*||h||_0.3": [1.5]}
+        return evaluate(inside, {"noise": noise, "blur": blur})
 
     monkeypatch.setattr(demo, "run", quick)
     result = run("demo", "--out", "here", "--seed", "3")
     assert "noise" in result.stdout
     assert "0.500000" in result.stdout
     assert os.path.join("here", "picture.png") in result.stdout
+    assert result.stdout.endswith(
+        "Best AUROC, mean over the OOD sets: msp with 1.000000.\n"
+        "energy alone has 0.250000; energy*||h||_0.3, the default of fastood.score, has 0.750000.\n"
+    )
     assert result.stderr == "working\n"
+
+
+def test_demo_wants_a_folder(data):
+    assert complaint("demo", "--out", "val.npz") == "error: val.npz: is a file; a folder is wanted to write to\n"
 
 
 def test_info_and_version():
@@ -311,9 +395,12 @@ def test_info_and_version():
     assert facts["backends"]["cpu"]["reference"]["usable"] is True
     text = run("info").stdout
     for name in facts:
-        assert name.removesuffix("s") in text
+        assert name.removesuffix("s").replace("_", " ") in text
     if not facts["cuda"]:
         assert "cuda: none" in text
+    native = importlib.import_module("fastood.kernels.cpu")._native
+    assert facts.get("C++_kernels") == (native and native.level())
+    assert f"instruction set: {facts['instruction_set']}\n" in text
     assert run("--version").stdout == f"fastood {fastood.__version__}\n"
 
 

@@ -196,6 +196,42 @@ def test_best_of_a_column_is_marked(tmp_path):
     assert 'class="best"' not in rows["bad"]
 
 
+def test_what_looks_like_the_best_is_marked_too(tmp_path):
+    inside, n = np.arange(2000.0), 2000
+    outside = {"a": [-1.0], "b": [0.5]}  # AUROC 1 and 1 - 1/2000, both shown as 1.000
+    evaluation = evaluate({"a": inside, "b": inside}, {"o": outside})
+    assert [row["auroc"] for row in evaluation.table()] == [1, 1 - 1 / n]
+    write_html(tmp_path / "r.html", evaluation)
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    rows = dict(re.findall(r'<th scope="row">(\w+)</th>\s*(<td.*?>[\d.]+)', html))
+    assert rows == dict.fromkeys("ab", '<td class="best">1.000')
+
+
+def test_conclusion_is_of_the_table(digits):
+    evaluation, _ = digits
+    mean = {row["score"]: row["auroc"] for row in evaluation.table() if row["ood"] == "average"}
+    text = demo.conclusion(evaluation)
+    best = re.match(r"Best AUROC, mean over the OOD sets: (.*) with (.*)\.\n", text)
+    assert mean[best[1]] == max(mean.values()) == pytest.approx(float(best[2]), abs=1e-6)
+    for label in ("energy", "energy*||h||_0.3"):
+        assert f"{mean[label]:.6f}" in text.splitlines()[1]
+
+
+def test_heatmap_begins_with_v_alone(digits, tmp_path, monkeypatch):
+    evaluation, _ = digits
+    drawn = {}
+
+    def heatmap(auroc, v, norms, of=plots.heatmap):
+        drawn.update(cells=auroc, v=v, norms=norms)
+        return of(auroc, v, norms)
+
+    monkeypatch.setattr(plots, "heatmap", heatmap)
+    demo.run(tmp_path, progress=lambda line: None)
+    mean = {row["score"]: row["auroc"] for row in evaluation.table() if row["ood"] == "average"}
+    assert drawn["norms"] == (None, *fastood.api.PAPER_NORMS)
+    np.testing.assert_allclose(drawn["cells"][:, 0], [mean[name] for name in drawn["v"]], rtol=1e-12)
+
+
 def test_report_escapes_names(tmp_path):
     name, label = '<script>alert("x")</script>', "a&b<i>"
     evaluation = evaluate({label: [1.0, 2.0]}, {name: {label: [0.0, 1.5]}, "o": {label: [0.0]}})

@@ -65,7 +65,7 @@ def test_auroc_is_that_of_float64_truth(dtype):
 def test_every_score_once_per_norm_and_chunks_do_not_matter():
     (logits, feats), _ = two_sets(n=40)
     whole = score_rows([(logits, feats)], norms=(None, 0.3, math.inf))
-    v = [e.name for e in fastood.SCORES.values() if e.v and not e.gradient]
+    v = [e.name for e in fastood.SCORES.values() if e.stats and not e.gradient]
     gradients = [e.name for e in fastood.SCORES.values() if e.gradient]
     expected = {f"{name}{u}" for name in v for u in ("", "*||h||_0.3", "*||h||_inf")}
     assert whole.keys() == expected | {"||h||_0.3", "||h||_inf"} | set(gradients)
@@ -94,7 +94,7 @@ def test_temperature_and_bias_reach_the_scores():
 
 def test_what_one_input_alone_allows():
     (logits, feats), _ = two_sets(n=5)
-    v = {e.name for e in fastood.SCORES.values() if e.v and not e.gradient}
+    v = {e.name for e in fastood.SCORES.values() if e.stats and not e.gradient}
     assert score_rows([(logits, None)]).keys() == v
     assert list(score_rows([(None, feats)], norms=(None, 1, 0))) == ["||h||_1", "||h||_0"]
     for methods, missing in ((["msp", "gradnorm"], "feats must be given: gradnorm"), (["norm"], "feats.*: norm")):
@@ -104,7 +104,7 @@ def test_what_one_input_alone_allows():
         score_rows([(None, feats)], methods=["tv"])
     with pytest.raises(ValueError, match=re.escape("feats must be given for norm=0.3")):
         score_rows([(logits, None)], norms=(0.3,))
-    with pytest.raises(ValueError, match=r"method must be one of .* got 'enrgy'"):
+    with pytest.raises(ValueError, match=r"methods? must be one of .* got 'enrgy'"):
         score_rows([(logits, None)], methods=["enrgy"])
     with pytest.raises(ValueError, match="norms must be a number >= 0, got -1"):
         score_rows([(logits, feats)], norms=(-1,))

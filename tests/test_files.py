@@ -189,6 +189,8 @@ def test_no_such_file_folder_and_extension(tmp_path):
     assert "no such file" in complaint(tmp_path / "x.npz")
     (tmp_path / "folder.npz").mkdir()
     assert "is a folder" in complaint(tmp_path / "folder.npz")
+    assert "no such file" in complaint(tmp_path / "x")
+    (tmp_path / "x.mat").touch()
     text = complaint(tmp_path / "x.mat")
     assert "'.mat'" in text
     for known in (".npz", ".npy", ".safetensors", ".pt", ".pth", ".parquet"):
@@ -211,7 +213,7 @@ def test_numbers_that_are_no_floats(tmp_path, bad):
     np.save(tmp_path / "x.npy", LOGITS.astype(bad))
     for name in ("x.npz", "x.pt", "x.npy"):
         text = complaint(tmp_path / name)
-        assert "'logits' must hold float16, bfloat16, float32, float64 numbers" in text
+        assert f"'logits' must hold {', '.join(files._DTYPES)} numbers" in text
         assert f"got {np.dtype(bad).name}" in text
 
 
@@ -272,7 +274,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     with open("plain.npy", "wb") as file:
         pickle.dump(Boobytrap(), file)
     assert "Python objects" in complaint("x.npy")
-    assert "'logits' must hold float16" in complaint("x.npz")
+    assert "'logits' must hold float" in complaint("x.npz")
     assert "pickled objects are never loaded" in complaint("x.pt")
     assert "cannot be read as .npy" in complaint("plain.npy")
     assert not os.path.exists("boom")
@@ -284,6 +286,15 @@ def test_truncated_and_foreign_files(save):
     for content in (whole[: len(whole) // 2], b"", b"not at all" * 20):
         path.write_bytes(content)
         assert f"cannot be read as {path.suffix}" in complaint(path)
+
+
+def test_a_pt_that_torch_did_not_write(tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"not at all" * 20)
+    assert complaint(path) == f"{path}: cannot be read as .pt: no file of torch.save (1.6 or later), or cut off"
+    np.savez(tmp_path / "x.npz", logits=LOGITS)
+    (tmp_path / "x.npz").rename(path)
+    assert "use_new_zipfile" not in complaint(path)
 
 
 def test_truncated_npy(tmp_path):
