@@ -17,7 +17,7 @@ class Comparison:
 
     def __init__(self, what: str, shape: str, threads: int, quick: bool) -> None:
         self.what, self.shape, self.threads = what, shape, threads
-        self.seconds = 0.05 if quick else 1.0  # for each candidate
+        self.seconds = 0.05 if quick else 0.6  # for each candidate
         self.least_rounds = 3 if quick else 9
 
     def run(self, candidates, checked=None, rtol=1e-3) -> None:

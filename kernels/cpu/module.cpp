@@ -77,12 +77,12 @@ struct Request {
 
 static int64_t chunks(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
 
-static LogitsState logits_chunk(const Request& q, int64_t row, int64_t chunk, void* kept) {
-  LogitsState s{};
+static void logits_chunk(const Request& q, int64_t row, int64_t chunk, void* kept, LogitsState* s) {
   const int64_t start = chunk * CHUNK;
-  s.n = std::min(CHUNK, q.logits.columns - start);
-  kernels->logits[q.logits.type](q.logits.at(row, start), s.n, q.logits_plan, &s, kept);
-  return s;
+  s->ties = s->exp = s->squares = s->exp_z = s->z = 0;
+  for (int r = 0; r < q.logits_plan.power_sums; r++) s->powers[r] = 0;
+  s->n = std::min(CHUNK, q.logits.columns - start);
+  kernels->logits[q.logits.type](q.logits.at(row, start), s->n, q.logits_plan, s, kept);
 }
 
 static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const LogitsState& s, const void* kept) {
@@ -102,7 +102,8 @@ static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
   return s;
 }
 
-static void emit(const Request& q, int64_t row, const LogitsState& s, double tv, NormsState h) {
+// `s` and `h` are read only where statistics and norms were asked for.
+static void emit(const Request& q, int64_t row, const LogitsState& s, double tv, NormsState* h) {
   double stats[MAX_STATS], norms[MAX_ORDERS];
   for (size_t j = 0; j < q.stats.size(); j++)
     stats[j] = statistic(q.stats[j], q.power_of_stat[j], q.logits_plan, s, q.logits.columns, tv);
@@ -110,9 +111,9 @@ static void emit(const Request& q, int64_t row, const LogitsState& s, double tv,
     const double one = 1;
     NormsState last{};
     kernels->norms[FLOAT64](&one, 1, q.norms_plan, &last);
-    merge(q.norms_plan, &h, last);
+    merge(q.norms_plan, h, last);
   }
-  for (size_t j = 0; j < q.orders.size(); j++) norms[j] = norm(q.orders[j], q.norms_plan, h, q.log);
+  for (size_t j = 0; j < q.orders.size(); j++) norms[j] = norm(q.orders[j], q.norms_plan, *h, q.log);
 
   if (!q.out) {
     for (size_t j = 0; j < q.stats.size(); j++) q.stats_out[j * q.rows + row] = stats[j];
@@ -141,20 +142,23 @@ static void rows_task(int64_t begin, int64_t end, void* context) {
   // With a vector's width to spare, for the padding.
   if ((q.logits_plan.sums & TV) && logit_chunks == 1) kept.reset(new double[q.logits.columns + 16]);
   for (int64_t row = begin; row < end; row++) {
-    LogitsState s{};
-    NormsState h{};
+    LogitsState s, next;
+    NormsState h;
     double tv = 0;
     if (!q.stats.empty()) {
-      s = logits_chunk(q, row, 0, kept.get());
-      for (int64_t c = 1; c < logit_chunks; c++) merge(q.logits_plan, &s, logits_chunk(q, row, c, nullptr));
+      logits_chunk(q, row, 0, kept.get(), &s);
+      for (int64_t c = 1; c < logit_chunks; c++) {
+        logits_chunk(q, row, c, nullptr, &next);
+        merge(q.logits_plan, &s, next);
+      }
       if (needs_tv(q, s))
         for (int64_t c = 0; c < logit_chunks; c++) tv += tv_chunk(q, row, c, s, kept.get());
     }
-    if (!q.orders.empty() && feat_chunks) {
-      h = norms_chunk(q, row, 0);
+    if (!q.orders.empty()) {
+      h = feat_chunks ? norms_chunk(q, row, 0) : NormsState{};
       for (int64_t c = 1; c < feat_chunks; c++) merge(q.norms_plan, &h, norms_chunk(q, row, c));
     }
-    emit(q, row, s, tv, h);
+    emit(q, row, s, tv, &h);
   }
 }
 
@@ -174,7 +178,7 @@ static void sums_task(int64_t begin, int64_t end, void* context) {
   const int64_t first_norm = split.logits.size();
   for (int64_t i = begin; i < end; i++) {
     if (i < first_norm)
-      split.logits[i] = logits_chunk(split.q, i / split.logit_chunks, i % split.logit_chunks, nullptr);
+      logits_chunk(split.q, i / split.logit_chunks, i % split.logit_chunks, nullptr, &split.logits[i]);
     else
       split.norms[i - first_norm] =
           norms_chunk(split.q, (i - first_norm) / split.feat_chunks, (i - first_norm) % split.feat_chunks);
@@ -213,7 +217,7 @@ static void run_split(const Request& q) {
     NormsState h{};
     if (split.feat_chunks) h = split.norms[row * split.feat_chunks];
     for (int64_t c = 1; c < split.feat_chunks; c++) merge(q.norms_plan, &h, split.norms[row * split.feat_chunks + c]);
-    emit(q, row, split.logit_chunks ? split.merged[row] : LogitsState{}, tv, h);
+    emit(q, row, split.logit_chunks ? split.merged[row] : LogitsState{}, tv, &h);
   }
 }
 
@@ -247,8 +251,8 @@ static bool read_request(PyObject* const* args, Request* q) {
   const double T = plan.temperature = PyFloat_AsDouble(args[9]);
   // log2(e) / T in two parts: the quotient, and what it rounded away and log2(e) lacks as a double.
   const double log2e = 1.4426950408889634, log2e_low = 2.0355273740931033e-17;
-  plan.scale = std::min(log2e / T, 1e38);
-  plan.scale_low = plan.scale < 1e38 ? (std::fma(-plan.scale, T, log2e) + log2e_low) / T : 0;
+  const double scale = std::min(log2e / T, 1e38);
+  set_scale(&plan, scale, scale < 1e38 ? (std::fma(-scale, T, log2e) + log2e_low) / T : 0);
   const Py_ssize_t stats = PyTuple_Size(args[10]), orders = PyTuple_Size(args[12]);
   if (stats > MAX_STATS || orders > MAX_ORDERS) {
     PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);

@@ -20,6 +20,8 @@ enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16 };
 struct LogitsPlan {
   double temperature;
   double scale, scale_low;  // log2(e) / T in two parts
+  float lowest_float;       // the difference to the maximum below which exp is 0, in either arithmetic
+  double lowest_double;
   int sums;         // of Sums; 0 is the maximum alone
   int power_sums;   // how many S_r
   double power[MAX_POWER_SUMS];
@@ -66,7 +68,10 @@ struct NormsState {
   bool nan;
 };
 
-// Rescale the sums so that they are relative to `max`. (In state.cpp, with the rest of the scalar code.)
+// (Both in state.cpp, with the rest of the scalar code.)
+void set_scale(LogitsPlan* plan, double scale, double scale_low);
+
+// Rescale the sums so that they are relative to `max`.
 void rescale(const NormsPlan& plan, NormsState* state, double max);
 
 struct Kernels {

@@ -120,6 +120,23 @@ template <class T> INLINE I<T> from_lane(int64_t first) {
 
 // The k < lanes elements that end at `end` in the last lanes, `padding` in the others. `before`: how many
 // elements there are before those, which may be read but not used.
+#if VECTOR_BYTES == 64
+// A masked load touches nothing before the k elements.
+INLINE V<float> load_masked(const float* x, uint32_t mask) { return (V<float>)_mm512_maskz_loadu_ps(mask, x); }
+INLINE V<double> load_masked(const double* x, uint32_t mask) { return (V<double>)_mm512_maskz_loadu_pd(mask, x); }
+INLINE V<float> load_masked(const Half* x, uint32_t mask) {
+  return (V<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
+}
+INLINE V<float> load_masked(const BFloat* x, uint32_t mask) {
+  return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16);
+}
+
+template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int64_t, T padding) {
+  constexpr int64_t lanes = Vec<T>::lanes;
+  V<T> v = load_masked(end - lanes, uint32_t((1u << lanes) - (1u << (lanes - k))));
+  return from_lane<T>(lanes - k) ? v : all<T>(padding);
+}
+#else
 template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int64_t before, T padding) {
   constexpr int64_t lanes = Vec<T>::lanes;
   V<T> v;
@@ -132,6 +149,7 @@ template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int
   }
   return from_lane<T>(lanes - k) ? v : all<T>(padding);
 }
+#endif
 
 // ---- 2^x and log2 x. tests/test_cpu.py holds the bounds that are stated here.
 
@@ -254,8 +272,7 @@ template <class T> struct Softmax {
 
   Softmax(double max_, const LogitsPlan& plan) : max(T(max_)), high(T(plan.scale)) {
     low = sizeof(T) == 4 ? T(plan.scale - double(high)) : T(plan.scale_low);
-    double far = (Vec<T>::bias - 1 + Vec<T>::scaled) / plan.scale;
-    lowest = T(far < double(Vec<T>::largest) ? -far : -double(Vec<T>::largest));
+    lowest = sizeof(T) == 4 ? T(plan.lowest_float) : T(plan.lowest_double);
   }
 
   // 2^SCALED exp(z), z = (f - max) / T, 0 where `without`; d = f - max is handed out, no less than `lowest`
@@ -388,8 +405,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
 template <class T, class In>
 static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int which, LogitsState* state) {
   LogitsPlan sharper = plan;
-  sharper.scale *= plan.power[which];
-  sharper.scale_low *= plan.power[which];
+  set_scale(&sharper, plan.scale * plan.power[which], plan.scale_low * plan.power[which]);
   const Softmax<T> softmax(state->max, sharper);
   V<T> exp[4] = {};
   for_blocks<4, T>(

@@ -1,5 +1,6 @@
 #include "state.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -20,6 +21,14 @@ int sums_for(int stat) {
     case SUMLOGP_STAT: return EXP | SUMLOGP;
     default: return EXP;
   }
+}
+
+void set_scale(LogitsPlan* plan, double scale, double scale_low) {
+  constexpr double most_float = std::numeric_limits<float>::max(), most_double = std::numeric_limits<double>::max();
+  plan->scale = scale;
+  plan->scale_low = scale_low;
+  plan->lowest_float = float(-std::min((126 + SCALED_FLOAT) / scale, most_float));
+  plan->lowest_double = -std::min((1022 + SCALED_DOUBLE) / scale, most_double);
 }
 
 // The sums of `s` with its maximum no longer at the top, but z = gap below it.
