@@ -92,8 +92,8 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def give(x: Tensor, dtype: torch.dtype, as_numpy: bool) -> Any:
-    x = x.to(dtype)
+def give(x: Tensor, as_numpy: bool) -> Any:
+    """A result in the kind of the inputs."""
     return x.numpy() if as_numpy else x
 
 

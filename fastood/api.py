@@ -106,11 +106,11 @@ def score(
     """
     f, h, as_numpy = logits_and_feats(logits, feats)
     entry = _entry(method)
-    options = (temperature, bias, log, oriented)
+    options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = (entry, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
     plan = _plan(key, lambda: _Plan([(entry, _order(entry, norm, h))], *options, params))
     out = plan(f, h, backend, _rows(f, h), by_row=True)
-    return out.numpy() if as_numpy else out
+    return give(out, as_numpy)
 
 
 def scores(
@@ -142,7 +142,8 @@ def scores(
     {'msp': tensor([0.9820]), 'tv': tensor([0.4820])}
     """
     f, h, as_numpy = logits_and_feats(logits, feats)
-    n = _rows(f, h)
+    n: tuple[int] = _rows(f, h)
+    entries: list[Score]
     if methods is None:
         given = {name for name, x in (("logits", f), ("feats", h)) if x is not None}
         entries = [e for e in SCORES.values() if given.issuperset(e.needs) and (e.positive or not log)]
@@ -150,7 +151,7 @@ def scores(
             entries = [e for e in entries if e.stats]
     else:
         entries = [_entry(m, "methods") for m in _names("methods", methods)]
-    options = (temperature, bias, log, oriented)
+    options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = (*entries, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
 
     def make() -> _Plan:
@@ -160,7 +161,7 @@ def scores(
     if not entries:
         return {}
     out = plan(f, h, backend, (len(entries), *n), by_row=False).unbind()
-    return {e.name: x.numpy() if as_numpy else x for e, x in zip(entries, out, strict=True)}
+    return {e.name: give(x, as_numpy) for e, x in zip(entries, out, strict=True)}
 
 
 def sweep(
@@ -195,19 +196,19 @@ def sweep(
     torch.Size([5, 4, 12])
     """
     f, h, as_numpy = logits_and_feats(logits, feats)
-    entries = [_entry(name, "v") for name in _names("v", v)]
+    entries: list[Score] = [_entry(name, "v") for name in _names("v", v)]
     for entry in entries:
         if entry.gradient or not entry.stats:
             raise ValueError(f"v must name V terms, which take any norm, got {entry.name!r}")
-    orders = [norm_of(r, None) for r in _names("norms", norms)]
+    orders: list[float | None] = [norm_of(r, None) for r in _names("norms", norms)]
     for argument, given in (("v", entries), ("norms", orders)):
         if not given:
             raise ValueError(f"{argument} must not be empty")
-    options = (temperature, bias, log, oriented)
+    options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = ("sweep", *entries, *orders, *options, temperature.__class__, *params.items())
     plan = _plan(key, lambda: _Plan([(e, r) for e in entries for r in orders], *options, params))
-    out = plan(f, h, backend, (*_rows(f, h), len(entries), len(orders)), by_row=True)
-    return out.numpy() if as_numpy else out
+    n = _rows(f, h)[0]
+    return give(plan(f, h, backend, (n, len(entries), len(orders)), by_row=True), as_numpy)
 
 
 def norms(
@@ -242,7 +243,7 @@ def norms(
         raise ValueError("orders must not be empty")
     _, u = select(backend, h.device, h.dtype).row_stats(None, h, Want(orders=wanted, bias=bool(bias), log=bool(log)))
     assert u is not None
-    return give(u, result_dtype(h), as_numpy)
+    return give(u.to(result_dtype(h)), as_numpy)
 
 
 def row_stats(
@@ -273,7 +274,7 @@ def row_stats(
     wanted = tuple(_stat(s) for s in _names("stats", stats))
     want = Want(wanted, temperature=temperature_of(temperature))
     found, _ = select(backend, f.device, f.dtype).row_stats(f, None, want)
-    return {s: give(found[s], result_dtype(f), as_numpy) for s in wanted}
+    return {s: give(found[s].to(result_dtype(f)), as_numpy) for s in wanted}
 
 
 class _Plan:
@@ -366,9 +367,10 @@ def _plan(key: Any, make: Callable[[], _Plan]) -> _Plan:
 
 
 def _rows(f: Tensor | None, h: Tensor | None) -> tuple[int]:
-    if f is None and h is None:
+    x = f if f is not None else h
+    if x is None:
         raise TypeError("logits must be a torch tensor or a numpy array, got None")
-    return ((f if f is not None else h).shape[0],)
+    return (x.shape[0],)
 
 
 def _entry(method: str, argument: str = "method") -> Score:

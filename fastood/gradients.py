@@ -87,7 +87,7 @@ def gradient_norm(
     q = labels if isinstance(labels, str) else _distribution(labels, f, as_numpy)
     v = (rows.gradient_inside if expectation == "inside" else rows.gradient_outside)(q, order, power)
     u = reference.norms_of(h, (order,), bias=bool(bias))[:, 0]
-    return give(reference.Powers(u / T)(power) * v, result_dtype(f, h), as_numpy)
+    return give((reference.Powers(u / T)(power) * v).to(result_dtype(f, h)), as_numpy)
 
 
 def anchor_gradient(
@@ -134,7 +134,7 @@ def anchor_gradient(
     off = (-p).scatter(-1, y, not_p.gather(-1, y))  # e_y - p
     with torch.autocast(f.device.type, enabled=False):
         G = off.T @ _extended(h.to(dtype), bias) / T
-    return give(G, dtype, as_numpy)
+    return give(G.to(dtype), as_numpy)
 
 
 def batchgrad(
@@ -189,7 +189,7 @@ def batchgrad(
         tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), g.split(c), strict=True)
         nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
         raw.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
-    return give((-1 if oriented else 1) * torch.cat(raw), dtype, as_numpy)
+    return give(((-1 if oriented else 1) * torch.cat(raw)).to(dtype), as_numpy)
 
 
 def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:

@@ -73,7 +73,7 @@ class lazy:
         self.compute = compute
         self.name = compute.__name__
 
-    def __get__(self, instance: Any, owner: type) -> Tensor:
+    def __get__(self, instance: Any, owner: type) -> Any:
         value = self.compute(instance)
         instance.__dict__[self.name] = value
         return value

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ from torch.autograd import forward_ad
 
 from fastood.kernels import reference
 
+_native: Any = None
 try:
-    from fastood.kernels.cpu import _native
+    _native = import_module("fastood.kernels.cpu._native")
 except ImportError as error:
-    _native, _missing = None, str(error)
+    _missing = str(error)
 
 if TYPE_CHECKING:
     from fastood.kernels import Product, Stat, Want
@@ -72,7 +74,7 @@ def _traced(*tensors: Tensor | None) -> bool:
     """Whether autograd or a tracer needs plain torch operations; neither can look into the C++ part."""
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()  # torch.jit.trace
         or torch._C._are_functorch_transforms_active()  # vmap, jvp, torch.func.grad
         or forward_ad._current_level >= 0
     ):
@@ -111,9 +113,11 @@ def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[
     assert x is not None
     f, f_arguments = _argument(logits if want.stats else None)
     h, h_arguments = _argument(feats if want.orders else None)
+    numbers = _numbers(want)
+    assert numbers is not None
     stats = torch.empty(len(want.stats), len(x), dtype=torch.float64)
     norms = torch.empty(len(x), len(want.orders), dtype=torch.float64)
-    _native.row_stats(len(x), *f_arguments, *h_arguments, *_numbers(want), stats.data_ptr(), norms.data_ptr())
+    _native.row_stats(len(x), *f_arguments, *h_arguments, *numbers, stats.data_ptr(), norms.data_ptr())
     del f, h
     return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
 
