@@ -307,13 +307,10 @@ class _Plan:
         return Product(
             self.want.stats.index(stats[0]) if stats else -1,
             -1 if order is None else self.want.orders.index(order),
-            float(self.sign_of(entry) * entry.factor),
+            float(entry.sign(self.oriented) * entry.factor),
             entry.power,
             entry.divisor(self.want.temperature),
         )
-
-    def sign_of(self, entry: Score) -> int:
-        return entry.sign(self.oriented)
 
     def __call__(
         self, f: Tensor | None, h: Tensor | None, backend: str, shape: tuple[int, ...], by_row: bool

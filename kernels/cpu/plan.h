@@ -76,7 +76,6 @@ void rescale(const NormsPlan& plan, NormsState* state, double max);
 
 struct Kernels {
   const char* name;
-  int float_lanes;
   void (*logits[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, LogitsState* state, void* kept);
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,

@@ -646,7 +646,7 @@ static void log2_of(const float* x, float* out, int64_t n) {
 }
 
 #define KERNELS(NAME)                                                              \
-  {NAME, Vec<float>::lanes,                                                        \
+  {NAME,                                                                           \
    {logits<Half>, logits<BFloat>, logits<float>, logits<double>},                  \
    {tv<Half>, tv<BFloat>, tv<float>, tv<double>},                                  \
    {norms<Half>, norms<BFloat>, norms<float>, norms<double>}, exp2_of, log2_of}
