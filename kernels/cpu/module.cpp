@@ -82,7 +82,8 @@ static void logits_chunk(const Request& q, int64_t row, int64_t chunk, void* kep
   s->ties = s->exp = s->squares = s->exp_z = s->z = 0;
   for (int r = 0; r < q.logits_plan.power_sums; r++) s->powers[r] = 0;
   s->n = std::min(CHUNK, q.logits.columns - start);
-  kernels->logits[q.logits.type](q.logits.at(row, start), s->n, q.logits_plan, s, kept);
+  const void* next = start + s->n < q.logits.columns ? q.logits.at(row, start + s->n) : q.logits.at(row + 1, 0);
+  kernels->logits[q.logits.type](q.logits.at(row, start), s->n, q.logits_plan, next, s, kept);
 }
 
 static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const LogitsState& s, const void* kept) {
@@ -98,7 +99,8 @@ static bool needs_tv(const Request& q, const LogitsState& s) {
 static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
   NormsState s{};
   const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.feats.columns - start);
-  kernels->norms[q.feats.type](q.feats.at(row, start), n, q.norms_plan, &s);
+  const void* next = q.stats.empty() ? q.feats.at(row + 1, 0) : q.logits.at(row + 1, 0);
+  kernels->norms[q.feats.type](q.feats.at(row, start), n, q.norms_plan, next, &s);
   return s;
 }
 
@@ -110,7 +112,7 @@ static void emit(const Request& q, int64_t row, const LogitsState& s, double tv,
   if (q.bias && !q.orders.empty()) {
     const double one = 1;
     NormsState last{};
-    kernels->norms[FLOAT64](&one, 1, q.norms_plan, &last);
+    kernels->norms[FLOAT64](&one, 1, q.norms_plan, &one, &last);
     merge(q.norms_plan, h, last);
   }
   for (size_t j = 0; j < q.orders.size(); j++) norms[j] = norm(q.orders[j], q.norms_plan, *h, q.log);

@@ -12,6 +12,7 @@
 #define VECTOR_BYTES 32
 
 namespace fastood::avx2 {
+#include "vectors.h"
 #include "rows.h"
 
 extern const Kernels kernels;

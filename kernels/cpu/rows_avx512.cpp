@@ -12,6 +12,7 @@
 #define VECTOR_BYTES 64
 
 namespace fastood::avx512 {
+#include "vectors.h"
 #include "rows.h"
 
 extern const Kernels kernels;

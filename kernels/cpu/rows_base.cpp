@@ -3,6 +3,7 @@
 #define VECTOR_BYTES 16
 
 namespace fastood::base {
+#include "vectors.h"
 #include "rows.h"
 
 extern const Kernels kernels;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <vector>
 
 namespace fastood {
 
@@ -92,6 +94,46 @@ double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState&
 constexpr double UNSCALED = 0.84;
 constexpr int FIRST_GROUP_SLOT = 7;
 
+static void fill(PowerTable* table, double r, int slot, const float* centre) {
+  table->order = r;
+  table->slot = slot;
+  // The binomial series to t^5, its last two terms folded back by Chebyshev polynomials on |t| <= w.
+  const double w2 = 1.0 / (33 * 33), b2 = r * (r - 1) / 2, b3 = b2 * (r - 2) / 3, b4 = b3 * (r - 3) / 4, b5 = b4 * (r - 4) / 5;
+  const double t0 = 1 - b4 * w2 * w2 / 8;
+  table->t1 = float((r - b5 * w2 * w2 * 5 / 16) / t0);
+  table->t2 = float((b2 + b4 * w2) / t0);
+  table->t3 = float((b3 + b5 * w2 * 5 / 4) / t0);
+  for (int i = 0; i < 16; i++) {
+    table->exponent_low[i] = float(std::exp2(r * i));
+    table->exponent_high[i] = float(std::exp2(r * (16 * i - 127)));
+    table->mantissa[i] = float(t0 * std::pow(double(centre[i]), -r));
+  }
+}
+
+// The small fractional orders as tables and as products of two of them.
+static void plan_tables(const double* orders, int count, const Order* made, NormsPlan* plan) {
+  plan->tables = true;
+  for (int i = 0; i < 16; i++) plan->centre[i] = float(1 / (1 + (i + 0.5) / 16));
+  auto table_of = [&](double r) {
+    for (int k = 0; k < plan->table_count; k++)
+      if (std::fabs(plan->table[k].order - r) <= 1e-15 * r) return k;
+    return -1;
+  };
+  std::vector<int> rising(count);
+  std::iota(rising.begin(), rising.end(), 0);
+  std::sort(rising.begin(), rising.end(), [&](int i, int j) { return orders[i] < orders[j]; });
+  for (int j : rising) {
+    const double r = orders[j];
+    if (made[j].slot < FIRST_GROUP_SLOT) continue;
+    int a = -1, b = -1;
+    for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table[k].order);
+    if (r > UNSCALED) plan->tables = false;
+    else if (b >= 0) plan->product[plan->products++] = {a, b, made[j].slot};
+    else if (plan->table_count < MAX_TABLES) fill(&plan->table[plan->table_count++], r, made[j].slot, plan->centre);
+    else plan->tables = false;
+  }
+}
+
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out) {
   *plan = NormsPlan{};
   plan->slots = FIRST_GROUP_SLOT;
@@ -102,6 +144,7 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
   for (int j = 0; j < count; j++) {
     const double r = orders[j];
     if (r == 0 || r == INF) {
+      plan->extremes = true;
       plan->count |= r == 0;
       out[j] = {r, -1};
       continue;
@@ -133,6 +176,7 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
     plan->scaled[slot] = group.scaled;
     out[j] = {r, slot};
   }
+  if (float32) plan_tables(orders, count, out, plan);
 }
 
 void rescale(const NormsPlan& plan, NormsState* s, double max) {
@@ -160,7 +204,7 @@ void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
 double norm(const Order& order, const NormsPlan& plan, const NormsState& s, bool log) {
   if (s.nan) return NaN;
   if (order.r == 0) return log ? std::log(s.nonzero) : s.nonzero;
-  if (order.r == INF || s.max == INF || s.max == 0) return log ? std::log(s.max) : s.max;
+  if (order.r == INF || s.max == INF) return log ? std::log(s.max) : s.max;
   const double sum = s.sum[order.slot], r = order.r;
   // Integer powers are of |h| / 2^(shift + 1), scaled ones of |h| / reference.
   const bool integer = order.slot < FIRST_GROUP_SLOT;
