@@ -11,6 +11,8 @@ enum Type : int { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, TYPES };
 
 // A row is reduced chunk by chunk, and chunks are merged in order: the same bits on any number of threads.
 constexpr int64_t CHUNK = 8192;
+// Up to this many classes, a row a lane rather than a lane an element.
+constexpr int64_t FEW = 48;
 constexpr int MAX_ORDERS = 32;
 constexpr int MAX_POWER_SUMS = 8, MAX_STATS = 32;
 
@@ -102,7 +104,13 @@ struct Kernels {
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
                       const void* kept);
+  // The same, and tv, of rows of n <= FEW columns.
+  void (*few_logits[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
+                            LogitsState* states, double* tv);
   void (*norms[TYPES])(const void* h, int64_t n, const NormsPlan& plan, const void* next, NormsState* state);
+  // In place, of n doubles >= 0, n a multiple of 8: log (1 + x) to relative precision, and x^exponent to 2^-44.
+  void (*log1p)(double* x, int64_t n);
+  void (*power)(double* x, int64_t n, double exponent);
   // For tests of the error bounds: 2^x and log2 x of whole vectors.
   void (*exp2f)(const float* x, float* out, int64_t n);
   void (*log2f)(const float* x, float* out, int64_t n);

@@ -3,10 +3,11 @@
 // ---- logits
 
 template <class T> struct Softmax {
-  T max, high, low;  // z log2(e) = (f - max) (high + low)
-  T lowest;          // the difference below which exp is 0
+  V<T> max;
+  T high, low;  // z log2(e) = (f - max) (high + low)
+  T lowest;     // the difference below which exp is 0
 
-  Softmax(double max_, const LogitsPlan& plan) : max(T(max_)), high(T(plan.scale)) {
+  Softmax(V<T> max, const LogitsPlan& plan) : max(max), high(T(plan.scale)) {
     if (high == 0) high = sizeof(T) == 4 ? T(0x1p-149) : T(0x1p-1074);  // -inf * 0 is no number
     low = sizeof(T) == 4 ? T(plan.scale - double(high)) : T(plan.scale_low);
     lowest = sizeof(T) == 4 ? T(plan.lowest_float) : T(plan.lowest_double);
@@ -95,7 +96,7 @@ template <class T, class In, bool MORE, bool KEEP>
 static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In* next, LogitsState* state, T* kept) {
   constexpr int W = 2;
   constexpr int64_t lanes = Vec<T>::lanes;
-  const Softmax<T> softmax(state->max, plan);
+  const Softmax<T> softmax(all<T>(T(state->max)), plan);
   const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
   const bool sum_z = plan.sums & SUMLOGP;
   V<T> rest[W] = {}, exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
@@ -107,7 +108,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
         __builtin_prefetch(next + i);
         V<T> d, e = softmax.exp(v, &d);
         if constexpr (KEEP) __builtin_memcpy(kept + i, &e, sizeof e);
-        const auto below = unequal(v, all<T>(softmax.max));
+        const auto below = unequal(v, softmax.max);
         rest[u] = add_where(below, rest[u], all<T>(T(1)));
         exp[u] = add_where(below, exp[u], e);
         if constexpr (MORE) {
@@ -138,17 +139,21 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   }
 }
 
+static LogitsPlan sharper(const LogitsPlan& plan, int power) {
+  LogitsPlan of_power = plan;
+  set_scale(&of_power, plan.scale * plan.power[power], plan.scale_low * plan.power[power]);
+  return of_power;
+}
+
 template <class T, class In>
 static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int which, LogitsState* state) {
-  LogitsPlan sharper = plan;
-  set_scale(&sharper, plan.scale * plan.power[which], plan.scale_low * plan.power[which]);
-  const Softmax<T> softmax(state->max, sharper);
+  const Softmax<T> softmax(all<T>(T(state->max)), sharper(plan, which));
   V<T> exp[4] = {};
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         V<T> d, e = softmax.exp(v, &d);
-        exp[u] = add_where(unequal(v, all<T>(softmax.max)), exp[u], e);
+        exp[u] = add_where(unequal(v, softmax.max), exp[u], e);
       },
       [&] { state->powers[which] += take<4, T>(exp); });
   state->powers[which] *= __builtin_ldexp(1.0, -Vec<T>::scaled);
@@ -165,7 +170,7 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { most[u] = v < top && v > most[u] ? v : most[u]; }, [] {});
   const double pivot = max_of<T>(most[0] > most[1] ? most[0] : most[1]);
   if (pivot == -__builtin_inf()) return;
-  const Softmax<T> softmax(pivot, plan);
+  const Softmax<T> softmax(all<T>(T(pivot)), plan);
   V<T> exp[2] = {}, squares[2] = {}, exp_z[2] = {};
   double sum = 0, square = 0, sum_z = 0;
   for_blocks<2, T>(
@@ -226,7 +231,7 @@ static double tv(const void* data, int64_t n, const LogitsPlan& plan, double max
     for_blocks<4, T>(
         static_cast<const T*>(kept), whole, T(0), [&](int u, V<T> e, int64_t, int64_t) __attribute__((always_inline)) { add(u, e); }, flush);
   } else {
-    const Softmax<T> softmax(max, plan);
+    const Softmax<T> softmax(all<T>(T(max)), plan);
     for_blocks<4, T>(
         static_cast<const In*>(data), n, minus_inf<T>(),
         [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
@@ -236,6 +241,75 @@ static double tv(const void* data, int64_t n, const LogitsPlan& plan, double max
         flush);
   }
   return sum_of<T>(sum);
+}
+
+// ---- few classes: a row a lane
+
+// The same sums, and TV, of `rows` rows of n <= FEW elements, each of them to its own state.
+template <class In>
+static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
+                       LogitsState* states, double* tv) {
+  typedef typename Arithmetic<In>::type T;
+  constexpr int lanes = Vec<T>::lanes;
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  for (int64_t start = 0; start < rows; start += lanes) {
+    const int64_t count = rows - start < lanes ? rows - start : lanes;
+    const In* f = static_cast<const In*>(data) + start * stride;
+    In raw[FEW][lanes];
+    for (int64_t row = 0; row < lanes; row++) {
+      const In* from = f + (row < count ? row : 0) * stride;
+      for (int64_t k = 0; k < n; k++) raw[k][row] = from[k];
+    }
+    V<T> x[FEW], max = all<T>(minus_inf<T>()), nan = {};
+    for (int64_t k = 0; k < n; k++) {
+      x[k] = load(raw[k]);
+      max = larger(x[k], max);
+      nan = add_where(unequal(x[k], x[k]), nan, all<T>(T(1)));
+    }
+    V<T> rest = {}, exp = {}, squares = {}, exp_z = {}, z = {}, powers[MAX_POWER_SUMS] = {}, above = {};
+    if (plan.sums) {
+      for (int r = 0; r < plan.power_sums; r++) {
+        const Softmax<T> softmax(max, sharper(plan, r));
+        for (int64_t k = 0; k < n; k++) {
+          V<T> d, e = softmax.exp(x[k], &d);
+          powers[r] = add_where(unequal(x[k], max), powers[r], e);
+        }
+      }
+      const Softmax<T> softmax(max, plan);
+      for (int64_t k = 0; k < n; k++) {
+        V<T> d, e = softmax.exp(x[k], &d);
+        const auto below = unequal(x[k], max);
+        rest = add_where(below, rest, all<T>(T(1)));
+        exp = add_where(below, exp, e);
+        squares = add_where(below, squares, e * e);
+        exp_z += e * d;
+        z += x[k] - max;
+        x[k] = e;
+      }
+      if (plan.sums & TV) {
+        const V<T> scale = 1 / (all<T>(T(n)) - rest + exp * T(unit));
+        for (int64_t k = 0; k < n; k++) {
+          V<T> p = x[k] * T(unit) * scale - T(1.0 / double(n));
+          above += p > 0 ? p : V<T>{};
+        }
+      }
+    }
+    for (int64_t row = 0; row < count; row++) {
+      LogitsState* s = states + start + row;
+      s->max = max[row];
+      s->n = n;
+      s->nan = nan[row] != 0;
+      s->ties = n - rest[row];
+      s->exp = unit * exp[row];
+      s->squares = unit * unit * squares[row];
+      s->exp_z = unit / plan.temperature * exp_z[row];
+      s->z = z[row] / plan.temperature;
+      for (int r = 0; r < plan.power_sums; r++) s->powers[r] = unit * powers[r][row];
+      if (plan.sums & TV) tv[start + row] = above[row];
+      if (sizeof(T) == 4 && plan.sums && s->exp < 0x1p-128 && __builtin_isfinite(s->max) && !s->nan)
+        rest_of_row<T>(f + row * stride, n, plan, s);
+    }
+  }
 }
 
 // ---- norms
@@ -512,8 +586,32 @@ static void log2_of(const float* x, float* out, int64_t n) {
       [] {});
 }
 
+static void log1p_of(double* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vec<double>::lanes) {
+    const V<double> v = load(x + i), u = v + 1.0, lost = (v - (u - 1.0)) / u;
+    V<double> e, l;
+    log2_parts<double>(u, &e, &l);
+    const V<double> y = (e + l) * 0.6931471805599453 + lost;
+    __builtin_memcpy(x + i, &y, sizeof y);
+  }
+}
+
+static void power_of(double* x, int64_t n, double exponent) {
+  for (int64_t i = 0; i < n; i += Vec<double>::lanes) {
+    const V<double> v = load(x + i);
+    V<double> e, l;
+    log2_parts<double>(v, &e, &l);
+    const V<double> y = (e + l) * exponent, held = y < 1023.5 ? y : all<double>(1023.5);
+    V<double> power = exp2_sum<double, true>(held, V<double>{}, v == 0);
+    power = y < 1024.0 ? power : all<double>(__builtin_inf());
+    __builtin_memcpy(x + i, &power, sizeof power);
+  }
+}
+
 #define KERNELS(NAME)                                                              \
   {NAME,                                                                           \
    {logits<Half>, logits<BFloat>, logits<float>, logits<double>},                  \
    {tv<Half>, tv<BFloat>, tv<float>, tv<double>},                                  \
-   {norms<Half>, norms<BFloat>, norms<float>, norms<double>}, exp2_of, log2_of}
+   {few_logits<Half>, few_logits<BFloat>, few_logits<float>, few_logits<double>},  \
+   {norms<Half>, norms<BFloat>, norms<float>, norms<double>},                      \
+   log1p_of, power_of, exp2_of, log2_of}

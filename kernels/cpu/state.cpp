@@ -66,22 +66,24 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
   a->nan |= other.nan;
 }
 
-double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv) {
+double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
+
+double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv, double log1p) {
   if (s.nan) return NaN;
   if (!std::isfinite(s.max)) return stat == LSE || stat == ENERGY ? s.max : NaN;
-  const double r1 = (s.ties - 1) + s.exp, r2 = (s.ties - 1) + s.squares;
+  const double r1 = rest(s), r2 = (s.ties - 1) + s.squares;
   switch (stat) {
     case FMAX: return s.max;
-    case LSE: return s.max / plan.temperature + std::log1p(r1);
-    case ENERGY: return s.max + plan.temperature * std::log1p(r1);
+    case LSE: return s.max / plan.temperature + log1p;
+    case ENERGY: return s.max + plan.temperature * log1p;
     case MSP: return 1 / (1 + r1);
     case ONE_MINUS_MSP: return r1 / (1 + r1);
-    case LOG_MSP: return -std::log1p(r1);
+    case LOG_MSP: return -log1p;
     case S2: return (1 + r2) / ((1 + r1) * (1 + r1));
     case ONE_MINUS_S2: return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1));
     case TOTAL_VARIATION: return tv;
-    case PLOGP_STAT: return s.exp_z / (1 + r1) - std::log1p(r1);
-    case SUMLOGP_STAT: return s.z - classes * std::log1p(r1);
+    case PLOGP_STAT: return s.exp_z / (1 + r1) - log1p;
+    case SUMLOGP_STAT: return s.z - classes * log1p;
     case POWER_SUM: return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);
     default: return NaN;
   }
@@ -201,19 +203,26 @@ void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
   a->nan |= other.nan;
 }
 
-double norm(const Order& order, const NormsPlan& plan, const NormsState& s, bool log) {
+double sum_of_powers(const Order& order, const NormsState& s) { return order.slot < 0 ? 0 : s.sum[order.slot]; }
+
+// Integer powers are of |h| / 2^(shift + 1), scaled ones of |h| / reference.
+static bool integer(const Order& order) { return order.slot < FIRST_GROUP_SLOT; }
+
+double norm(const Order& order, const NormsPlan& plan, const NormsState& s, double root) {
   if (s.nan) return NaN;
-  if (order.r == 0) return log ? std::log(s.nonzero) : s.nonzero;
-  if (order.r == INF || s.max == INF) return log ? std::log(s.max) : s.max;
-  const double sum = s.sum[order.slot], r = order.r;
-  // Integer powers are of |h| / 2^(shift + 1), scaled ones of |h| / reference.
-  const bool integer = order.slot < FIRST_GROUP_SLOT;
-  if (log) {
-    const double unit = integer ? (s.shift + 1) * 0.6931471805599453 : plan.scaled[order.slot] ? std::log(s.reference) : 0;
-    return unit + std::log(sum) / r;
-  }
-  const double root = r == 1 ? sum : r == 2 ? std::sqrt(sum) : std::pow(sum, 1 / r);
-  return integer ? std::ldexp(root, int(s.shift) + 1) : plan.scaled[order.slot] ? s.reference * root : root;
+  if (order.r == 0) return s.nonzero;
+  if (order.r == INF || s.max == INF) return s.max;
+  if (integer(order)) return std::ldexp(root, int(s.shift) + 1);
+  return plan.scaled[order.slot] ? s.reference * root : root;
+}
+
+double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) {
+  if (s.nan) return NaN;
+  if (order.r == 0) return std::log(s.nonzero);
+  if (order.r == INF || s.max == INF) return std::log(s.max);
+  const double log = std::log(sum_of_powers(order, s)) / order.r;
+  if (integer(order)) return (s.shift + 1) * 0.6931471805599453 + log;
+  return plan.scaled[order.slot] ? std::log(s.reference) + log : log;
 }
 
 }  // namespace fastood
