@@ -7,9 +7,9 @@ this folder that computes those numbers; it has three functions:
     ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
     column per order in ``want.orders`` (``None`` where none was asked for). Both come in float32
     or wider; norms always in float64, so that U * V overflows only where the product does.
-``products(logits, feats, want, products, shape, dtype, by_row) -> out | None``
-    Finished scores in one go: each ``Product``, [N, K] where `by_row`, else [K, N], as `shape`; or None
-    where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
+``products(logits, feats, job, shape, dtype, by_row) -> out | None``
+    Finished scores in one go: each ``Product`` of the job, [N, K] where `by_row`, else [K, N], as `shape`; or
+    None where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
 ``unusable(device, dtype) -> str | None``
     Why it cannot serve tensors of that device and dtype here, or None where it can.
 
@@ -20,7 +20,7 @@ scores and backends.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -70,6 +70,14 @@ class Product(NamedTuple):
     divisor: float
 
 
+class Job:
+    """Finished scores that are asked for again and again."""
+
+    def __init__(self, want: Want, products: tuple[Product, ...]) -> None:
+        self.want, self.products = want, products
+        self.prepared: Any = ...  # what the C++ backend made of it
+
+
 class Backend(Protocol):
     def row_stats(
         self, logits: Tensor | None, feats: Tensor | None, want: Want
@@ -79,8 +87,7 @@ class Backend(Protocol):
         self,
         logits: Tensor | None,
         feats: Tensor | None,
-        want: Want,
-        products: tuple[Product, ...],
+        job: Job,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         by_row: bool,

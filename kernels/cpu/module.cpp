@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "run.h"
@@ -43,41 +44,48 @@ static bool read_matrix(PyObject* const* args, Matrix* m) {
   return !PyErr_Occurred();
 }
 
-// The arguments that both functions begin with: rows, logits (address, type, columns, stride), feats (the same),
-// temperature, stats (numbers of Stat), powers (the r of each, 0 where it has none), orders, bias, log.
-constexpr Py_ssize_t COMMON = 15;
+static const char PLAN[] = "fastood plan";
 
-static bool read_request(PyObject* const* args, Request* q) {
-  q->rows = PyLong_AsLongLong(args[0]);
-  if (!read_matrix(args + 1, &q->logits) || !read_matrix(args + 5, &q->feats)) return false;
-  LogitsPlan& plan = q->logits_plan;
-  const double T = plan.temperature = PyFloat_AsDouble(args[9]);
+static void free_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
+
+// prepare(temperature, stats, powers, orders, bias, log, products): stats are numbers of Stat, powers the r of each, 0
+// where it has none, products tuples of (stat, order, factor, power, divisor).
+static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "prepare takes 7 arguments");
+  std::unique_ptr<Plan> plan(new Plan);
+  LogitsPlan& logits = plan->logits;
+  const double T = logits.temperature = PyFloat_AsDouble(args[0]);
   // log2(e) / T in two parts: the quotient, and what it rounded away and log2(e) lacks as a double.
   const double log2e = 1.4426950408889634, log2e_low = 2.0355273740931033e-17;
   const double scale = std::min(log2e / T, 1e38);
-  set_scale(&plan, scale, scale < 1e38 ? (std::fma(-scale, T, log2e) + log2e_low) / T : 0);
-  const Py_ssize_t stats = PyTuple_Size(args[10]), orders = PyTuple_Size(args[12]);
-  if (stats > MAX_STATS || orders > MAX_ORDERS) {
-    PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);
-    return false;
-  }
+  set_scale(&logits, scale, scale < 1e38 ? (std::fma(-scale, T, log2e) + log2e_low) / T : 0);
+  const Py_ssize_t stats = PyTuple_Size(args[1]), orders = PyTuple_Size(args[3]), products = PyTuple_Size(args[6]);
+  if (stats > MAX_STATS || orders > MAX_ORDERS)
+    return PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);
   for (Py_ssize_t j = 0; j < stats; j++) {
-    const int stat = int(PyLong_AsLong(PyTuple_GetItem(args[10], j)));
-    q->stats.push_back(stat);
-    q->power_of_stat.push_back(plan.power_sums);
-    plan.sums |= sums_for(stat);
-    if (stat == POWER_SUM && plan.power_sums < MAX_POWER_SUMS)
-      plan.power[plan.power_sums++] = PyFloat_AsDouble(PyTuple_GetItem(args[11], j));
+    const int stat = int(PyLong_AsLong(PyTuple_GetItem(args[1], j)));
+    plan->stats.push_back(stat);
+    plan->power_of_stat.push_back(logits.power_sums);
+    logits.sums |= sums_for(stat);
+    if (stat == POWER_SUM && logits.power_sums < MAX_POWER_SUMS)
+      logits.power[logits.power_sums++] = PyFloat_AsDouble(PyTuple_GetItem(args[2], j));
   }
   double order[MAX_ORDERS];
-  for (Py_ssize_t j = 0; j < orders; j++) order[j] = PyFloat_AsDouble(PyTuple_GetItem(args[12], j));
-  if (orders) {
-    q->orders.resize(orders);
-    plan_norms(order, int(orders), q->feats.type != FLOAT64, &q->norms_plan, q->orders.data());
+  for (Py_ssize_t j = 0; j < orders; j++) order[j] = PyFloat_AsDouble(PyTuple_GetItem(args[3], j));
+  for (int is_double = 0; is_double < 2; is_double++) {
+    plan->orders[is_double].resize(orders);
+    plan_norms(order, int(orders), !is_double, &plan->norms[is_double], plan->orders[is_double].data());
   }
-  q->bias = PyObject_IsTrue(args[13]);
-  q->log = PyObject_IsTrue(args[14]);
-  return !PyErr_Occurred();
+  plan->bias = PyObject_IsTrue(args[4]);
+  plan->log = PyObject_IsTrue(args[5]);
+  for (Py_ssize_t k = 0; k < products; k++) {
+    PyObject* p = PyTuple_GetItem(args[6], k);
+    plan->products.push_back({int(PyLong_AsLong(PyTuple_GetItem(p, 0))), int(PyLong_AsLong(PyTuple_GetItem(p, 1))),
+                              int(PyLong_AsLong(PyTuple_GetItem(p, 3))), PyFloat_AsDouble(PyTuple_GetItem(p, 2)),
+                              PyFloat_AsDouble(PyTuple_GetItem(p, 4))});
+  }
+  if (PyErr_Occurred()) return nullptr;
+  return PyCapsule_New(plan.release(), PLAN, free_plan);
 }
 
 static PyObject* run_without_lock(const Request& q) {
@@ -88,32 +96,41 @@ static PyObject* run_without_lock(const Request& q) {
   Py_RETURN_NONE;
 }
 
+// What both functions begin with: the plan, rows, logits (address, type, columns, stride), feats (the same).
+constexpr Py_ssize_t COMMON = 10;
+
+static const Plan* read_plan(PyObject* const* args, Py_ssize_t count, Py_ssize_t wanted) {
+  if (count == wanted) return static_cast<Plan*>(PyCapsule_GetPointer(args[0], PLAN));
+  PyErr_Format(PyExc_TypeError, "takes %zd arguments", wanted);
+  return nullptr;
+}
+
+static bool read_matrices(PyObject* const* args, Request* q) {
+  q->rows = PyLong_AsLongLong(args[1]);
+  return read_matrix(args + 2, &q->logits) && read_matrix(args + 6, &q->feats);
+}
+
 // row_stats(..., address of [stats, rows] double, address of [rows, orders] double)
 static PyObject* row_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != COMMON + 2) return PyErr_Format(PyExc_TypeError, "row_stats takes %zd arguments", COMMON + 2);
-  Request q;
-  if (!read_request(args, &q)) return nullptr;
+  const Plan* plan = read_plan(args, count, COMMON + 2);
+  if (!plan) return nullptr;
+  Request q{*plan};
+  if (!read_matrices(args, &q)) return nullptr;
   q.stats_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON]));
   q.norms_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 1]));
   return run_without_lock(q);
 }
 
-// products(..., tuple of Product, address of the result, its type, whether it is [rows, products])
+// products(..., address of the result, its type, whether it is [rows, products])
 static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != COMMON + 4) return PyErr_Format(PyExc_TypeError, "products takes %zd arguments", COMMON + 4);
-  Request q;
-  if (!read_request(args, &q)) return nullptr;
-  const Py_ssize_t size = PyTuple_Size(args[COMMON]);
-  for (Py_ssize_t k = 0; k < size; k++) {
-    PyObject* p = PyTuple_GetItem(args[COMMON], k);  // stat, order, factor, power, divisor
-    q.products.push_back({int(PyLong_AsLong(PyTuple_GetItem(p, 0))), int(PyLong_AsLong(PyTuple_GetItem(p, 1))),
-                          int(PyLong_AsLong(PyTuple_GetItem(p, 3))), PyFloat_AsDouble(PyTuple_GetItem(p, 2)),
-                          PyFloat_AsDouble(PyTuple_GetItem(p, 4))});
-  }
-  q.out = PyLong_AsVoidPtr(args[COMMON + 1]);
-  q.out_double = PyLong_AsLong(args[COMMON + 2]) == FLOAT64;
-  const bool by_row = PyObject_IsTrue(args[COMMON + 3]);
-  q.row_stride = by_row ? size : 1;
+  const Plan* plan = read_plan(args, count, COMMON + 3);
+  if (!plan) return nullptr;
+  Request q{*plan};
+  if (!read_matrices(args, &q)) return nullptr;
+  q.out = PyLong_AsVoidPtr(args[COMMON]);
+  q.out_double = PyLong_AsLong(args[COMMON + 1]) == FLOAT64;
+  const bool by_row = PyObject_IsTrue(args[COMMON + 2]);
+  q.row_stride = by_row ? int64_t(plan->products.size()) : 1;
   q.product_stride = by_row ? 1 : q.rows;
   return run_without_lock(q);
 }
@@ -160,6 +177,7 @@ static PyObject* apply(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 static PyMethodDef methods[] = {
+    {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
     {"row_stats", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(row_stats)), METH_FASTCALL, nullptr},
     {"products", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(products)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},

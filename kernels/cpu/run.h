@@ -1,4 +1,4 @@
-// One call: what is read, what is wanted, where it goes.
+// A plan: what is wanted. A request: one call of it, what is read and where it goes.
 #pragma once
 
 #include <vector>
@@ -24,22 +24,30 @@ struct Product {
   double factor, divisor;
 };
 
-struct Request {
-  int64_t rows = 0;
-  Matrix logits, feats;
-  LogitsPlan logits_plan{};
-  NormsPlan norms_plan{};
+// What is wanted, worked out once for many calls.
+struct Plan {
+  LogitsPlan logits{};
+  NormsPlan norms[2]{};  // for float32 arithmetic, and for float64
+  std::vector<Order> orders[2];
   bool bias = false, log = false;
   std::vector<int> stats, power_of_stat;
-  std::vector<Order> orders;
+  std::vector<Product> products;
+};
+
+struct Request {
+  const Plan& plan;
+  int64_t rows = 0;
+  Matrix logits, feats;
   // Either the statistics themselves ...
   double* stats_out = nullptr;  // [stats, rows]
   double* norms_out = nullptr;  // [rows, orders]
   // ... or finished products, float or double.
-  std::vector<Product> products;
   void* out = nullptr;
   bool out_double = false;
   int64_t row_stride = 0, product_stride = 0;
+
+  const NormsPlan& norms_plan() const { return plan.norms[feats.type == FLOAT64]; }
+  const std::vector<Order>& orders() const { return plan.orders[feats.type == FLOAT64]; }
 };
 
 // torch_parallel_for of libtorch_cpu, or null for one thread
