@@ -108,12 +108,14 @@ def score(
     entry = _entry(method)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = (entry, norm, norm.__class__, feats is None, *options, temperature.__class__, *params.items())
-    if not torch.compiler.is_compiling() and backend == kernels.DEFAULT == "auto":
-        out = _short_way(key, logits, feats)
+    plan = _known_plan(key)
+    # Where the same arguments went the long way before, plain CPU tensors need not.
+    if plan and plan.short and backend == kernels.DEFAULT == "auto" and plan.chosen_from is kernels.BACKENDS:
+        out = kernels.cpu.score_plain(plan.short, logits, feats)
         if out is not None:
             return out
     f, h, as_numpy = logits_and_feats(logits, feats)
-    plan = _plan(key, lambda: _Plan([(entry, _order(entry, norm, h))], *options, params))
+    plan = plan or _keep(key, _Plan([(entry, _order(entry, norm, h))], *options, params))
     out = plan(f, h, backend, _rows(f, h), by_row=True)
     return give(out, as_numpy)
 
@@ -158,11 +160,10 @@ def scores(
         entries = [_entry(m, "methods") for m in _names("methods", methods)]
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = (*entries, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
-
-    def make() -> _Plan:
-        return _Plan([(e, _order(e, ... if e.gradient else norm, h)) for e in entries], *options, params)
-
-    plan = _plan(key, make)
+    plan = _known_plan(key)
+    if plan is None:
+        plan = _Plan([(e, _order(e, ... if e.gradient else norm, h)) for e in entries], *options, params)
+        _keep(key, plan)
     if not entries:
         return {}
     out = plan(f, h, backend, (len(entries), *n), by_row=False).unbind()
@@ -211,7 +212,7 @@ def sweep(
             raise ValueError(f"{argument} must not be empty")
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = ("sweep", *entries, *orders, *options, temperature.__class__, *params.items())
-    plan = _plan(key, lambda: _Plan([(e, r) for e in entries for r in orders], *options, params))
+    plan = _known_plan(key) or _keep(key, _Plan([(e, r) for e in entries for r in orders], *options, params))
     n = _rows(f, h)[0]
     return give(plan(f, h, backend, (n, len(entries), len(orders)), by_row=True), as_numpy)
 
@@ -356,27 +357,18 @@ class _Plan:
 _PLANS: dict[Any, _Plan] = {}
 
 
-def _short_way(key: Any, logits: Any, feats: Any) -> Tensor | None:
-    """The score of plain CPU tensors where a call with the same arguments went the long way before, or None."""
-    try:
-        plan = _PLANS.get(key)
-    except TypeError:
-        return None
-    if plan is None or plan.short is None or plan.chosen_from is not kernels.BACKENDS:
-        return None
-    return kernels.cpu.score_plain(plan.short, logits, feats)
-
-
-def _plan(key: Any, make: Callable[[], _Plan]) -> _Plan:
-    """The plan under `key`, made where it is not kept. A plan costs more than scoring one row."""
+def _known_plan(key: Any) -> _Plan | None:
+    """The plan kept under `key`. A plan costs more than scoring one row."""
     if torch.compiler.is_compiling():
-        return make()
+        return None
     try:
-        plan = _PLANS.get(key)
+        return _PLANS.get(key)
     except TypeError:  # an argument that has no hash is also one that has no meaning: let it be refused
-        return make()
-    if plan is None:
-        plan = make()
+        return None
+
+
+def _keep(key: Any, plan: _Plan) -> _Plan:
+    if not torch.compiler.is_compiling():
         if len(_PLANS) >= 256:
             _PLANS.clear()
         _PLANS[key] = plan

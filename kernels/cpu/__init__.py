@@ -41,7 +41,6 @@ _STATS = {
     "power_sum": 11,
 }
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_PLAIN_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # whose results are float32
 _MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call
 
 
@@ -116,31 +115,9 @@ def products(
 
 
 def score_plain(plan: object, logits: Tensor, feats: Tensor | None) -> Tensor | None:
-    """One finished score [N] of plain tensors, in the fewest steps, or None: then the long way says what is wrong.
-
-    Scoring one row takes 0.3 us, each look at a tensor 0.06 us: only what the C++ part cannot do without is asked.
-    """
-    if _functions_transformed():
-        return None
-    try:
-        N, *f = _plain(logits)
-        rows, *h = _plain(feats) if feats is not None else (N, 0, 2, 0, 0)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        return None
-    if rows != N:
-        return None
-    out = logits.new_empty(N) if f[1] == 2 else logits.new_empty(N, dtype=torch.float32)
-    _native.products(plan, N, *f, *h, out.data_ptr(), 2, True)
-    return out
-
-
-def _plain(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Rows, address, type, columns and row stride of a matrix that needs nothing done to it, or an exception."""
-    rows, columns = x.shape
-    stride, inner = x.stride()
-    if type(x) is not Tensor or inner != 1 or columns == 0 or not x.is_cpu or x.requires_grad or x.is_neg():
-        raise TypeError
-    return rows, x.data_ptr(), _PLAIN_TYPES[x.dtype], columns, stride
+    """One finished score [N] of plain tensors, or None where ``products`` must be asked: without Python's own part,
+    which takes longer than a row of 1000 logits."""
+    return None if _functions_transformed() else _native.score_plain(plan, logits, feats)
 
 
 def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
@@ -197,6 +174,7 @@ def _torch_threads() -> int:
 
 
 if _native is not None:
+    _native.use_torch(Tensor, (torch.float16, torch.bfloat16, torch.float32))
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))

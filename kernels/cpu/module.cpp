@@ -135,6 +135,102 @@ static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run_without_lock(q);
 }
 
+// ---- one row at a time: tensors read by their own accessors, without Python code between them
+
+static PyObject *tensor_type = nullptr, *dtypes[FLOAT64] = {};  // those whose results are float32
+enum Name { SHAPE, STRIDE, DTYPE, IS_CPU, REQUIRES_GRAD, IS_NEG, DATA_PTR, NEW_EMPTY, NAMES };
+static PyObject* names[NAMES] = {};
+
+static bool is(PyObject* value, PyObject* wanted) {  // steals `value`
+  Py_XDECREF(value);
+  return value == wanted;
+}
+
+static bool two_numbers(PyObject* tuple, int64_t* a, int64_t* b) {  // steals `tuple`
+  const bool two = tuple && PyTuple_Check(tuple) && PyTuple_Size(tuple) == 2;
+  if (two) *a = PyLong_AsLongLong(PyTuple_GetItem(tuple, 0)), *b = PyLong_AsLongLong(PyTuple_GetItem(tuple, 1));
+  Py_XDECREF(tuple);
+  return two && !PyErr_Occurred();
+}
+
+static char* address(PyObject* x) {
+  PyObject* number = PyObject_CallMethodObjArgs(x, names[DATA_PTR], nullptr);
+  char* found = number ? static_cast<char*>(PyLong_AsVoidPtr(number)) : nullptr;
+  Py_XDECREF(number);
+  return found;
+}
+
+// A matrix that needs nothing done to it before it is read; false for any other, perhaps with an exception.
+static bool read_plain(PyObject* x, int64_t* rows, Matrix* m) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != tensor_type) return false;
+  if (!is(PyObject_GetAttr(x, names[IS_CPU]), Py_True) || !is(PyObject_GetAttr(x, names[REQUIRES_GRAD]), Py_False) ||
+      !is(PyObject_CallMethodObjArgs(x, names[IS_NEG], nullptr), Py_False))
+    return false;
+  int64_t inner = 0;
+  if (!two_numbers(PyObject_GetAttr(x, names[SHAPE]), rows, &m->columns) ||
+      !two_numbers(PyObject_CallMethodObjArgs(x, names[STRIDE], nullptr), &m->stride, &inner) || inner != 1 || m->columns == 0)
+    return false;
+  PyObject* dtype = PyObject_GetAttr(x, names[DTYPE]);
+  for (m->type = 0; m->type < FLOAT64 && dtypes[m->type] != dtype;) m->type++;
+  Py_XDECREF(dtype);
+  m->data = address(x);
+  return m->type < FLOAT64 && !PyErr_Occurred();
+}
+
+static PyObject* float32_like(PyObject* logits, int type, int64_t rows) {
+  PyObject* count = PyLong_FromLongLong(rows);
+  PyObject* out = nullptr;
+  if (type == FLOAT32) {
+    out = PyObject_CallMethodObjArgs(logits, names[NEW_EMPTY], count, nullptr);
+  } else {
+    PyObject *method = PyObject_GetAttr(logits, names[NEW_EMPTY]), *args = PyTuple_Pack(1, count), *options = PyDict_New();
+    if (method && args && options && PyDict_SetItem(options, names[DTYPE], dtypes[FLOAT32]) == 0)
+      out = PyObject_Call(method, args, options);
+    Py_XDECREF(method);
+    Py_XDECREF(args);
+    Py_XDECREF(options);
+  }
+  Py_XDECREF(count);
+  return out;
+}
+
+// score_plain(plan of one product, logits, feats or None): the score [N] of plain CPU tensors; None where they are any
+// others, and a longer way must be gone, which can tell what is wrong with them.
+static PyObject* score_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const Plan* plan = read_plan(args, count, 3);
+  if (!plan) return nullptr;
+  Request q{*plan};
+  int64_t rows = 0;
+  const bool with_feats = args[2] != Py_None;
+  if (!read_plain(args[1], &q.rows, &q.logits) || with_feats == plan->orders[0].empty() ||
+      (with_feats && (!read_plain(args[2], &rows, &q.feats) || rows != q.rows))) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  PyObject* out = float32_like(args[1], q.logits.type, q.rows);
+  q.out = out ? address(out) : nullptr;
+  q.row_stride = 1;
+  PyObject* done = out ? run_without_lock(q) : nullptr;
+  if (!done) {
+    Py_XDECREF(out);
+    return nullptr;
+  }
+  Py_DECREF(done);
+  return out;
+}
+
+// use_torch(torch.Tensor, (float16, bfloat16, float32))
+static PyObject* use_torch(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  static const char* spelled[NAMES] = {"shape", "stride", "dtype", "is_cpu", "requires_grad", "is_neg", "data_ptr", "new_empty"};
+  if (count != 2 || !PyTuple_Check(args[1]) || PyTuple_Size(args[1]) != FLOAT64)
+    return PyErr_Format(PyExc_TypeError, "use_torch takes a type and %d dtypes", FLOAT64);
+  for (int i = 0; i < NAMES; i++)
+    if (!names[i] && !(names[i] = PyUnicode_InternFromString(spelled[i]))) return nullptr;
+  Py_INCREF(tensor_type = args[0]);
+  for (int i = 0; i < FLOAT64; i++) Py_INCREF(dtypes[i] = PyTuple_GetItem(args[1], i));
+  Py_RETURN_NONE;
+}
+
 static PyObject* levels(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Kernels* k : supported()) {
@@ -180,6 +276,8 @@ static PyMethodDef methods[] = {
     {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
     {"row_stats", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(row_stats)), METH_FASTCALL, nullptr},
     {"products", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(products)), METH_FASTCALL, nullptr},
+    {"score_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(score_plain)), METH_FASTCALL, nullptr},
+    {"use_torch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_torch)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},
     {"level", level, METH_NOARGS, "The one in use."},
     {"use_level", use_level, METH_O, "Use another one."},
