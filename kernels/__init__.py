@@ -20,6 +20,8 @@ scores and backends.
 from __future__ import annotations
 
 import os
+import warnings
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -116,12 +118,19 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             return reference
         name = DEFAULT
     if name == "auto":
+        if cpu.MISSING and device.type == "cpu":
+            _say_once(f"fastood's C++ kernels were not built ({cpu.MISSING}): plain PyTorch, several times slower, does")
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
     if name not in BACKENDS:
         raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
     if reason := BACKENDS[name].unusable(device, dtype):
         raise RuntimeError(f"backend {name!r} cannot serve {dtype} on {device}: {reason}")
     return BACKENDS[name]
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message + " their work. Reinstall fastood where there is a C++ compiler.", stacklevel=4)
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:

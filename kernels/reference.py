@@ -100,7 +100,8 @@ class Softmax:
 
     @lazy
     def rest(self) -> Tensor:
-        return self.f.scatter(-1, self.top[:, None], -math.inf)
+        # A tensor rather than a number: AOTInductor's C++ cannot spell -inf in a deterministic scatter.
+        return self.f.scatter(-1, self.top[:, None], self.f.new_full((self.f.shape[0], 1), -math.inf))
 
     @lazy
     def f_2(self) -> Tensor:

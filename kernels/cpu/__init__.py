@@ -17,10 +17,11 @@ from torch.autograd import forward_ad
 from fastood.kernels import reference
 
 _native: Any = None
+MISSING = ""  # why there is no C++ part
 try:
     _native = import_module("fastood.kernels.cpu._native")
 except ImportError as error:
-    _missing = str(error)
+    MISSING = str(error)
 
 if TYPE_CHECKING:
     from fastood.kernels import Job, Product, Stat, Want
@@ -46,7 +47,7 @@ _MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     if _native is None:
-        return f"its C++ part was not built; reinstall fastood where there is a C++ compiler ({_missing})"
+        return f"its C++ part was not built; reinstall fastood where there is a C++ compiler ({MISSING})"
     if device.type != "cpu":
         return "it serves CPU tensors"
     return None
