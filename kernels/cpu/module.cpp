@@ -24,7 +24,8 @@ static std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found = {&base::kernels};
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();  // asks the operating system too
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  // F16C, which older Clangs cannot be asked about, is older than AVX2 and was never left out beside it.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     found.push_back(&avx2::kernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
