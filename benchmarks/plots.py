@@ -1,0 +1,120 @@
+"""Figures and the README's table from a run: `pytest benchmarks --benchmark-json=run.json && python benchmarks/plots.py
+run.json docs` writes docs/speed.png and docs/growth.png and prints the table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import LIMIT, OURS, Row, slopes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+# Okabe and Ito's colours, told apart with any colour vision. A candidate looks the same in every figure.
+STYLES = {
+    OURS: ("#0072B2", "o"),
+    "eager": ("#D55E00", "s"),
+    "torch.compile": ("#009E73", "D"),
+    "pytorch-ood": ("#CC79A7", "^"),
+    "autograd": ("#E69F00", "v"),
+    LIMIT: ("#555555", "|"),
+}
+
+
+def load(path: Path) -> tuple[str, list[Row]]:
+    """What the run ran on, and a row per candidate and group."""
+    run = json.loads(path.read_text())
+    machine, used = run["machine_info"], run["machine_info"]["fastood"]
+    name = used["gpu"] or machine["cpu"].get("brand_raw") or machine["machine"]
+    where = f"{name}, {machine['cpu']['count']} cores, {used['instructions']}, torch {used['torch']}"
+    return where, [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+
+
+def _of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def _groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Without the number of threads and the dtype, which the figures give by themselves."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(" · ".join(row["group"].split(" · ")[:2]), []).append(row)
+    return groups
+
+
+def speed(rows: Sequence[Row], where: str) -> Figure:
+    """Every group of one thread, losses too: time over fastood's, with its spread over the rounds."""
+    shown = [row for row in _of(rows, threads=1, grows=None) if row["candidate"] in STYLES]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in shown))
+    names = list(_groups(shown))[::-1]
+    figure = Figure(figsize=(5 + 3.5 * len(dtypes), 1.6 + 0.24 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(dtypes), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, dtype in zip(axes, dtypes, strict=True):
+        for group, candidates in _groups(_of(shown, dtype=dtype)).items():
+            for row in candidates:
+                colour, marker = STYLES[row["candidate"]]
+                low, high = row["ratio"] - row["ratio_low"], row["ratio_high"] - row["ratio"]
+                ax.errorbar(
+                    row["ratio"], names.index(group), xerr=[[low], [high]], color=colour, marker=marker, ms=5, lw=1
+                )
+        ax.axvline(1, color=STYLES[OURS][0], lw=1, zorder=0)
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_title(dtype, fontsize=10)
+        ax.set_xlabel("time / fastood's: right of 1, fastood is faster")
+        ax.grid(axis="x", color="0.9", zorder=-1)
+    seen = [name for name in STYLES if _of(shown, candidate=name)]
+    handles = [Line2D([], [], color=STYLES[name][0], marker=STYLES[name][1], ls="", label=name) for name in seen]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    figure.suptitle(f"One thread, {where}", fontsize=9)
+    return figure
+
+
+def growth(rows: Sequence[Row], where: str) -> Figure:
+    """Time against N, C and D, log-log; the slope of the three largest sizes beside each name, 1 is linear."""
+    slope = slopes(rows)
+    figure = Figure(figsize=(1 + 3.6 * len(slope), 4), layout="constrained")
+    for ax, (size, lines) in zip(figure.subplots(1, len(slope), squeeze=False)[0], slope.items(), strict=True):
+        grown = _of(rows, grows=size)
+        for name in (name for name in STYLES if name in lines):
+            colour, marker = STYLES[name]
+            line = sorted((row[size], row["seconds"] * 1e3) for row in _of(grown, candidate=name))
+            ax.plot(*zip(*line, strict=True), color=colour, marker=marker, ms=4, label=f"{name}, {lines[name]:.2f}")
+        fixed = " ".join(f"{other}={grown[0][other]}" for other in "NCD" if other != size and other in grown[0])
+        ax.set(xscale="log", yscale="log", xlabel=size)
+        ax.set_title(f"{grown[0]['what']}, {fixed}", fontsize=9)
+        ax.legend(fontsize=7)
+        ax.grid(color="0.9")
+    figure.axes[0].set_ylabel("ms")
+    figure.suptitle(f"One thread, float32, {where}", fontsize=9)
+    return figure
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The figure as a table: every group of one thread in float32."""
+    shown = _of(rows, threads=1, grows=None, dtype="float32")
+    rivals = [name for name in STYLES if name != OURS and _of(shown, candidate=name)]
+    lines = [f"| one thread, float32 | fastood | {' | '.join(rivals)} |", "|---" * (len(rivals) + 2) + "|"]
+    for group, candidates in _groups(shown).items():
+        of = {row["candidate"]: row for row in candidates}
+        ratios = [f"{of[name]['ratio']:.2g} ×" if name in of else "" for name in rivals]
+        bold = [
+            f"**{cell}**" if cell and of[n]["ratio"] < 1 and n != LIMIT else cell
+            for n, cell in zip(rivals, ratios, strict=True)
+        ]
+        lines.append(f"| {group} | {of[OURS]['seconds'] * 1e3:.3g} ms | {' | '.join(bold)} |".replace("||h||", "‖h‖"))
+    return "\n".join(lines)
+
+
+def main(run: str, folder: str) -> None:
+    where, rows = load(Path(run))
+    for name, figure in (("speed", speed), ("growth", growth)):
+        figure(rows, where).savefig(Path(folder) / f"{name}.png", dpi=140)
+    print(f"{where}\n\n{markdown(rows)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
