@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from harness import LIMIT, check, in_turn, peak_extra_bytes, read_limit, slopes, stopwatches, weighed
+from harness import LIMIT, check, in_turn, peak_extra_bytes, read_limit, settle_malloc, slopes, stopwatches, weighed
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -130,6 +130,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    settle_malloc()
     config.option.benchmark_quiet = True  # one table, ours
 
 
@@ -139,7 +140,7 @@ def pytest_collection_modifyitems(config, items):
     first = {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        kind = tuple(v for name, v in params.items() if name not in ("shape", "dtype", "threads"))
+        kind = tuple(v for name, v in params.items() if name not in ("shape", "threads"))
         first.setdefault((item.path, item.originalname, kind), item)
     items[:] = first.values()
 
@@ -180,16 +181,8 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def _table(rows):
-    table = Table(
-        Column(no_wrap=True),
-        "ms",
-        "x",
-        "(spread)",
-        "GB/s",
-        "of the limit",
-        "extra MiB",
-        title="Every group, losses too",
-    )
+    headings = ("ms", "x", "(spread)", "GB/s", "of the limit", "extra MiB")
+    table = Table(Column(no_wrap=True), *headings, title="Every group, losses too")
     for column in table.columns[1:]:
         column.justify = "right"
     before = None

@@ -30,9 +30,7 @@ def test_every_round_runs_every_candidate():
 
 def test_ratios_are_of_the_same_round():
     """The machine slows down fivefold half way: the ratio does not see it."""
-    figures = weighed(
-        {OURS: [1.0, 1, 5, 5], "eager": [2.0, 2, 10, 10], LIMIT: [0.5, 0.5, 2.5, 2.5]}, read=6_000_000_000
-    )
+    figures = weighed({OURS: [1.0, 1, 5, 5], "eager": [2.0, 2, 10, 10], LIMIT: [0.5, 0.5, 2.5, 2.5]}, read=6 * 10**9)
     assert figures["eager"]["ratio"] == figures["eager"]["ratio_low"] == figures["eager"]["ratio_high"] == 2
     assert figures["eager"]["of_limit"] == 0.25
     assert figures["eager"]["gb_per_s"] == 1
