@@ -6,7 +6,6 @@ pytest-benchmark: its groups, its JSON (`--benchmark-json=FILE`, which benchmark
 runs (`--benchmark-autosave`, `--benchmark-compare`) and its switches (`--benchmark-disable`: the gates alone).
 """
 
-import platform
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from harness import LIMIT, check, in_turn, peak_extra_bytes, read_limit, settle_malloc, slopes, stopwatches, weighed
+from plots import machine_line
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -163,16 +163,13 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what asks the processor for its name
-        machine = config.hook.pytest_benchmark_generate_machine_info(config=config)
+        machine = config._benchmarksession.get_machine_info()
     console = Console(width=150, color_system=None)
     with console.capture() as text:
         console.print(_table(rows))
     write = terminalreporter.write_line
     write("")
-    write(
-        f"{machine['cpu'].get('brand_raw') or platform.machine()}, {torch.get_num_threads()} cores, "
-        f"torch {torch.__version__}, fastood {fastood.__version__}, Python {platform.python_version()}"
-    )
+    write(machine_line(machine))
     write("x: time over fastood's in the same round, median (20th to 80th percentile); above 1 fastood is faster.")
     write(f"Of the limit: the time of the {LIMIT} (summing every input; on a GPU, copying half) over this one.")
     write(text.get())

@@ -1,11 +1,11 @@
-"""Figures and the README's table from a run: `pytest benchmarks --benchmark-json=run.json && python benchmarks/plots.py
-run.json docs` writes docs/speed.png and docs/growth.png and prints the table."""
+"""What the README shows of a run: `pytest benchmarks --benchmark-json=run.json`, then
+`python benchmarks/plots.py run.json docs` writes docs/speed.png, docs/growth.png and docs/speed.md."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,18 @@ STYLES = {
 }
 
 
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """pytest-benchmark's machine_info, as one line."""
+    used, cpu = machine["fastood"], machine["cpu"]
+    processor = f"{cpu.get('brand_raw') or machine['machine']} ({cpu['count']} cores, {used['instructions']})"
+    versions = f"fastood {used['version']}, torch {used['torch']}, Python {machine['python_version']}"
+    return ", ".join(filter(None, (used["gpu"], processor, versions)))
+
+
 def load(path: Path) -> tuple[str, list[Row]]:
     """What the run ran on, and a row per candidate and group."""
     run = json.loads(path.read_text())
-    machine, used = run["machine_info"], run["machine_info"]["fastood"]
-    name = used["gpu"] or machine["cpu"].get("brand_raw") or machine["machine"]
-    where = f"{name}, {machine['cpu']['count']} cores, {used['instructions']}, torch {used['torch']}"
-    return where, [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+    return machine_line(run["machine_info"]), [benchmark["extra_info"] for benchmark in run["benchmarks"]]
 
 
 def _of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -93,29 +98,56 @@ def growth(rows: Sequence[Row], where: str) -> Figure:
     return figure
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The figure as a table: every group of one thread in float32. In bold, where fastood loses."""
-    shown = _of(rows, threads=1, grows=None, dtype="float32")
-    rivals = [name for name in STYLES if name != OURS and _of(shown, candidate=name)]
-    lines = [f"| one thread, float32 | fastood | {' | '.join(rivals)} |", "|---" * (len(rivals) + 2) + "|"]
-    for group, candidates in _groups(shown).items():
-        of = {row["candidate"]: row["ratio"] for row in candidates}
-        cells = [_cell(of[name], lost=name != LIMIT and of[name] < 1) if name in of else "" for name in rivals]
-        ours = next(row["seconds"] for row in candidates if row["candidate"] == OURS)
-        lines.append(f"| {group.replace('||h||', '‖h‖')} | {ours * 1e3:#.3g} ms | {' | '.join(cells)} |")
+def report(rows: Sequence[Row], where: str) -> str:
+    """Everything but the growth, as Markdown."""
+    compared = [row for row in rows if not row.get("grows")]
+    kinds = dict.fromkeys((row.get("dtype"), row.get("threads")) for row in compared)
+    lines = [
+        "# Measured",
+        f"By `pytest benchmarks` on {where}.",
+        "A ratio is the time over fastood's in the same round, median over the rounds: above 1 fastood is faster; in "
+        f"bold, where it loses. The {LIMIT} is to sum every input. MiB is what one call held at its peak beyond them.",
+    ]
+    for dtype, threads in kinds:
+        if threads is None:  # whole processes
+            lines += ["## What a process pays first", _table(_of(compared, threads=None))]
+        else:
+            lines += [f"## {dtype}, {threads} thread{'s' * (threads > 1)}"]
+            lines += [_table(_of(compared, dtype=dtype, threads=threads))]
+    return "\n\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    names = dict.fromkeys(row["candidate"] for row in rows)
+    rivals = [name for name in names if name not in (OURS, LIMIT)] + [LIMIT] * (LIMIT in names)
+    weighed = any(row["extra_bytes"] is not None for row in rows)
+    headings = ["", OURS, *rivals] + ["MiB, fastood", "MiB, eager"] * weighed
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for group, candidates in _groups(rows).items():
+        of = {row["candidate"]: row for row in candidates}
+        cells = [group.replace("||h||", "‖h‖"), _ms(of[OURS]["seconds"])]
+        cells += [_ratio(of[name]) if name in of else "" for name in rivals]
+        if weighed:
+            cells += [f"{of[name]['extra_bytes'] / 2**20:.2f}" for name in (OURS, "eager")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(ratio: float, lost: bool) -> str:
-    text = f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:.2g} ×"
-    return f"**{text}**" if lost else text
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:#.3g} ms"
+
+
+def _ratio(row: Row) -> str:
+    ratio = row["ratio"]
+    text = f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:#.2g} ×"
+    return f"**{text}**" if ratio < 1 and row["candidate"] != LIMIT else text
 
 
 def main(run: str, folder: str) -> None:
     where, rows = load(Path(run))
     for name, figure in (("speed", speed), ("growth", growth)):
         figure(rows, where).savefig(Path(folder) / f"{name}.png", dpi=140)
-    print(f"{where}\n\n{markdown(rows)}")
+    (Path(folder) / "speed.md").write_text(report(rows, where))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def feats_of(N, D, dtype):
         (65536, 10, 512),  # rows so short that each one's fixed cost shows
         (256, 128256, 4096),  # a language model's head: rows larger than a core's cache
     ],
+    ids=str,
 )
 def test_energy_times_norm(compare, shape, dtype, threads):
     N, C, D = shape
@@ -60,7 +61,7 @@ def test_energy_times_norm(compare, shape, dtype, threads):
 
 @every_thread_count
 @every_dtype
-@pytest.mark.parametrize("shape", [(64, 1000, 2048), (1, 1000, 2048), (1024, 1000, 2048), (16384, 1000, 2048)])
+@pytest.mark.parametrize("shape", [(64, 1000, 2048), (1, 1000, 2048), (1024, 1000, 2048), (16384, 1000, 2048)], ids=str)
 def test_sweep(compare, shape, dtype, threads):
     N, C, D = shape
     compare(
@@ -75,7 +76,7 @@ def test_sweep(compare, shape, dtype, threads):
 
 @every_thread_count
 @every_dtype
-@pytest.mark.parametrize(("method", "shape"), V_CASES)
+@pytest.mark.parametrize(("method", "shape"), V_CASES, ids=str)
 def test_v_alone(compare, method, shape, dtype, threads):
     compare(
         f"{method} alone",
@@ -89,7 +90,7 @@ def test_v_alone(compare, method, shape, dtype, threads):
 
 @every_thread_count
 @every_dtype
-@pytest.mark.parametrize("shape", [(64, 10, 512), (64, 1000, 2048), (1024, 1000, 2048)])
+@pytest.mark.parametrize("shape", [(64, 10, 512), (64, 1000, 2048), (1024, 1000, 2048)], ids=str)
 @pytest.mark.parametrize("method", ["gradnorm", "exgrad"])
 def test_gradient_score(compare, method, shape, dtype, threads):
     N, C, D = shape
@@ -108,7 +109,7 @@ def test_gradient_score(compare, method, shape, dtype, threads):
 
 @every_thread_count
 @every_dtype
-@pytest.mark.parametrize("shape", [(64, 10, 512), (16, 1000, 2048)])
+@pytest.mark.parametrize("shape", [(64, 10, 512), (16, 1000, 2048)], ids=str)
 def test_batchgrad(compare, shape, dtype, threads):
     N, C, D = shape
     G = rivals.anchor_gradient(logits_of(C, C, "float32"), feats_of(C, D, "float32"), torch.arange(C))

@@ -53,7 +53,13 @@ def _run():
     ]
     compared = [
         common
-        | {"group": "||h||_2 · N=8 C=10 · float32 · 1 thread", "C": 10, "grows": None, "candidate": candidate}
+        | {
+            "group": "||h||_2 · N=8 C=10 · float32 · 1 thread",
+            "C": 10,
+            "grows": None,
+            "candidate": candidate,
+            "extra_bytes": 2**19,
+        }
         | {"seconds": 2e-3 * ratio, "ratio": ratio, "ratio_low": ratio * 0.9, "ratio_high": ratio * 1.1}
         for candidate, ratio in ((OURS, 1.0), ("eager", 0.5), ("torch.compile", 12.3), (LIMIT, 0.25))
     ]
@@ -64,16 +70,14 @@ def test_slope():
     assert slopes(_run()) == {"C": {OURS: pytest.approx(2)}}
 
 
-def test_figures_come_from_a_run_by_one_command(tmp_path, capsys):
-    used = {"gpu": None, "instructions": "AVX2", "torch": "2"}
-    run = {
-        "machine_info": {"machine": "x86_64", "cpu": {"brand_raw": "A Processor", "count": 2}, "fastood": used},
-        "benchmarks": [{"extra_info": row} for row in _run()],
-    }
+def test_figures_come_from_a_run_by_one_command(tmp_path):
+    used = {"gpu": None, "instructions": "AVX2", "torch": "2", "version": "0"}
+    machine = {"machine": "x86_64", "python_version": "3", "cpu": {"brand_raw": "A Processor", "count": 2}}
+    run = {"machine_info": machine | {"fastood": used}, "benchmarks": [{"extra_info": row} for row in _run()]}
     (tmp_path / "run.json").write_text(json.dumps(run))
     plots.main(str(tmp_path / "run.json"), str(tmp_path))
     assert (tmp_path / "speed.png").stat().st_size > 5000
     assert (tmp_path / "growth.png").stat().st_size > 5000
-    out = capsys.readouterr().out
-    assert "A Processor, 2 cores" in out
-    assert "| ‖h‖_2 · N=8 C=10 | 2.00 ms | **0.5 ×** | 12 × | 0.25 × |" in out
+    report = (tmp_path / "speed.md").read_text()
+    assert "A Processor (2 cores, AVX2)" in report
+    assert "| ‖h‖_2 · N=8 C=10 | 2.00 ms | **0.50 ×** | 12 × | 0.25 × | 0.50 | 0.50 |" in report
