@@ -69,7 +69,7 @@ class Compare:
         if self.disabled:
             return
         calls[LIMIT] = read_limit(tensors)
-        timers, rounds = stopwatches(calls, device, *((0, 3) if self.quick else (1.5, 7)))
+        timers, rounds = stopwatches(calls, device, *((0, 3) if self.quick else (1.5, 5)))
         times = in_turn(timers, rounds)
         info = {
             "N": n,

@@ -63,7 +63,7 @@ def stopwatches(
 ) -> tuple[dict[str, Callable[[], float]], int]:
     """A timer of each call, and how many rounds of all of them fit into `budget` seconds, at least `least`."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    once = {name: min(_seconds(call, 1, wait) for _ in range(2)) for name, call in calls.items()}
+    once = {name: _seconds(call, 1, wait) for name, call in calls.items()}
     repeats = {name: max(1, math.ceil(_SHORTEST / max(t, 1e-7))) for name, t in once.items()}
     timers = {name: partial(_seconds, call, repeats[name], wait) for name, call in calls.items()}
     one_round = sum(repeats[name] * once[name] for name in calls)

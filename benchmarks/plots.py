@@ -68,6 +68,7 @@ def speed(rows: Sequence[Row], where: str) -> Figure:
         ax.axvline(1, color=STYLES[OURS][0], lw=1, zorder=0)
         ax.set_xscale("log")
         ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_ylim(-0.7, len(names) - 0.3)
         ax.set_title(dtype, fontsize=10)
         ax.set_xlabel("time / fastood's: right of 1, fastood is faster")
         ax.grid(axis="x", color="0.9", zorder=-1)
@@ -139,7 +140,7 @@ def _ms(seconds: float) -> str:
 
 def _ratio(row: Row) -> str:
     ratio = row["ratio"]
-    text = f"{ratio:.0f} ×" if ratio >= 10 else f"{ratio:#.2g} ×"
+    text = "< 0.01 ×" if ratio < 0.01 else f"{ratio:#.2g} ×" if ratio < 9.95 else f"{ratio:,.0f} ×"
     return f"**{text}**" if ratio < 1 and row["candidate"] != LIMIT else text
 
 

@@ -24,7 +24,7 @@ def _child(*args: str, **environment: str) -> float:
 def rounds(compare):
     if compare.disabled:
         pytest.skip("needs timing, which --benchmark-disable turned off")
-    return 1 if compare.quick else 5
+    return 1 if compare.quick else 3
 
 
 def test_first_score(compare, rounds, tmp_path):
