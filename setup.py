@@ -14,7 +14,7 @@ native = Extension(
 )
 
 setup(
-    packages=["fastood", "fastood.kernels", "fastood.kernels.cpu"],
+    packages=["fastood", "fastood.kernels", "fastood.kernels.cpu", "fastood.kernels.triton"],
     package_dir={"fastood": "fastood", "fastood.kernels": "kernels"},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

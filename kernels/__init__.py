@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from fastood.kernels import cpu, reference
+from fastood.kernels import cpu, reference, triton
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +93,7 @@ class Backend(Protocol):
 DEFAULT = os.environ.get("FASTOOD_BACKEND", "auto")
 
 # In order of preference: "auto" takes the first that can serve the tensors at hand.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
 class BackendStatus(NamedTuple):

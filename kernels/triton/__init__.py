@@ -1,0 +1,76 @@
+"""Triton kernels, for CUDA tensors: one launch from logits and features to finished scores, one read of each."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastood.kernels import reference
+from fastood.kernels.cpu import _traced
+from fastood.kernels.triton import shapes
+
+if TYPE_CHECKING:
+    from fastood.kernels import Product, Stat, Want
+
+
+@lru_cache
+def _launch() -> Any:
+    """launch.py, and with it Triton, which is only imported when there is something to run."""
+    from fastood.kernels.triton import launch
+
+    return launch
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if find_spec("triton") is None:
+        return "it needs Triton: pip install 'fastood[triton]'"
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return "it serves CUDA tensors"
+    if dtype == torch.float64:
+        return "float64 is left to the reference"
+    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0"
+    return None
+
+
+def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    if _traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
+        return reference.row_stats(logits, feats, want)
+    # gen sorts, power sums and log_one_minus_s2 are other kinds of work: plain PyTorch does them.
+    ours = want._replace(stats=tuple(s for s in want.stats if s in shapes.STATS))
+    plan = shapes.plan_of(ours, None) if ours.stats or ours.orders else None
+    if plan is None:
+        return reference.row_stats(logits, feats, want)
+    x = logits if logits is not None else feats
+    assert x is not None
+    others = tuple(s for s in want.stats if s not in shapes.STATS)
+    stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()))[0]
+    out = torch.empty(plan.columns, len(x), dtype=torch.float64, device=x.device).T
+    _launch().run(logits if ours.stats else None, feats if want.orders else None, plan, want.bias, want.log, out)
+    stats |= zip(ours.stats, out.unbind(1), strict=False)
+    return stats, out[:, len(ours.stats) :] if want.orders else None
+
+
+def products(
+    logits: Tensor | None,
+    feats: Tensor | None,
+    want: Want,
+    products: tuple[Product, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    by_row: bool,
+) -> Tensor | None:
+    plan = shapes.plan_of(want, products)
+    if plan is None or _traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
+        return None
+    x = logits if logits is not None else feats
+    assert x is not None
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    columns = out.view(len(x), -1) if by_row else out.view(-1, len(x)).T
+    _launch().run(logits if want.stats else None, feats if want.orders else None, plan, want.bias, want.log, columns)
+    return out
