@@ -16,7 +16,6 @@ from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LN2 = tl.constexpr(0.6931471805599453)
-NAN = tl.constexpr(float("nan"))
 INF = tl.constexpr(float("inf"))
 
 # What a call needs of the logits beside their maximum: shapes.py adds these up.
@@ -48,7 +47,7 @@ def larger(a, b):
 def row_max(x):
     """Maximum of each row, NaN where there is one."""
     if INTERPRETED:  # its reductions with a function of one's own run element by element
-        return tl.where(tl.max((x != x).to(tl.int32), 1) > 0, NAN, tl.max(x, 1))
+        return tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
     else:
         return tl.reduce(x, 1, larger)
 
@@ -56,6 +55,11 @@ def row_max(x):
 @triton.jit
 def row_sum(x, SHIFTED: tl.constexpr):
     return tl.sum(x.to(tl.float64) if SHIFTED else x, 1)
+
+
+@triton.jit
+def any_row(flag, ok):
+    return tl.max(tl.max((ok & flag[:, None]).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
@@ -181,7 +185,7 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
     sum_t = rest
     deviation = rest
     pivot = m
-    if SUMS & EXP:
+    if EXP & SUMS:
         ties = tl.zeros_like(m)
         es = ()
         for a in tl.static_range(A):
@@ -190,48 +194,47 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
             for i in tl.static_range(a, len(xs), A):
                 t = (xs[i] - m[:, None]) * scale
                 e = tl.exp2(t)
-                if SUMS & PEEL:
+                if PEEL & SUMS:
                     # The largest of a slot is kept out of its sum: if it is the row's, the rest is not drowned.
                     lo = tl.minimum(hi, e)
                     hi = tl.maximum(hi, e)
                 else:
                     lo = e
                 slot += lo
-                if SUMS & SQUARES:
+                if SQUARES & SUMS:
                     slot2 = tl.fma(lo, lo, slot2)
-                if SUMS & PLOGP:
+                if PLOGP & SUMS:
                     slot_et = tl.fma(e, tl.maximum(t, -1e30), slot_et)  # a masked class: 0 times a finite number
-                if SUMS & SUMLOGP:
+                if SUMLOGP & SUMS:
                     if (SHIFTED and i < P) or (i // P + 1) * W * P > LEAST:
                         t = tl.where(is_own(w + i // P * W, i % P, head, n, P), t, 0.0)
                     slot_t += t
-                if SUMS & TV:
+                if TV & SUMS:
                     es = es + (e,)
-            if SUMS & PEEL:
+            if PEEL & SUMS:
                 hot = tops[a] == m[:, None]
                 ties += tl.sum(tl.where(hot, 1.0, 0.0), 1)
                 hi = tl.where(hot, 0.0, hi)
                 slot += hi
-                if SUMS & SQUARES:
+                if SQUARES & SUMS:
                     slot2 = tl.fma(hi, hi, slot2)
             rest += row_sum(slot, SHIFTED)
-            if SUMS & SQUARES:
+            if SQUARES & SUMS:
                 squares += row_sum(slot2, SHIFTED)
-            if SUMS & PLOGP:
+            if PLOGP & SUMS:
                 exp_t += row_sum(slot_et, SHIFTED)
-            if SUMS & SUMLOGP:
+            if SUMLOGP & SUMS:
                 sum_t += row_sum(slot_t, SHIFTED)
-        others = ties - 1.0 if SUMS & PEEL else tl.zeros_like(m) - 1.0
+        others = ties - 1.0 if PEEL & SUMS else tl.zeros_like(m) - 1.0
         rest = (rest + others).to(tl.float32)
         squares = (squares + others).to(tl.float32)
         exp_t = exp_t.to(tl.float32)
         sum_t = sum_t.to(tl.float32)
-        if SUMS & TV:
+        if TV & SUMS:
             deviation = deviations(es, (rest + 1.0) * (1.0 / N), len(es) * W - N, SHIFTED)
-        if SUMS & PEEL:
-            deep = ok & (rest < DEEP)[:, None]
-            if tl.max(tl.max(deep.to(tl.int32), 1), 0) > 0:
-                deep = (rest < DEEP)
+        if PEEL & SUMS:
+            deep = rest < DEEP
+            if any_row(deep, ok):
                 second, sum1, sum2, sum3 = rest_from_pivot(ptr, base, head, w, ok, n, m, scale, N, VEC, P, SHIFTED, W)
                 pivot = tl.where(deep, second, m)
                 rest = tl.where(deep, sum1, rest)
@@ -279,7 +282,7 @@ def rest_from_pivot(ptr, base, head, w, ok, n, m, scale, N: tl.constexpr, VEC: t
 
 
 # ---- norms. POWERS says which sums are kept, as shapes.py lays them out:
-# (integers, ((base, multiples), ...), count, largest, subnormals), all of them tuples or bools.
+# (integers, bases, index of the base of each further sum, its multiple of it, (count, largest, subnormals)).
 
 
 @triton.jit
@@ -289,33 +292,32 @@ def add_powers(sums, a, scaled, SAFE: tl.constexpr, POWERS: tl.constexpr):
     `scaled` = |h| / 2^shift is what integer and large orders are taken of. A base costs one log2 and one exp2
     for all its multiples. SAFE: subnormals have a logarithm too.
     """
-    INTEGERS: tl.constexpr = POWERS[0]
-    BASES: tl.constexpr = POWERS[1]
     FIRST: tl.constexpr = (0, 0, 1, 1, 2, 2, 3, 3, 3)  # y^k = y^FIRST[k] y^(k - FIRST[k])
     out = ()
     ys = (scaled, scaled)
     for k in tl.static_range(2, 7):
         ys = ys + (ys[FIRST[k]] * ys[k - FIRST[k]],)
-    for i in tl.static_range(len(INTEGERS)):
-        out = out + (add_power(sums[len(out)], ys, INTEGERS[i]),)
-    for b in tl.static_range(len(BASES)):
-        if BASES[b][0] > 0.84:
+    for i in tl.static_range(len(POWERS[0])):
+        out = out + (add_power(sums[len(out)], ys, POWERS[0][i]),)
+    for b in tl.static_range(len(POWERS[1])):
+        if POWERS[1][b] > 0.84:
             log = log2(scaled)
         elif SAFE:
             log = tl.where(a < 2.0**-126, log2(a * 2.0**24) - 24.0, log2(a))
         else:
             log = log2(a)
-        y = tl.exp2(log * BASES[b][0])
+        y = tl.exp2(log * POWERS[1][b])
         ys = (y, y)
         for k in tl.static_range(2, 9):
             ys = ys + (ys[FIRST[k]] * ys[k - FIRST[k]],)
-        for i in tl.static_range(len(BASES[b][1])):
-            out = out + (add_power(sums[len(out)], ys, BASES[b][1][i]),)
-    if POWERS[2]:
+        for i in tl.static_range(len(POWERS[2])):
+            if POWERS[2][i] == b:
+                out = out + (add_power(sums[len(out)], ys, POWERS[3][i]),)
+    if POWERS[4][0]:
         out = out + (sums[len(out)] + tl.where(a != 0.0, 1.0, 0.0),)
-    if POWERS[3]:
+    if POWERS[4][1]:
         out = out + (larger(sums[len(out)], a),)
-    if POWERS[4]:
+    if POWERS[4][2]:
         # The bits of the smallest |h|, but one less, which makes 0 the largest.
         out = out + (tl.minimum(sums[len(out)], a.to(tl.uint32, bitcast=True) - 1),)
     return out
@@ -335,7 +337,7 @@ def no_powers(zero, SUMS: tl.constexpr, POWERS: tl.constexpr):
     sums = ()
     for _ in tl.static_range(SUMS):
         sums = sums + (zero,)
-    if POWERS[4]:
+    if POWERS[4][2]:
         sums = sums + (zero.to(tl.uint32) - 1,)
     return sums
 
@@ -384,7 +386,7 @@ def row_powers(sums, SUMS: tl.constexpr, SHIFTED: tl.constexpr, POWERS: tl.const
     """The sums of slots reduced to rows."""
     out = ()
     for i in tl.static_range(SUMS):
-        if POWERS[3] and i == SUMS - 1:
+        if POWERS[4][1] and i == SUMS - 1:
             most = row_max(sums[0][i] if len(sums) == 1 else larger(sums[0][i], sums[1][i]))
             out = out + (most,)
         else:
@@ -415,12 +417,12 @@ def norm_sums(ptr, base, head, w, ok, D: tl.constexpr, VEC: tl.constexpr, P: tl.
     for i in tl.static_range(SUMS):
         if RANGES[i][1] < INF:
             doubtful |= (sums[i] < RANGES[i][0]) | (sums[i] > RANGES[i][1])
-    if POWERS[4]:
+    if POWERS[4][2]:
         for i in tl.static_range(len(tiles)):
             least = tl.min(tiles[i][SUMS], 1)
             doubtful |= least < 0x007FFFFF
-    if tl.max(tl.max((ok & doubtful[:, None]).to(tl.int32), 1), 0) > 0:
-        MOST: tl.constexpr = ((), (), False, True, False)
+    if any_row(doubtful, ok):
+        MOST: tl.constexpr = ((), (), (), (), (False, True, False))
         most = (no_powers(zero, 1, MOST),)
         most = most + most if SHIFTED and P == 2 else most
         most = read_powers(most, ptr, base, head, w, ok, shift, False, D, VEC, P, SHIFTED, W, 1, MOST)
@@ -506,7 +508,7 @@ def merged_segments(ptr, row, ok, scale, C: tl.constexpr, SEGMENTS: tl.constexpr
     sum_t = tl.sum(tl.where(given, sum_t + n * above, 0.0), 1)
     deviation = tl.sum(tl.load(ptr + 6, mask=given, other=0.0).to(tl.float64), 1)
 
-    rest = tl.where(tl.abs(m) < INF, rest, NAN)
+    rest = tl.where(tl.abs(m) < INF, rest, float("nan"))
     weight = tl.where((rest < DEEP) & (rest > 0.0), rest, 1.0)
     ratio = tl.where(rest > 0.0, squares / rest, 0.0)
     cross = tl.sum(exp_t, 1) / weight
@@ -519,7 +521,7 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
     """One statistic of kernels/__init__.py, [ROWS] float64."""
     m, weight, rest, squares, ratio, cross, sum_t, deviation = parts
     if CODE == FMAX:
-        return tl.where(tl.abs(m) < INF, m, NAN).to(tl.float64)
+        return tl.where(tl.abs(m) < INF, m, float("nan")).to(tl.float64)
     # What vanishes with the rest comes in units of `weight`; all else can do with r.
     if PEEL_:
         r = rest * weight.to(tl.float32)
@@ -576,7 +578,7 @@ def scores(
             base, head = place(row, x_stride, x_offset, X_VEC, X_P, X_SHIFTED)
             w = tl.arange(0, X_W)[None, :]
             sums = softmax_sums(x_ptr, base, head, w, ok, C, scale.to(tl.float32), C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS)
-            parts = one_segment(sums, scale, SUMS & PEEL)
+            parts = one_segment(sums, scale, PEEL & SUMS)
     if len(ORDERS) > 0:
         base, head = place(row, h_stride, h_offset, H_VEC, H_P, H_SHIFTED)
         w = tl.arange(0, H_W)[None, :]
@@ -591,7 +593,7 @@ def scores(
             which = tl.load(field, mask=within, other=-1.0).to(tl.int32)
             v = tl.full([ROWS, BLOCK], 1.0, tl.float64)
             for i in tl.static_range(len(STATS)):
-                v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, SUMS & PEEL)[:, None], v)
+                v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
             score = score * v
         if len(ORDERS) > 0:
             which = tl.load(field + 2 * COLUMNS, mask=within, other=-1.0).to(tl.int32)
@@ -601,7 +603,7 @@ def scores(
                 of_order = powers[SLOTS[i]]
                 if ORDERS[i] == 0.0:
                     nan = powers[len(RANGES) - 1] != powers[len(RANGES) - 1]
-                    of_order = tl.where(nan, NAN, of_order + 1.0 if BIAS else of_order)
+                    of_order = tl.where(nan, float("nan"), of_order + 1.0 if BIAS else of_order)
                 elif BIAS:
                     if ORDERS[i] == INF:
                         of_order = larger(of_order, 1.0)
@@ -610,7 +612,7 @@ def scores(
                     else:
                         of_order += 1.0
                 sum = tl.where(which == i, of_order[:, None], sum)
-                if (ORDERS[i] > 0.84) & (ORDERS[i] < INF):
+                if ORDERS[i] > 0.84 and ORDERS[i] < INF:
                     unit = tl.where(which == i, shift[:, None], unit)
             u = root(sum, tl.load(field + 5 * COLUMNS, mask=within, other=1.0), unit.to(tl.float64), LOG)
             if not LOG:

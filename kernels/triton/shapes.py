@@ -144,7 +144,9 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
             kept.append(order)
             ranges.append((-math.inf, math.inf))
     slots = tuple(min(range(len(kept)), key=lambda i: abs(kept[i] - r) if kept[i] != r else -1.0) for r in orders)
-    powers = (integers, tuple((b, tuple(m)) for b, m in bases.items()), count, largest, subnormals)
+    of_base = tuple(i for i, multiples in enumerate(bases.values()) for _ in multiples)
+    multiples = tuple(m for multiples in bases.values() for m in multiples)
+    powers = (integers, tuple(bases), of_base, multiples, (count, largest, subnormals))
     return Norms(powers, tuple(ranges), slots)
 
 
