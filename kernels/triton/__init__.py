@@ -71,6 +71,6 @@ def products(
     x = logits if logits is not None else feats
     assert x is not None
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    columns = out.view(len(x), -1) if by_row else out.view(-1, len(x)).T
+    columns = out.view(len(x), plan.columns) if by_row else out.view(plan.columns, len(x)).T
     _launch().run(logits if want.stats else None, feats if want.orders else None, plan, want.bias, want.log, columns)
     return out
