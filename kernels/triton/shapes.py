@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 64 logits a thread stay in registers.
 ROWS = {16: (128, 4), 128: (32, 4), 1024: (8, 4), 2048: (4, 4), 4096: (1, 2), 8192: (1, 4), 24576: (1, 8)}
 ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
-ROWS_OF_FEATS = (16, 4)  # features alone, or with a row's segments merged: (1, 4)
+ROWS_OF_FEATS = {4096: (16, 4), 16384: (4, 4)}  # features alone
+LONG_ROWS = (1, 4)  # beyond either table
 LONGEST_SEGMENT = 16384  # of more classes than the table holds
 SEGMENT_WARPS = 8
 L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
@@ -37,10 +38,8 @@ class Tile(NamedTuple):
 
 def rows_and_warps(C: int, D: int) -> tuple[int, int]:
     """Of a call with C classes and D features, 0 for what it does not read."""
-    if not C:
-        return ROWS_OF_FEATS
-    table = ROWS_WITH_FEATS if D else ROWS
-    return next((table[most] for most in table if most >= C), (1, 4))
+    table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
+    return next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
 
 
 def segments_of(C: int, vec: int) -> tuple[int, int]:
@@ -134,8 +133,8 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
             r = base * multiple
             kept.append(r)
             if base > SMALL_ORDER:
-                # Beyond 2^6 the rounding of log2 |h| shows.
-                ranges.append((max(2.0 ** (-6 * r), 2.0**-60), min(2.0 ** min(6 * r, 127), LARGEST_FLOAT)))
+                # A mean beyond 2^6: the rounding of log2 |h| shows.
+                ranges.append((max(2.0 ** (-6 * r), 2.0**-60), min(D * 2.0 ** min(6 * r, 127), LARGEST_FLOAT)))
             else:
                 # Subnormals count as 0 at first: below this sum they could be seen.
                 ranges.append((0.0 if half or subnormals else D * 2.0 ** (22 - 126 * r), LARGEST_FLOAT))
