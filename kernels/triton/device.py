@@ -86,7 +86,13 @@ def exp2_double(x):
     return tl.where(x < -1022.0, 0.0, tl.exp2((x - n).to(tl.float32)).to(tl.float64) * power)
 
 
-# ---- reading rows
+# ---- reading
+
+
+@triton.jit
+def small(ptr, mask=None, other=None):
+    """A load of what many programs read, worth keeping in the cache."""
+    return tl.load(ptr, mask=mask, other=other, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -487,8 +493,8 @@ def merged_segments(ptr, row, ok, scale, C: tl.constexpr, SEGMENTS: tl.constexpr
     s = tl.arange(0, LANES)[None, :]
     ptr += (row.to(tl.int64) * SEGMENTS)[:, None] * RECORD + s * RECORD
     given = ok & (s < SEGMENTS)
-    tops = tl.load(ptr, mask=given, other=-INF)
-    pivots = tl.load(ptr + 1, mask=given, other=-INF).to(tl.float64)
+    tops = small(ptr, given, -INF)
+    pivots = small(ptr + 1, given, -INF).to(tl.float64)
     m = row_max(tops)
     top = m.to(tl.float64)[:, None]
     above = (tops.to(tl.float64) - top) * scale
@@ -497,16 +503,16 @@ def merged_segments(ptr, row, ok, scale, C: tl.constexpr, SEGMENTS: tl.constexpr
     b = tl.where(pivots == -INF, 0.0, exp2_double(gap))
     hot = tops == m[:, None]
     ties = tl.sum(tl.where(hot, 1.0, 0.0), 1).to(tl.float64) - 1.0
-    rests = tl.load(ptr + 2, mask=given, other=0.0).to(tl.float64)
+    rests = small(ptr + 2, given, 0.0).to(tl.float64)
     rest = tl.sum(b * rests + tl.where(hot, 0.0, a), 1) + ties
-    squares = tl.load(ptr + 3, mask=given, other=0.0).to(tl.float64)
+    squares = small(ptr + 3, given, 0.0).to(tl.float64)
     squares = tl.sum(b * b * squares + tl.where(hot, 0.0, a * a), 1) + ties
-    exp_t = tl.load(ptr + 4, mask=given, other=0.0).to(tl.float64)
+    exp_t = small(ptr + 4, given, 0.0).to(tl.float64)
     exp_t = tl.where(b == 0.0, 0.0, b * (exp_t + gap * rests)) + tl.where(hot | (a == 0.0), 0.0, a * above)
-    sum_t = tl.load(ptr + 5, mask=given, other=0.0).to(tl.float64)
+    sum_t = small(ptr + 5, given, 0.0).to(tl.float64)
     n = tl.minimum(C - s * SEGMENT, SEGMENT).to(tl.float64)
     sum_t = tl.sum(tl.where(given, sum_t + n * above, 0.0), 1)
-    deviation = tl.sum(tl.load(ptr + 6, mask=given, other=0.0).to(tl.float64), 1)
+    deviation = tl.sum(small(ptr + 6, given, 0.0).to(tl.float64), 1)
 
     rest = tl.where(tl.abs(m) < INF, rest, float("nan"))
     weight = tl.where((rest < DEEP) & (rest > 0.0), rest, 1.0)
@@ -570,8 +576,8 @@ def scores(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = (row < N)[:, None]
     if len(STATS) > 0:
-        scale = tl.load(table_ptr)
-        temperature = tl.load(table_ptr + 1).to(tl.float32)
+        scale = small(table_ptr)
+        temperature = small(table_ptr + 1).to(tl.float32)
         if SEGMENTS > 1:
             parts = merged_segments(x_ptr, row, ok, scale, C, SEGMENTS, SEGMENT)
         else:
@@ -588,15 +594,15 @@ def scores(
         column = first + tl.arange(0, BLOCK)[None, :]
         field = table_ptr + 2 + column
         within = column < COLUMNS
-        score = tl.load(field + COLUMNS, mask=within, other=0.0)
+        score = small(field + COLUMNS, within, 0.0)
         if len(STATS) > 0:
-            which = tl.load(field, mask=within, other=-1.0).to(tl.int32)
+            which = small(field, within, -1.0).to(tl.int32)
             v = tl.full([ROWS, BLOCK], 1.0, tl.float64)
             for i in tl.static_range(len(STATS)):
                 v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
             score = score * v
         if len(ORDERS) > 0:
-            which = tl.load(field + 2 * COLUMNS, mask=within, other=-1.0).to(tl.int32)
+            which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
             sum = tl.zeros([ROWS, BLOCK], tl.float32)
             unit = tl.zeros([ROWS, BLOCK], tl.int32)
             for i in tl.static_range(len(ORDERS)):
@@ -614,10 +620,10 @@ def scores(
                 sum = tl.where(which == i, of_order[:, None], sum)
                 if ORDERS[i] > 0.84 and ORDERS[i] < INF:
                     unit = tl.where(which == i, shift[:, None], unit)
-            u = root(sum, tl.load(field + 5 * COLUMNS, mask=within, other=1.0), unit.to(tl.float64), LOG)
+            u = root(sum, small(field + 5 * COLUMNS, within, 1.0), unit.to(tl.float64), LOG)
             if not LOG:
-                u = u * tl.load(field + 4 * COLUMNS, mask=within, other=1.0)
-                u = tl.where(tl.load(field + 3 * COLUMNS, mask=within, other=1.0) == 2.0, u * u, u)
+                u = u * small(field + 4 * COLUMNS, within, 1.0)
+                u = tl.where(small(field + 3 * COLUMNS, within, 1.0) == 2.0, u * u, u)
             u = tl.where(which >= 0, u, 1.0)
             score = score * u
         out = out_ptr + row.to(tl.int64)[:, None] * out_row + column.to(tl.int64) * out_column
@@ -640,7 +646,7 @@ def segments(
     n = tl.minimum(C - start, SEGMENT)
     base, head = place(row, x_stride, x_offset + (start if SHIFTED else start // VEC), VEC, P, SHIFTED)
     w = tl.arange(0, W)[None, :]
-    scale = tl.load(table_ptr)
+    scale = small(table_ptr)
     record = record_ptr + tl.program_id(0).to(tl.int64) * RECORD + tl.arange(0, 1)
     LEAST: tl.constexpr = C - (SEGMENTS - 1) * SEGMENT
     if SECOND:

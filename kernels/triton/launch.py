@@ -29,8 +29,7 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     if N == 0:
         return
     C, D = f.shape[1] if f is not None else 0, h.shape[1] if h is not None else 0
-    rows, warps = shapes.rows_and_warps(C, D)
-    lanes = 32 * warps // rows
+    rows, warps, lanes = shapes.launch_shape(C, D)
     table = _table(plan.table, out.device)
     with _on(out.device):
         segments = (1, C)

@@ -36,10 +36,11 @@ class Tile(NamedTuple):
     w: int
 
 
-def rows_and_warps(C: int, D: int) -> tuple[int, int]:
-    """Of a call with C classes and D features, 0 for what it does not read."""
+def launch_shape(C: int, D: int) -> tuple[int, int, int]:
+    """Rows a program, warps, threads a row: of a call with C classes and D features, 0 for what it does not read."""
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
-    return next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
+    rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
+    return rows, warps, max(1, 32 * warps // rows)
 
 
 def segments_of(C: int, vec: int) -> tuple[int, int]:
