@@ -80,10 +80,15 @@ def log1p(r):
 
 @triton.jit
 def exp2_double(x):
-    """2^x of float64 x to float32's precision, over float64's range."""
-    n = tl.floor(tl.minimum(tl.maximum(x, -1022.0), 1024.0))
-    power = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-    return tl.where(x < -1022.0, 0.0, tl.exp2((x - n).to(tl.float32)).to(tl.float64) * power)
+    """2^x of float64 x <= 0 to float32's precision, over float64's range."""
+    n = tl.floor(tl.maximum(x, -1022.0))
+    return tl.where(x < -1022.0, 0.0, tl.exp2((x - n).to(tl.float32)).to(tl.float64) * power_of_2(n))
+
+
+@triton.jit
+def power_of_2(n):
+    """2^n in float64 of whole numbers -1022 <= n <= 1024, the last of which is infinity."""
+    return ((n.to(tl.int32) + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
 
 
 # ---- reading
@@ -196,9 +201,10 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
         es = ()
         for a in tl.static_range(A):
             zero = tl.zeros_like(xs[0])
-            slot, slot2, slot_et, slot_t, hi = zero, zero, zero, zero, zero
+            slot, slot2, slot_et, slot_d, hi = zero, zero, zero, zero, zero
             for i in tl.static_range(a, len(xs), A):
-                t = (xs[i] - m[:, None]) * scale
+                d = xs[i] - m[:, None]
+                t = d * scale
                 e = tl.exp2(t)
                 if PEEL & SUMS:
                     # The largest of a slot is kept out of its sum: if it is the row's, the rest is not drowned.
@@ -213,8 +219,8 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
                     slot_et = tl.fma(e, tl.maximum(t, -1e30), slot_et)  # a masked class: 0 times a finite number
                 if SUMLOGP & SUMS:
                     if (SHIFTED and i < P) or (i // P + 1) * W * P > LEAST:
-                        t = tl.where(is_own(w + i // P * W, i % P, head, n, P), t, 0.0)
-                    slot_t += t
+                        d = tl.where(is_own(w + i // P * W, i % P, head, n, P), d, 0.0)
+                    slot_d += d
                 if TV & SUMS:
                     es = es + (e,)
             if PEEL & SUMS:
@@ -230,12 +236,12 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
             if PLOGP & SUMS:
                 exp_t += row_sum(slot_et, SHIFTED)
             if SUMLOGP & SUMS:
-                sum_t += row_sum(slot_t, SHIFTED)
+                sum_t += row_sum(slot_d, SHIFTED)
         others = ties - 1.0 if PEEL & SUMS else tl.zeros_like(m) - 1.0
         rest = (rest + others).to(tl.float32)
         squares = (squares + others).to(tl.float32)
         exp_t = exp_t.to(tl.float32)
-        sum_t = sum_t.to(tl.float32)
+        sum_t = sum_t.to(tl.float32) * scale
         if TV & SUMS:
             deviation = deviations(es, (rest + 1.0) * (1.0 / N), len(es) * W - N, SHIFTED)
         if PEEL & SUMS:
@@ -449,22 +455,22 @@ def norm_sums(ptr, base, head, w, ok, D: tl.constexpr, VEC: tl.constexpr, P: tl.
 
 
 @triton.jit
-def root(sum, inverse, shift, LOG: tl.constexpr):
-    """sum^inverse 2^shift in float64, or its logarithm. 1 / inverse = 1 and 2 are exact and correctly rounded."""
-    bits = sum.to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) - 127
-    mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    x = (exponent.to(tl.float64) + log2(mantissa).to(tl.float64)) * inverse + shift
+def root(sum, inverse, shift, GENERAL: tl.constexpr, LOG: tl.constexpr):
+    """sum^inverse 2^shift in float64, or its logarithm. Orders 1 and 2 are rounded but once; GENERAL: there are others."""
     regular = (sum > 0.0) & (sum < INF)
-    wide = sum.to(tl.float64)
-    if LOG:
-        return tl.where(regular, x * LN2, tl.where(sum == 0.0, -INF, wide))
-    else:
-        unit = exp2_double(shift)
-        u = exp2_double(x)
-        u = tl.where(inverse == 1.0, wide * unit, u)
-        u = tl.where(inverse == 0.5, tl.sqrt(wide) * unit, u)
-        return tl.where(regular, u, wide)
+    u = tl.where(inverse == 0.5, tl.sqrt_rn(sum), sum)
+    n = shift
+    if GENERAL or LOG:
+        bits = sum.to(tl.int32, bitcast=True)
+        exponent = (bits >> 23) - 127
+        mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        x = tl.fma(exponent.to(tl.float64) + log2(mantissa).to(tl.float64), inverse, shift)
+        if LOG:
+            return tl.where(regular, x * LN2, tl.where(sum == 0.0, -INF, sum).to(tl.float64))
+        general = (inverse != 1.0) & (inverse != 0.5) & regular
+        n = tl.where(general, tl.minimum(tl.floor(x), 1024.0), n)
+        u = tl.where(general, tl.exp2((x - n).to(tl.float32)), u)
+    return u.to(tl.float64) * power_of_2(n)
 
 
 # ---- statistics and scores
@@ -487,6 +493,18 @@ def one_segment(sums, scale, PEEL_: tl.constexpr):
 
 
 @triton.jit
+def merged_total(ptr, row, scale, SEGMENTS: tl.constexpr):
+    """Maximum and sum of exponentials of a row in several segments, as far as the second sweep needs them."""
+    s = tl.arange(0, triton.next_power_of_2(SEGMENTS))[None, :]
+    given = s < SEGMENTS
+    ptr += (row.to(tl.int64) * SEGMENTS)[:, None] * RECORD + s * RECORD
+    tops = small(ptr, given, -INF)
+    rests = small(ptr + 2, given, 0.0) * tl.exp2((small(ptr + 1, given, -INF) - tops) * scale)
+    m = row_max(tops)
+    return m, tl.sum(tl.where(tops == -INF, 0.0, tl.exp2((tops - m[:, None]) * scale) * (1.0 + rests)), 1)
+
+
+@triton.jit
 def merged_segments(ptr, row, ok, scale, C: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr):
     """The same of a row in several segments: their records merged in float64, in their order."""
     LANES: tl.constexpr = triton.next_power_of_2(SEGMENTS)
@@ -504,14 +522,14 @@ def merged_segments(ptr, row, ok, scale, C: tl.constexpr, SEGMENTS: tl.constexpr
     hot = tops == m[:, None]
     ties = tl.sum(tl.where(hot, 1.0, 0.0), 1).to(tl.float64) - 1.0
     rests = small(ptr + 2, given, 0.0).to(tl.float64)
-    rest = tl.sum(b * rests + tl.where(hot, 0.0, a), 1) + ties
+    rest = tl.sum(tl.fma(b, rests, tl.where(hot, 0.0, a)), 1) + ties
     squares = small(ptr + 3, given, 0.0).to(tl.float64)
-    squares = tl.sum(b * b * squares + tl.where(hot, 0.0, a * a), 1) + ties
+    squares = tl.sum(tl.fma(b * b, squares, tl.where(hot, 0.0, a * a)), 1) + ties
     exp_t = small(ptr + 4, given, 0.0).to(tl.float64)
-    exp_t = tl.where(b == 0.0, 0.0, b * (exp_t + gap * rests)) + tl.where(hot | (a == 0.0), 0.0, a * above)
+    exp_t = tl.where(b == 0.0, 0.0, b * tl.fma(gap, rests, exp_t)) + tl.where(hot | (a == 0.0), 0.0, a * above)
     sum_t = small(ptr + 5, given, 0.0).to(tl.float64)
     n = tl.minimum(C - s * SEGMENT, SEGMENT).to(tl.float64)
-    sum_t = tl.sum(tl.where(given, sum_t + n * above, 0.0), 1)
+    sum_t = tl.sum(tl.where(given, tl.fma(n, above, sum_t), 0.0), 1)
     deviation = tl.sum(small(ptr + 6, given, 0.0).to(tl.float64), 1)
 
     rest = tl.where(tl.abs(m) < INF, rest, float("nan"))
@@ -524,11 +542,10 @@ def merged_segments(ptr, row, ok, scale, C: tl.constexpr, SEGMENTS: tl.constexpr
 
 @triton.jit
 def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
-    """One statistic of kernels/__init__.py, [ROWS] float64."""
+    """One statistic of kernels/__init__.py; those that vanish with the rest in units of its weight."""
     m, weight, rest, squares, ratio, cross, sum_t, deviation = parts
     if CODE == FMAX:
-        return tl.where(tl.abs(m) < INF, m, float("nan")).to(tl.float64)
-    # What vanishes with the rest comes in units of `weight`; all else can do with r.
+        return tl.where(tl.abs(m) < INF, m, float("nan"))
     if PEEL_:
         r = rest * weight.to(tl.float32)
         total_log = log1p(r)
@@ -538,25 +555,42 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
         total_log = tl.log(1.0 + r)
     inverse = 1.0 / (1.0 + r)
     if CODE == ENERGY:
-        return tl.where(tl.abs(m) < INF, tl.fma(temperature, total_log, m), m).to(tl.float64)
+        return tl.where(tl.abs(m) < INF, tl.fma(temperature, total_log, m), m)
     elif CODE == LSE:
-        return tl.where(tl.abs(m) < INF, m / temperature + total_log, m).to(tl.float64)
+        return tl.where(tl.abs(m) < INF, m / temperature + total_log, m)
     elif CODE == MSP:
-        return inverse.to(tl.float64)
+        return inverse
     elif CODE == S2:
-        return ((1.0 + squares) * inverse * inverse).to(tl.float64)
+        return (1.0 + squares) * inverse * inverse
     elif CODE == TOTAL_VARIATION:
-        return (deviation * inverse * 0.5).to(tl.float64)
+        return deviation * inverse * 0.5
     elif CODE == SUMLOGP_STAT:
-        return tl.fma(sum_t, LN2, -(total_log * C)).to(tl.float64)
+        return tl.fma(sum_t, LN2, -(total_log * C))
     elif CODE == ONE_MINUS_MSP:
-        return (rest * inverse).to(tl.float64) * weight
+        return rest * inverse
     elif CODE == LOG_MSP:
-        return (0.0 - small_log).to(tl.float64) * weight
+        return 0.0 - small_log
     elif CODE == ONE_MINUS_S2:
-        return (rest * (2.0 + (r - ratio)) * inverse * inverse).to(tl.float64) * weight
+        return rest * (2.0 + (r - ratio)) * inverse * inverse
     else:
-        return tl.fma(cross * LN2, inverse, 0.0 - small_log).to(tl.float64) * weight
+        return tl.fma(cross * LN2, inverse, 0.0 - small_log)
+
+
+@triton.jit
+def with_bias(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr):
+    """The sum of one order, of [h; 1] if BIAS."""
+    sum = powers[SLOT]
+    if ORDER == 0.0:
+        sum = sum + 1.0 if BIAS else sum
+        return tl.where(powers[SUMS - 1] == powers[SUMS - 1], sum, float("nan"))
+    elif not BIAS:
+        return sum
+    elif ORDER == INF:
+        return larger(sum, 1.0)
+    elif ORDER > 0.84:
+        return sum + tl.exp2(shift.to(tl.float32) * (-ORDER))
+    else:
+        return sum + 1.0
 
 
 @triton.jit(do_not_specialize=["x_stride", "x_offset", "h_stride", "h_offset", "out_row", "out_column", "N"])
@@ -566,12 +600,13 @@ def scores(
     SUMS: tl.constexpr, STATS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
     D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_SHIFTED: tl.constexpr, H_W: tl.constexpr,
     H_TILES: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
-    BIAS: tl.constexpr, LOG: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of logits (or, where SEGMENTS > 1, the records of their segments) and of features to COLUMNS scores:
 
     factor * statistic * (norm * over)^power, as table_ptr says: log2(e) / T and T, then for each column the number
-    of its statistic, factor, number of its order, power, 1 / divisor and 1 / order.
+    of its statistic, factor, number of its order, power, 1 / divisor, 1 / order, whether the statistic comes in units
+    of the rest's weight, and whether the order's sum comes scaled.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = (row < N)[:, None]
@@ -597,34 +632,24 @@ def scores(
         score = small(field + COLUMNS, within, 0.0)
         if len(STATS) > 0:
             which = small(field, within, -1.0).to(tl.int32)
-            v = tl.full([ROWS, BLOCK], 1.0, tl.float64)
+            v = tl.full([ROWS, BLOCK], 1.0, tl.float32)
             for i in tl.static_range(len(STATS)):
                 v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
             score = score * v
+            if PEEL & SUMS:
+                light = small(field + 6 * COLUMNS, within, 0.0) == 1.0
+                score = tl.where(light, score * parts[1][:, None], score)
         if len(ORDERS) > 0:
             which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
-            sum = tl.zeros([ROWS, BLOCK], tl.float32)
-            unit = tl.zeros([ROWS, BLOCK], tl.int32)
+            sum = tl.full([ROWS, BLOCK], 1.0, tl.float32)
             for i in tl.static_range(len(ORDERS)):
-                of_order = powers[SLOTS[i]]
-                if ORDERS[i] == 0.0:
-                    nan = powers[len(RANGES) - 1] != powers[len(RANGES) - 1]
-                    of_order = tl.where(nan, float("nan"), of_order + 1.0 if BIAS else of_order)
-                elif BIAS:
-                    if ORDERS[i] == INF:
-                        of_order = larger(of_order, 1.0)
-                    elif ORDERS[i] > 0.84:
-                        of_order += tl.exp2(shift.to(tl.float32) * (-ORDERS[i]))
-                    else:
-                        of_order += 1.0
-                sum = tl.where(which == i, of_order[:, None], sum)
-                if ORDERS[i] > 0.84 and ORDERS[i] < INF:
-                    unit = tl.where(which == i, shift[:, None], unit)
-            u = root(sum, small(field + 5 * COLUMNS, within, 1.0), unit.to(tl.float64), LOG)
+                sum = tl.where(which == i, with_bias(powers, shift, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum)
+            scaled = small(field + 7 * COLUMNS, within, 0.0)
+            inverse = small(field + 5 * COLUMNS, within, 1.0)
+            u = root(sum, inverse, shift.to(tl.float64)[:, None] * scaled, GENERAL, LOG)
             if not LOG:
                 u = u * small(field + 4 * COLUMNS, within, 1.0)
                 u = tl.where(small(field + 3 * COLUMNS, within, 1.0) == 2.0, u * u, u)
-            u = tl.where(which >= 0, u, 1.0)
             score = score * u
         out = out_ptr + row.to(tl.int64)[:, None] * out_row + column.to(tl.int64) * out_column
         tl.store(out, score.to(out_ptr.dtype.element_ty), mask=ok & within)
@@ -650,8 +675,8 @@ def segments(
     record = record_ptr + tl.program_id(0).to(tl.int64) * RECORD + tl.arange(0, 1)
     LEAST: tl.constexpr = C - (SEGMENTS - 1) * SEGMENT
     if SECOND:
-        parts = merged_segments(record_ptr, row, ok, scale, C, SEGMENTS, SEGMENT)
-        m, u = parts[0], (1.0 + parts[2] * parts[1].to(tl.float32)) * (1.0 / C)
+        m, total = merged_total(record_ptr, row, scale.to(tl.float32), SEGMENTS)
+        u = total * (1.0 / C)
         xs = load_row(x_ptr, base, head, w, ok, n, SEGMENT, LEAST, -INF, VEC, P, SHIFTED, W)
         es = ()
         for i in tl.static_range(len(xs)):

@@ -96,6 +96,8 @@ STATS = {
     "plogp": (10, EXP | PEEL | PLOGP),
 }
 
+LIGHT = 7  # from this number on a statistic vanishes with the rest of the row
+
 # ---- norms
 
 SMALL_ORDER = 0.84  # up to here powers are of |h| itself; see reference.norms_of
@@ -179,11 +181,13 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
     fields = zip(*columns, strict=True)
     stat, factor, order, power, divisor = ([float(x) for x in field] for field in fields)
     over = [1.0 / d for d in divisor]
+    light = [float(i >= 0 and STATS[want.stats[i]][0] >= LIGHT) for i, *_ in columns]  # type: ignore[index]
+    scaled = [float(j >= 0 and SMALL_ORDER < want.orders[j] < math.inf) for _, _, j, _, _ in columns]
     sums = 0
     for s in want.stats:
         sums |= STATS[s][1]  # type: ignore[index]
     head = [math.log2(math.e) / want.temperature, want.temperature]
-    table = (*head, *stat, *factor, *order, *power, *over, *inverse)
+    table = (*head, *stat, *factor, *order, *power, *over, *inverse, *light, *scaled)
     return Plan(sums, tuple(STATS[s][0] for s in want.stats), want.orders, table, len(columns))  # type: ignore[index]
 
 
@@ -213,9 +217,10 @@ def constants(
         "ORDERS": plan.orders,
         "SLOTS": norms.slots,
         "BIAS": bias,
+        "GENERAL": any(r not in (0, 1, 2, math.inf) for r in plan.orders),
         "LOG": log,
         "COLUMNS": plan.columns,
-        "BLOCK": min(16, _power_of_2(plan.columns)),
+        "BLOCK": min(64, _power_of_2(plan.columns)),
         "ROWS": rows,
     }
 
