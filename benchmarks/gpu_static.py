@@ -65,7 +65,7 @@ class Compiled(NamedTuple):
     elements: int  # that one program reads
 
 
-def compile_case(case: Case, target: GPUTarget) -> Compiled:
+def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = False) -> Compiled:
     C, D, size = case.C, case.D, case.dtype.itemsize
     products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
     plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
@@ -81,7 +81,7 @@ def compile_case(case: Case, target: GPUTarget) -> Compiled:
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "record_ptr": "*fp32", "x_ptr": pointer, "h_ptr": pointer}
     if case.kernel == "scores":
         kernel = device.scores
-        constants = shapes.constants(plan, C, x, segments, D, h, half, False, False, rows)
+        constants = shapes.constants(plan, C, x, segments, D, h, half, bias, log, rows)
         constants |= {name: None for name, n in (("x_ptr", C), ("h_ptr", D)) if not n}
         elements = rows * (C + D)
     else:
@@ -290,7 +290,7 @@ CASES = [
     Case("V x norm 0.3", BFLOAT, 1000, 2048, V, (0.3,), 9, 2),
     Case("4 V x 12 norms", BFLOAT, 1000, 2048, V, GRID, 21.5, 2),
 ]
-ARCHITECTURES = (90,)
+ARCHITECTURES = (80, 90, 100)
 
 
 def main() -> int:

@@ -10,11 +10,13 @@ of the first group are not its own. The slots then hold the same elements in the
 in other places; summing them in float64 makes the order of places disappear in the rounding to float32.
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+NVIDIA = tl.constexpr(torch.version.hip is None)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
@@ -65,10 +67,10 @@ def any_row(flag, ok):
 @triton.jit
 def log2(x):
     """One instruction where the processor has one; absolute error 2^-22.6 near 1, else relative. Flushes subnormals."""
-    if INTERPRETED:
+    if INTERPRETED or not NVIDIA:
         return tl.log2(x)
     else:
-        return libdevice.fast_log2f(x)
+        return libdevice.fast_log2f(x)  # tl.log2 would be a polynomial
 
 
 @triton.jit
