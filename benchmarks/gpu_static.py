@@ -81,6 +81,8 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "record_ptr": "*fp32", "x_ptr": pointer, "h_ptr": pointer}
     if case.kernel == "scores":
         kernel = device.scores
+        if segments[0] > 1:
+            types["x_ptr"] = types["record_ptr"]  # which is what it then reads
         constants = shapes.constants(plan, C, x, segments, D, h, half, bias, log, rows)
         constants |= {name: None for name, n in (("x_ptr", C), ("h_ptr", D)) if not n}
         elements = rows * (C + D)
@@ -156,7 +158,9 @@ class Flow:
         self.code = code
         target = {i: labels.get(m[1]) for i, x in enumerate(code) if (m := re.search(r"`\(([^)]+)\)", x.operands))}
         jumps = ("BRA", "EXIT", "RET", "CALL")
-        starts = {0} | {i + 1 for i, x in enumerate(code) if x.base in jumps} | {t for t in target.values() if t is not None}
+        starts = (
+            {0} | {i + 1 for i, x in enumerate(code) if x.base in jumps} | {t for t in target.values() if t is not None}
+        )
         ordered = sorted(i for i in starts if i < len(code))
         self.end = dict(zip(ordered, [*ordered[1:], len(code)], strict=True))
         self.next: dict[int, list[int]] = {}
@@ -218,7 +222,22 @@ class Flow:
 # ---- counting
 
 FP32 = {"FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "HADD2", "HMUL2", "HFMA2"}
-NOT_INTEGER = FP32 | {"MUFU", "LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL", "BAR", "BRA", "EXIT", "NOP", "LDC", "S2R"}
+NOT_INTEGER = FP32 | {
+    "MUFU",
+    "LDG",
+    "STG",
+    "LDS",
+    "STS",
+    "LDL",
+    "STL",
+    "SHFL",
+    "BAR",
+    "BRA",
+    "EXIT",
+    "NOP",
+    "LDC",
+    "S2R",
+}
 CLOCK = 1.755e9
 BYTES_PER_CLOCK = 3.0e12 / 132 / CLOCK  # of one multiprocessor
 
@@ -296,7 +315,9 @@ ARCHITECTURES = (80, 90, 100)
 def main() -> int:
     print(__doc__.split("\n\n")[0])
     print(f"Triton {triton.__version__}; budgets are for sm_90")
-    print(f"{'':53s} {'regs':>4s} {'smem':>5s} {'loads':>12s} {'special':>7s} {'FP32':>5s} {'total':>6s} {'budget':>6s} x memory")
+    print(
+        f"{'':53s} {'regs':>4s} {'smem':>5s} {'loads':>12s} {'special':>7s} {'FP32':>5s} {'total':>6s} {'budget':>6s} x memory"
+    )
     failed = []
     for architecture in ARCHITECTURES:
         for case in CASES:

@@ -358,7 +358,8 @@ def no_powers(zero, SUMS: tl.constexpr, POWERS: tl.constexpr):
 
 @triton.jit
 def read_powers(sums, ptr, base, head, w, ok, shift, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
-                P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, K: tl.constexpr, POWERS: tl.constexpr):  # fmt: skip
+                P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+                POWERS: tl.constexpr):  # fmt: skip
     """Adds up whole rows, K tiles in flight; `sums` has one tuple for each half of a word if SHIFTED, else one."""
     SPAN: tl.constexpr = (D + (VEC - 1 if SHIFTED else 0) + P - 1) // P
     if SAFE:
@@ -458,13 +459,14 @@ def norm_sums(ptr, base, head, w, ok, D: tl.constexpr, VEC: tl.constexpr, P: tl.
 
 @triton.jit
 def root(sum, inverse, shift, GENERAL: tl.constexpr, LOG: tl.constexpr):
-    """sum^inverse 2^shift in float64, or its logarithm. Orders 1 and 2 are rounded but once; GENERAL: there are others."""
+    """sum^inverse 2^shift in float64, or its logarithm. GENERAL: there are orders beside 1 and 2, which are exact."""
     regular = (sum > 0.0) & (sum < INF)
     u = tl.where(inverse == 0.5, tl.sqrt_rn(sum), sum)
     n = shift
     if GENERAL or LOG:
-        bits = sum.to(tl.int32, bitcast=True)
-        exponent = (bits >> 23) - 127
+        tiny = sum < 2.0**-100  # the largest of subnormals
+        bits = tl.where(tiny, sum * 2.0**100, sum).to(tl.int32, bitcast=True)
+        exponent = (bits >> 23) - tl.where(tiny, 227, 127)
         mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
         x = tl.fma(exponent.to(tl.float64) + log2(mantissa).to(tl.float64), inverse, shift)
         if LOG:
@@ -620,12 +622,16 @@ def scores(
         else:
             base, head = place(row, x_stride, x_offset, X_VEC, X_P, X_SHIFTED)
             w = tl.arange(0, X_W)[None, :]
-            sums = softmax_sums(x_ptr, base, head, w, ok, C, scale.to(tl.float32), C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS)
+            sums = softmax_sums(
+                x_ptr, base, head, w, ok, C, scale.to(tl.float32), C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS
+            )
             parts = one_segment(sums, scale, PEEL & SUMS)
     if len(ORDERS) > 0:
         base, head = place(row, h_stride, h_offset, H_VEC, H_P, H_SHIFTED)
         w = tl.arange(0, H_W)[None, :]
-        powers, shift = norm_sums(h_ptr, base, head, w, ok, D, H_VEC, H_P, H_SHIFTED, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS)
+        powers, shift = norm_sums(
+            h_ptr, base, head, w, ok, D, H_VEC, H_P, H_SHIFTED, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS
+        )
 
     for first in tl.static_range(0, COLUMNS, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
@@ -645,7 +651,9 @@ def scores(
             which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
             sum = tl.full([ROWS, BLOCK], 1.0, tl.float32)
             for i in tl.static_range(len(ORDERS)):
-                sum = tl.where(which == i, with_bias(powers, shift, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum)
+                sum = tl.where(
+                    which == i, with_bias(powers, shift, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum
+                )
             scaled = small(field + 7 * COLUMNS, within, 0.0)
             inverse = small(field + 5 * COLUMNS, within, 1.0)
             u = root(sum, inverse, shift.to(tl.float64)[:, None] * scaled, GENERAL, LOG)

@@ -15,7 +15,7 @@ from fastood.kernels.triton.shapes import Plan, Tile
 
 
 class Matrix(NamedTuple):
-    """A matrix as the kernels take it: from a 16-byte boundary, row stride and offset in groups (or elements, if shifted)."""
+    """A matrix from a 16-byte boundary on; stride and offset of its rows in groups of its tile (elements, if shifted)."""
 
     data: Tensor | None
     stride: int
@@ -34,7 +34,7 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     with _on(out.device):
         segments = (1, C)
         x = _matrix(f, lanes)
-        if f is not None and C > max(shapes.ROWS):
+        if f is not None and shapes.segments_of(C, 1)[0] > 1:
             x = _matrix(f, 32 * shapes.SEGMENT_WARPS)
             segments = shapes.segments_of(C, x.tile.vec)
             x = x._replace(data=_segments(f, x, plan, segments, table))

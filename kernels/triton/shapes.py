@@ -117,38 +117,36 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
     """Which sums the orders need, and in which slot each order finds its own. `half`: float16, never subnormal."""
     integers = tuple(sorted({int(r) for r in orders if 1 <= r <= 6 and r == int(r)}))
     rest = sorted(r for r in set(orders) if 0 < r < math.inf and r not in integers)
-    bases: dict[float, list[int]] = {}
-    for r in rest:
-        base = min(rest)
-        multiple = round(r / base)
-        if not (r <= SMALL_ORDER and multiple <= 8 and abs(multiple * base - r) <= 1e-15 * r):
-            base, multiple = r, 1
-        bases.setdefault(base, []).append(multiple)
     least = min(rest, default=1.0)
     count = 0 in orders
     largest = count or math.inf in orders
     subnormals = least < 0.25 and not half
 
-    kept = [float(k) for k in integers]
+    kept = [float(k) for k in integers]  # the order in each slot
     ranges = [(2.0**-60, LARGEST_FLOAT) for _ in integers]
-    for base, multiples in bases.items():
-        for multiple in multiples:
-            r = base * multiple
-            kept.append(r)
-            if base > SMALL_ORDER:
-                # A mean beyond 2^6: the rounding of log2 |h| shows.
-                ranges.append((max(2.0 ** (-6 * r), 2.0**-60), min(D * 2.0 ** min(6 * r, 127), LARGEST_FLOAT)))
-            else:
-                # Subnormals count as 0 at first: below this sum they could be seen.
-                ranges.append((0.0 if half or subnormals else D * 2.0 ** (22 - 126 * r), LARGEST_FLOAT))
+    bases: list[float] = []
+    of_base, multiples = [], []
+    for r in rest:
+        multiple = round(r / least)
+        if not (r <= SMALL_ORDER and multiple <= 8 and abs(multiple * least - r) <= 1e-15 * r):
+            multiple = 1
+        if multiple == 1:
+            bases.append(r)
+        of_base.append(0 if multiple > 1 else len(bases) - 1)
+        multiples.append(multiple)
+        kept.append(r)
+        if r > SMALL_ORDER:
+            # A mean beyond 2^6: the rounding of log2 |h| shows.
+            ranges.append((max(2.0 ** (-6 * r), 2.0**-60), min(D * 2.0 ** min(6 * r, 127), LARGEST_FLOAT)))
+        else:
+            # Subnormals count as 0 at first: below this sum they could be seen.
+            ranges.append((0.0 if half or subnormals else D * 2.0 ** (22 - 126 * r), LARGEST_FLOAT))
     for order, wanted in ((0.0, count), (math.inf, largest)):
         if wanted:
             kept.append(order)
             ranges.append((-math.inf, math.inf))
-    slots = tuple(min(range(len(kept)), key=lambda i: abs(kept[i] - r) if kept[i] != r else -1.0) for r in orders)
-    of_base = tuple(i for i, multiples in enumerate(bases.values()) for _ in multiples)
-    multiples = tuple(m for multiples in bases.values() for m in multiples)
-    powers = (integers, tuple(bases), of_base, multiples, (count, largest, subnormals))
+    slots = tuple(kept.index(r) for r in orders)
+    powers = (integers, tuple(bases), tuple(of_base), tuple(multiples), (count, largest, subnormals))
     return Norms(powers, tuple(ranges), slots)
 
 
@@ -192,7 +190,16 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
 
 
 def constants(
-    plan: Plan, C: int, x: Tile, segments: tuple[int, int], D: int, h: Tile, half: bool, bias: bool, log: bool, rows: int
+    plan: Plan,
+    C: int,
+    x: Tile,
+    segments: tuple[int, int],
+    D: int,
+    h: Tile,
+    half: bool,
+    bias: bool,
+    log: bool,
+    rows: int,
 ) -> dict[str, Any]:
     """The compile-time arguments of device.scores."""
     norms = norms_of(plan.orders, D, half)
