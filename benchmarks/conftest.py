@@ -10,6 +10,7 @@ import pytest
 import torch
 
 ROWS = []
+LIMITS = ("sum of both", "device copy")  # candidates that compute no score
 
 
 class Comparison:
@@ -20,12 +21,15 @@ class Comparison:
         self.seconds = 0.05 if quick else 0.6  # for each candidate
         self.least_rounds = 3 if quick else 9
 
-    def run(self, candidates, checked=None, rtol=1e-3) -> None:
-        """`candidates`: name -> function without arguments, the first one ours; all must agree with `checked`."""
+    def run(self, candidates, checked=None, rtol=1e-3, read=0) -> None:
+        """`candidates`: name -> function without arguments, the first one ours; all must agree with `checked`.
+
+        `read`: bytes of the inputs, for GB/s beside the times.
+        """
         torch.set_num_threads(self.threads)
         for name, call in candidates.items():
             out = call()
-            if checked is not None and name != "sum of both":
+            if checked is not None and name not in LIMITS:
                 torch.testing.assert_close(
                     out.double(), checked.double(), rtol=rtol, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
                 )
@@ -56,6 +60,7 @@ class Comparison:
                     statistics.median(times[name]),
                     middle,
                     f"{low:.2f}-{high:.2f}",
+                    f"{read / statistics.median(times[name]) / 1e9:8.1f} GB/s" if read else "",
                 )
             )
 
@@ -89,8 +94,8 @@ def pytest_terminal_summary(terminalreporter):
     write(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     write("x = time relative to fastood in the same round: median (20th-80th percentile); above 1, fastood is faster")
     before = None
-    for what, shape, threads, name, seconds, ratio, spread in ROWS:
+    for what, shape, threads, name, seconds, ratio, spread, rate in ROWS:
         if (what, shape, threads) != before:
             write(f"\n{what}   {shape}   {threads} thread{'s' if threads > 1 else ''}")
             before = (what, shape, threads)
-        write(f"  {name:34s} {seconds * 1e3:11.4f} ms   x {ratio:8.2f}  ({spread})")
+        write(f"  {name:34s} {seconds * 1e3:11.4f} ms   x {ratio:8.2f}  ({spread}) {rate}")

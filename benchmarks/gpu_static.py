@@ -315,9 +315,7 @@ ARCHITECTURES = (80, 90, 100)
 def main() -> int:
     print(__doc__.split("\n\n")[0])
     print(f"Triton {triton.__version__}; budgets are for sm_90")
-    print(
-        f"{'':53s} {'regs':>4s} {'smem':>5s} {'loads':>12s} {'special':>7s} {'FP32':>5s} {'total':>6s} {'budget':>6s} x memory"
-    )
+    print(" " * 53, "regs  smem        loads special  FP32  total budget x memory")
     failed = []
     for architecture in ARCHITECTURES:
         for case in CASES:
@@ -335,7 +333,8 @@ def main() -> int:
                 wrong.append("more special functions than budgeted")
             print(
                 f"{name:53s} {report.registers:4d} {report.shared:5d} {widths:>12s} {report.special:7.2f}"
-                f" {report.fp32:5.1f} {report.total:6.2f} {case.total:6.1f} {report.over_memory:8.2f} {'; '.join(wrong)}"
+                f" {report.fp32:5.1f} {report.total:6.2f} {case.total:6.1f} {report.over_memory:8.2f}",
+                *wrong,
             )
             failed += [f"{name}: {x}" for x in wrong]
     print("\n".join(failed))

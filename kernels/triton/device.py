@@ -604,7 +604,8 @@ def scores(
     SUMS: tl.constexpr, STATS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
     D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_SHIFTED: tl.constexpr, H_W: tl.constexpr,
     H_TILES: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
-    BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of logits (or, where SEGMENTS > 1, the records of their segments) and of features to COLUMNS scores:
 

@@ -15,7 +15,7 @@ from fastood.kernels.triton.shapes import Plan, Tile
 
 
 class Matrix(NamedTuple):
-    """A matrix from a 16-byte boundary on; stride and offset of its rows in groups of its tile (elements, if shifted)."""
+    """A matrix from a 16-byte boundary on; stride and offset of its rows in groups of vec (elements, if shifted)."""
 
     data: Tensor | None
     stride: int
