@@ -10,8 +10,8 @@ The model: 3.0 TB/s, 132 multiprocessors at 1.755 GHz, each of which does 16 spe
 measurement. A branch around code that reads the rows again is counted as not taken: it serves the rare rows that
 float32 cannot sum at first (device.py says which).
 
-The exit status is 1 where a kernel spills, loads rows in less than 128 bits at a time (64 where a row of 16-bit
-numbers is no multiple of 128), or takes more instructions than its budget.
+The exit status is 1 where a kernel spills, loads rows in less than 128 bits at a time (64 for rows of 100 halves, 32 for
+those of ten classes, a thread each), or takes more instructions than its budget.
 """
 
 from __future__ import annotations
@@ -289,25 +289,30 @@ def analyse(compiled: Compiled, case: Case) -> Report:
 
 # ---- the report
 
+# Budgets stand a few percent above what is reached. A bare softmax kernel takes 12 instructions an element; what the
+# numeric contract adds: 1 to subtract the maximum before scaling, which any temperature survives; for the entropy and
+# what else must be exact where p_max is near 1, 2 to keep one maximum out of the sum, 1 for masked classes, and some 250
+# a thread to make statistics of it. In the norms it adds 1 where orders below 0.25 must see subnormals, and the checks
+# of ranges. Roots and products in float64 are 200 to 400 a thread, which shows where rows are short.
 CASES = [
-    Case("energy", BFLOAT, 1000, 0, ("energy",), (), 99, 99),
+    Case("energy", BFLOAT, 1000, 0, ("energy",), (), 9, 1.1),
     *(Case("4 V terms", t, 1000, 0, V, (), n, 1.1) for t, n in ((BFLOAT, 13.5), (HALF, 14.5), (FLOAT, 13))),
-    *(Case("all V terms", t, 1000, 0, EVERY_V, (), n, 1.1) for t, n in ((BFLOAT, 13.5), (HALF, 14.5), (FLOAT, 13))),
+    *(Case("all V terms", t, 1000, 0, EVERY_V, (), n, 1.1) for t, n in ((BFLOAT, 22), (HALF, 25), (FLOAT, 22))),
     *(Case("4 V terms", t, 1001, 0, V, (), 16, 1.1) for t in (BFLOAT, FLOAT)),
-    *(Case("all V terms", t, 1001, 0, EVERY_V, (), 16, 1.1) for t in (BFLOAT, FLOAT)),
+    *(Case("all V terms", t, 1001, 0, EVERY_V, (), n, 1.1) for t, n in ((BFLOAT, 26), (FLOAT, 23.5))),
     *(Case("4 V terms", t, 21841, 0, V, (), 16, 1.1) for t in (BFLOAT, FLOAT)),
-    *(Case("4 V terms", t, 100, 0, V, (), 16.5, 1.4, least_bits=64) for t in (BFLOAT, HALF)),
-    Case("4 V terms", FLOAT, 100, 0, V, (), 16.5, 1.4),
-    *(Case("4 V terms", t, 10, 0, V, (), 99, 99, least_bits=0) for t in (BFLOAT, FLOAT)),
-    Case("a segment", BFLOAT, 128256, 0, V, (), 99, 99, "first"),
-    Case("its second sweep, for TV", BFLOAT, 128256, 0, V, (), 99, 99, "second"),
-    *(Case("norms 1, 2", t, 0, 2048, (), (1.0, 2.0), 4.2, 0.1) for t in (BFLOAT, FLOAT)),
-    *(Case("norm 0.3", t, 0, 2048, (), (0.3,), 6.6, 2.1) for t in (BFLOAT, FLOAT)),
-    *(Case("12 norms", t, 0, 2048, (), GRID, 24, 2.1) for t in (BFLOAT, FLOAT)),
-    Case("V x norms 1, 2", BFLOAT, 1000, 2048, V, (1.0, 2.0), 7.5, 2),
-    Case("energy x norm 0.3", BFLOAT, 1000, 2048, ("energy",), (0.3,), 9, 2),
-    Case("V x norm 0.3", BFLOAT, 1000, 2048, V, (0.3,), 9, 2),
-    Case("4 V x 12 norms", BFLOAT, 1000, 2048, V, GRID, 21.5, 2),
+    *(Case("4 V terms", t, 100, 0, V, (), 18.5, 1.2, least_bits=64) for t in (BFLOAT, HALF)),
+    Case("4 V terms", FLOAT, 100, 0, V, (), 18, 1.2),
+    *(Case("4 V terms", t, 10, 0, V, (), 29, 1.2, least_bits=32) for t in (BFLOAT, FLOAT)),
+    Case("a segment", BFLOAT, 128256, 0, V, (), 10.5, 1.1, "first"),
+    Case("its second sweep, for TV", BFLOAT, 128256, 0, V, (), 9, 1.2, "second"),
+    *(Case("norms 1, 2", t, 0, 2048, (), (1.0, 2.0), 4.5, 0.1) for t in (BFLOAT, FLOAT)),
+    *(Case("norm 0.3", t, 0, 2048, (), (0.3,), 7, 2.1) for t in (BFLOAT, FLOAT)),
+    *(Case("12 norms", t, 0, 2048, (), GRID, 28, 2.1) for t in (BFLOAT, FLOAT)),
+    Case("4 V x norms 1, 2", BFLOAT, 1000, 2048, V, (1.0, 2.0), 8, 0.4),
+    Case("energy x norm 0.3", BFLOAT, 1000, 2048, ("energy",), (0.3,), 8, 1.8),
+    Case("4 V x norm 0.3", BFLOAT, 1000, 2048, V, (0.3,), 10, 1.8),
+    Case("4 V x 12 norms", BFLOAT, 1000, 2048, V, GRID, 25, 1.8),
 ]
 ARCHITECTURES = (80, 90, 100)
 

@@ -604,14 +604,14 @@ def scores(
     SUMS: tl.constexpr, STATS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
     D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_SHIFTED: tl.constexpr, H_W: tl.constexpr,
     H_TILES: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
-    BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr, ALL_V: tl.constexpr, ALL_U: tl.constexpr,
+    SQUARE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of logits (or, where SEGMENTS > 1, the records of their segments) and of features to COLUMNS scores:
 
-    factor * statistic * (norm * over)^power, as table_ptr says: log2(e) / T and T, then for each column the number
-    of its statistic, factor, number of its order, power, 1 / divisor, 1 / order, whether the statistic comes in units
-    of the rest's weight, and whether the order's sum comes scaled.
+    factor * statistic * norm^power, as table_ptr says: log2(e) / T and T, then for each column the number of its
+    statistic, factor, number of its order, 1 / order, whether the statistic comes in units of the rest's weight,
+    whether the order's sum comes scaled, and power.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = (row < N)[:, None]
@@ -641,26 +641,29 @@ def scores(
         score = small(field + COLUMNS, within, 0.0)
         if len(STATS) > 0:
             which = small(field, within, -1.0).to(tl.int32)
-            v = tl.full([ROWS, BLOCK], 1.0, tl.float32)
-            for i in tl.static_range(len(STATS)):
+            v = statistic(STATS[0], parts, temperature, C, PEEL & SUMS)[:, None]
+            if not ALL_V:
+                v = tl.where(which == 0, v, 1.0)
+            for i in tl.static_range(1, len(STATS)):
                 v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
             score = score * v
             if PEEL & SUMS:
-                light = small(field + 6 * COLUMNS, within, 0.0) == 1.0
+                light = small(field + 4 * COLUMNS, within, 0.0) == 1.0
                 score = tl.where(light, score * parts[1][:, None], score)
         if len(ORDERS) > 0:
             which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
-            sum = tl.full([ROWS, BLOCK], 1.0, tl.float32)
-            for i in tl.static_range(len(ORDERS)):
+            sum = with_bias(powers, shift, SLOTS[0], ORDERS[0], len(RANGES), BIAS)[:, None]
+            if not ALL_U:
+                sum = tl.where(which == 0, sum, 1.0)
+            for i in tl.static_range(1, len(ORDERS)):
                 sum = tl.where(
                     which == i, with_bias(powers, shift, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum
                 )
-            scaled = small(field + 7 * COLUMNS, within, 0.0)
-            inverse = small(field + 5 * COLUMNS, within, 1.0)
+            inverse = small(field + 3 * COLUMNS, within, 1.0)
+            scaled = small(field + 5 * COLUMNS, within, 0.0)
             u = root(sum, inverse, shift.to(tl.float64)[:, None] * scaled, GENERAL, LOG)
-            if not LOG:
-                u = u * small(field + 4 * COLUMNS, within, 1.0)
-                u = tl.where(small(field + 3 * COLUMNS, within, 1.0) == 2.0, u * u, u)
+            if SQUARE and not LOG:
+                u = tl.where(small(field + 6 * COLUMNS, within, 1.0) == 2.0, u * u, u)
             score = score * u
         out = out_ptr + row.to(tl.int64)[:, None] * out_row + column.to(tl.int64) * out_column
         tl.store(out, score.to(out_ptr.dtype.element_ty), mask=ok & within)

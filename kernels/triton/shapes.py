@@ -159,6 +159,9 @@ class Plan(NamedTuple):
     orders: tuple[float, ...]
     table: tuple[float, ...]  # see device.scores
     columns: int
+    all_v: bool  # every column has a statistic
+    all_u: bool  # and a norm
+    square: bool  # some column squares its norm
 
 
 @lru_cache
@@ -169,24 +172,37 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         return None
     if len(want.orders) > 32:
         return None
-    columns = []
     if products is None:
-        columns += [(i, 1.0, -1, 1, 1.0) for i in range(len(want.stats))]
-        columns += [(-1, 1.0, j, 1, 1.0) for j in range(len(want.orders))]
+        columns = [(i, 1.0, -1, 1) for i in range(len(want.stats))]
+        columns += [(-1, 1.0, j, 1) for j in range(len(want.orders))]
     else:
-        columns += [(p.stat, p.factor, p.order, p.power, p.divisor) for p in products]
-    inverse = [1.0 / want.orders[j] if j >= 0 and 0 < want.orders[j] < math.inf else 1.0 for _, _, j, _, _ in columns]
-    fields = zip(*columns, strict=True)
-    stat, factor, order, power, divisor = ([float(x) for x in field] for field in fields)
-    over = [1.0 / d for d in divisor]
-    light = [float(i >= 0 and STATS[want.stats[i]][0] >= LIGHT) for i, *_ in columns]  # type: ignore[index]
-    scaled = [float(j >= 0 and SMALL_ORDER < want.orders[j] < math.inf) for _, _, j, _, _ in columns]
+        columns = [(p.stat, p.factor / p.divisor**p.power, p.order, p.power) for p in products]
+    stats = [STATS[want.stats[i]][0] if i >= 0 else -1 for i, *_ in columns]  # type: ignore[index]
+    orders = [want.orders[j] if j >= 0 else math.inf for _, _, j, _ in columns]
+    table = (
+        math.log2(math.e) / want.temperature,
+        want.temperature,
+        *(float(i) for i, *_ in columns),
+        *(factor for _, factor, _, _ in columns),
+        *(float(j) for _, _, j, _ in columns),
+        *(1.0 / r if 0 < r < math.inf else 1.0 for r in orders),
+        *(float(code >= LIGHT) for code in stats),
+        *(float(SMALL_ORDER < r < math.inf) for r in orders),
+        *(float(power) for *_, power in columns),
+    )
     sums = 0
     for s in want.stats:
         sums |= STATS[s][1]  # type: ignore[index]
-    head = [math.log2(math.e) / want.temperature, want.temperature]
-    table = (*head, *stat, *factor, *order, *power, *over, *inverse, *light, *scaled)
-    return Plan(sums, tuple(STATS[s][0] for s in want.stats), want.orders, table, len(columns))  # type: ignore[index]
+    return Plan(
+        sums,
+        tuple(STATS[s][0] for s in want.stats),  # type: ignore[index]
+        want.orders,
+        table,
+        len(columns),
+        all(i >= 0 for i, *_ in columns),
+        all(j >= 0 for _, _, j, _ in columns),
+        any(power == 2 for *_, power in columns),
+    )
 
 
 def constants(
@@ -226,6 +242,9 @@ def constants(
         "BIAS": bias,
         "GENERAL": any(r not in (0, 1, 2, math.inf) for r in plan.orders),
         "LOG": log,
+        "ALL_V": plan.all_v,
+        "ALL_U": plan.all_u,
+        "SQUARE": plan.square,
         "COLUMNS": plan.columns,
         "BLOCK": min(64, _power_of_2(plan.columns)),
         "ROWS": rows,
