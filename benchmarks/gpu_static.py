@@ -10,8 +10,8 @@ The model: 3.0 TB/s, 132 multiprocessors at 1.755 GHz, each of which does 16 spe
 measurement. A branch around code that reads the rows again is counted as not taken: it serves the rare rows that
 float32 cannot sum at first (device.py says which).
 
-The exit status is 1 where a kernel spills, loads rows in less than 128 bits at a time (64 for rows of 100 halves, 32 for
-those of ten classes, a thread each), or takes more instructions than its budget.
+The exit status is 1 where a kernel spills, loads rows in less than 128 bits at a time (64 for rows of 100 halves, 32
+for those of ten classes, a thread each), or takes more instructions than its budget.
 """
 
 from __future__ import annotations
@@ -289,11 +289,11 @@ def analyse(compiled: Compiled, case: Case) -> Report:
 
 # ---- the report
 
-# Budgets stand a few percent above what is reached. A bare softmax kernel takes 12 instructions an element; what the
+# Budgets stand a few percent above what is reached. A bare softmax kernel takes 12 instructions an element. What the
 # numeric contract adds: 1 to subtract the maximum before scaling, which any temperature survives; for the entropy and
-# what else must be exact where p_max is near 1, 2 to keep one maximum out of the sum, 1 for masked classes, and some 250
-# a thread to make statistics of it. In the norms it adds 1 where orders below 0.25 must see subnormals, and the checks
-# of ranges. Roots and products in float64 are 200 to 400 a thread, which shows where rows are short.
+# what else must be exact where p_max is near 1, 2 to keep one maximum out of the sum, 1 for masked classes, and some
+# 250 a thread to make statistics of it. In the norms it adds 1 where orders below 0.25 must see subnormals, and the
+# checks of ranges. Roots and products are 200 to 400 a thread, which shows where rows are short.
 CASES = [
     Case("energy", BFLOAT, 1000, 0, ("energy",), (), 9, 1.1),
     *(Case("4 V terms", t, 1000, 0, V, (), n, 1.1) for t, n in ((BFLOAT, 13.5), (HALF, 14.5), (FLOAT, 13))),

@@ -54,10 +54,9 @@ def triton_device():
 
 # ---- every branch of a launch
 
-# One C in each line of shapes.ROWS and on both sides of its ends: a thread a row (1, 10, 16), a few threads, words in
-# pairs or not (100, 101), whole and shifted rows (1000, 1001), a program a row, and rows in segments (from 24577 on),
-# of equal length (128256) or not.
-CLASSES = [1, 10, 16, 17, 100, 101, 128, 129, 1000, 1001, 1002, 1500, 3000, 5001, 10000, 24576, 24577, 30008, 128256]
+# Both sides of the ends of lines in shapes.ROWS: a thread a row (1, 10, 16), a few threads (17, 101), words in pairs or
+# not, whole and shifted rows (1000, 1001, 1002), a program a row (from 3000 on), and rows in segments (from 24577 on).
+CLASSES = [1, 10, 16, 17, 101, 129, 1000, 1001, 1002, 3000, 10001, 24576, 24577, 30008]
 
 
 def of_every_type(sizes, most=2500):
@@ -80,7 +79,7 @@ def test_statistics_on_every_branch(triton_device, C, dtype):
         truth.assert_close(got[name].cpu(), expected, allowed, name)
 
 
-@pytest.mark.parametrize(("D", "dtype"), of_every_type([1, 7, 64, 130, 2049, 5000, 17001]), ids=str)
+@pytest.mark.parametrize(("D", "dtype"), of_every_type([1, 7, 64, 2049, 5000, 17001], 1000), ids=str)
 def test_norms_on_every_branch(triton_device, D, dtype):
     rng = np.random.default_rng(D)
     bias = D % 2 == 0
@@ -105,7 +104,7 @@ def test_norms_on_every_branch(triton_device, D, dtype):
             truth.assert_close(got[:, j], expected, relative, f"||h||_{r}, log={log}")
 
 
-@pytest.mark.parametrize(("C", "dtype"), of_every_type([10, 100, 1000, 3000, 30008]), ids=str)
+@pytest.mark.parametrize(("C", "dtype"), of_every_type([10, 100, 1000, 3000, 30008], 1000), ids=str)
 def test_a_sweep_is_made_of_its_scores(triton_device, C, dtype):
     torch.manual_seed(0)
     D = 33 if C == 100 else 64
@@ -244,7 +243,6 @@ cases = [Case("", t, C, D, every, (0.1, 0.25, 1.5, 100.0), 0, 0) for t, C, D in 
     (BFLOAT, 1001, 257), (HALF, 10, 64), (HALF, 3001, 64), (FLOAT, 100, 17), (FLOAT, 7, 3), (FLOAT, 128256, 4096))]
 cases += [Case("", t, 30001, 0, every, (), 0, 0, kernel) for t in (BFLOAT, FLOAT) for kernel in ("first", "second")]
 cases += [Case("", BFLOAT, 1000, 2048, V, GRID, 0, 0), Case("", HALF, 0, 2048, (), GRID, 0, 0)]
-for case in cases:
-    for bias, log in ((False, False), (True, True)):
-        compile_case(case, target, bias, log)
+for i, case in enumerate(cases):
+    compile_case(case, target, bias=i % 2 == 0, log=i % 3 == 0)
 """

@@ -662,6 +662,8 @@ def scores(
             inverse = small(field + 3 * COLUMNS, within, 1.0)
             scaled = small(field + 5 * COLUMNS, within, 0.0)
             u = root(sum, inverse, shift.to(tl.float64)[:, None] * scaled, GENERAL, LOG)
+            if LOG and not ALL_U:
+                u = tl.where(which >= 0, u, 1.0)
             if SQUARE and not LOG:
                 u = tl.where(small(field + 6 * COLUMNS, within, 1.0) == 2.0, u * u, u)
             score = score * u
