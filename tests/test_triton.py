@@ -172,6 +172,20 @@ def test_in_a_cuda_graph():
     assert fastood.backends("cuda")["triton"].usable
 
 
+def test_says_why_it_does_not_serve():
+    for device, dtype, why in (("cuda", torch.float64, "float64"), ("meta", torch.float32, "CUDA tensors")):
+        assert not fastood.backends(device, dtype)["triton"].usable
+        assert why in fastood.backends(device, dtype)["triton"].why
+    with pytest.raises(RuntimeError, match="triton"):
+        fastood.score(torch.ones(2, 3, dtype=torch.float64), backend="triton")
+
+
+def test_import_does_not_load_triton():
+    code = "import sys, torch; before = set(sys.modules); import fastood; fastood.backends();"
+    code += "fastood.score(torch.ones(2, 3)); assert not {m for m in set(sys.modules) - before if m.split('.')[0] == 'triton'}"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+
+
 # ---- the launch table
 
 

@@ -27,14 +27,26 @@ def _launch() -> Any:
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if find_spec("triton") is None:
+    if not _installed():
         return "it needs Triton: pip install 'fastood[triton]'"
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return "it serves CUDA tensors"
     if dtype == torch.float64:
-        return "float64 is left to the reference"
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs compute capability 8.0"
+        return "float64 is left to the reference backend"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return _unusable_device(device)
+
+
+@lru_cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache
+def _unusable_device(device: torch.device) -> str | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "it serves CUDA tensors"
+    if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
     return None
 
 

@@ -245,7 +245,7 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
         exp_t = exp_t.to(tl.float32)
         sum_t = sum_t.to(tl.float32) * scale
         if TV & SUMS:
-            deviation = deviations(es, (rest + 1.0) * (1.0 / N), len(es) * W - N, SHIFTED)
+            deviation = deviations(es, (rest + 1.0) / N, len(es) * W - N, SHIFTED)
         if PEEL & SUMS:
             deep = rest < DEEP
             if any_row(deep, ok):
@@ -692,7 +692,7 @@ def segments(
     LEAST: tl.constexpr = C - (SEGMENTS - 1) * SEGMENT
     if SECOND:
         m, total = merged_total(record_ptr, row, scale.to(tl.float32), SEGMENTS)
-        u = total * (1.0 / C)
+        u = total / C
         xs = load_row(x_ptr, base, head, w, ok, n, SEGMENT, LEAST, -INF, VEC, P, SHIFTED, W)
         es = ()
         for i in tl.static_range(len(xs)):
