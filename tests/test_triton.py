@@ -181,8 +181,11 @@ def test_says_why_it_does_not_serve():
 
 
 def test_import_does_not_load_triton():
-    code = "import sys, torch; before = set(sys.modules); import fastood; fastood.backends();"
-    code += "fastood.score(torch.ones(2, 3)); assert not {m for m in set(sys.modules) - before if m.split('.')[0] == 'triton'}"
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import fastood; fastood.backends(); fastood.score(torch.ones(2, 3))\n"
+        "assert not {m for m in set(sys.modules) - before if m.split('.')[0] == 'triton'}"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
 
 

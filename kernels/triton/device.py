@@ -685,7 +685,8 @@ def segments(
     ok = (row >= 0)[:, None]
     start = segment * SEGMENT
     n = tl.minimum(C - start, SEGMENT)
-    base, head = place(row, x_stride, x_offset + (start if SHIFTED else start // VEC), VEC, P, SHIFTED)
+    first = x_offset.to(tl.int64) + (start if SHIFTED else start // VEC)
+    base, head = place(row, x_stride, first, VEC, P, SHIFTED)
     w = tl.arange(0, W)[None, :]
     scale = small(table_ptr)
     record = record_ptr + tl.program_id(0).to(tl.int64) * RECORD + tl.arange(0, 1)
