@@ -245,7 +245,7 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
         exp_t = exp_t.to(tl.float32)
         sum_t = sum_t.to(tl.float32) * scale
         if TV & SUMS:
-            deviation = deviations(es, (rest + 1.0) / N, len(es) * W - N, SHIFTED)
+            deviation = deviations(es, (rest + 1.0) / N, w, head, n, LEAST, P, SHIFTED, W)
         if PEEL & SUMS:
             deep = rest < DEEP
             if any_row(deep, ok):
@@ -258,12 +258,24 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
 
 
 @triton.jit
-def deviations(es, u, padding, SHIFTED: tl.constexpr):
-    """sum |e - u| of each row, without `padding` elements e = 0."""
-    slot = tl.zeros_like(es[0])
-    for i in tl.static_range(len(es)):
-        slot += tl.abs(es[i] - u[:, None])
-    return tl.fma(u, -1.0 * padding, row_sum(slot, SHIFTED).to(tl.float32))
+def deviations(es, u, w, head, n, LEAST: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
+               W: tl.constexpr):  # fmt: skip
+    """sum |e - u| of each row; `es`: its elements, if SHIFTED first those that come first in their words."""
+    A: tl.constexpr = P if SHIFTED else 1
+    TILES: tl.constexpr = len(es) // P
+    total = tl.zeros_like(u)
+    for a in tl.static_range(A):
+        slot = tl.zeros_like(es[0])
+        for i in tl.static_range(len(es) // A):
+            deviation = tl.abs(es[a * TILES + i] - u[:, None])
+            if SHIFTED and (i == 0 or (i + 1) * W * P > LEAST):
+                deviation = tl.where(is_own(w + i * W, a, head, n, P), deviation, 0.0)
+            slot += deviation
+        total += row_sum(slot, SHIFTED)
+    if SHIFTED:
+        return total.to(tl.float32)
+    else:
+        return tl.fma(u, 1.0 * (n - len(es) * W), total)  # beyond its end e = 0
 
 
 @triton.jit
@@ -280,18 +292,18 @@ def rest_from_pivot(ptr, base, head, w, ok, n, m, scale, N: tl.constexpr, VEC: t
             second = tl.maximum(second, tl.where(below, halves[j], -INF))
     pivot = tl.max(second, 1)
     pivot = tl.where(pivot == -INF, m, pivot)  # no other class: any finite pivot does
-    sum1 = tl.zeros_like(second)
+    sum1 = tl.zeros_like(second).to(tl.float64)  # in which the order of elements is lost, as in row_sum
     sum2, sum3 = sum1, sum1
     for i in range(TILES):
         halves = unpack(load(ptr, base, head, w + i * W, ok, n, -INF, VEC, P, SHIFTED), P)
         for j in tl.static_range(P):
             below = is_own(w + i * W, j, head, n, P) & (halves[j] < top)
             t = tl.where(below, (halves[j] - pivot[:, None]) * scale, -INF)
-            e = tl.exp2(t)
+            e = tl.exp2(t).to(tl.float64)
             sum1 += e
             sum2 = tl.fma(e, e, sum2)
-            sum3 = tl.fma(e, tl.maximum(t, -1e30), sum3)
-    sum1, sum2, sum3 = row_sum(sum1, True), row_sum(sum2, True), row_sum(sum3, True)
+            sum3 = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), sum3)
+    sum1, sum2, sum3 = tl.sum(sum1, 1), tl.sum(sum2, 1), tl.sum(sum3, 1)
     return pivot, sum1.to(tl.float32), sum2.to(tl.float32), sum3.to(tl.float32)
 
 
@@ -696,9 +708,10 @@ def segments(
         u = total / C
         xs = load_row(x_ptr, base, head, w, ok, n, SEGMENT, LEAST, -INF, VEC, P, SHIFTED, W)
         es = ()
-        for i in tl.static_range(len(xs)):
-            es = es + (tl.exp2((xs[i] - m[:, None]) * scale.to(tl.float32)),)
-        tl.store(record + 6, deviations(es, u, len(es) * W - n, SHIFTED))
+        for a in tl.static_range(P if SHIFTED else 1):
+            for i in tl.static_range(a, len(xs), P if SHIFTED else 1):
+                es = es + (tl.exp2((xs[i] - m[:, None]) * scale.to(tl.float32)),)
+        tl.store(record + 6, deviations(es, u, w, head, n, LEAST, P, SHIFTED, W))
     else:
         m, pivot, rest, squares, exp_t, sum_t, deviation = softmax_sums(
             x_ptr, base, head, w, ok, n, scale.to(tl.float32), SEGMENT, LEAST, VEC, P, SHIFTED, W, SUMS
