@@ -299,7 +299,7 @@ CASES = [
     *(Case("4 V terms", t, 1000, 0, V, (), n, 1.1) for t, n in ((BFLOAT, 13.5), (HALF, 14.5), (FLOAT, 13))),
     *(Case("all V terms", t, 1000, 0, EVERY_V, (), n, 1.1) for t, n in ((BFLOAT, 22), (HALF, 25), (FLOAT, 22))),
     *(Case("4 V terms", t, 1001, 0, V, (), 16, 1.1) for t in (BFLOAT, FLOAT)),
-    *(Case("all V terms", t, 1001, 0, EVERY_V, (), n, 1.1) for t, n in ((BFLOAT, 26), (FLOAT, 23.5))),
+    *(Case("all V terms", t, 1001, 0, EVERY_V, (), n, 1.1) for t, n in ((BFLOAT, 26.5), (FLOAT, 23.5))),
     *(Case("4 V terms", t, 21841, 0, V, (), 16, 1.1) for t in (BFLOAT, FLOAT)),
     *(Case("4 V terms", t, 100, 0, V, (), 18.5, 1.2, least_bits=64) for t in (BFLOAT, HALF)),
     Case("4 V terms", FLOAT, 100, 0, V, (), 18, 1.2),
