@@ -24,7 +24,7 @@ except ImportError as error:
     MISSING = str(error)
 
 if TYPE_CHECKING:
-    from fastood.kernels import Job, Product, Stat, Want
+    from fastood.kernels import Anchors, Job, Product, Stat
 
 # The numbers that state.h and plan.h give them.
 _STATS = {
@@ -119,6 +119,30 @@ def score_plain(plan: object, logits: Tensor, feats: Tensor | None) -> Tensor | 
     """One finished score [N] of plain tensors, or None where ``products`` must be asked: without Python's own part,
     which takes longer than a row of 1000 logits."""
     return None if _functions_transformed() else _native.score_plain(plan, logits, feats)
+
+
+def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
+    if _transformed() or _grows(logits) or _grows(feats) or _grows(anchors.G):
+        return reference.batchgrad(logits, feats, anchors)
+    dtype = torch.float32
+    if torch.float64 in (logits.dtype, feats.dtype, anchors.G.dtype):
+        dtype, logits, feats = torch.float64, logits.double(), feats.double()
+    if dtype not in anchors.prepared:
+        plan = _native.prepare(anchors.temperature, (_STATS["lse"],), (0.0,), (), False, False, ())
+        norms = anchors.G.abs().sum(-1, dtype=torch.float64)
+        padded = torch.nn.functional.pad(anchors.G.to(dtype), (0, -anchors.G.shape[1] % 16)).contiguous()
+        anchors.prepared[dtype] = plan, padded, norms, norms.sum().item()
+    plan, G, norms, norm = anchors.prepared[dtype]
+    f, f_arguments = _argument(logits)
+    h, h_arguments = _argument(feats)
+    out = logits.new_empty(len(logits), dtype=torch.float64)
+    arguments = (G.data_ptr(), G.shape[1], norms.data_ptr(), norm, out.data_ptr())
+    _native.batchgrad(plan, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
+    del f, h
+    # What holds, or comes to, an infinity or a NaN is left to the definition.
+    if not (finite := out.isfinite()).all():
+        out[~finite] = reference.batchgrad(logits[~finite], feats[~finite], anchors)
+    return out
 
 
 def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:

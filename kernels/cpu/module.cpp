@@ -136,6 +136,32 @@ static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run_without_lock(q);
 }
 
+// batchgrad(plan, rows, logits (4), feats (4), bias, address of G, its columns, address of its rows' norms, their sum,
+// address of [rows] double)
+static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const Plan* plan = read_plan(args, count, COMMON + 6);
+  if (!plan) return nullptr;
+  Request q{*plan};
+  if (!read_matrices(args, &q)) return nullptr;
+  const BatchGrad b{*plan, q.rows, q.logits, q.feats, bool(PyObject_IsTrue(args[COMMON])),
+                    PyLong_AsVoidPtr(args[COMMON + 1]), PyLong_AsLongLong(args[COMMON + 2]),
+                    static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 3])), PyFloat_AsDouble(args[COMMON + 4]),
+                    static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 5]))};
+  if (PyErr_Occurred()) return nullptr;
+  PyThreadState* held = PyEval_SaveThread();
+  if (b.rows) run(b);
+  PyEval_RestoreThread(held);
+  Py_RETURN_NONE;
+}
+
+// batchgrad_peak(steps): its arithmetic on registers, `steps` vectors of floats; gives their width.
+static PyObject* batchgrad_peak(PyObject*, PyObject* steps) {
+  const int64_t n = PyLong_AsLongLong(steps);
+  if (PyErr_Occurred()) return nullptr;
+  const double sum = kernels->batchgrad_peak(n);
+  return sum < 0 ? PyLong_FromLong(0) : PyLong_FromLong(kernels->float_lanes);  // which it must run to know
+}
+
 // ---- one row at a time: tensors read by their own accessors, without Python code between them
 
 static PyObject *tensor_type = nullptr, *dtypes[FLOAT64] = {};  // those whose results are float32
@@ -277,6 +303,8 @@ static PyMethodDef methods[] = {
     {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
     {"row_stats", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(row_stats)), METH_FASTCALL, nullptr},
     {"products", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(products)), METH_FASTCALL, nullptr},
+    {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
+    {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
     {"score_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(score_plain)), METH_FASTCALL, nullptr},
     {"use_torch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_torch)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},

@@ -607,11 +607,3 @@ static void power_of(double* x, int64_t n, double exponent) {
     __builtin_memcpy(x + i, &power, sizeof power);
   }
 }
-
-#define KERNELS(NAME)                                                              \
-  {NAME,                                                                           \
-   {logits<Half>, logits<BFloat>, logits<float>, logits<double>},                  \
-   {tv<Half>, tv<BFloat>, tv<float>, tv<double>},                                  \
-   {few_logits<Half>, few_logits<BFloat>, few_logits<float>, few_logits<double>},  \
-   {norms<Half>, norms<BFloat>, norms<float>, norms<double>},                      \
-   log1p_of, power_of, exp2_of, log2_of}
