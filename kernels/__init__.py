@@ -143,8 +143,9 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 @cache
-def _say_once(message: str) -> None:
-    warnings.warn(message + " their work. Reinstall fastood where there is a C++ compiler.", stacklevel=4)
+def _warn_once(what: str) -> None:
+    advice = "plain PyTorch does their work, several times slower. Reinstall fastood where there is a C++ compiler."
+    warnings.warn(f"{what}: {advice}", stacklevel=4)
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:

@@ -296,7 +296,7 @@ def test_what_is_not_plain_goes_the_long_way():
     f, h = torch.randn(5, 30), torch.randn(5, 70)
     expected, alone = fastood.score(f, h), fastood.score(f)
     fastood.score(f, h)
-    close = dict(rtol=1e-5, atol=1e-5)
+    close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(fastood.score(f.T.contiguous().T, h), expected, **close)
     torch.testing.assert_close(fastood.score(torch.nn.Parameter(f), h).detach(), expected, **close)
     assert fastood.score(f, h.clone().requires_grad_()).requires_grad

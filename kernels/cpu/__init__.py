@@ -24,7 +24,7 @@ except ImportError as error:
     MISSING = str(error)
 
 if TYPE_CHECKING:
-    from fastood.kernels import Anchors, Job, Product, Stat
+    from fastood.kernels import Anchors, Job, Product, Stat, Want
 
 # The numbers that state.h and plan.h give them.
 _STATS = {
@@ -115,7 +115,7 @@ def products(
     return out
 
 
-def score_plain(plan: object, logits: Tensor, feats: Tensor | None) -> Tensor | None:
+def score_plain(plan: object, logits: Any, feats: Any) -> Any:
     """One finished score [N] of plain tensors, or None where ``products`` must be asked: without Python's own part,
     which takes longer than a row of 1000 logits."""
     return None if _functions_transformed() else _native.score_plain(plan, logits, feats)
