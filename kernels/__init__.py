@@ -131,9 +131,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         name = DEFAULT
     if name == "auto":
         if cpu.MISSING and device.type == "cpu":
-            _say_once(
-                f"fastood's C++ kernels were not built ({cpu.MISSING}): plain PyTorch, several times slower, does"
-            )
+            _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})")
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
     if name not in BACKENDS:
         raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
