@@ -40,6 +40,7 @@ _STATS = {
     "plogp": 9,
     "sumlogp": 10,
     "power_sum": 11,
+    "gen": 12,
 }
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call
@@ -58,8 +59,7 @@ def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[
         return reference.row_stats(logits, feats, want)
     if _prepared(want) is not None:
         return _run(logits, feats, want)
-    # gen sorts, and log_one_minus_s2 outlives its own underflow: other kinds of work, which plain PyTorch does.
-    # The rest comes in parts that fit one call.
+    # log_one_minus_s2 outlives its own underflow, which plain PyTorch sees to; the rest in parts that fit one call.
     other = tuple(s for s in want.stats if not _has(s))
     native = [s for s in want.stats if _has(s)]
     stats = reference.row_stats(logits, None, want._replace(stats=other, orders=()))[0]
@@ -128,7 +128,7 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     if torch.float64 in (logits.dtype, feats.dtype, anchors.G.dtype):
         dtype, logits, feats = torch.float64, logits.double(), feats.double()
     if dtype not in anchors.prepared:
-        plan = _native.prepare(anchors.temperature, (_STATS["lse"],), (0.0,), (), False, False, ())
+        plan = _native.prepare(anchors.temperature, (_STATS["lse"],), (0.0,), (0,), (), False, False, ())
         norms = anchors.G.abs().sum(-1, dtype=torch.float64)
         padded = torch.nn.functional.pad(anchors.G.to(dtype), (0, -anchors.G.shape[1] % 16)).contiguous()
         anchors.prepared[dtype] = plan, padded, norms, norms.sum().item()
@@ -171,7 +171,8 @@ def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
         return None
     stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
     exponents = tuple(0.0 if isinstance(s, str) else float(s[1]) for s in want.stats)
-    return _native.prepare(want.temperature, stats, exponents, want.orders, want.bias, want.log, products)
+    counts = tuple(min(int(s[2]), 1 << 62) if s[0] == "gen" else 0 for s in want.stats)
+    return _native.prepare(want.temperature, stats, exponents, counts, want.orders, want.bias, want.log, products)
 
 
 def _has(stat: Stat) -> bool:

@@ -105,7 +105,9 @@ struct Kernels {
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
                       const void* kept);
-  // The same, and tv, of rows of n <= FEW columns.
+  double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
+                       double gamma, int64_t M);
+  // As `logits` and `tv`, of rows of n <= FEW columns.
   void (*few_logits[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
                             LogitsState* states, double* tv);
   void (*norms[TYPES])(const void* h, int64_t n, const NormsPlan& plan, const void* next, NormsState* state);

@@ -85,6 +85,14 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
       stats[j][i] = statistic(q.plan.stats[j], q.plan.power_of_stat[j], q.plan.logits, batch->logits[i], q.logits.columns,
                               batch->tv[i], log1p[i]);
 
+  for (const Gen& g : q.plan.gens)
+    for (int64_t i = 0; i < count; i++) {
+      const LogitsState& s = batch->logits[i];
+      if (s.nan || !std::isfinite(s.max)) continue;
+      stats[g.stat][i] = kernels->gen[q.logits.type](q.logits.at(row + i, 0), q.logits.columns, q.plan.logits, s.max,
+                                                     1 + rest(s), rest(s), g.gamma, g.M);
+    }
+
   if (q.plan.bias && !q.orders().empty()) {
     const double one = 1;
     NormsState last{};

@@ -24,6 +24,13 @@ struct Product {
   double factor, divisor;
 };
 
+// Which of Plan.stats is a GEN, and its parameters.
+struct Gen {
+  int stat;
+  double gamma;
+  int64_t M;
+};
+
 // What is wanted, worked out once for many calls.
 struct Plan {
   LogitsPlan logits{};
@@ -31,6 +38,7 @@ struct Plan {
   std::vector<Order> orders[2];
   bool bias = false, log = false;
   std::vector<int> stats, power_of_stat;
+  std::vector<Gen> gens;
   std::vector<Product> products;
 };
 
