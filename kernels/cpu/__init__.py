@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastood.kernels import reference
+from fastood.kernels.seam import traced, transformed
 
 _native: Any = None
 MISSING = ""  # why there is no C++ part
@@ -55,7 +55,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if _transformed() or _grows(logits) or _grows(feats):
+    if traced(logits, feats):
         return reference.row_stats(logits, feats, want)
     if _prepared(want) is not None:
         return _run(logits, feats, want)
@@ -71,28 +71,6 @@ def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[
     return stats, torch.cat([x for x in norms if x is not None], -1) if norms else None
 
 
-def _transformed() -> bool:
-    """Whether a tracer or a function transform is at work, which cannot look into the C++ part."""
-    return torch.compiler.is_compiling() or _functions_transformed()
-
-
-def _functions_transformed() -> bool:
-    return (
-        torch._C._is_tracing()  # torch.jit.trace
-        or torch._C._are_functorch_transforms_active()  # vmap, jvp, torch.func.grad
-        or forward_ad._current_level >= 0
-    )
-
-
-def _grows(x: Tensor | None) -> bool:
-    """Whether what is made of `x` must be made by torch: for autograd, or for a subclass."""
-    if x is None:
-        return False
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return True
-    return x.requires_grad and torch.is_grad_enabled()
-
-
 def products(
     logits: Tensor | None,
     feats: Tensor | None,
@@ -102,7 +80,7 @@ def products(
     by_row: bool,
 ) -> Tensor | None:
     plan = prepared(job)
-    if plan is None or _transformed() or _grows(logits) or _grows(feats):
+    if plan is None or traced(logits, feats):
         return None
     f, f_arguments = _argument(logits if job.want.stats else None)
     h, h_arguments = _argument(feats if job.want.orders else None)
@@ -118,11 +96,11 @@ def products(
 def score_plain(plan: object, logits: Any, feats: Any) -> Any:
     """One finished score [N] of plain tensors, or None where ``products`` must be asked: without Python's own part,
     which takes longer than a row of 1000 logits."""
-    return None if _functions_transformed() else _native.score_plain(plan, logits, feats)
+    return None if transformed() else _native.score_plain(plan, logits, feats)
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    if _transformed() or _grows(logits) or _grows(feats) or _grows(anchors.G):
+    if traced(logits, feats, anchors.G):
         return reference.batchgrad(logits, feats, anchors)
     dtype = torch.float32
     if torch.float64 in (logits.dtype, feats.dtype, anchors.G.dtype):
