@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastood import kernels
 from fastood._inputs import (
     ArrayT,
     choice,
@@ -22,7 +23,7 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood.kernels import STATISTICS, Product, Stat, Want, select
+from fastood.kernels import STATISTICS, Job, Product, Stat, Want, select
 from fastood.registry import SCORES, RowStats, Score
 
 PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
@@ -104,11 +105,17 @@ def score(
     >>> fastood.score(logits, feats, "exgrad", oriented=False)
     tensor([0.4946, 0.9975])
     """
-    f, h, as_numpy = logits_and_feats(logits, feats)
     entry = _entry(method)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (entry, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
-    plan = _plan(key, lambda: _Plan([(entry, _order(entry, norm, h))], *options, params))
+    key = (entry, norm, norm.__class__, feats is None, *options, temperature.__class__, *params.items())
+    plan = _known_plan(key)
+    # Where the same arguments went the long way before, plain CPU tensors need not.
+    if plan and plan.short and backend == kernels.DEFAULT == "auto" and plan.chosen_from is kernels.BACKENDS:
+        out = kernels.cpu.score_plain(plan.short, logits, feats)
+        if out is not None:
+            return out
+    f, h, as_numpy = logits_and_feats(logits, feats)
+    plan = plan or _keep(key, _Plan([(entry, _order(entry, norm, h))], *options, params))
     out = plan(f, h, backend, _rows(f, h), by_row=True)
     return give(out, as_numpy)
 
@@ -153,11 +160,10 @@ def scores(
         entries = [_entry(m, "methods") for m in _names("methods", methods)]
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = (*entries, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
-
-    def make() -> _Plan:
-        return _Plan([(e, _order(e, ... if e.gradient else norm, h)) for e in entries], *options, params)
-
-    plan = _plan(key, make)
+    plan = _known_plan(key)
+    if plan is None:
+        plan = _Plan([(e, _order(e, ... if e.gradient else norm, h)) for e in entries], *options, params)
+        _keep(key, plan)
     if not entries:
         return {}
     out = plan(f, h, backend, (len(entries), *n), by_row=False).unbind()
@@ -206,7 +212,7 @@ def sweep(
             raise ValueError(f"{argument} must not be empty")
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = ("sweep", *entries, *orders, *options, temperature.__class__, *params.items())
-    plan = _plan(key, lambda: _Plan([(e, r) for e in entries for r in orders], *options, params))
+    plan = _known_plan(key) or _keep(key, _Plan([(e, r) for e in entries for r in orders], *options, params))
     n = _rows(f, h)[0]
     return give(plan(f, h, backend, (n, len(entries), len(orders)), by_row=True), as_numpy)
 
@@ -298,9 +304,11 @@ class _Plan:
         stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name], log)))
         orders = tuple(dict.fromkeys(r for _, r in scores if r is not None))
         self.want = Want(stats, orders, T, bool(bias), bool(log))
-        self.products = None
+        self.short: object | None = None  # what score_plain needs, once that is known to do
+        self.chosen_from: object = None
+        self.job = None
         if not log and not any(e.v for e, _ in scores):
-            self.products = tuple(self._product(e, r) for e, r in scores)
+            self.job = Job(self.want, tuple(self._product(e, r) for e, r in scores))
 
     def _product(self, entry: Score, order: float | None) -> Product:
         stats = entry.stats_for(self.params[entry.name])
@@ -322,9 +330,11 @@ class _Plan:
         assert x is not None
         dtype = result_dtype(f, h)
         chosen = select(backend, x.device, dtype)
-        if self.products is not None:
-            out = chosen.products(f, h, self.want, self.products, shape, dtype, by_row)
+        if self.job is not None:
+            out = chosen.products(f, h, self.job, shape, dtype, by_row)
             if out is not None:
+                if chosen is kernels.cpu and len(self.scores) == 1 and f is not None:
+                    self.short, self.chosen_from = kernels.cpu.prepared(self.job), kernels.BACKENDS
                 return out
         found, norms = chosen.row_stats(f, h, self.want)
         stats = RowStats(found, f.shape[1] if f is not None else 0, self.want.temperature)
@@ -347,16 +357,18 @@ class _Plan:
 _PLANS: dict[Any, _Plan] = {}
 
 
-def _plan(key: Any, make: Callable[[], _Plan]) -> _Plan:
-    """The plan under `key`, made where it is not kept. A plan costs more than scoring one row."""
+def _known_plan(key: Any) -> _Plan | None:
+    """The plan kept under `key`. A plan costs more than scoring one row."""
     if torch.compiler.is_compiling():
-        return make()
+        return None
     try:
-        plan = _PLANS.get(key)
+        return _PLANS.get(key)
     except TypeError:  # an argument that has no hash is also one that has no meaning: let it be refused
-        return make()
-    if plan is None:
-        plan = make()
+        return None
+
+
+def _keep(key: Any, plan: _Plan) -> _Plan:
+    if not torch.compiler.is_compiling():
         if len(_PLANS) >= 256:
             _PLANS.clear()
         _PLANS[key] = plan

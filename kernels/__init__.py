@@ -1,15 +1,17 @@
 """Row statistics, and the one place that decides who computes them.
 
 Every score of fastood is an O(N) formula over a few numbers per row. A *backend* is a module in
-this folder that computes those numbers; it has three functions:
+this folder that computes those numbers; it has four functions:
 
 ``row_stats(logits, feats, want) -> (stats, norms)``
     ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
     column per order in ``want.orders`` (``None`` where none was asked for). Both come in float32
     or wider; norms always in float64, so that U * V overflows only where the product does.
-``products(logits, feats, want, products, shape, dtype, by_row) -> out | None``
-    Finished scores in one go: each ``Product``, [N, K] where `by_row`, else [K, N], as `shape`; or None
-    where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
+``products(logits, feats, job, shape, dtype, by_row) -> out | None``
+    Finished scores in one go: each ``Product`` of the job, [N, K] where `by_row`, else [K, N], as `shape`; or
+    None where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
+``batchgrad(logits, feats, anchors) -> out``
+    The one score that is no product of row statistics, raw, [N].
 ``unusable(device, dtype) -> str | None``
     Why it cannot serve tensors of that device and dtype here, or None where it can.
 
@@ -20,7 +22,9 @@ scores and backends.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -70,6 +74,22 @@ class Product(NamedTuple):
     divisor: float
 
 
+class Job:
+    """Finished scores that are asked for again and again."""
+
+    def __init__(self, want: Want, products: tuple[Product, ...]) -> None:
+        self.want, self.products = want, products
+        self.prepared: Any = ...  # what the C++ backend made of it
+
+
+class Anchors:
+    """The constant of BatchGrad: G = sum_i (1/T) (e_{y_i} - p(x_i)) h_i^T of its anchors."""
+
+    def __init__(self, G: Tensor, temperature: float, bias: bool) -> None:
+        self.G, self.temperature, self.bias = G, temperature, bias
+        self.prepared: Any = {}  # what the C++ backend made of it, by dtype
+
+
 class Backend(Protocol):
     def row_stats(
         self, logits: Tensor | None, feats: Tensor | None, want: Want
@@ -79,12 +99,13 @@ class Backend(Protocol):
         self,
         logits: Tensor | None,
         feats: Tensor | None,
-        want: Want,
-        products: tuple[Product, ...],
+        job: Job,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         by_row: bool,
     ) -> Tensor | None: ...
+
+    def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor: ...
 
     def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
 
@@ -109,12 +130,20 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             return reference
         name = DEFAULT
     if name == "auto":
+        if cpu.MISSING and device.type == "cpu":
+            _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})")
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
     if name not in BACKENDS:
         raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
     if reason := BACKENDS[name].unusable(device, dtype):
         raise RuntimeError(f"backend {name!r} cannot serve {dtype} on {device}: {reason}")
     return BACKENDS[name]
+
+
+@cache
+def _warn_once(what: str) -> None:
+    advice = "plain PyTorch does their work, several times slower. Reinstall fastood where there is a C++ compiler."
+    warnings.warn(f"{what}: {advice}", stacklevel=4)
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -242,6 +243,29 @@ def test_exported_program_needs_no_fastood(options):
     load = "import io, sys, torch; torch.export.load(io.BytesIO(sys.stdin.buffer.read()))"
     alone = f"{load}; assert 'fastood' not in sys.modules"
     subprocess.run([sys.executable, "-W", "ignore", "-c", alone], input=file.getvalue(), check=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_aot_compiled_package_needs_no_fastood(tmp_path):
+    """What runs in a process without Python (AOTInductor): no operator of ours may be in it."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, which AOTInductor compiles with")
+    served = torch.nn.Module()
+    served.forward = lambda f, h: fastood.score(f, h)
+    f, h = torch.randn(5, 4), torch.randn(5, 6)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(served, (f, h), dynamic_shapes={"f": batch, "h": batch})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "score.pt2"))
+    rows = torch.randn(9, 4), torch.randn(9, 6)
+    torch.save((*rows, fastood.score(*rows)), tmp_path / "rows.pt")
+    code = """
+import sys, torch
+f, h, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1])(f, h), expected, rtol=1e-5, atol=1e-5)
+assert "fastood" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, package, tmp_path / "rows.pt"], check=True)
 
 
 # ---- errors

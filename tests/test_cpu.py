@@ -50,6 +50,42 @@ def test_exp2_error_bound(level):
     assert of_vector(cpu._native.exp2f, special).tolist() == wanted
 
 
+@pytest.mark.parametrize("r", [0.05, 0.1, 0.3, 0.5, 0.84])
+def test_power_error_bound(level, r):
+    """|h|^r within 8 units of 2^-24 over the normal floats, of single features: nothing averages out."""
+    rng = np.random.default_rng(0)
+    h = np.concatenate(
+        [rng.uniform(1, 2, 50_000) * 2.0 ** rng.integers(-126, 127, 50_000), 2.0 ** np.arange(-126, 128)]
+    )
+    h = torch.from_numpy(h).float()[:, None]
+    got = fastood.norms(h, [r], log=True, backend="cpu")[:, 0].double().numpy()
+    expected = np.log(truth.widen(h)[:, 0])
+    # log ||h||_r = (log |h|^r) / r comes as float32
+    assert (np.abs(got - expected) * r <= 8 * 2**-24 + r * np.abs(expected) * 2**-24).all()
+
+
+def test_products_of_powers_error_bound(level):
+    """Orders that are sums of others: 0.8 = 0.3 + 0.5, 0.4 = 0.1 + 0.3."""
+    rng = np.random.default_rng(1)
+    h = torch.from_numpy(rng.uniform(1, 2, 20_000) * 2.0 ** rng.integers(-100, 100, 20_000)).float()[:, None]
+    orders = [0.8, 0.5, 0.1, 0.4, 0.3]
+    got = fastood.norms(h, orders, backend="cpu")
+    for j, r in enumerate(orders):
+        expected = truth.norm(h, r)
+        truth.assert_close(got[:, j], expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
+
+
+def test_exponential_error_bound(level):
+    """exp(z) within 4 + 2 |z| units of 2^-24, from 1 - p_max of two classes."""
+    z = np.linspace(0, 100, 100_001)
+    f = torch.from_numpy(np.stack([np.zeros_like(z), -z], 1)).float()
+    wide = torch.nn.functional.pad(f, (0, 100), value=-math.inf)  # a row over several vectors rather than in a lane
+    for x in (f, wide):
+        got = fastood.row_stats(x, ["one_minus_msp"], backend="cpu")["one_minus_msp"]
+        expected = truth.stat("one_minus_msp", f)
+        truth.assert_close(got, expected, (4 + 2 * z) * 2**-24 * expected)
+
+
 def test_log2_error_bound(level):
     """log2 x within 2^-23.3 absolute beyond the rounding of the sum, subnormals included; exact at powers of two."""
     mantissas = np.linspace(0.5, 2, 200_001)
@@ -120,6 +156,23 @@ def test_bits_do_not_depend_on_threads(N, C, D):
     assert torch.equal(results[0], results[2])
 
 
+def test_without_the_extension_it_says_so_once():
+    """Nothing else shows at installation that there was no compiler."""
+    code = """
+import sys, warnings
+sys.modules["fastood.kernels.cpu._native"] = None
+import torch, fastood
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    a = fastood.score(torch.ones(1, 2))
+    fastood.score(torch.ones(1, 2))
+    fastood.score(torch.ones(1, 2), backend="reference")
+print(len(caught), caught[0].message)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("1 fastood's C++ kernels were not built")
+
+
 def test_from_many_threads_at_once():
     f, h = torch.randn(300, 1000), torch.randn(300, 512)
     expected = fastood.score(f, h, backend="cpu")
@@ -177,6 +230,96 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 4000  # KiB; a copy of the logits alone takes 78,000
+
+
+# A tile's norms come from one pass where its values allow that; each of these makes it take care instead.
+@pytest.mark.parametrize("odd", [math.inf, math.nan, 1e-40, 3e38, 1e-30])
+@pytest.mark.parametrize("where", [0, 2047, 2048, 4999])
+def test_tiles_that_need_care(level, odd, where):
+    h = torch.rand(2, 5000) + 0.1
+    h[0, where] = odd
+    orders = [0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 6, math.inf]
+    for some in (orders, orders[1:5], orders[5:7]):
+        got = fastood.norms(h, some, backend="cpu")
+        for j, r in enumerate(some):
+            expected = truth.norm(h, r)
+            truth.assert_close(got[:, j], expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
+
+
+def test_rows_of_one_value(level):
+    """Rounding errors of equal terms do not average out."""
+    h = torch.tensor([0.1, 1 / 3, 0.7, 1.1, 5.3])[:, None].expand(5, 8000).contiguous()
+    for r in (0.1, 0.3, 0.5, 0.8, 1, 2, 3, 6):
+        expected = truth.norm(h, r)
+        for orders in ([r], [0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf]):
+            got = fastood.norms(h, orders, backend="cpu")[:, orders.index(r)]
+            truth.assert_close(got, expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
+
+
+# Around the 16 rows that are finished together, and the 48 classes up to which a row lies in a lane.
+@pytest.mark.parametrize("N", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("C", [1, 2, 10, 48, 49])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_few_classes(level, N, C, dtype):
+    rng = np.random.default_rng(C)
+    f = torch.from_numpy(rng.standard_normal((N, C)) * 10.0 ** rng.uniform(-2, 2, (N, 1))).to(dtype)
+    f[0, C // 2] = math.inf
+    f[-1] = -math.inf
+    if N > 2:
+        f[1, 0] = math.nan
+        f[2, 1:] = f[2, :1] - 95  # all but one vanish in float32
+    eps = truth.EPS[str(dtype).removeprefix("torch.")]
+    names = ["energy", "msp", "one_minus_s2", "s2", "tv", "plogp", "sumlogp", "log_msp"]
+    got = fastood.row_stats(f, [*names, ("power_sum", 0.5)], backend="cpu")
+    for name in names:
+        expected = truth.stat(name, f)
+        truth.assert_close(got[name], expected, truth.tolerance(name, expected, f, 1.0, eps), name)
+    alone = torch.cat([fastood.row_stats(row[None], ["tv"], backend="cpu")["tv"] for row in f])
+    assert torch.equal(alone.nan_to_num(7), got["tv"].nan_to_num(7))
+
+
+# ---- the short way of one score of plain tensors
+
+
+def test_short_way_gives_the_same_bits():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
+        for arguments in ((f,), (f, None, "msp"), (f, h), (f, h, "exgrad")):
+            long = fastood.score(*arguments, backend="cpu")
+            for _ in range(2):  # the first call may be the one that finds out that the short way will do
+                short = fastood.score(*arguments)
+                assert short.dtype == torch.float32
+                assert torch.equal(short, long)
+
+
+def test_what_is_not_plain_goes_the_long_way():
+    f, h = torch.randn(5, 30), torch.randn(5, 70)
+    expected, alone = fastood.score(f, h), fastood.score(f)
+    fastood.score(f, h)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(fastood.score(f.T.contiguous().T, h), expected, **close)
+    torch.testing.assert_close(fastood.score(torch.nn.Parameter(f), h).detach(), expected, **close)
+    assert fastood.score(f, h.clone().requires_grad_()).requires_grad
+    assert fastood.score(f.double(), h).dtype == torch.float64
+    assert isinstance(fastood.score(f.numpy(), h.numpy()), np.ndarray)
+    negated = torch.imag(torch.complex(torch.zeros(5, 30), -f).conj())  # its memory holds -f
+    assert negated.is_neg()
+    assert torch.equal(fastood.score(negated), alone)
+    assert torch.equal(fastood.row_stats(negated, ["energy"])["energy"], alone)
+    with torch.device("meta"):  # a default device is for what has no other
+        assert torch.equal(fastood.score(f), alone)
+        assert torch.equal(fastood.scores(f, h)["energy"], fastood.scores(f, h)["energy"])
+    for wrong, words in (
+        (f[:, :0], "at least one class"),
+        (f[0], "2-D"),
+        (f.long(), "torch.int64"),
+        (f.to_sparse(), "dense"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            fastood.score(wrong)
+    with pytest.raises(ValueError, match="feats must have the 5 rows"):
+        fastood.score(f, h[:4])
+    assert fastood.score(f[:0], h[:0]).shape == (0,)
 
 
 # ---- the seam with PyTorch

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastood.kernels import reference
+from fastood.kernels.seam import traced, transformed
 
 _native: Any = None
+MISSING = ""  # why there is no C++ part
 try:
     _native = import_module("fastood.kernels.cpu._native")
 except ImportError as error:
-    _missing = str(error)
+    MISSING = str(error)
 
 if TYPE_CHECKING:
-    from fastood.kernels import Product, Stat, Want
+    from fastood.kernels import Anchors, Job, Product, Stat, Want
 
 # The numbers that state.h and plan.h give them.
 _STATS = {
@@ -39,6 +40,7 @@ _STATS = {
     "plogp": 9,
     "sumlogp": 10,
     "power_sum": 11,
+    "gen": 12,
 }
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call
@@ -46,19 +48,18 @@ _MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     if _native is None:
-        return f"its C++ part was not built; reinstall fastood where there is a C++ compiler ({_missing})"
+        return f"its C++ part was not built; reinstall fastood where there is a C++ compiler ({MISSING})"
     if device.type != "cpu":
         return "it serves CPU tensors"
     return None
 
 
 def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if _traced(logits, feats):
+    if traced(logits, feats):
         return reference.row_stats(logits, feats, want)
-    if _numbers(want) is not None:
+    if _prepared(want) is not None:
         return _run(logits, feats, want)
-    # gen sorts, and log_one_minus_s2 outlives its own underflow: other kinds of work, which plain PyTorch does.
-    # The rest comes in parts that fit one call.
+    # log_one_minus_s2 outlives its own underflow, which plain PyTorch sees to; the rest in parts that fit one call.
     other = tuple(s for s in want.stats if not _has(s))
     native = [s for s in want.stats if _has(s)]
     stats = reference.row_stats(logits, None, want._replace(stats=other, orders=()))[0]
@@ -70,41 +71,55 @@ def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[
     return stats, torch.cat([x for x in norms if x is not None], -1) if norms else None
 
 
-def _traced(*tensors: Tensor | None) -> bool:
-    """Whether autograd or a tracer needs plain torch operations; neither can look into the C++ part."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()  # torch.jit.trace
-        or torch._C._are_functorch_transforms_active()  # vmap, jvp, torch.func.grad
-        or forward_ad._current_level >= 0
-    ):
-        return True
-    for t in tensors:
-        if t is not None and (type(t) is not Tensor and type(t) is not torch.nn.Parameter):
-            return True
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
-            return True
-    return False
-
-
 def products(
     logits: Tensor | None,
     feats: Tensor | None,
-    want: Want,
-    products: tuple[Product, ...],
+    job: Job,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     by_row: bool,
 ) -> Tensor | None:
-    numbers = _numbers(want)
-    if numbers is None or _traced(logits, feats):
+    plan = prepared(job)
+    if plan is None or traced(logits, feats):
         return None
-    f, f_arguments = _argument(logits if want.stats else None)
-    h, h_arguments = _argument(feats if want.orders else None)
-    out = torch.empty(shape, dtype=dtype)
+    f, f_arguments = _argument(logits if job.want.stats else None)
+    h, h_arguments = _argument(feats if job.want.orders else None)
+    x = logits if logits is not None else feats
+    assert x is not None
+    out = x.new_empty(shape, dtype=dtype)  # beside x, whatever the default device
     rows = shape[0 if by_row else 1]
-    _native.products(rows, *f_arguments, *h_arguments, *numbers, products, out.data_ptr(), _TYPES[dtype], by_row)
+    _native.products(plan, rows, *f_arguments, *h_arguments, out.data_ptr(), _TYPES[dtype], by_row)
     del f, h  # their addresses were read: until here they needed a name
+    return out
+
+
+def score_plain(plan: object, logits: Any, feats: Any) -> Any:
+    """One finished score [N] of plain tensors, or None where ``products`` must be asked: without Python's own part,
+    which takes longer than a row of 1000 logits."""
+    return None if transformed() else _native.score_plain(plan, logits, feats)
+
+
+def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
+    if traced(logits, feats, anchors.G):
+        return reference.batchgrad(logits, feats, anchors)
+    dtype = torch.float32
+    if torch.float64 in (logits.dtype, feats.dtype, anchors.G.dtype):
+        dtype, logits, feats = torch.float64, logits.double(), feats.double()
+    if dtype not in anchors.prepared:
+        plan = _native.prepare(anchors.temperature, (_STATS["lse"],), (0.0,), (0,), (), False, False, ())
+        norms = anchors.G.abs().sum(-1, dtype=torch.float64)
+        padded = torch.nn.functional.pad(anchors.G.to(dtype), (0, -anchors.G.shape[1] % 16)).contiguous()
+        anchors.prepared[dtype] = plan, padded, norms, norms.sum().item()
+    plan, G, norms, norm = anchors.prepared[dtype]
+    f, f_arguments = _argument(logits)
+    h, h_arguments = _argument(feats)
+    out = logits.new_empty(len(logits), dtype=torch.float64)
+    arguments = (G.data_ptr(), G.shape[1], norms.data_ptr(), norm, out.data_ptr())
+    _native.batchgrad(plan, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
+    del f, h
+    # What holds, or comes to, an infinity or a NaN is left to the definition.
+    if not (finite := out.isfinite()).all():
+        out[~finite] = reference.batchgrad(logits[~finite], feats[~finite], anchors)
     return out
 
 
@@ -113,24 +128,29 @@ def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[
     assert x is not None
     f, f_arguments = _argument(logits if want.stats else None)
     h, h_arguments = _argument(feats if want.orders else None)
-    numbers = _numbers(want)
-    assert numbers is not None
-    stats = torch.empty(len(want.stats), len(x), dtype=torch.float64)
-    norms = torch.empty(len(x), len(want.orders), dtype=torch.float64)
-    _native.row_stats(len(x), *f_arguments, *h_arguments, *numbers, stats.data_ptr(), norms.data_ptr())
+    stats = x.new_empty((len(want.stats), len(x)), dtype=torch.float64)
+    norms = x.new_empty((len(x), len(want.orders)), dtype=torch.float64)
+    _native.row_stats(_prepared(want), len(x), *f_arguments, *h_arguments, stats.data_ptr(), norms.data_ptr())
     del f, h
     return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
 
 
+def prepared(job: Job) -> object | None:
+    """The job as the C++ part reads it, worked out once; None where it cannot do it in one call."""
+    if job.prepared is ...:
+        job.prepared = _prepared(job.want, job.products)
+    return job.prepared
+
+
 @lru_cache
-def _numbers(want: Want) -> tuple[Any, ...] | None:
-    """`want` as the C++ part reads it; None where one call cannot give all of it."""
+def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
     powers = sum(s[0] == "power_sum" for s in want.stats)
     if len(want.orders) > _MOST_ORDERS or powers > _MOST_POWER_SUMS or not all(map(_has, want.stats)):
         return None
     stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
     exponents = tuple(0.0 if isinstance(s, str) else float(s[1]) for s in want.stats)
-    return want.temperature, stats, exponents, want.orders, want.bias, want.log
+    counts = tuple(min(int(s[2]), 1 << 62) if s[0] == "gen" else 0 for s in want.stats)
+    return _native.prepare(want.temperature, stats, exponents, counts, want.orders, want.bias, want.log, products)
 
 
 def _has(stat: Stat) -> bool:
@@ -141,6 +161,7 @@ def _argument(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int
     """A matrix with inner stride 1, and its address, type, columns and row stride."""
     if x is None:
         return None, (0, _TYPES[torch.float32], 0, 0)
+    x = x.resolve_neg()  # a view that is to be negated when it is read
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
     return x, (x.data_ptr(), _TYPES[x.dtype], x.shape[1], x.stride(0))
@@ -157,6 +178,7 @@ def _torch_threads() -> int:
 
 
 if _native is not None:
+    _native.use_torch(Tensor, (torch.float16, torch.bfloat16, torch.float32))
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))

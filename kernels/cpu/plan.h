@@ -11,6 +11,8 @@ enum Type : int { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, TYPES };
 
 // A row is reduced chunk by chunk, and chunks are merged in order: the same bits on any number of threads.
 constexpr int64_t CHUNK = 8192;
+// Up to this many classes, a row a lane rather than a lane an element.
+constexpr int64_t FEW = 48;
 constexpr int MAX_ORDERS = 32;
 constexpr int MAX_POWER_SUMS = 8, MAX_STATS = 32;
 
@@ -40,6 +42,19 @@ struct LogitsState {
   bool nan;
 };
 
+// y = |h|^order of a normal float h = 2^e m, from tables of 16: 2^(order e) in two factors, and m^order in one, by the
+// leading bits of m, times a polynomial in t = m centre - 1, centre the reciprocal of the middle of m's interval.
+struct PowerTable {
+  double order;
+  int slot;          // where in NormsState.sum
+  float exponent_low[16], exponent_high[16], mantissa[16];
+  float t1, t2, t3;  // (1 + t)^order = 1 + t (t1 + t (t2 + t t3)), relative error below 2^-27
+};
+constexpr int MAX_TABLES = 4;
+
+// An order that is the sum of two that have tables: its power is the product of theirs.
+struct PowerProduct { int a, b, slot; };
+
 // One base power y = |h|^base costs one exp2; the orders that are whole multiples of it cost multiplications.
 struct PowerGroup {
   double base, high;  // high: its leading bits
@@ -51,16 +66,24 @@ struct PowerGroup {
 
 struct NormsPlan {
   bool count;       // l0
+  bool extremes;    // l0 or l_inf
   int integers;     // bits 1..6: the orders that are formed by multiplication alone, in slots 1..6
   int groups;
   PowerGroup group[MAX_ORDERS];
   int slots;        // in use, integers included
   double order[MAX_ORDERS + 7];
   bool scaled[MAX_ORDERS + 7];
+  // The orders again, as a processor with permutations of 16 floats forms them, unless they are too many or of
+  // another kind.
+  bool tables;
+  int table_count, products;
+  float centre[16];
+  PowerTable table[MAX_TABLES];
+  PowerProduct product[MAX_ORDERS];
 };
 
 struct NormsState {
-  double max;        // max |h|
+  double max;        // max |h|; where only sums are asked for, infinite or not is all that it tells
   double reference;  // what scaled sums are relative to: max when they were last rescaled
   double shift, shift_log;  // its log2, whole and fraction
   double nonzero;
@@ -76,11 +99,27 @@ void rescale(const NormsPlan& plan, NormsState* state, double max);
 
 struct Kernels {
   const char* name;
-  void (*logits[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, LogitsState* state, void* kept);
+  int float_lanes;
+  // next: what will be read after f, and is fetched on the way
+  void (*logits[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, const void* next, LogitsState* state, void* kept);
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
                       const void* kept);
-  void (*norms[TYPES])(const void* h, int64_t n, const NormsPlan& plan, NormsState* state);
+  double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
+                       double gamma, int64_t M);
+  // As `logits` and `tv`, of rows of n <= FEW columns.
+  void (*few_logits[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
+                            LogitsState* states, double* tv);
+  void (*norms[TYPES])(const void* h, int64_t n, const NormsPlan& plan, const void* next, NormsState* state);
+  // BatchGrad, in float and in double; see batchgrad.h.
+  double (*batchgrad[2])(const void* h, int64_t n, const void* G, int64_t stride, const int* classes, const void* turn,
+                         const void* pull, int count);
+  double (*batchgrad_peak)(int64_t steps);
+  void (*exponentials[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, void* out);
+  double (*widen[TYPES])(const void* x, int64_t n, void* out);
+  // In place, of n doubles >= 0, n a multiple of 8: log (1 + x) to relative precision, and x^exponent to 2^-44.
+  void (*log1p)(double* x, int64_t n);
+  void (*power)(double* x, int64_t n, double exponent);
   // For tests of the error bounds: 2^x and log2 x of whole vectors.
   void (*exp2f)(const float* x, float* out, int64_t n);
   void (*log2f)(const float* x, float* out, int64_t n);

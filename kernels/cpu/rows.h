@@ -1,307 +1,47 @@
-// The kernels, in GCC/Clang vector types of VECTOR_BYTES: one source for every instruction set.
-// Included once by each of rows_*.cpp, inside its own namespace and target pragma.
-
-template <class T>
-struct Vec;
-
-template <>
-struct Vec<float> {
-  typedef float V __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int32_t Scalar;
-  typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
-  typedef uint32_t U __attribute__((vector_size(VECTOR_BYTES)));
-  static constexpr int lanes = VECTOR_BYTES / 4;
-  static constexpr int mantissa = 23, bias = 127, scaled = SCALED_FLOAT;
-  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  static constexpr float largest = 3.40282346638528860e+38f;
-  static constexpr float least_normal = 1.17549435082228751e-38f;
-};
-
-template <>
-struct Vec<double> {
-  typedef double V __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int64_t Scalar;
-  typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
-  typedef uint64_t U __attribute__((vector_size(VECTOR_BYTES)));
-  static constexpr int lanes = VECTOR_BYTES / 8;
-  static constexpr int mantissa = 52, bias = 1023, scaled = SCALED_DOUBLE;
-  static constexpr double magic = 6755399441055744.0;
-  static constexpr double largest = 1.79769313486231571e+308;
-  static constexpr double least_normal = 2.22507385850720138e-308;
-};
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-
-template <class T> using V = typename Vec<T>::V;
-template <class T> using I = typename Vec<T>::I;
-template <class T> using U = typename Vec<T>::U;
-
-template <class T> INLINE V<T> all(T x) { return x - V<T>{}; }
-
-template <class T> constexpr T minus_inf() { return T(-__builtin_inf()); }
-
-// Combine the lanes of x pair by pair, by halves.
-template <class T, int BYTES, class X, class F> INLINE T reduce(X x, F f) {
-  if constexpr (BYTES == sizeof(T)) {
-    return x[0];
-  } else {
-    typedef T Half __attribute__((vector_size(BYTES / 2)));
-    Half low, high;
-    __builtin_memcpy(&low, &x, BYTES / 2);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + BYTES / 2, BYTES / 2);
-    return reduce<T, BYTES / 2>(f(low, high), f);
-  }
-}
-
-template <class T> INLINE T sum_of(V<T> x) {
-  return reduce<T, VECTOR_BYTES>(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
-}
-
-template <class T> INLINE T max_of(V<T> x) {
-  return reduce<T, VECTOR_BYTES>(x, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
-}
-
-template <class T> INLINE bool any(I<T> mask) {
-  typedef typename Vec<T>::Scalar S;
-  return reduce<S, VECTOR_BYTES>(mask, [](auto a, auto b) __attribute__((always_inline)) { return a | b; }) != 0;
-}
-
-// ---- loads: any input type into vectors of its arithmetic type
-
-struct Half { uint16_t bits; };
-struct BFloat { uint16_t bits; };
-
-template <class In> struct Arithmetic { typedef float type; };
-template <> struct Arithmetic<double> { typedef double type; };
-
-INLINE V<float> load(const float* x) {
-  V<float> v;
-  __builtin_memcpy(&v, x, sizeof v);
-  return v;
-}
-
-INLINE V<double> load(const double* x) {
-  V<double> v;
-  __builtin_memcpy(&v, x, sizeof v);
-  return v;
-}
-
-typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
-
-INLINE V<float> load(const BFloat* x) {
-  Halves raw;
-  __builtin_memcpy(&raw, x, sizeof raw);
-  return (V<float>)(__builtin_convertvector(raw, U<float>) << 16);
-}
-
-INLINE V<float> load(const Half* x) {
-#if defined(__F16C__) && VECTOR_BYTES == 64
-  return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
-#elif defined(__F16C__) && VECTOR_BYTES == 32
-  return (V<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
-#else
-  Halves raw;
-  __builtin_memcpy(&raw, x, sizeof raw);
-  U<float> h = __builtin_convertvector(raw, U<float>);
-  V<float> magnitude = (V<float>)((h & 0x7fff) << 13) * 5.192296858534828e+33f;  // 2^112, subnormals included
-  U<float> special = (h & 0x7fff) << 13 | 0x7f800000;  // infinity and NaN
-  U<float> bits = (h & 0x7c00) == 0x7c00 ? special : (U<float>)magnitude;
-  return (V<float>)(bits | (h & 0x8000) << 16);
-#endif
-}
-
-// Which lanes are at or after `first`.
-template <class T> INLINE I<T> from_lane(int64_t first) {
-  I<T> lane;
-  for (int k = 0; k < Vec<T>::lanes; k++) lane[k] = k;
-  return lane >= typename Vec<T>::Scalar(first);
-}
-
-// The k < lanes elements that end at `end` in the last lanes, `padding` in the others. `before`: how many
-// elements there are before those, which may be read but not used.
-#if VECTOR_BYTES == 64
-// A masked load touches nothing before the k elements.
-INLINE V<float> load_masked(const float* x, uint32_t mask) { return (V<float>)_mm512_maskz_loadu_ps(mask, x); }
-INLINE V<double> load_masked(const double* x, uint32_t mask) { return (V<double>)_mm512_maskz_loadu_pd(mask, x); }
-INLINE V<float> load_masked(const Half* x, uint32_t mask) {
-  return (V<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
-}
-INLINE V<float> load_masked(const BFloat* x, uint32_t mask) {
-  return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16);
-}
-
-template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int64_t, T padding) {
-  constexpr int64_t lanes = Vec<T>::lanes;
-  V<T> v = load_masked(end - lanes, uint32_t((1u << lanes) - (1u << (lanes - k))));
-  return from_lane<T>(lanes - k) ? v : all<T>(padding);
-}
-#else
-template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int64_t before, T padding) {
-  constexpr int64_t lanes = Vec<T>::lanes;
-  V<T> v;
-  if (before >= lanes - k) {
-    v = load(end - lanes);
-  } else {
-    In held[lanes] = {};
-    for (int64_t j = 0; j < k; j++) held[lanes - k + j] = end[j - k];
-    v = load(held);
-  }
-  return from_lane<T>(lanes - k) ? v : all<T>(padding);
-}
-#endif
-
-// ---- 2^x and log2 x. tests/test_cpu.py holds the bounds that are stated here.
-
-// 2^f * UNIT for |f| <= 1/2, UNIT a power of two; relative error of the polynomial 2^-29.0 (float), 2^-58.2 (double).
-template <int SHIFT> INLINE V<float> exp2_fraction(V<float> f) {
-  constexpr float UNIT = float(int64_t(1) << SHIFT);
-  V<float> p = (0.0001534586335765198f * UNIT) * f + 0.0013399929739534855f * UNIT;
-  p = p * f + 0.009618489071726799f * UNIT;
-  p = p * f + 0.05550328642129898f * UNIT;
-  p = p * f + 0.24022646248340607f * UNIT;
-  p = p * f + 0.6931471824645996f * UNIT;
-  return p * f + UNIT;
-}
-
-template <int SHIFT> INLINE V<double> exp2_fraction(V<double> f) {
-  constexpr double UNIT = double(int64_t(1) << SHIFT / 2) * double(int64_t(1) << (SHIFT - SHIFT / 2));
-  V<double> p = (4.4352888650675365e-10 * UNIT) * f + 7.074104573753809e-09 * UNIT;
-  p = p * f + 1.0178197976954745e-07 * UNIT;
-  p = p * f + 1.3215433095891532e-06 * UNIT;
-  p = p * f + 1.5252733490108938e-05 * UNIT;
-  p = p * f + 0.00015403530462501698 * UNIT;
-  p = p * f + 0.0013333558146789778 * UNIT;
-  p = p * f + 0.009618129107588346 * UNIT;
-  p = p * f + 0.055504108664819925 * UNIT;
-  p = p * f + 0.24022650695910155 * UNIT;
-  p = p * f + 0.6931471805599453 * UNIT;
-  return p * f + UNIT;
-}
-
-// 2^x * 2^SHIFT, where x = n + f, n an integer held in `rounded` = n + magic, |f| <= 1/2; 0 where `zero`: at
-// least where the result would be below the normal numbers.
-#if VECTOR_BYTES == 64
-INLINE V<float> scale(V<float> p, V<float> n) { return (V<float>)_mm512_scalef_ps((__m512)p, (__m512)n); }
-INLINE V<double> scale(V<double> p, V<double> n) { return (V<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n); }
-
-template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T>, V<T> n, V<T> f, I<T> zero) {
-  V<T> e = scale(exp2_fraction<SHIFT>(f), n);
-  return zero ? V<T>{} : e;
-}
-#else
-template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T> rounded, V<T>, V<T> f, I<T> zero) {
-  V<T> power = (V<T>)(((I<T>)rounded + (Vec<T>::bias + SHIFT)) << Vec<T>::mantissa);
-  V<T> e = exp2_fraction<0>(f) * power;
-  return zero ? V<T>{} : e;
-}
-#endif
-
-// 2^(whole + part), part small, the sum at most 127 (1023); 0 where `zero` and, if CLAMP, below the normal numbers.
-template <class T, bool CLAMP> INLINE V<T> exp2_sum(V<T> whole, V<T> part, I<T> zero) {
-  V<T> x = whole + part;
-  if constexpr (CLAMP) {
-    const T lowest = T(1 - Vec<T>::bias);
-    zero |= x < lowest;
-    x = x > lowest ? x : all<T>(lowest);
-  }
-  V<T> rounded = x + Vec<T>::magic;
-  V<T> n = rounded - Vec<T>::magic;
-  return exp2_parts<T, 0>(rounded, n, (whole - n) + part, zero);
-}
-
-// log2 of positive finite x as exponent + log, |log| <= 1/2; absolute error of log 2^-23.3 (float; 2^-24.3 of it
-// the polynomial), 2^-52 (double).
-INLINE V<float> log2_mantissa(V<float> m) {
-  V<float> t = m - 1.0f;
-  V<float> q = 0.2368849217891693f - 0.14573530852794647f * t;
-  q = q * t - 0.2500697672367096f;
-  q = q * t + 0.2867082357406616f;
-  q = q * t - 0.36008724570274353f;
-  q = q * t + 0.48093941807746887f;
-  q = q * t - 0.7213571667671204f;
-  q = q * t + 1.4426947832107544f;
-  return q * t;
-}
-
-INLINE V<double> log2_mantissa(V<double> m) {
-  V<double> s = (m - 1.0) / (m + 1.0), u = s * s;
-  V<double> q = 0.21367066635364648 * u + 0.22091187639284415;
-  q = q * u + 0.2623344014601578;
-  q = q * u + 0.32059853392980525;
-  q = q * u + 0.4121985858510587;
-  q = q * u + 0.5770780163454703;
-  q = q * u + 0.9617966939259899;
-  q = q * u + 2.8853900817779268;
-  return q * s;
-}
-
-#if VECTOR_BYTES == 64
-INLINE V<float> exponent_of(V<float> x) { return (V<float>)_mm512_getexp_ps((__m512)x); }
-INLINE V<double> exponent_of(V<double> x) { return (V<double>)_mm512_getexp_pd((__m512d)x); }
-INLINE V<float> mantissa_of(V<float> x) {
-  return (V<float>)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-}
-INLINE V<double> mantissa_of(V<double> x) {
-  return (V<double>)_mm512_getmant_pd((__m512d)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-}
-
-template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
-  V<T> m = mantissa_of(x), e = exponent_of(x);
-  I<T> high = m >= T(1.4142135);
-  *log = log2_mantissa(high ? m * T(0.5) : m);
-  *exponent = high ? e + T(1) : e;
-}
-#else
-template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
-  // 2^-1/2 in bits: the mantissa comes out in [2^-1/2, 2^1/2)
-  constexpr int64_t half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
-  I<T> subnormal = x < Vec<T>::least_normal;
-  x = subnormal ? x * T(int64_t(1) << Vec<T>::mantissa) : x;
-  I<T> e = ((I<T>)x - typename Vec<T>::I{} - half) >> Vec<T>::mantissa;
-  *log = log2_mantissa((V<T>)((I<T>)x - (e << Vec<T>::mantissa)));
-  *exponent = __builtin_convertvector(e + (subnormal & -Vec<T>::mantissa), V<T>);
-}
-#endif
+// The kernels: what reduces a chunk of a row to its partial sums. Included after vectors.h, in the same way.
 
 // ---- logits
 
 template <class T> struct Softmax {
-  T max, high, low;  // z log2(e) = (f - max) (high + low)
-  T lowest;          // the difference below which exp is 0
+  V<T> max;
+  T high, low;  // z log2(e) = (f - max) (high + low)
+  T lowest;     // the difference below which exp is 0
 
-  Softmax(double max_, const LogitsPlan& plan) : max(T(max_)), high(T(plan.scale)) {
+  Softmax(V<T> max, const LogitsPlan& plan) : max(max), high(T(plan.scale)) {
+    if (high == 0) high = sizeof(T) == 4 ? T(0x1p-149) : T(0x1p-1074);  // -inf * 0 is no number
     low = sizeof(T) == 4 ? T(plan.scale - double(high)) : T(plan.scale_low);
     lowest = sizeof(T) == 4 ? T(plan.lowest_float) : T(plan.lowest_double);
   }
 
-  // 2^SCALED exp(z), z = (f - max) / T, 0 where `without`; d = f - max is handed out, no less than `lowest`
-  INLINE V<T> exp(const Softmax& s, V<T> f, V<T>* d, I<T> without = I<T>{}) {
-    V<T> exact = f - s.max;
-    V<T> held = exact < s.lowest ? all<T>(s.lowest) : exact;
-    V<T> rounded = held * s.high + Vec<T>::magic;
+  // 2^SCALED exp(z), z = (f - max) / T; d = f - max is handed out, no less than `lowest`
+  inline __attribute__((always_inline)) V<T> exp(V<T> f, V<T>* d) const {
+    V<T> exact = f - max;
+    V<T> held = *d = exact < lowest ? all<T>(lowest) : exact;
+#if VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) return exp2_nonpositive<Vec<T>::scaled>(exact * high);
+#endif
+    V<T> rounded = held * high + Vec<T>::magic;
     V<T> n = rounded - Vec<T>::magic;
-    V<T> fraction = held * s.low + (held * s.high - n);
+    V<T> fraction = held * low + (held * high - n);
     if constexpr (sizeof(T) == 8) {  // what the subtraction rounded away grows with |z|
       V<T> back = exact - f;
-      V<T> lost = (f - (exact - back)) - (s.max + back);
-      fraction += lost * s.high;
+      V<T> lost = (f - (exact - back)) - (max + back);
+      fraction += lost * high;
     }
-    *d = held;
-    return exp2_parts<T, Vec<T>::scaled>(rounded, n, fraction, (exact < s.lowest) | without);
+    return exp2_parts<T, Vec<T>::scaled>(rounded, n, fraction, exact < lowest);
   }
 };
 
 // Calls step(u, v, i, first) on every vector of x: u < WIDTH the accumulator to use, i where it begins, `first`
-// its first lane that counts, 0 but in a last vector that is not full; flush() after each BLOCK elements, so that
+// its first lane that counts, 0 but in a last vector that is not full; flush() after each LENGTH elements, so that
 // no sum of floats grows long.
 constexpr int64_t BLOCK = 512;
 
-template <int WIDTH, class T, class In, class Step, class Flush>
+template <int WIDTH, class T, int64_t LENGTH = BLOCK, class In, class Step, class Flush>
 INLINE void for_blocks(const In* x, int64_t n, T padding, Step step, Flush flush) {
   constexpr int64_t lanes = Vec<T>::lanes;
   for (int64_t i = 0; i < n;) {
-    const int64_t end = i + BLOCK < n ? i + BLOCK : n;
+    const int64_t end = i + LENGTH < n ? i + LENGTH : n;
     for (; i + WIDTH * lanes <= end; i += WIDTH * lanes) {
       UNROLL for (int u = 0; u < WIDTH; u++) step(u, load(x + i + u * lanes), i + u * lanes, 0);
     }
@@ -333,49 +73,46 @@ template <int WIDTH, class T> INLINE double take(V<T>* sums) {
   return double(sum_of<T>(total));
 }
 
-template <class T, class In> static void max_of_row(const In* f, int64_t n, LogitsState* state) {
+// The largest element that is a number.
+template <class T, class In> static T max_of_row(const In* f, int64_t n) {
   constexpr int W = 4;
   V<T> most[W];
-  I<T> nan[W] = {};
   UNROLL for (int u = 0; u < W; u++) most[u] = all<T>(minus_inf<T>());
   for_blocks<W, T>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
-        most[u] = v > most[u] ? v : most[u];
-        nan[u] |= v != v;
-      },
-      [] {});
-  V<T> m = most[0];
-  UNROLL for (int u = 1; u < W; u++) {
-    m = most[u] > m ? most[u] : m;
-    nan[0] |= nan[u];
-  }
-  state->max = max_of<T>(m);
-  state->nan = any<T>(nan[0]);
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { most[u] = larger(v, most[u]); }, [] {});
+  return max_of<T>(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+}
+
+template <class T, class In> static bool any_nan(const In* f, int64_t n) {
+  I<T> nan = {};
+  for_blocks<1, T>(
+      f, n, minus_inf<T>(), [&](int, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { nan |= v != v; }, [] {});
+  return any<T>(nan);
 }
 
 // MORE: all sums, else that of the exponentials alone, which comes out the same to the bit. KEEP: store them.
 template <class T, class In, bool MORE, bool KEEP>
-static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsState* state, T* kept) {
+static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In* next, LogitsState* state, T* kept) {
   constexpr int W = 2;
-  const Softmax<T> softmax(state->max, plan);
+  constexpr int64_t lanes = Vec<T>::lanes;
+  const Softmax<T> softmax(all<T>(T(state->max)), plan);
   const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
   const bool sum_z = plan.sums & SUMLOGP;
-  V<T> ties[W] = {}, exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
+  V<T> rest[W] = {}, exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
   V<T> all_exp = {}, all_squares = {}, all_exp_z = {};
   double all_z = 0;
   for_blocks<W, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
-        const I<T> top = v == softmax.max;
-        V<T> d, e = Softmax<T>::exp(softmax, v, &d, top);
-        if constexpr (KEEP) {
-          V<T> with_top = top ? all<T>(T(1 / unit)) : e;
-          __builtin_memcpy(kept + i, &with_top, sizeof e);
-        }
-        ties[u] += top ? all<T>(T(1)) : V<T>{};
-        exp[u] += e;
+        __builtin_prefetch(next + i);
+        V<T> d, e = softmax.exp(v, &d);
+        if constexpr (KEEP) __builtin_memcpy(kept + i, &e, sizeof e);
+        const auto below = unequal(v, softmax.max);
+        rest[u] = add_where(below, rest[u], all<T>(T(1)));
+        exp[u] = add_where(below, exp[u], e);
         if constexpr (MORE) {
+          e = where(below, e);
           squares[u] += e * e;
           exp_z[u] += e * d;
           if (sum_z) {
@@ -393,7 +130,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
           if (sum_z) all_z += take<W, T>(z);
         }
       });
-  state->ties = take<W, T>(ties);
+  state->ties = double((n + lanes - 1) / lanes * lanes) - take<W, T>(rest);
   state->exp = unit * sum_of<T>(all_exp);
   if constexpr (MORE) {
     state->squares = unit * unit * sum_of<T>(all_squares);
@@ -402,17 +139,21 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   }
 }
 
+static LogitsPlan sharper(const LogitsPlan& plan, int power) {
+  LogitsPlan of_power = plan;
+  set_scale(&of_power, plan.scale * plan.power[power], plan.scale_low * plan.power[power]);
+  return of_power;
+}
+
 template <class T, class In>
 static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int which, LogitsState* state) {
-  LogitsPlan sharper = plan;
-  set_scale(&sharper, plan.scale * plan.power[which], plan.scale_low * plan.power[which]);
-  const Softmax<T> softmax(state->max, sharper);
+  const Softmax<T> softmax(all<T>(T(state->max)), sharper(plan, which));
   V<T> exp[4] = {};
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
-        V<T> d;
-        exp[u] += Softmax<T>::exp(softmax, v, &d, v == softmax.max);
+        V<T> d, e = softmax.exp(v, &d);
+        exp[u] = add_where(unequal(v, softmax.max), exp[u], e);
       },
       [&] { state->powers[which] += take<4, T>(exp); });
   state->powers[which] *= __builtin_ldexp(1.0, -Vec<T>::scaled);
@@ -429,13 +170,13 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { most[u] = v < top && v > most[u] ? v : most[u]; }, [] {});
   const double pivot = max_of<T>(most[0] > most[1] ? most[0] : most[1]);
   if (pivot == -__builtin_inf()) return;
-  const Softmax<T> softmax(pivot, plan);
+  const Softmax<T> softmax(all<T>(T(pivot)), plan);
   V<T> exp[2] = {}, squares[2] = {}, exp_z[2] = {};
   double sum = 0, square = 0, sum_z = 0;
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
-        V<T> d, e = Softmax<T>::exp(softmax, v < top ? v : all<T>(minus_inf<T>()), &d);
+        V<T> d, e = softmax.exp(v < top ? v : all<T>(minus_inf<T>()), &d);
         exp[u] += e;
         squares[u] += e * e;
         exp_z[u] += e * d;
@@ -448,22 +189,29 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   state->exp_z = w == 0 ? 0 : w * unit * (sum_z / plan.temperature + gap * sum);
 }
 
-template <class In> static void logits(const void* data, int64_t n, const LogitsPlan& plan, LogitsState* state, void* kept) {
+template <class In>
+static void logits(const void* data, int64_t n, const LogitsPlan& plan, const void* next,
+                                              LogitsState* state, void* kept) {
   typedef typename Arithmetic<In>::type T;
   const In* f = static_cast<const In*>(data);
   T* keep = static_cast<T*>(kept);
-  max_of_row<T>(f, n, state);
+  state->max = max_of_row<T>(f, n);
   const double infinity = __builtin_inf();
-  if (plan.sums == 0 || state->nan || state->max == infinity || state->max == -infinity) return;
+  state->nan = false;
+  if (plan.sums == 0 || state->max == infinity || state->max == -infinity) {
+    state->nan = any_nan<T>(f, n);
+    return;
+  }
   const bool more = plan.sums & (SQUARES | PLOGP | SUMLOGP);
   if (more && keep)
-    sums_of_row<T, In, true, true>(f, n, plan, state, keep);
+    sums_of_row<T, In, true, true>(f, n, plan, static_cast<const In*>(next), state, keep);
   else if (more)
-    sums_of_row<T, In, true, false>(f, n, plan, state, keep);
+    sums_of_row<T, In, true, false>(f, n, plan, static_cast<const In*>(next), state, keep);
   else if (keep)
-    sums_of_row<T, In, false, true>(f, n, plan, state, keep);
+    sums_of_row<T, In, false, true>(f, n, plan, static_cast<const In*>(next), state, keep);
   else
-    sums_of_row<T, In, false, false>(f, n, plan, state, keep);
+    sums_of_row<T, In, false, false>(f, n, plan, static_cast<const In*>(next), state, keep);
+  state->nan = state->exp != state->exp;
   if (sizeof(T) == 4 && state->exp < 0x1p-128) rest_of_row<T>(f, n, plan, state);
   for (int r = 0; r < plan.power_sums; r++) power_sum_of_row<T>(f, n, plan, r, state);
 }
@@ -483,16 +231,147 @@ static double tv(const void* data, int64_t n, const LogitsPlan& plan, double max
     for_blocks<4, T>(
         static_cast<const T*>(kept), whole, T(0), [&](int u, V<T> e, int64_t, int64_t) __attribute__((always_inline)) { add(u, e); }, flush);
   } else {
-    const Softmax<T> softmax(max, plan);
+    const Softmax<T> softmax(all<T>(T(max)), plan);
     for_blocks<4, T>(
         static_cast<const In*>(data), n, minus_inf<T>(),
         [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
           V<T> d;
-          add(u, Softmax<T>::exp(softmax, v, &d));
+          add(u, softmax.exp(v, &d));
         },
         flush);
   }
   return sum_of<T>(sum);
+}
+
+// ---- GEN
+
+template <class T, class In> static int64_t count_at_least(const In* f, int64_t n, T level) {
+  I<T> below[4] = {};
+  for_blocks<4, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { below[u] -= v >= level; }, [] {});
+  const I<T> sum = (below[0] + below[1]) + (below[2] + below[3]);
+  int64_t total = 0;
+  for (int k = 0; k < Vec<T>::lanes; k++) total += sum[k];
+  return total;
+}
+
+// The M-th largest of a row of numbers, M <= n: bisection over the floats in their order.
+template <class T, class In> static T largest_but(const In* f, int64_t n, int64_t M, T max) {
+  typedef typename Vec<T>::Scalar S;
+  constexpr S sign = S(typename Vec<T>::Unsigned(1) << (sizeof(T) * 8 - 1));
+  auto key = [](T x) { S bits; __builtin_memcpy(&bits, &x, sizeof x); return bits < 0 ? S(bits ^ ~sign) : bits; };
+  auto value = [](S bits) { T x; if (bits < 0) bits ^= ~sign; __builtin_memcpy(&x, &bits, sizeof x); return x; };
+  S low = key(minus_inf<T>()), high = key(max);  // count_at_least(low) >= M, and what is above high is too few
+  while (low < high) {
+    const S middle = S((low & high) + ((low ^ high) >> 1)) + S((low ^ high) & 1);  // their mean, rounded up
+    if (count_at_least<T>(f, n, value(middle)) >= M) low = middle;
+    else high = middle - 1;
+  }
+  return value(low);
+}
+
+// Sum over the M largest p of p^gamma (1 - p)^gamma; total and rest: of the exponentials relative to the maximum.
+template <class In>
+static double gen(const void* data, int64_t n, const LogitsPlan& plan, double max, double total, double rest, double gamma,
+                  int64_t M) {
+  typedef typename Arithmetic<In>::type T;
+  const In* f = static_cast<const In*>(data);
+  const T level = M < n ? largest_but<T>(f, n, M, T(max)) : minus_inf<T>();
+  const Softmax<T> softmax(all<T>(T(max)), plan);
+  const T scale = T(plan.scale * gamma), power = T(gamma), per_total = T(__builtin_ldexp(1 / total, -Vec<T>::scaled));
+  const T log_total = T(gamma * __builtin_log2(total));
+  auto term = [&](V<T> v) __attribute__((always_inline)) {
+    V<T> d, p = softmax.exp(v, &d) * per_total, e, l;
+    log2_parts<T>(1 - p, &e, &l);
+    return exp2_sum<T, true>((v - softmax.max) * scale - log_total, (e + l) * power, v == minus_inf<T>());
+  };
+  V<T> sums[2] = {}, above[2] = {};
+  double sum = 0, count = 0;
+  for_blocks<2, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
+        const I<T> wanted = (v > level) & (v != softmax.max);
+        if (!any<T>(wanted)) return;
+        sums[u] += wanted ? term(v) : V<T>{};
+        above[u] += wanted ? all<T>(T(1)) : V<T>{};
+      },
+      [&] { sum += take<2, T>(sums), count += take<2, T>(above); });
+  // The maximum, whose 1 - p is rest / total; then what is equal to the M-th, as often as there is room for it.
+  const double top = __builtin_pow(rest / (total * total), gamma);
+  const double ties = double(count_at_least<T>(f, n, T(max))), most = double(M < n ? M : n);
+  if (level >= max) return most * top;
+  sum += ties * top;
+  return level > minus_inf<T>() ? sum + (most - count - ties) * double(term(all<T>(level))[0]) : sum;
+}
+
+// ---- few classes: a row a lane
+
+// The same sums, and TV, of `rows` rows of n <= FEW elements, each of them to its own state.
+template <class In>
+static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
+                       LogitsState* states, double* tv) {
+  typedef typename Arithmetic<In>::type T;
+  constexpr int lanes = Vec<T>::lanes;
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  for (int64_t start = 0; start < rows; start += lanes) {
+    const int64_t count = rows - start < lanes ? rows - start : lanes;
+    const In* f = static_cast<const In*>(data) + start * stride;
+    In raw[FEW][lanes];
+    for (int64_t row = 0; row < lanes; row++) {
+      const In* from = f + (row < count ? row : 0) * stride;
+      for (int64_t k = 0; k < n; k++) raw[k][row] = from[k];
+    }
+    V<T> x[FEW], max = all<T>(minus_inf<T>()), nan = {};
+    for (int64_t k = 0; k < n; k++) {
+      x[k] = load(raw[k]);
+      max = larger(x[k], max);
+      nan = add_where(unequal(x[k], x[k]), nan, all<T>(T(1)));
+    }
+    V<T> rest = {}, exp = {}, squares = {}, exp_z = {}, z = {}, powers[MAX_POWER_SUMS] = {}, above = {};
+    if (plan.sums) {
+      for (int r = 0; r < plan.power_sums; r++) {
+        const Softmax<T> softmax(max, sharper(plan, r));
+        for (int64_t k = 0; k < n; k++) {
+          V<T> d, e = softmax.exp(x[k], &d);
+          powers[r] = add_where(unequal(x[k], max), powers[r], e);
+        }
+      }
+      const Softmax<T> softmax(max, plan);
+      for (int64_t k = 0; k < n; k++) {
+        V<T> d, e = softmax.exp(x[k], &d);
+        const auto below = unequal(x[k], max);
+        rest = add_where(below, rest, all<T>(T(1)));
+        exp = add_where(below, exp, e);
+        squares = add_where(below, squares, e * e);
+        exp_z += e * d;
+        z += x[k] - max;
+        x[k] = e;
+      }
+      if (plan.sums & TV) {
+        const V<T> scale = 1 / (all<T>(T(n)) - rest + exp * T(unit));
+        for (int64_t k = 0; k < n; k++) {
+          V<T> p = x[k] * T(unit) * scale - T(1.0 / double(n));
+          above += p > 0 ? p : V<T>{};
+        }
+      }
+    }
+    for (int64_t row = 0; row < count; row++) {
+      LogitsState* s = states + start + row;
+      s->max = max[row];
+      s->n = n;
+      s->nan = nan[row] != 0;
+      s->ties = n - rest[row];
+      s->exp = unit * exp[row];
+      s->squares = unit * unit * squares[row];
+      s->exp_z = unit / plan.temperature * exp_z[row];
+      s->z = z[row] / plan.temperature;
+      for (int r = 0; r < plan.power_sums; r++) s->powers[r] = unit * powers[r][row];
+      if (plan.sums & TV) tv[start + row] = above[row];
+      if (sizeof(T) == 4 && plan.sums && s->exp < 0x1p-128 && __builtin_isfinite(s->max) && !s->nan)
+        rest_of_row<T>(f + row * stride, n, plan, s);
+    }
+  }
 }
 
 // ---- norms
@@ -596,9 +475,8 @@ template <class T, bool COUNT, class In> static void read_tile(const In* h, int6
   if constexpr (COUNT) state->nonzero += take<4, T>(nonzero);
 }
 
-template <class In> static void norms(const void* data, int64_t n, const NormsPlan& plan, NormsState* state) {
-  typedef typename Arithmetic<In>::type T;
-  const In* h = static_cast<const In*>(data);
+// Any chunk of any row.
+template <class T, class In> static void norms_with_care(const In* h, int64_t n, const NormsPlan& plan, NormsState* state) {
   T a[BLOCK], power[BLOCK];
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t m = n - start < BLOCK ? n - start : BLOCK;
@@ -624,6 +502,131 @@ template <class In> static void norms(const void* data, int64_t n, const NormsPl
   }
 }
 
+#if VECTOR_BYTES == 64
+// In one pass over at most SPAN elements: the sums of TABLES fractional powers and of the products of two of them,
+// those of the INTEGERS first integer powers, and, with 6 of those, the extremes. False, and nothing done, where an
+// element is subnormal or not finite, or where an integer power is out of range: then care is needed.
+constexpr int64_t SPAN = 2048;
+
+template <int TABLES, int INTEGERS, class In>
+static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const In* next, NormsState* state) {
+  typedef V<float> F;
+  constexpr int W = TABLES < 2 && INTEGERS < 6 ? 2 : 1;
+  constexpr int ODD = 0xb9;  // for fpclass: NaN, infinite, subnormal
+  const F centre = load(plan.centre);
+  F low[TABLES + 1], high[TABLES + 1], mantissa[TABLES + 1], kept[TABLES + 1];
+  F power[TABLES + 1][W] = {}, product[MAX_ORDERS][W], integer[INTEGERS + 1][W] = {};
+  F all_power[TABLES + 1] = {}, all_product[MAX_ORDERS], all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
+  UNROLL for (int k = 0; k < TABLES; k++) {
+    low[k] = load(plan.table[k].exponent_low);
+    high[k] = load(plan.table[k].exponent_high);
+    mantissa[k] = load(plan.table[k].mantissa);
+  }
+  for (int j = 0; j < plan.products; j++) {
+    all_product[j] = F{};
+    for (int u = 0; u < W; u++) product[j][u] = F{};
+  }
+  auto choose = [](F table, I<float> index) __attribute__((always_inline)) {
+    return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)table);  // by the low four bits
+  };
+  __mmask16 odd = 0;
+  for_blocks<W, float, 256 * W>(
+      h, n, 0.0f,
+      [&](int u, F v, int64_t i, int64_t) __attribute__((always_inline)) {
+        __builtin_prefetch(next + i);
+        odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
+        const I<float> bits = (I<float>)v;
+        if constexpr (TABLES > 0) {
+          const __mmask16 some = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x7fffffff));
+          const F m = (F)((bits & 0x007fffff) | 0x3f800000);
+          const F t = m * choose(centre, bits >> 19) - 1.0f;
+          UNROLL for (int k = 0; k < TABLES; k++) {
+            const PowerTable& table = plan.table[k];
+            const F a = choose(low[k], bits >> 23) * choose(high[k], bits >> 27), c = choose(mantissa[k], bits >> 19);
+            const F y = where(some, a * (c * t * (table.t1 + t * (table.t2 + t * table.t3)) + c));
+            power[k][u] += y;
+            kept[k] = y;
+          }
+          for (int j = 0; j < plan.products; j++) product[j][u] += kept[plan.product[j].a] * kept[plan.product[j].b];
+        }
+        if constexpr (INTEGERS > 0) {
+          const F a = (F)(bits & 0x7fffffff);
+          integer[0][u] += a;
+          integer[1][u] += a * a;
+          if constexpr (INTEGERS == 6) {
+            const F a2 = a * a, a3 = a2 * a;
+            integer[2][u] += a2 * a;
+            integer[3][u] += a2 * a2;
+            integer[4][u] += a3 * a2;
+            integer[5][u] += a3 * a3;
+            most = larger(a, most);
+            nonzero = add_where(unequal(a, F{}), nonzero, all<float>(1.0f));
+          }
+        }
+      },
+      [&] {
+        UNROLL for (int k = 0; k < TABLES; k++) add_up<W, float>(&all_power[k], power[k]);
+        for (int j = 0; j < plan.products; j++) add_up<W, float>(&all_product[j], product[j]);
+        UNROLL for (int p = 0; p < INTEGERS; p++) add_up<W, float>(&all_integer[p], integer[p]);
+      });
+  if (odd) return false;
+  if constexpr (INTEGERS > 0) {
+    double sum[INTEGERS];
+    for (int p = 0; p < INTEGERS; p++) sum[p] = sum_of<float>(all_integer[p]);
+    if (sum[0] > 0) {
+      // What underflows in the highest power then counts for nothing in its sum.
+      if (!(sum[INTEGERS - 1] >= 0x1p-70 && sum[INTEGERS - 1] < __builtin_inf())) return false;
+      if (state->reference < 1) rescale(plan, state, 1);
+      const double unit = __builtin_ldexp(1.0, -int(state->shift) - 1);
+      double scale = 1;
+      for (int p = 0; p < INTEGERS; p++) state->sum[p + 1] += (scale *= unit) * sum[p];
+    }
+  }
+  for (int k = 0; k < TABLES; k++) state->sum[plan.table[k].slot] += sum_of<float>(all_power[k]);
+  for (int j = 0; j < plan.products; j++) state->sum[plan.product[j].slot] += sum_of<float>(all_product[j]);
+  if constexpr (INTEGERS == 6) {
+    const double max = max_of<float>(most);
+    state->max = max > state->max ? max : state->max;
+    state->nonzero += sum_of<float>(nonzero);
+  }
+  return true;
+}
+
+template <class In> using AtOnce = bool (*)(const In*, int64_t, const NormsPlan&, const In*, NormsState*);
+
+template <int INTEGERS, class In> static AtOnce<In> with_tables(int tables) {
+  switch (tables) {
+    case 0: return norms_at_once<0, INTEGERS, In>;
+    case 1: return norms_at_once<1, INTEGERS, In>;
+    case 2: return norms_at_once<2, INTEGERS, In>;
+    case 3: return norms_at_once<3, INTEGERS, In>;
+    default: return norms_at_once<4, INTEGERS, In>;
+  }
+}
+#endif
+
+template <class In>
+static void norms(const void* data, int64_t n, const NormsPlan& plan, const void* next, NormsState* state) {
+  typedef typename Arithmetic<In>::type T;
+  const In* h = static_cast<const In*>(data);
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    if (plan.tables && (plan.table_count || plan.integers)) {
+      const AtOnce<In> at_once = plan.extremes || plan.integers >> 3 ? with_tables<6, In>(plan.table_count)
+                                 : plan.integers                     ? with_tables<2, In>(plan.table_count)
+                                                                     : with_tables<0, In>(plan.table_count);
+      for (int64_t start = 0; start < n; start += SPAN) {
+        const int64_t m = n - start < SPAN ? n - start : SPAN;
+        if (!at_once(h + start, m, plan, static_cast<const In*>(next) + start, state))
+          norms_with_care<T>(h + start, m, plan, state);
+      }
+      return;
+    }
+  }
+#endif
+  norms_with_care<T>(h, n, plan, state);
+}
+
 static void exp2_of(const float* x, float* out, int64_t n) {
   for_blocks<1, float>(
       x, n, 0.0f,
@@ -645,8 +648,24 @@ static void log2_of(const float* x, float* out, int64_t n) {
       [] {});
 }
 
-#define KERNELS(NAME)                                                              \
-  {NAME,                                                                           \
-   {logits<Half>, logits<BFloat>, logits<float>, logits<double>},                  \
-   {tv<Half>, tv<BFloat>, tv<float>, tv<double>},                                  \
-   {norms<Half>, norms<BFloat>, norms<float>, norms<double>}, exp2_of, log2_of}
+static void log1p_of(double* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vec<double>::lanes) {
+    const V<double> v = load(x + i), u = v + 1.0, lost = (v - (u - 1.0)) / u;
+    V<double> e, l;
+    log2_parts<double>(u, &e, &l);
+    const V<double> y = (e + l) * 0.6931471805599453 + lost;
+    __builtin_memcpy(x + i, &y, sizeof y);
+  }
+}
+
+static void power_of(double* x, int64_t n, double exponent) {
+  for (int64_t i = 0; i < n; i += Vec<double>::lanes) {
+    const V<double> v = load(x + i);
+    V<double> e, l;
+    log2_parts<double>(v, &e, &l);
+    const V<double> y = (e + l) * exponent, held = y < 1023.5 ? y : all<double>(1023.5);
+    V<double> power = exp2_sum<double, true>(held, V<double>{}, v == 0);
+    power = y < 1024.0 ? power : all<double>(__builtin_inf());
+    __builtin_memcpy(x + i, &power, sizeof power);
+  }
+}

@@ -12,7 +12,9 @@
 #define VECTOR_BYTES 64
 
 namespace fastood::avx512 {
+#include "vectors.h"
 #include "rows.h"
+#include "batchgrad.h"
 
 extern const Kernels kernels;
 const Kernels kernels = KERNELS("avx512");

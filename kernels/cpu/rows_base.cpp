@@ -3,7 +3,9 @@
 #define VECTOR_BYTES 16
 
 namespace fastood::base {
+#include "vectors.h"
 #include "rows.h"
+#include "batchgrad.h"
 
 extern const Kernels kernels;
 const Kernels kernels = KERNELS("base");

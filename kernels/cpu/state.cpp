@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <vector>
 
 namespace fastood {
 
@@ -64,22 +66,24 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
   a->nan |= other.nan;
 }
 
-double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv) {
+double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
+
+double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv, double log1p) {
   if (s.nan) return NaN;
   if (!std::isfinite(s.max)) return stat == LSE || stat == ENERGY ? s.max : NaN;
-  const double r1 = (s.ties - 1) + s.exp, r2 = (s.ties - 1) + s.squares;
+  const double r1 = rest(s), r2 = (s.ties - 1) + s.squares;
   switch (stat) {
     case FMAX: return s.max;
-    case LSE: return s.max / plan.temperature + std::log1p(r1);
-    case ENERGY: return s.max + plan.temperature * std::log1p(r1);
+    case LSE: return s.max / plan.temperature + log1p;
+    case ENERGY: return s.max + plan.temperature * log1p;
     case MSP: return 1 / (1 + r1);
     case ONE_MINUS_MSP: return r1 / (1 + r1);
-    case LOG_MSP: return -std::log1p(r1);
+    case LOG_MSP: return -log1p;
     case S2: return (1 + r2) / ((1 + r1) * (1 + r1));
     case ONE_MINUS_S2: return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1));
     case TOTAL_VARIATION: return tv;
-    case PLOGP_STAT: return s.exp_z / (1 + r1) - std::log1p(r1);
-    case SUMLOGP_STAT: return s.z - classes * std::log1p(r1);
+    case PLOGP_STAT: return s.exp_z / (1 + r1) - log1p;
+    case SUMLOGP_STAT: return s.z - classes * log1p;
     case POWER_SUM: return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);
     default: return NaN;
   }
@@ -92,6 +96,46 @@ double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState&
 constexpr double UNSCALED = 0.84;
 constexpr int FIRST_GROUP_SLOT = 7;
 
+static void fill(PowerTable* table, double r, int slot, const float* centre) {
+  table->order = r;
+  table->slot = slot;
+  // The binomial series to t^5, its last two terms folded back by Chebyshev polynomials on |t| <= w.
+  const double w2 = 1.0 / (33 * 33), b2 = r * (r - 1) / 2, b3 = b2 * (r - 2) / 3, b4 = b3 * (r - 3) / 4, b5 = b4 * (r - 4) / 5;
+  const double t0 = 1 - b4 * w2 * w2 / 8;
+  table->t1 = float((r - b5 * w2 * w2 * 5 / 16) / t0);
+  table->t2 = float((b2 + b4 * w2) / t0);
+  table->t3 = float((b3 + b5 * w2 * 5 / 4) / t0);
+  for (int i = 0; i < 16; i++) {
+    table->exponent_low[i] = float(std::exp2(r * i));
+    table->exponent_high[i] = float(std::exp2(r * (16 * i - 127)));
+    table->mantissa[i] = float(t0 * std::pow(double(centre[i]), -r));
+  }
+}
+
+// The small fractional orders as tables and as products of two of them.
+static void plan_tables(const double* orders, int count, const Order* made, NormsPlan* plan) {
+  plan->tables = true;
+  for (int i = 0; i < 16; i++) plan->centre[i] = float(1 / (1 + (i + 0.5) / 16));
+  auto table_of = [&](double r) {
+    for (int k = 0; k < plan->table_count; k++)
+      if (std::fabs(plan->table[k].order - r) <= 1e-15 * r) return k;
+    return -1;
+  };
+  std::vector<int> rising(count);
+  std::iota(rising.begin(), rising.end(), 0);
+  std::sort(rising.begin(), rising.end(), [&](int i, int j) { return orders[i] < orders[j]; });
+  for (int j : rising) {
+    const double r = orders[j];
+    if (made[j].slot < FIRST_GROUP_SLOT) continue;
+    int a = -1, b = -1;
+    for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table[k].order);
+    if (r > UNSCALED) plan->tables = false;
+    else if (b >= 0) plan->product[plan->products++] = {a, b, made[j].slot};
+    else if (plan->table_count < MAX_TABLES) fill(&plan->table[plan->table_count++], r, made[j].slot, plan->centre);
+    else plan->tables = false;
+  }
+}
+
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out) {
   *plan = NormsPlan{};
   plan->slots = FIRST_GROUP_SLOT;
@@ -102,6 +146,7 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
   for (int j = 0; j < count; j++) {
     const double r = orders[j];
     if (r == 0 || r == INF) {
+      plan->extremes = true;
       plan->count |= r == 0;
       out[j] = {r, -1};
       continue;
@@ -133,6 +178,7 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
     plan->scaled[slot] = group.scaled;
     out[j] = {r, slot};
   }
+  if (float32) plan_tables(orders, count, out, plan);
 }
 
 void rescale(const NormsPlan& plan, NormsState* s, double max) {
@@ -157,19 +203,26 @@ void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
   a->nan |= other.nan;
 }
 
-double norm(const Order& order, const NormsPlan& plan, const NormsState& s, bool log) {
+double sum_of_powers(const Order& order, const NormsState& s) { return order.slot < 0 ? 0 : s.sum[order.slot]; }
+
+// Integer powers are of |h| / 2^(shift + 1), scaled ones of |h| / reference.
+static bool integer(const Order& order) { return order.slot < FIRST_GROUP_SLOT; }
+
+double norm(const Order& order, const NormsPlan& plan, const NormsState& s, double root) {
   if (s.nan) return NaN;
-  if (order.r == 0) return log ? std::log(s.nonzero) : s.nonzero;
-  if (order.r == INF || s.max == INF || s.max == 0) return log ? std::log(s.max) : s.max;
-  const double sum = s.sum[order.slot], r = order.r;
-  // Integer powers are of |h| / 2^(shift + 1), scaled ones of |h| / reference.
-  const bool integer = order.slot < FIRST_GROUP_SLOT;
-  if (log) {
-    const double unit = integer ? (s.shift + 1) * 0.6931471805599453 : plan.scaled[order.slot] ? std::log(s.reference) : 0;
-    return unit + std::log(sum) / r;
-  }
-  const double root = r == 1 ? sum : r == 2 ? std::sqrt(sum) : std::pow(sum, 1 / r);
-  return integer ? std::ldexp(root, int(s.shift) + 1) : plan.scaled[order.slot] ? s.reference * root : root;
+  if (order.r == 0) return s.nonzero;
+  if (order.r == INF || s.max == INF) return s.max;
+  if (integer(order)) return std::ldexp(root, int(s.shift) + 1);
+  return plan.scaled[order.slot] ? s.reference * root : root;
+}
+
+double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) {
+  if (s.nan) return NaN;
+  if (order.r == 0) return std::log(s.nonzero);
+  if (order.r == INF || s.max == INF) return std::log(s.max);
+  const double log = std::log(sum_of_powers(order, s)) / order.r;
+  if (integer(order)) return (s.shift + 1) * 0.6931471805599453 + log;
+  return plan.scaled[order.slot] ? std::log(s.reference) + log : log;
 }
 
 }  // namespace fastood

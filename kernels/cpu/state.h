@@ -18,10 +18,15 @@ struct Order {
 
 int sums_for(int stat);
 void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b);
-double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv);
+// A statistic of one row, log1p being log (1 + r1), r1 = rest(s).
+double rest(const LogitsState& s);
+double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv, double log1p);
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);
 void merge(const NormsPlan& plan, NormsState* a, const NormsState& b);
-double norm(const Order& order, const NormsPlan& plan, const NormsState& s, bool log);
+// ||h||_r of one row, from the sum of powers and from its root sum^(1/r).
+double sum_of_powers(const Order& order, const NormsState& s);
+double norm(const Order& order, const NormsPlan& plan, const NormsState& s, double root);
+double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s);
 
 }  // namespace fastood

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from fastood.kernels import reference
-from fastood.kernels.cpu import _traced
+from fastood.kernels.reference import batchgrad
+from fastood.kernels.seam import traced
 from fastood.kernels.triton import shapes
 
 if TYPE_CHECKING:
-    from fastood.kernels import Product, Stat, Want
+    from fastood.kernels import Job, Stat, Want
+
+__all__ = ["batchgrad", "products", "row_stats", "unusable"]  # BatchGrad in plain PyTorch
 
 
 @lru_cache
@@ -51,7 +54,7 @@ def _unusable_device(device: torch.device) -> str | None:
 
 
 def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if _traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
+    if traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
         return reference.row_stats(logits, feats, want)
     # gen sorts, power sums and log_one_minus_s2 are other kinds of work: plain PyTorch does them.
     ours = want._replace(stats=tuple(s for s in want.stats if s in shapes.STATS))
@@ -71,14 +74,14 @@ def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[
 def products(
     logits: Tensor | None,
     feats: Tensor | None,
-    want: Want,
-    products: tuple[Product, ...],
+    job: Job,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     by_row: bool,
 ) -> Tensor | None:
-    plan = shapes.plan_of(want, products)
-    if plan is None or _traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
+    want = job.want
+    plan = shapes.plan_of(want, job.products)
+    if plan is None or traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
         return None
     x = logits if logits is not None else feats
     assert x is not None

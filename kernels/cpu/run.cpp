@@ -1,0 +1,237 @@
+// Rows shared out over torch's threads, reduced by the kernels, and finished batch by batch.
+#include "run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+namespace fastood {
+
+ParallelFor parallel_for = nullptr;
+const Kernels* kernels = nullptr;
+
+// Rows are finished together: a logarithm or a root of 16 numbers costs little more than that of one.
+constexpr int64_t BATCH = 16;
+
+struct Batch {
+  LogitsState logits[BATCH];
+  double tv[BATCH];
+  NormsState norms[BATCH];
+};
+
+static int64_t chunks(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
+
+static void logits_chunk(const Request& q, int64_t row, int64_t chunk, void* kept, LogitsState* s) {
+  const int64_t start = chunk * CHUNK;
+  s->ties = s->exp = s->squares = s->exp_z = s->z = 0;
+  for (int r = 0; r < q.plan.logits.power_sums; r++) s->powers[r] = 0;
+  s->n = std::min(CHUNK, q.logits.columns - start);
+  const void* next = start + s->n < q.logits.columns ? q.logits.at(row, start + s->n) : q.logits.at(row + 1, 0);
+  kernels->logits[q.logits.type](q.logits.at(row, start), s->n, q.plan.logits, next, s, kept);
+}
+
+static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const LogitsState& s, const void* kept) {
+  const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.logits.columns - start);
+  return kernels->tv[q.logits.type](q.logits.at(row, start), n, q.plan.logits, s.max, s.ties + s.exp,
+                                    1.0 / double(q.logits.columns), kept);
+}
+
+static bool needs_tv(const Request& q, const LogitsState& s) {
+  return (q.plan.logits.sums & TV) && !s.nan && std::isfinite(s.max);
+}
+
+static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
+  NormsState s{};
+  const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.feats.columns - start);
+  const void* next = start + n < q.feats.columns ? q.feats.at(row, start + n) : q.feats.at(row + 1, 0);
+  kernels->norms[q.feats.type](q.feats.at(row, start), n, q.norms_plan(), next, &s);
+  return s;
+}
+
+LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv) {
+  const int64_t count = chunks(q.logits.columns);
+  LogitsState s, next;
+  logits_chunk(q, row, 0, kept, &s);
+  for (int64_t c = 1; c < count; c++) {
+    logits_chunk(q, row, c, nullptr, &next);
+    merge(q.plan.logits, &s, next);
+  }
+  if (tv) *tv = 0;
+  if (needs_tv(q, s))
+    for (int64_t c = 0; c < count; c++) *tv += tv_chunk(q, row, c, s, kept);
+  return s;
+}
+
+static NormsState norms_row(const Request& q, int64_t row) {
+  const int64_t count = chunks(q.feats.columns);
+  NormsState h = count ? norms_chunk(q, row, 0) : NormsState{};
+  for (int64_t c = 1; c < count; c++) merge(q.norms_plan(), &h, norms_chunk(q, row, c));
+  return h;
+}
+
+static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batch) {
+  kernels->few_logits[q.logits.type](q.logits.at(row, 0), q.logits.stride, count, q.logits.columns, q.plan.logits,
+                                     batch->logits, batch->tv);
+}
+
+static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
+  double stats[MAX_STATS][BATCH], norms[MAX_ORDERS][BATCH], log1p[BATCH] = {};
+  if (!q.plan.stats.empty()) {
+    for (int64_t i = 0; i < count; i++) log1p[i] = rest(batch->logits[i]);
+    kernels->log1p(log1p, BATCH);
+  }
+  for (size_t j = 0; j < q.plan.stats.size(); j++)
+    for (int64_t i = 0; i < count; i++)
+      stats[j][i] = statistic(q.plan.stats[j], q.plan.power_of_stat[j], q.plan.logits, batch->logits[i], q.logits.columns,
+                              batch->tv[i], log1p[i]);
+
+  for (const Gen& g : q.plan.gens)
+    for (int64_t i = 0; i < count; i++) {
+      const LogitsState& s = batch->logits[i];
+      if (s.nan || !std::isfinite(s.max)) continue;
+      stats[g.stat][i] = kernels->gen[q.logits.type](q.logits.at(row + i, 0), q.logits.columns, q.plan.logits, s.max,
+                                                     1 + rest(s), rest(s), g.gamma, g.M);
+    }
+
+  if (q.plan.bias && !q.orders().empty()) {
+    const double one = 1;
+    NormsState last{};
+    kernels->norms[FLOAT64](&one, 1, q.norms_plan(), &one, &last);
+    for (int64_t i = 0; i < count; i++) merge(q.norms_plan(), &batch->norms[i], last);
+  }
+  for (size_t j = 0; j < q.orders().size(); j++) {
+    const Order& order = q.orders()[j];
+    if (q.plan.log) {
+      for (int64_t i = 0; i < count; i++) norms[j][i] = log_norm(order, q.norms_plan(), batch->norms[i]);
+      continue;
+    }
+    double root[BATCH] = {};
+    for (int64_t i = 0; i < count; i++) root[i] = sum_of_powers(order, batch->norms[i]);
+    if (order.r == 2)
+      for (double& x : root) x = std::sqrt(x);
+    else if (q.feats.type == FLOAT64)  // which the vectors are not precise enough for
+      for (double& x : root) x = std::pow(x, 1 / order.r);
+    else if (order.r != 1 && order.slot >= 0)
+      kernels->power(root, BATCH, 1 / order.r);
+    for (int64_t i = 0; i < count; i++) norms[j][i] = norm(order, q.norms_plan(), batch->norms[i], root[i]);
+  }
+
+  if (!q.out) {
+    for (size_t j = 0; j < q.plan.stats.size(); j++) std::copy_n(stats[j], count, q.stats_out + j * q.rows + row);
+    for (size_t j = 0; j < q.orders().size(); j++)
+      for (int64_t i = 0; i < count; i++) q.norms_out[(row + i) * q.orders().size() + j] = norms[j][i];
+    return;
+  }
+  for (size_t k = 0; k < q.plan.products.size(); k++) {
+    const Product& p = q.plan.products[k];
+    for (int64_t i = 0; i < count; i++) {
+      double score = p.stat < 0 ? p.factor : p.factor * stats[p.stat][i];
+      if (p.order >= 0) {
+        const double u = norms[p.order][i] / p.divisor;
+        score = p.power == 2 ? u * u * score : u * score;
+      }
+      const int64_t at = (row + i) * q.row_stride + int64_t(k) * q.product_stride;
+      if (q.out_double) static_cast<double*>(q.out)[at] = score;
+      else static_cast<float*>(q.out)[at] = float(score);
+    }
+  }
+}
+
+// ---- many rows: each thread takes whole rows
+
+static void rows_task(int64_t begin, int64_t end, void* context) {
+  const Request& q = *static_cast<const Request*>(context);
+  std::unique_ptr<double[]> kept;
+  // With a vector's width to spare, for the padding.
+  if ((q.plan.logits.sums & TV) && q.logits.columns > FEW && q.logits.columns <= CHUNK)
+    kept.reset(new double[q.logits.columns + 16]);
+  Batch batch;
+  for (int64_t row = begin; row < end; row += BATCH) {
+    const int64_t count = std::min(BATCH, end - row);
+    if (!q.plan.stats.empty()) {
+      if (q.logits.columns <= FEW) few_logits(q, row, count, &batch);
+      else
+        for (int64_t i = 0; i < count; i++) batch.logits[i] = logits_row(q, row + i, kept.get(), &batch.tv[i]);
+    }
+    if (!q.orders().empty())
+      for (int64_t i = 0; i < count; i++) batch.norms[i] = norms_row(q, row + i);
+    finish(q, row, count, &batch);
+  }
+}
+
+// ---- few long rows: each thread takes chunks, merged in the same order as above
+
+struct Split {
+  const Request& q;
+  int64_t logit_chunks, feat_chunks;
+  std::vector<LogitsState> logits;  // [rows, logit_chunks]
+  std::vector<NormsState> norms;    // [rows, feat_chunks]
+  std::vector<LogitsState> merged;  // [rows]
+  std::vector<double> tv;           // [rows, logit_chunks]
+};
+
+static void sums_task(int64_t begin, int64_t end, void* context) {
+  Split& split = *static_cast<Split*>(context);
+  const int64_t first_norm = split.logits.size();
+  for (int64_t i = begin; i < end; i++) {
+    if (i < first_norm)
+      logits_chunk(split.q, i / split.logit_chunks, i % split.logit_chunks, nullptr, &split.logits[i]);
+    else
+      split.norms[i - first_norm] =
+          norms_chunk(split.q, (i - first_norm) / split.feat_chunks, (i - first_norm) % split.feat_chunks);
+  }
+}
+
+static void tv_task(int64_t begin, int64_t end, void* context) {
+  Split& split = *static_cast<Split*>(context);
+  for (int64_t i = begin; i < end; i++) {
+    const LogitsState& s = split.merged[i / split.logit_chunks];
+    if (needs_tv(split.q, s)) split.tv[i] = tv_chunk(split.q, i / split.logit_chunks, i % split.logit_chunks, s, nullptr);
+  }
+}
+
+void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context) {
+  if (!(parallel_for && tasks > grain && parallel_for(0, tasks, grain, task, context) == 0)) task(0, tasks, context);
+}
+
+static void run_split(const Request& q) {
+  Batch batch;
+  const bool many = !q.plan.stats.empty() && q.logits.columns > FEW;
+  Split split{q, many ? chunks(q.logits.columns) : 0, q.orders().empty() ? 0 : chunks(q.feats.columns), {}, {}, {}, {}};
+  split.logits.resize(q.rows * split.logit_chunks);
+  split.norms.resize(q.rows * split.feat_chunks);
+  share(split.logits.size() + split.norms.size(), 1, sums_task, &split);
+  for (int64_t row = 0; row < q.rows && split.logit_chunks; row++) {
+    LogitsState s = split.logits[row * split.logit_chunks];
+    for (int64_t c = 1; c < split.logit_chunks; c++) merge(q.plan.logits, &s, split.logits[row * split.logit_chunks + c]);
+    split.merged.push_back(s);
+  }
+  if (q.plan.logits.sums & TV) {
+    split.tv.assign(split.logits.size(), 0);
+    share(split.tv.size(), 1, tv_task, &split);
+  }
+  if (!q.plan.stats.empty() && !many) few_logits(q, 0, q.rows, &batch);
+  for (int64_t row = 0; row < q.rows; row++) {
+    if (many) {
+      batch.logits[row] = split.merged[row];
+      batch.tv[row] = 0;
+      for (size_t c = 0; c < split.tv.size() / q.rows; c++) batch.tv[row] += split.tv[row * split.logit_chunks + c];
+    }
+    NormsState h{};
+    if (split.feat_chunks) h = split.norms[row * split.feat_chunks];
+    for (int64_t c = 1; c < split.feat_chunks; c++) merge(q.norms_plan(), &h, split.norms[row * split.feat_chunks + c]);
+    batch.norms[row] = h;
+  }
+  finish(q, 0, q.rows, &batch);
+}
+
+void run(const Request& q) {
+  constexpr int64_t worth_a_thread = 32768;  // elements; torch's own grain
+  const int64_t width = (q.plan.stats.empty() ? 0 : q.logits.columns) + (q.orders().empty() ? 0 : q.feats.columns);
+  if (q.rows < 8 && width > 2 * worth_a_thread)
+    run_split(q);
+  else
+    share(q.rows, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, width)), rows_task, const_cast<Request*>(&q));
+}
+
+}  // namespace fastood

@@ -1,0 +1,89 @@
+// A plan: what is wanted. A request: one call of it, what is read and where it goes.
+#pragma once
+
+#include <vector>
+
+#include "state.h"
+
+namespace fastood {
+
+struct Matrix {
+  const char* data = nullptr;
+  int type = FLOAT32;
+  int64_t columns = 0, stride = 0;  // stride in elements
+
+  const void* at(int64_t row, int64_t column) const {
+    static constexpr int size[TYPES] = {2, 2, 4, 8};
+    return data + (row * stride + column) * size[type];
+  }
+};
+
+// factor * stats[stat] * (norms[order] / divisor)^power; -1 for a term that is not there
+struct Product {
+  int stat, order, power;
+  double factor, divisor;
+};
+
+// Which of Plan.stats is a GEN, and its parameters.
+struct Gen {
+  int stat;
+  double gamma;
+  int64_t M;
+};
+
+// What is wanted, worked out once for many calls.
+struct Plan {
+  LogitsPlan logits{};
+  NormsPlan norms[2]{};  // for float32 arithmetic, and for float64
+  std::vector<Order> orders[2];
+  bool bias = false, log = false;
+  std::vector<int> stats, power_of_stat;
+  std::vector<Gen> gens;
+  std::vector<Product> products;
+};
+
+struct Request {
+  const Plan& plan;
+  int64_t rows = 0;
+  Matrix logits, feats;
+  // Either the statistics themselves ...
+  double* stats_out = nullptr;  // [stats, rows]
+  double* norms_out = nullptr;  // [rows, orders]
+  // ... or finished products, float or double.
+  void* out = nullptr;
+  bool out_double = false;
+  int64_t row_stride = 0, product_stride = 0;
+
+  const NormsPlan& norms_plan() const { return plan.norms[feats.type == FLOAT64]; }
+  const std::vector<Order>& orders() const { return plan.orders[feats.type == FLOAT64]; }
+};
+
+// E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row.
+struct BatchGrad {
+  const Plan& plan;  // for the temperature, and the sum of the exponentials
+  int64_t rows;
+  Matrix logits, feats;
+  bool bias;                 // h means [h; 1]
+  const void* G;             // [classes, columns], float, or double where feats are
+  int64_t columns;           // a multiple of 16, padded with zeros
+  const double* norms;       // [classes]: ||G_c||_1
+  double norm;               // their sum
+  double* out;               // [rows]; NaN where a value is not finite, which it does not judge
+};
+
+// torch_parallel_for of libtorch_cpu, or null for one thread
+typedef int (*ParallelFor)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+extern ParallelFor parallel_for;
+
+// The instruction set in use.
+extern const Kernels* kernels;
+
+void run(const Request& q);
+void run(const BatchGrad& b);
+
+// task(begin, end, context) over 0..tasks, `grain` of them or more to a thread.
+void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
+// The sums over a row, and TV where that is asked for; kept: as many doubles as the row is long and 16, or null.
+LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv);
+
+}  // namespace fastood
