@@ -149,7 +149,7 @@ def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
         return None
     stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
     exponents = tuple(0.0 if isinstance(s, str) else float(s[1]) for s in want.stats)
-    counts = tuple(min(int(s[2]), 1 << 62) if s[0] == "gen" else 0 for s in want.stats)
+    counts = tuple(min(int(s[2]), 1 << 62) if len(s) == 3 and s[0] == "gen" else 0 for s in want.stats)
     return _native.prepare(want.temperature, stats, exponents, counts, want.orders, want.bias, want.log, products)
 
 
