@@ -215,7 +215,9 @@ class Softmax:
 
     def power_sum_rest(self, r: float) -> Tensor:
         """sum of p_k^r over all classes but the peeled maximum."""
-        return (r * (self.gap + self.log_msp)).exp() * row_sum((r * self.z).exp()).double()
+        # Of p itself where it is there: the error of r log p would grow with r log C.
+        power = torch.where(self.p_2 > 1e-290, Powers(self.p_2)(r), (r * (self.gap + self.log_msp)).exp())
+        return power * row_sum((r * self.z).exp()).double()
 
     def gen(self, gamma: float, M: int) -> Tensor:
         top = self.z.topk(min(M, self.C) - 1, -1).values
