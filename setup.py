@@ -6,15 +6,18 @@ from setuptools import Extension, setup
 
 native = Extension(
     "fastood.kernels.cpu._native",
-    sources=[f"kernels/cpu/{name}.cpp" for name in ("module", "run", "state", "rows_base", "rows_avx2", "rows_avx512")],
-    depends=[f"kernels/cpu/{name}.h" for name in ("plan", "state", "run", "vectors", "rows")],
+    sources=[
+        f"kernels/cpu/{name}.cpp"
+        for name in ("module", "run", "batchgrad", "state", "rows_base", "rows_avx2", "rows_avx512")
+    ],
+    depends=[f"kernels/cpu/{name}.h" for name in ("plan", "state", "run", "vectors", "rows", "batchgrad")],
     extra_compile_args=[] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"],
     py_limited_api=True,  # one build for Python 3.11 and newer
     optional=True,  # without a compiler fastood runs on the reference backend, and fastood.backends() says why
 )
 
 setup(
-    packages=["fastood", "fastood.kernels", "fastood.kernels.cpu"],
+    packages=["fastood", "fastood.kernels", "fastood.kernels.cpu", "fastood.kernels.triton"],
     package_dir={"fastood": "fastood", "fastood.kernels": "kernels"},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -71,31 +71,21 @@ class Compare:
         calls[LIMIT] = read_limit(tensors)
         timers, rounds = stopwatches(calls, device, *((0, 3) if self.quick else (1.5, 5)))
         times = in_turn(timers, rounds)
-        info = {
-            "N": n,
-            "C": None if logits is None else logits.shape[1],
-            "D": None if feats is None else feats.shape[1],
-        }
-        info = {size: value for size, value in info.items() if value is not None}
+        sizes = {"N": n} | {size: x.shape[1] for size, x in (("C", logits), ("D", feats)) if x is not None}
+        shape = " ".join(f"{size}={value}" for size, value in sizes.items())
+        kind = str(dtype).removeprefix("torch.")
+        on = "GPU" if device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
         self.record(
-            " · ".join(
-                (
-                    what,
-                    " ".join(f"{size}={value}" for size, value in info.items()),
-                    str(dtype).removeprefix("torch."),
-                    f"{threads} thread{'s' * (threads > 1)}",
-                )
-            ),
+            f"{what} · {shape} · {kind} · {on}",
             times,
             weighed(times, sum(x.nbytes for x in tensors)),
             {name: peak_extra_bytes(call, device) for name, call in calls.items()},
             absent,
             what=what,
-            dtype=str(dtype).removeprefix("torch."),
-            threads=threads,
-            device=str(device),
+            dtype=kind,
+            on=on,
             grows=grows,
-            **info,
+            **sizes,
         )
 
     def record(self, group, times, figures, extra_bytes=None, absent=None, **info) -> None:

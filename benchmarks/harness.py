@@ -62,20 +62,24 @@ def stopwatches(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, budget: float, least: int
 ) -> tuple[dict[str, Callable[[], float]], int]:
     """A timer of each call, and how many rounds of all of them fit into `budget` seconds, at least `least`."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    once = {name: _seconds(call, 1, wait) for name, call in calls.items()}
+    if device.type == "cuda":
+        calls = {name: partial(_finished, call) for name, call in calls.items()}
+    once = {name: _seconds(call, 1) for name, call in calls.items()}
     repeats = {name: max(1, math.ceil(_SHORTEST / max(t, 1e-7))) for name, t in once.items()}
-    timers = {name: partial(_seconds, call, repeats[name], wait) for name, call in calls.items()}
+    timers = {name: partial(_seconds, call, repeats[name]) for name, call in calls.items()}
     one_round = sum(repeats[name] * once[name] for name in calls)
     return timers, max(least, min(100, int(budget / one_round)))
 
 
-def _seconds(call: Callable[[], Any], repeats: int, wait: Callable[[], None]) -> float:
-    wait()
+def _finished(call: Callable[[], Any]) -> None:
+    call()
+    torch.cuda.synchronize()
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    wait()
     return (time.perf_counter() - start) / repeats
 
 

@@ -43,16 +43,16 @@ def _of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def _groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Without the number of threads and the dtype, which the figures give by themselves."""
+    """Without dtype and number of threads, which the figures give by themselves."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(" · ".join(row["group"].split(" · ")[:2]), []).append(row)
     return groups
 
 
-def speed(rows: Sequence[Row], where: str) -> Figure:
-    """Every group of one thread, losses too: time over fastood's, with its spread over the rounds."""
-    shown = [row for row in _of(rows, threads=1, grows=None) if row["candidate"] in STYLES]
+def speed(rows: Sequence[Row], where: str, on: str) -> Figure:
+    """Every group `on` one thread or the GPU, losses too: time over fastood's, with its spread over the rounds."""
+    shown = [row for row in _of(rows, on=on, grows=None) if row["candidate"] in STYLES]
     dtypes = list(dict.fromkeys(row["dtype"] for row in shown))
     names = list(_groups(shown))[::-1]
     figure = Figure(figsize=(5 + 3.5 * len(dtypes), 1.6 + 0.24 * len(names)), layout="constrained")
@@ -75,7 +75,7 @@ def speed(rows: Sequence[Row], where: str) -> Figure:
     seen = [name for name in STYLES if _of(shown, candidate=name)]
     handles = [Line2D([], [], color=STYLES[name][0], marker=STYLES[name][1], ls="", label=name) for name in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
-    figure.suptitle(f"One thread, {where}", fontsize=9)
+    figure.suptitle(f"{on}, {where}", fontsize=9)
     return figure
 
 
@@ -95,26 +95,27 @@ def growth(rows: Sequence[Row], where: str) -> Figure:
         ax.legend(fontsize=7)
         ax.grid(color="0.9")
     figure.axes[0].set_ylabel("ms")
-    figure.suptitle(f"One thread, float32, {where}", fontsize=9)
+    figure.suptitle(f"1 thread, float32, {where}", fontsize=9)
     return figure
 
 
 def report(rows: Sequence[Row], where: str) -> str:
     """Everything but the growth, as Markdown."""
     compared = [row for row in rows if not row.get("grows")]
-    kinds = dict.fromkeys((row.get("dtype"), row.get("threads")) for row in compared)
+    kinds = dict.fromkeys((row.get("dtype"), row.get("on")) for row in compared)
     lines = [
         "# Measured",
         f"By `pytest benchmarks` on {where}.",
         "A ratio is the time over fastood's in the same round, median over the rounds: above 1 fastood is faster; in "
-        f"bold, where it loses. The {LIMIT} is to sum every input. MiB is what one call held at its peak beyond them.",
+        f"bold, where it loses. The {LIMIT} is to sum every input (on a GPU, to copy half). MiB is what one call held "
+        "at its peak beyond its inputs.",
     ]
-    for dtype, threads in kinds:
-        if threads is None:  # whole processes
-            lines += ["## What a process pays first", _table(_of(compared, threads=None))]
+    for dtype, on in kinds:
+        if on is None:  # whole processes
+            lines += ["## What a process pays first", _table(_of(compared, on=None))]
         else:
-            lines += [f"## {dtype}, {threads} thread{'s' * (threads > 1)}"]
-            lines += [_table(_of(compared, dtype=dtype, threads=threads))]
+            lines += [f"## {dtype}, {on}"]
+            lines += [_table(_of(compared, dtype=dtype, on=on))]
     return "\n\n".join(lines) + "\n"
 
 
@@ -146,8 +147,11 @@ def _ratio(row: Row) -> str:
 
 def main(run: str, folder: str) -> None:
     where, rows = load(Path(run))
-    for name, figure in (("speed", speed), ("growth", growth)):
-        figure(rows, where).savefig(Path(folder) / f"{name}.png", dpi=140)
+    figures = {"speed": speed(rows, where, "1 thread"), "growth": growth(rows, where)}
+    if _of(rows, on="GPU"):
+        figures["speed_gpu"] = speed(rows, where, "GPU")
+    for name, figure in figures.items():
+        figure.savefig(Path(folder) / f"{name}.png", dpi=140)
     (Path(folder) / "speed.md").write_text(report(rows, where))
 
 

@@ -20,6 +20,10 @@ def msp(f: Tensor) -> Tensor:
     return torch.softmax(f, -1).amax(-1)
 
 
+def tv(f: Tensor) -> Tensor:
+    return (torch.softmax(f, -1) - 1 / f.shape[1]).abs().sum(-1) / 2
+
+
 def energy(f: Tensor) -> Tensor:
     return torch.logsumexp(f, -1)
 
@@ -45,8 +49,7 @@ def energy_norm(f: Tensor, h: Tensor) -> Tensor:
 def sweep(f: Tensor, h: Tensor) -> Tensor:
     """Each norm and each V once, then the products."""
     p, a = torch.softmax(f, -1), h.abs()
-    tv = (p - 1 / p.shape[1]).abs().sum(-1) / 2
-    v = torch.stack([torch.logsumexp(f, -1), tv, p.amax(-1), p.square().sum(-1)], -1)
+    v = torch.stack([energy(f), (p - 1 / p.shape[1]).abs().sum(-1) / 2, p.amax(-1), p.square().sum(-1)], -1)
     powers = [a.pow(r).sum(-1).pow(1 / r) for r in (0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6)]
     u = torch.stack([(a != 0).sum(-1), *powers, a.amax(-1)], -1)
     return v[:, :, None] * u[:, None]

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import rivals
 import torch
-from harness import OURS, backends
+from harness import backends
 
 import fastood
 
@@ -117,7 +117,7 @@ def test_batchgrad(compare, shape, dtype, threads):
     compare(
         "BatchGrad",
         threads,
-        {OURS: partial(fastood.batchgrad, G=G, oriented=False)},
+        backends(partial(fastood.BatchGrad(G).score, oriented=False)),
         formula,
         {
             "eager, row by row": rivals.row_by_row(formula),

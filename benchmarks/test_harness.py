@@ -44,7 +44,7 @@ def test_memory_is_what_a_call_held():
 
 
 def _run():
-    common = {"what": "energy", "dtype": "float32", "threads": 1, "N": 8}
+    common = {"what": "energy", "dtype": "float32", "on": "1 thread", "N": 8}
     grown = [
         common
         | {"group": f"energy · N=8 C={C} · float32 · 1 thread", "C": C, "grows": "C", "candidate": OURS}

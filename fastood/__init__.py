@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastood.api import norms, row_stats, score, scores, sweep
-from fastood.gradients import anchor_gradient, batchgrad, deep_gradient_norm, gradient_norm
+from fastood.gradients import BatchGrad, anchor_gradient, batchgrad, deep_batchgrad, deep_gradient_norm, gradient_norm
 from fastood.kernels import STATISTICS, backends
 from fastood.registry import SCORES, Score, register
 
@@ -19,10 +19,12 @@ from fastood._version import __version__ as __version__
 __all__ = [
     "SCORES",
     "STATISTICS",
+    "BatchGrad",
     "Score",
     "anchor_gradient",
     "backends",
     "batchgrad",
+    "deep_batchgrad",
     "deep_gradient_norm",
     "gradient_norm",
     "metrics",

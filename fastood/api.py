@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastood import kernels
 from fastood._inputs import (
     ArrayT,
     choice,
@@ -22,7 +23,6 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood import kernels
 from fastood.kernels import STATISTICS, Job, Product, Stat, Want, select
 from fastood.registry import SCORES, RowStats, Score
 

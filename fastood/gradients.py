@@ -7,6 +7,8 @@ entrywise norm of order r is (1/T) ||h||_r ||e_y - p||_r (Appendix B of the pape
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -24,12 +26,10 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood.kernels import reference
+from fastood.kernels import Anchors, Stat, Want, reference, select
 
 Labels = Literal["uniform", "predicted", "log_predicted"]
 Expectation = Literal["inside", "outside"]
-
-_TILE = 1 << 22  # elements of the largest temporary of batchgrad
 
 
 def gradient_norm(
@@ -42,6 +42,7 @@ def gradient_norm(
     *,
     temperature: float = 1.0,
     bias: bool = False,
+    backend: str = "auto",
 ) -> ArrayT:
     """Norm of the last layer's gradient of log p_Y, in closed form: [N], the raw quantity, not oriented.
 
@@ -62,8 +63,9 @@ def gradient_norm(
         > 0.
     expectation : {"inside", "outside"}
         Where the expectation stands.
-    temperature, bias
-        As in ``fastood.score``.
+    temperature, bias, backend
+        As in ``fastood.score``. Table 1's rows come from the backend's row statistics; other combinations, and
+        distributions given by the caller, from plain PyTorch.
 
     Notes
     -----
@@ -83,11 +85,59 @@ def gradient_norm(
     f, h, as_numpy = logits_and_feats(logits, feats)
     f, h = _given("logits", f), _given("feats", h)
     T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)
-    rows = reference.Softmax(f, T)
     q = labels if isinstance(labels, str) else _distribution(labels, f, as_numpy)
-    v = (rows.gradient_inside if expectation == "inside" else rows.gradient_outside)(q, order, power)
-    u = reference.norms_of(h, (order,), bias=bool(bias))[:, 0]
-    return give((reference.Powers(u / T)(power) * v).to(result_dtype(f, h)), as_numpy)
+    dtype = result_dtype(f, h)
+    rows = select(backend, f.device, dtype)
+    want = Want(orders=(order,), temperature=T, bias=bool(bias))
+    closed = _closed_form(q, order, power, expectation, f.shape[1])
+    if closed is not None:
+        stats, u = rows.row_stats(f, h, want._replace(stats=closed[0]))
+        v = closed[1]({name: stat.double() for name, stat in stats.items()})
+    else:
+        _, u = rows.row_stats(None, h, want)
+        v = _by_classes(f, q, order, power, expectation, T)
+    assert u is not None
+    return give((reference.Powers(u[:, 0] / T)(power) * v).to(dtype), as_numpy)
+
+
+def _closed_form(
+    q: str | Tensor, order: float, power: float, expectation: Expectation, C: int
+) -> tuple[tuple[Stat, ...], Callable[[dict[Any, Tensor]], Tensor]] | None:
+    """|| E_q[e_Y - p] ||^power or E_q[ ||e_Y - p||^power ] as a formula over row statistics, where there is one."""
+    if isinstance(q, Tensor):
+        return None
+    if expectation == "inside":
+        if q == "predicted":
+            return ("msp",), lambda s: 0 * s["msp"]  # E_p[e_Y - p] = 0, exactly
+        return (("tv",), lambda s: (2 * s["tv"]) ** power) if order == 1 else None
+    if order == power == 1:  # ||e_y - p||_1 = 2 (1 - p_y)
+        return {
+            "uniform": (("msp",), lambda s: 0 * s["msp"] + 2 * (C - 1) / C),
+            "predicted": (("one_minus_s2",), lambda s: 2 * s["one_minus_s2"]),
+        }.get(q)
+    if order == power == 2:  # ||e_y - p||_2^2 = 1 - 2 p_y + S_2
+        return {
+            "uniform": (("s2",), lambda s: 1 - 2 / C + s["s2"]),
+            "predicted": (("one_minus_s2",), lambda s: s["one_minus_s2"]),
+            "log_predicted": (
+                ("s2", "sumlogp", "plogp"),
+                lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"],
+            ),
+        }[q]
+    return None
+
+
+def _by_classes(
+    logits: Tensor, q: str | Tensor, order: float, power: float, expectation: Expectation, T: float
+) -> Tensor:
+    """The same in plain PyTorch, for any q, order and power, some rows at a time: no temporary is [N, C]."""
+    n = max(1, (1 << 18) // logits.shape[1])
+    qs = [q] * -(-len(logits) // n) if isinstance(q, str) else list(q.split(n))
+    out = [logits.new_zeros(0, dtype=torch.float64)]
+    for f_n, q_n in zip(logits.split(n), qs, strict=False):
+        rows = reference.Softmax(f_n, T)
+        out.append((rows.gradient_inside if expectation == "inside" else rows.gradient_outside)(q_n, order, power))
+    return torch.cat(out)
 
 
 def anchor_gradient(
@@ -117,24 +167,98 @@ def anchor_gradient(
     f, h, as_numpy = logits_and_feats(logits, feats)
     f, h = _given("logits", f), _given("feats", h)
     T = temperature_of(temperature)
-    if not isinstance(labels, Tensor | np.ndarray):
-        raise TypeError(f"labels must be a torch tensor or a numpy array of integers, got {type(labels).__name__}")
-    y = torch.as_tensor(labels)
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {y.dtype}")
-    if y.shape != (f.shape[0],):
-        raise ValueError(f"labels must be [{f.shape[0]}], one class per anchor, got shape {list(y.shape)}")
-    if y.device != f.device:
-        raise ValueError(f"labels must be on the device of logits, {f.device}, got {y.device}")
-    if y.numel() and (int(y.min()) < 0 or int(y.max()) >= f.shape[1]):
-        raise ValueError(f"labels must be classes 0..{f.shape[1] - 1}, got {int(y.min())}..{int(y.max())}")
+    y = _classes("labels", labels, f.shape[0], f)
     dtype = result_dtype(f, h)
     p, not_p = (x.to(dtype) for x in reference.Softmax(f, T).probabilities())
-    y = y.long()[:, None]
+    y = y[:, None]
     off = (-p).scatter(-1, y, not_p.gather(-1, y))  # e_y - p
     with torch.autocast(f.device.type, enabled=False):
-        G = off.T @ _extended(h.to(dtype), bias) / T
+        G = off.T @ reference.extended(h.to(dtype), bias) / T
     return give(G.to(dtype), as_numpy)
+
+
+class BatchGrad:
+    """BatchGrad of the last layer (Eq. 6): the gradient of a sample beside that of a batch of in-distribution ones.
+
+    E_p || (1/T) (e_Y - p) h^T + G ||_1
+    = sum_c [ (1 - p_c) sum_d |G_cd - p_c h_d / T| + p_c sum_d |G_cd + (1 - p_c) h_d / T| ].
+
+    The raw value is larger for OOD inputs. It costs O(C D) a sample, without autograd, and [N, C, D] is never built.
+
+    Parameters
+    ----------
+    G : Tensor or ndarray [C, D] ([C, D + 1] with bias)
+        ``fastood.anchor_gradient`` of the anchors; ``BatchGrad.from_anchors`` does both at once.
+    temperature, bias
+        As in ``fastood.score``, and as G was made with.
+
+    Examples
+    --------
+    >>> import torch, fastood
+    >>> detector = fastood.BatchGrad.from_anchors(torch.eye(3), torch.ones(3, 2), torch.arange(3))
+    >>> detector.score(torch.zeros(1, 3), torch.ones(1, 2))
+    tensor([-2.6667])
+    """
+
+    def __init__(self, G: Tensor | np.ndarray, *, temperature: float = 1.0, bias: bool = False) -> None:
+        (g,), self._numpy = take(G=G)
+        self.anchors = Anchors(_given("G", g), temperature_of(temperature), bool(bias))
+
+    @classmethod
+    def from_anchors(
+        cls,
+        logits: ArrayT,
+        feats: ArrayT,
+        labels: ArrayT,
+        *,
+        temperature: float = 1.0,
+        bias: bool = False,
+    ) -> BatchGrad:
+        """From in-distribution samples, one or more of each class; the arguments are ``anchor_gradient``'s."""
+        G = anchor_gradient(logits, feats, labels, temperature=temperature, bias=bias)
+        return cls(G, temperature=temperature, bias=bias)
+
+    def score(self, logits: ArrayT, feats: ArrayT, *, oriented: bool = True, backend: str = "auto") -> ArrayT:
+        """[N], higher = more in-distribution; ``oriented=False`` for the raw value.
+
+        Parameters
+        ----------
+        logits : Tensor or ndarray [N, C]
+        feats : Tensor or ndarray [N, D]
+        oriented, backend
+            As in ``fastood.score``. float64 where an input or G is, else float32.
+        """
+        f, h, as_numpy = logits_and_feats(logits, feats)
+        f, h = _given("logits", f), _given("feats", h)
+        G = self.anchors.G
+        wanted = [f.shape[1], h.shape[1] + self.anchors.bias]
+        if list(G.shape) != wanted:
+            raise ValueError(f"G must be {wanted}, got shape {list(G.shape)}")
+        if G.device != f.device or self._numpy != as_numpy:
+            kind = "ndarray" if self._numpy else "Tensor"
+            raise ValueError(f"G must be of the kind and on the device of logits, got {kind} on {G.device}")
+        dtype = result_dtype(f, h, G)
+        raw = select(backend, f.device, dtype).batchgrad(f, h, self.anchors)
+        return give(((-1 if oriented else 1) * raw).to(dtype), as_numpy)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """To a .safetensors file, which ``BatchGrad.load`` reads."""
+        from safetensors.torch import save_file
+
+        options = {"temperature": repr(self.anchors.temperature), "bias": str(int(self.anchors.bias))}
+        save_file({"G": self.anchors.G.contiguous()}, path, metadata={"fastood": "BatchGrad", **options})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> BatchGrad:
+        """What ``save`` wrote, with G as a tensor on `device`."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            options = file.metadata() or {}
+            if options.get("fastood") != "BatchGrad":
+                raise ValueError(f"path must be a file that BatchGrad.save wrote, got {os.fspath(path)!r}")
+            G = file.get_tensor("G")
+        return cls(G, temperature=float(options["temperature"]), bias=options["bias"] == "1")
 
 
 def batchgrad(
@@ -146,20 +270,7 @@ def batchgrad(
     bias: bool = False,
     oriented: bool = True,
 ) -> ArrayT:
-    """BatchGrad of the last layer (Eq. 6): [N], higher = more in-distribution (the raw value is larger for OOD).
-
-    E_p || (1/T) (e_Y - p) h^T + G ||_1
-    = sum_c [ (1 - p_c) sum_d |G_cd - p_c h_d / T| + p_c sum_d |G_cd + (1 - p_c) h_d / T| ],
-    in tiles: [N, C, D] is never built.
-
-    Parameters
-    ----------
-    logits : Tensor or ndarray [N, C]
-    feats : Tensor or ndarray [N, D]
-    G : Tensor or ndarray [C, D] ([C, D + 1] with bias)
-        ``fastood.anchor_gradient`` of in-distribution examples, with the same temperature and bias.
-    temperature, bias, oriented
-        As in ``fastood.score``.
+    """``BatchGrad(G, ...).score(logits, feats, ...)``, for one call: [N], higher = more in-distribution.
 
     Examples
     --------
@@ -168,41 +279,7 @@ def batchgrad(
     >>> fastood.batchgrad(torch.zeros(1, 3), torch.ones(1, 2), G)
     tensor([-2.6667])
     """
-    f, h, as_numpy = logits_and_feats(logits, feats)
-    f, h = _given("logits", f), _given("feats", h)
-    (g,), g_numpy = take(G=G)
-    g = _given("G", g)
-    T = temperature_of(temperature)
-    wanted = [f.shape[1], h.shape[1] + bool(bias)]
-    if list(g.shape) != wanted:
-        raise ValueError(f"G must be {wanted}, got shape {list(g.shape)}")
-    if g.device != f.device or g_numpy != as_numpy:
-        raise ValueError(f"G must be of the kind and on the device of logits, got {type(G).__name__} on {g.device}")
-    dtype = result_dtype(f, h, g)
-    p, not_p = (x.to(dtype) for x in reference.Softmax(f, T).probabilities())
-    g, x = g.to(dtype), _extended(h.to(dtype), bias)
-    # Tiles [n, c, D]; c does not depend on N, so that a row's sum does not depend on its batch.
-    c = max(1, min(g.shape[0], _TILE // max(1, g.shape[1])))
-    n = max(1, _TILE // max(1, c * g.shape[1]))
-    raw = [p.new_zeros(0, dtype=torch.float64)]
-    for p_n, not_p_n, x_n in zip(p.split(n), not_p.split(n), x.split(n), strict=True):
-        tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), g.split(c), strict=True)
-        nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
-        raw.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
-    return give(((-1 if oriented else 1) * torch.cat(raw)).to(dtype), as_numpy)
-
-
-def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
-    """Two rank-one updates of each row of G, weighed: p, not_p [n, c], g [c, D], x [n, D] -> [n]."""
-    # Divided by T last: h / T alone may overflow where p h / T is small.
-    away = (g - p[..., None] * x[:, None] / T).abs().sum(-1)
-    towards = (g + not_p[..., None] * x[:, None] / T).abs().sum(-1)
-    return reference.row_sum(_weighed(not_p, away) + _weighed(p, towards))
-
-
-def _weighed(p: Tensor, x: Tensor) -> Tensor:
-    """p x, where what has no probability does not count even if it is infinite."""
-    return torch.where(p == 0, 0.0, p * x)
+    return BatchGrad(G, temperature=temperature, bias=bias).score(logits, feats, oriented=oriented)
 
 
 def deep_gradient_norm(
@@ -243,6 +320,63 @@ def deep_gradient_norm(
     True
     """
     T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)
+    return _deep_norms(model, inputs, labels, order, power, expectation, T, max_bytes)
+
+
+def deep_batchgrad(
+    model: nn.Module,
+    inputs: Tensor,
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    max_bytes: int = 1 << 30,
+    oriented: bool = True,
+) -> Tensor:
+    """BatchGrad by *all* parameters, through autograd: the Deep row of Table 3. [N], higher = more in-distribution.
+
+    E_p || grad log p_Y(x) + sum_i grad log p_{y_i}(x_i) ||_1 (Eq. 6): one backward pass per input and class.
+
+    Parameters
+    ----------
+    model, inputs, max_bytes
+        As in ``fastood.deep_gradient_norm``.
+    anchors : Tensor [A, ...]
+        In-distribution inputs, one or more of each class.
+    anchor_labels : Tensor [A]
+        Their true classes, integers in 0..C-1.
+    temperature, oriented
+        As in ``fastood.score``.
+
+    Examples
+    --------
+    >>> import torch, fastood
+    >>> model = torch.nn.Linear(4, 3, bias=False).eval()
+    >>> x, anchors, labels = torch.randn(5, 4), torch.randn(3, 4), torch.arange(3)
+    >>> with torch.no_grad():
+    ...     shallow = fastood.BatchGrad.from_anchors(model(anchors), anchors, labels).score(model(x), x)
+    >>> torch.allclose(fastood.deep_batchgrad(model, x, anchors, labels), shallow, rtol=1e-4)
+    True
+    """
+    T = temperature_of(temperature)
+    params, fixed = _parameters(model, inputs)
+    if not isinstance(anchors, Tensor):
+        raise TypeError(f"anchors must be a torch tensor, got {type(anchors).__name__}")
+    params = {name: p.requires_grad_() for name, p in params.items()}
+    constant = {name: torch.zeros_like(p) for name, p in params.items()}
+    with torch.enable_grad():
+        for i in range(0, len(anchors), 32):
+            logits = torch.func.functional_call(model, (params, fixed), (anchors[i : i + 32],))
+            y = _classes("anchor_labels", anchor_labels, len(anchors), logits)[i : i + 32]
+            log_p = (logits.double() / T).log_softmax(-1).gather(-1, y[:, None]).sum()
+            for total, g in zip(constant.values(), torch.autograd.grad(log_p, list(params.values())), strict=True):
+                total += g
+    raw = _deep_norms(model, inputs, "predicted", 1.0, 1.0, "outside", T, max_bytes, constant)
+    return -raw if oriented else raw
+
+
+def _parameters(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters that gradients are taken by, and all else that the model holds."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(inputs, Tensor):
@@ -256,9 +390,27 @@ def deep_gradient_norm(
         raise ValueError("model must have a parameter that requires a gradient")
     fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     fixed.update(model.named_buffers())
+    return params, fixed
+
+
+def _deep_norms(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Labels | Tensor,
+    order: float,
+    power: float,
+    expectation: Expectation,
+    T: float,
+    max_bytes: int,
+    constant: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Norms of gradients by all parameters, `constant` added to each gradient first, in bounded memory: [N]."""
+    params, fixed = _parameters(model, inputs)
     max_bytes = int(number("max_bytes", max_bytes, above=0))
 
     def norm_of_gradient(gradients: dict[str, Tensor]) -> Tensor:
+        if constant is not None:
+            gradients = {name: g + constant[name] for name, g in gradients.items()}
         flat = [g.abs().to(torch.promote_types(g.dtype, torch.float32)) for g in gradients.values()]
         if order == math.inf:
             return torch.stack([g.max() for g in flat]).max().double() ** power
@@ -320,6 +472,23 @@ def _gradient_arguments(
     )
 
 
+def _classes(name: str, labels: Any, n: int, logits: Tensor) -> Tensor:
+    """`labels` as n classes of the logits, int64."""
+    if not isinstance(labels, Tensor | np.ndarray):
+        raise TypeError(f"{name} must be a torch tensor or a numpy array of integers, got {type(labels).__name__}")
+    y = torch.as_tensor(labels)
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {y.dtype}")
+    if y.shape != (n,):
+        raise ValueError(f"{name} must be [{n}], one class per anchor, got shape {list(y.shape)}")
+    if y.device != logits.device:
+        raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {y.device}")
+    C = logits.shape[1]
+    if y.numel() and (int(y.min()) < 0 or int(y.max()) >= C):
+        raise ValueError(f"{name} must be classes 0..{C - 1}, got {int(y.min())}..{int(y.max())}")
+    return y.long()
+
+
 def _distribution(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
     """Label probabilities [N, C] beside logits; NaN in place of a row that is not a distribution."""
     if not isinstance(labels, np.ndarray if as_numpy else Tensor):
@@ -342,7 +511,3 @@ def _given(name: str, x: Tensor | None) -> Tensor:
     if x is None:
         raise TypeError(f"{name} must be a torch tensor or a numpy array, got None")
     return x
-
-
-def _extended(h: Tensor, bias: bool) -> Tensor:
-    return torch.cat([h, h.new_ones(h.shape[0], 1)], -1) if bias else h

@@ -1,7 +1,7 @@
 """Row statistics, and the one place that decides who computes them.
 
 Every score of fastood is an O(N) formula over a few numbers per row. A *backend* is a module in
-this folder that computes those numbers; it has three functions:
+this folder that computes those numbers; it has four functions:
 
 ``row_stats(logits, feats, want) -> (stats, norms)``
     ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
@@ -10,6 +10,8 @@ this folder that computes those numbers; it has three functions:
 ``products(logits, feats, job, shape, dtype, by_row) -> out | None``
     Finished scores in one go: each ``Product`` of the job, [N, K] where `by_row`, else [K, N], as `shape`; or
     None where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
+``batchgrad(logits, feats, anchors) -> out``
+    The one score that is no product of row statistics, raw, [N].
 ``unusable(device, dtype) -> str | None``
     Why it cannot serve tensors of that device and dtype here, or None where it can.
 
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from fastood.kernels import cpu, reference
+from fastood.kernels import cpu, reference, triton
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +82,14 @@ class Job:
         self.prepared: Any = ...  # what the C++ backend made of it
 
 
+class Anchors:
+    """The constant of BatchGrad: G = sum_i (1/T) (e_{y_i} - p(x_i)) h_i^T of its anchors."""
+
+    def __init__(self, G: Tensor, temperature: float, bias: bool) -> None:
+        self.G, self.temperature, self.bias = G, temperature, bias
+        self.prepared: Any = {}  # what the C++ backend made of it, by dtype
+
+
 class Backend(Protocol):
     def row_stats(
         self, logits: Tensor | None, feats: Tensor | None, want: Want
@@ -95,6 +105,8 @@ class Backend(Protocol):
         by_row: bool,
     ) -> Tensor | None: ...
 
+    def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor: ...
+
     def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
 
 
@@ -102,7 +114,7 @@ class Backend(Protocol):
 DEFAULT = os.environ.get("FASTOOD_BACKEND", "auto")
 
 # In order of preference: "auto" takes the first that can serve the tensors at hand.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
 class BackendStatus(NamedTuple):
@@ -119,7 +131,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         name = DEFAULT
     if name == "auto":
         if cpu.MISSING and device.type == "cpu":
-            _say_once(f"fastood's C++ kernels were not built ({cpu.MISSING}): plain PyTorch, several times slower, does")
+            _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})")
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
     if name not in BACKENDS:
         raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
@@ -129,8 +141,9 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 @cache
-def _say_once(message: str) -> None:
-    warnings.warn(message + " their work. Reinstall fastood where there is a C++ compiler.", stacklevel=4)
+def _warn_once(what: str) -> None:
+    advice = "plain PyTorch does their work, several times slower. Reinstall fastood where there is a C++ compiler."
+    warnings.warn(f"{what}: {advice}", stacklevel=4)
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastood.kernels import Stat, Want
+    from fastood.kernels import Anchors, Stat, Want
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -215,7 +215,9 @@ class Softmax:
 
     def power_sum_rest(self, r: float) -> Tensor:
         """sum of p_k^r over all classes but the peeled maximum."""
-        return (r * (self.gap + self.log_msp)).exp() * row_sum((r * self.z).exp()).double()
+        # Of p itself where it is there: the error of r log p would grow with r log C.
+        power = torch.where(self.p_2 > 1e-290, Powers(self.p_2)(r), (r * (self.gap + self.log_msp)).exp())
+        return power * row_sum((r * self.z).exp()).double()
 
     def gen(self, gamma: float, M: int) -> Tensor:
         top = self.z.topk(min(M, self.C) - 1, -1).values
@@ -292,9 +294,7 @@ def _exp_quotient(a: Tensor, b: Tensor, T: float) -> Tensor:
 
 def norms_of(feats: Tensor, orders: tuple[float, ...], log: bool = False, bias: bool = False) -> Tensor:
     """||h||_r for each order, [N, P] float64; `log` for its logarithm, `bias` for [h; 1]."""
-    h = working(feats)
-    if bias:
-        h = torch.cat([h, h.new_ones(h.shape[0], 1)], -1)
+    h = extended(working(feats), bias)
     if h.shape[-1] == 0:
         return h.new_full((h.shape[0], len(orders)), -math.inf if log else 0, dtype=torch.float64)
     h = h.abs()
@@ -375,3 +375,45 @@ def _split_r_ln2(r: float, bits: int) -> tuple[float, float]:
     mantissa, exponent = math.frexp(float(product))
     high = math.ldexp(round(mantissa * 2**bits), exponent - bits)
     return high, float(product - Fraction(high))
+
+
+# ---- BatchGrad
+
+_TILE = 1 << 22  # elements of the largest temporary
+
+
+def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
+    """E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N] float64, in tiles [n, c, D]."""
+    T, G = anchors.temperature, anchors.G
+    dtype = torch.promote_types(
+        torch.promote_types(logits.dtype, feats.dtype), torch.promote_types(G.dtype, torch.float32)
+    )
+    p, not_p = (x.to(dtype) for x in Softmax(logits, T).probabilities())
+    G, x = G.to(dtype), extended(feats.to(dtype), anchors.bias)
+    # c does not depend on N, so that a row's sum does not depend on its batch.
+    c = max(1, min(G.shape[0], _TILE // max(1, G.shape[1])))
+    n = max(1, _TILE // max(1, c * G.shape[1]))
+    sums = [p.new_zeros(0, dtype=torch.float64)]
+    for p_n, not_p_n, x_n in zip(p.split(n), not_p.split(n), x.split(n), strict=True):
+        tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), G.split(c), strict=True)
+        nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
+        sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
+    return torch.cat(sums)
+
+
+def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
+    """Two rank-one updates of each row of G, weighed: p, not_p [n, c], g [c, D], x [n, D] -> [n]."""
+    # Divided by T last: h / T alone may overflow where p h / T is small.
+    away = (g - p[..., None] * x[:, None] / T).abs().sum(-1)
+    towards = (g + not_p[..., None] * x[:, None] / T).abs().sum(-1)
+    return row_sum(_weighed(not_p, away) + _weighed(p, towards))
+
+
+def _weighed(p: Tensor, x: Tensor) -> Tensor:
+    """p x, where what has no probability does not count even if it is infinite."""
+    return torch.where(p == 0, 0.0, p * x)
+
+
+def extended(h: Tensor, bias: bool) -> Tensor:
+    """[h; 1] where the last layer has a bias."""
+    return torch.cat([h, h.new_ones(h.shape[0], 1)], -1) if bias else h

@@ -1,23 +1,70 @@
+import functools
+
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, currently_in_test_context, reject, settings
 
 import fastood
 
 settings.register_profile("default", deadline=None, max_examples=60, print_blob=True)
+# What test_triton.py runs in Triton's interpreter, which is much slower, with float64 left out.
+settings.register_profile(
+    "interpreter", settings.get_profile("default"), max_examples=15, suppress_health_check=list(HealthCheck)
+)
 settings.load_profile("default")
+
+
+def as_triton_takes_it(function, on_gpu):
+    """`function` on the GPU where there is one, for tensors on the CPU; and not for float64."""
+
+    def there(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        if x.dtype == torch.float64:
+            if currently_in_test_context():
+                reject()
+            pytest.skip("float64 is left to the reference backend")
+        if not on_gpu:
+            return x
+        whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).cuda()
+        return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    def back(out):
+        return {name: x.cpu() for name, x in out.items()} if isinstance(out, dict) else out.cpu()
+
+    @functools.wraps(function)
+    def moved(*args, **kwargs):
+        return back(function(*map(there, args), **kwargs))
+
+    return moved
+
+
+def pytest_collection_modifyitems(items):
+    """Triton's part is the contract; all else that takes a backend it leaves to the reference."""
+    items[:] = [x for x in items if x.path.name == "test_contract.py" or parameters(x).get("backend") != "triton"]
+
+
+def parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 CPU_LEVELS = ["base", "avx2", "avx512"]
 
 
-@pytest.fixture(scope="session", params=["reference", *(f"cpu on {level}" for level in CPU_LEVELS)])
+@pytest.fixture(scope="session", params=["reference", *(f"cpu on {level}" for level in CPU_LEVELS), "triton"])
 def backend(request):
     """Every backend in turn, the C++ one on every instruction set: one parity suite for all of them."""
     name, _, level = request.param.partition(" on ")
-    status = fastood.backends()[name]
+    on_gpu = name == "triton" and torch.cuda.is_available()
+    status = fastood.backends("cuda" if on_gpu else "cpu")[name]
     if not status.usable:
         pytest.skip(f"needs the {name} backend: {status.why}")
+    if name == "triton":
+        with pytest.MonkeyPatch.context() as patch:
+            for function in (fastood.score, fastood.scores, fastood.sweep, fastood.norms, fastood.row_stats):
+                patch.setattr(fastood, function.__name__, as_triton_takes_it(function, on_gpu))
+            yield name
+        return
     if not level:
         yield name
         return

@@ -113,7 +113,7 @@ def test_log_of_a_gradient_score():
 def test_logs_where_the_score_itself_underflows():
     sure, ones = torch.tensor([[800.0, 0.0, -10.0]]), torch.ones(1, 1)
     expected = math.log(4) - 800 + math.log1p(math.exp(-10))
-    for backend in fastood.backends():
+    for backend in (name for name, status in fastood.backends().items() if status.usable):
         got = fastood.score(sure, ones, "exgrad", log=True, oriented=False, backend=backend)
         assert got.item() == pytest.approx(expected, rel=1e-6)
         got = fastood.score(sure / 100, ones, "eg_p_l2sq", temperature=0.01, log=True, backend=backend)

@@ -54,7 +54,9 @@ def test_exp2_error_bound(level):
 def test_power_error_bound(level, r):
     """|h|^r within 8 units of 2^-24 over the normal floats, of single features: nothing averages out."""
     rng = np.random.default_rng(0)
-    h = np.concatenate([rng.uniform(1, 2, 50_000) * 2.0 ** rng.integers(-126, 127, 50_000), 2.0 ** np.arange(-126, 128)])
+    h = np.concatenate(
+        [rng.uniform(1, 2, 50_000) * 2.0 ** rng.integers(-126, 127, 50_000), 2.0 ** np.arange(-126, 128)]
+    )
     h = torch.from_numpy(h).float()[:, None]
     got = fastood.norms(h, [r], log=True, backend="cpu")[:, 0].double().numpy()
     expected = np.log(truth.widen(h)[:, 0])
@@ -294,7 +296,7 @@ def test_what_is_not_plain_goes_the_long_way():
     f, h = torch.randn(5, 30), torch.randn(5, 70)
     expected, alone = fastood.score(f, h), fastood.score(f)
     fastood.score(f, h)
-    close = dict(rtol=1e-5, atol=1e-5)
+    close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(fastood.score(f.T.contiguous().T, h), expected, **close)
     torch.testing.assert_close(fastood.score(torch.nn.Parameter(f), h).detach(), expected, **close)
     assert fastood.score(f, h.clone().requires_grad_()).requires_grad
@@ -307,7 +309,12 @@ def test_what_is_not_plain_goes_the_long_way():
     with torch.device("meta"):  # a default device is for what has no other
         assert torch.equal(fastood.score(f), alone)
         assert torch.equal(fastood.scores(f, h)["energy"], fastood.scores(f, h)["energy"])
-    for wrong, words in ((f[:, :0], "at least one class"), (f[0], "2-D"), (f.long(), "torch.int64"), (f.to_sparse(), "dense")):
+    for wrong, words in (
+        (f[:, :0], "at least one class"),
+        (f[0], "2-D"),
+        (f.long(), "torch.int64"),
+        (f.to_sparse(), "dense"),
+    ):
         with pytest.raises((TypeError, ValueError), match=words):
             fastood.score(wrong)
     with pytest.raises(ValueError, match="feats must have the 5 rows"):

@@ -75,7 +75,7 @@ def test_table_1_shallow_rows_are_what_autograd_gives(backend, name, T, bias, sc
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
     sign = -1 if name in ("exgrad", "eg_p_l2sq", "eg_p_logp_l2sq") else 1
     assert torch.equal(fastood.score(f, h, name, temperature=T, bias=bias, backend=backend), sign * got)
-    general = fastood.gradient_norm(f, h, labels, order, power, expectation, temperature=T, bias=bias)
+    general = fastood.gradient_norm(f, h, labels, order, power, expectation, temperature=T, bias=bias, backend=backend)
     torch.testing.assert_close(general, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -156,7 +156,7 @@ def test_exgrad_keeps_its_precision_when_the_network_is_sure():
 def test_identities(backend, seed, C, D, T):
     g = torch.Generator().manual_seed(seed)
     f, h = torch.randn(2, C, generator=g) * 10, torch.randn(2, D, generator=g)
-    assert (fastood.gradient_norm(f, h, "predicted", temperature=T) == 0).all()
+    assert (fastood.gradient_norm(f, h, "predicted", temperature=T, backend=backend) == 0).all()
     assert (fastood.score(f, h, "norm_eg_p_l2sq", temperature=T, backend=backend) == 0).all()
     constant = fastood.score(f, h, "eg_u_l1", temperature=T, backend=backend)
     torch.testing.assert_close(constant, 2 / T * (C - 1) / C * fastood.norms(h, [1], backend=backend)[:, 0])
@@ -231,7 +231,7 @@ def test_batchgrad_in_tiles(monkeypatch):
     f, h, G = torch.randn(6, 11, generator=g), torch.randn(6, 9, generator=g), torch.randn(11, 9, generator=g)
     whole = fastood.batchgrad(f, h, G)
     for tile in (1, 9, 20, 99, 250):
-        monkeypatch.setattr("fastood.gradients._TILE", tile)
+        monkeypatch.setattr("fastood.kernels.reference._TILE", tile)
         got = fastood.batchgrad(f, h, G)
         torch.testing.assert_close(got, whole)
         assert torch.equal(fastood.batchgrad(f[2:3], h[2:3], G), got[2:3])
@@ -258,6 +258,94 @@ def test_batchgrad_arguments():
         fastood.anchor_gradient(f, h, None)
     with pytest.raises(ValueError, match=r"labels must be \[4\], one class per anchor, got shape \[3\]"):
         fastood.anchor_gradient(f, h, y[:3])
+
+
+def equation_6(f, h, G, T):
+    """By the definition, class by class, in long double: [N]."""
+    f, h, G = truth.widen(f), truth.widen(h), truth.widen(G)
+    out = []
+    for row, x in zip(f, h, strict=True):
+        p, not_p, _ = truth.softmax_row(row, T)
+        away = np.abs(G - p[:, None] * x / T).sum(1)
+        towards = np.abs(G + not_p[:, None] * x / T).sum(1)
+        out.append((not_p * away + p * towards).sum())
+    return np.array(out)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    N=st.sampled_from([1, 3, 40]),
+    C=st.sampled_from([1, 2, 5, 16, 17, 130]),
+    D=st.sampled_from([0, 1, 15, 16, 17, 100, 1030]),
+    scale=st.sampled_from([0.1, 1.0, 10.0, 100.0]),
+    T=st.sampled_from([1.0, 0.2, 30.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    relu=st.booleans(),
+    bias=st.booleans(),
+)
+def test_batchgrad_on_every_backend(backend, seed, N, C, D, scale, T, dtype, relu, bias):
+    g = torch.Generator().manual_seed(seed)
+    f, h = torch.randn(N, C, generator=g) * scale, torch.randn(N, D, generator=g)
+    f, h = f.to(dtype), (h.relu() if relu else h).to(dtype)
+    G = torch.randn(C, D + bias, generator=g) * 10 ** torch.randn(C, 1, generator=g)
+    detector = fastood.BatchGrad(G, temperature=T, bias=bias)
+    got = detector.score(f, h, oriented=False, backend=backend)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    x = torch.cat([h.double(), torch.ones(N, 1, dtype=torch.float64)], 1) if bias else h
+    expected = equation_6(f, x, G, T)
+    with np.errstate(all="ignore"):
+        # p is exact to (32 + 4 |z|) units, which what depends on it by way of h inherits.
+        size = np.abs(truth.widen(G)).sum() + np.abs(truth.widen(x)).sum(1) / T
+        allowed = (64 + 4 * np.minimum(truth.span(f) / T, 104)) * truth.EPS[str(dtype).removeprefix("torch.")] * size
+    truth.assert_close(got, expected, allowed, "BatchGrad")
+    assert torch.equal(detector.score(f[-1:], h[-1:], oriented=False, backend=backend), got[-1:])
+
+
+def test_batchgrad_of_rows_that_are_not_finite(backend):
+    f, h, G = torch.randn(6, 20), torch.randn(6, 33), torch.randn(20, 33)
+    f[0, 3], f[1, 3], f[2] = math.nan, math.inf, -math.inf
+    f[3, 3], h[4, 5], h[5, 5] = -math.inf, math.nan, math.inf
+    got = fastood.BatchGrad(G).score(f, h, oriented=False, backend=backend)
+    assert got[[0, 1, 2, 4]].isnan().all()
+    assert got[3].isfinite()  # a masked class
+    assert got[5] == math.inf
+    confident = torch.tensor([[1e4, 0.0]])
+    assert fastood.BatchGrad(torch.ones(2, 1)).score(confident, torch.tensor([[5.0]]), backend=backend).item() == -2
+
+
+def test_batchgrad_is_never_below_the_norm_of_its_constant(backend):
+    """E_p[e_Y - p] = 0, so by Jensen's inequality; and equal to it where the sample adds nothing."""
+    f, h, G = torch.randn(20, 30) * 3, torch.randn(20, 50), torch.randn(30, 50)
+    detector = fastood.BatchGrad(G)
+    least = G.double().abs().sum()
+    assert (detector.score(f.double(), h, oriented=False, backend=backend) >= least * (1 - 1e-12)).all()
+    nothing = detector.score(f.double(), torch.zeros_like(h), oriented=False, backend=backend)
+    torch.testing.assert_close(nothing, least.expand(20))
+
+
+def test_batchgrad_bits_do_not_depend_on_threads():
+    before = torch.get_num_threads()
+    f, h, detector = torch.randn(3, 1000), torch.randn(3, 300), fastood.BatchGrad(torch.randn(1000, 300))
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(detector.score(f, h))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_batchgrad_is_saved_and_loaded(tmp_path):
+    f, h, y = torch.randn(8, 4), torch.randn(8, 3), torch.arange(8) % 4
+    made = fastood.BatchGrad.from_anchors(f, h, y, temperature=0.1, bias=True)
+    made.save(tmp_path / "anchors.safetensors")
+    loaded = fastood.BatchGrad.load(tmp_path / "anchors.safetensors")
+    assert torch.equal(loaded.score(f, h), made.score(f, h))
+    from safetensors.torch import save_file
+
+    save_file({"G": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"path must be a file that BatchGrad.save wrote, got '.*other"):
+        fastood.BatchGrad.load(tmp_path / "other.safetensors")
 
 
 # ---- all parameters
@@ -297,6 +385,27 @@ def test_deep_rows_are_a_loop_of_autograd(name):
     for max_bytes in (1, 1 << 14, 1 << 30):  # one gradient at a time, some, all
         got = fastood.deep_gradient_norm(net, x, temperature=T, max_bytes=max_bytes, **fastood.SCORES[name].gradient)
         torch.testing.assert_close(got, torch.stack(expected), rtol=1e-9, atol=1e-20)
+
+
+def test_deep_batchgrad_is_a_loop_of_autograd():
+    net, x, T = network(), torch.randn(4, 6, dtype=torch.float64), 1.5
+    anchors, labels = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 4
+
+    def gradient(row, y):
+        g = torch.autograd.grad(torch.log_softmax(net(row[None])[0] / T, -1)[y], list(net.parameters()))
+        return torch.cat([p.flatten() for p in g])
+
+    constant = sum(gradient(a, y) for a, y in zip(anchors, labels, strict=True))
+    expected = []
+    for row in x:
+        p = torch.softmax(net(row[None])[0] / T, -1).detach()
+        expected.append(sum(p[y] * (gradient(row, y) + constant).abs().sum() for y in range(4)))
+    for max_bytes in (1, 1 << 14, 1 << 30):
+        got = fastood.deep_batchgrad(net, x, anchors, labels, temperature=T, max_bytes=max_bytes, oriented=False)
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-9, atol=0)
+    assert all(p.grad is None for p in net.parameters())
+    with pytest.raises(ValueError, match=r"anchor_labels must be \[40\], one class per anchor, got shape \[39\]"):
+        fastood.deep_batchgrad(net, x, anchors, labels[1:])
 
 
 def test_deep_gradient_norm_with_labels_and_frozen_parameters():

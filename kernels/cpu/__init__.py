@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastood.kernels import reference
+from fastood.kernels.seam import traced, transformed
 
 _native: Any = None
 MISSING = ""  # why there is no C++ part
@@ -24,7 +24,7 @@ except ImportError as error:
     MISSING = str(error)
 
 if TYPE_CHECKING:
-    from fastood.kernels import Job, Product, Stat, Want
+    from fastood.kernels import Anchors, Job, Product, Stat, Want
 
 # The numbers that state.h and plan.h give them.
 _STATS = {
@@ -40,6 +40,7 @@ _STATS = {
     "plogp": 9,
     "sumlogp": 10,
     "power_sum": 11,
+    "gen": 12,
 }
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call
@@ -54,12 +55,11 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if _transformed() or _grows(logits) or _grows(feats):
+    if traced(logits, feats):
         return reference.row_stats(logits, feats, want)
     if _prepared(want) is not None:
         return _run(logits, feats, want)
-    # gen sorts, and log_one_minus_s2 outlives its own underflow: other kinds of work, which plain PyTorch does.
-    # The rest comes in parts that fit one call.
+    # log_one_minus_s2 outlives its own underflow, which plain PyTorch sees to; the rest in parts that fit one call.
     other = tuple(s for s in want.stats if not _has(s))
     native = [s for s in want.stats if _has(s)]
     stats = reference.row_stats(logits, None, want._replace(stats=other, orders=()))[0]
@@ -71,28 +71,6 @@ def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[
     return stats, torch.cat([x for x in norms if x is not None], -1) if norms else None
 
 
-def _transformed() -> bool:
-    """Whether a tracer or a function transform is at work, which cannot look into the C++ part."""
-    return torch.compiler.is_compiling() or _functions_transformed()
-
-
-def _functions_transformed() -> bool:
-    return (
-        torch._C._is_tracing()  # torch.jit.trace
-        or torch._C._are_functorch_transforms_active()  # vmap, jvp, torch.func.grad
-        or forward_ad._current_level >= 0
-    )
-
-
-def _grows(x: Tensor | None) -> bool:
-    """Whether what is made of `x` must be made by torch: for autograd, or for a subclass."""
-    if x is None:
-        return False
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return True
-    return x.requires_grad and torch.is_grad_enabled()
-
-
 def products(
     logits: Tensor | None,
     feats: Tensor | None,
@@ -102,7 +80,7 @@ def products(
     by_row: bool,
 ) -> Tensor | None:
     plan = prepared(job)
-    if plan is None or _transformed() or _grows(logits) or _grows(feats):
+    if plan is None or traced(logits, feats):
         return None
     f, f_arguments = _argument(logits if job.want.stats else None)
     h, h_arguments = _argument(feats if job.want.orders else None)
@@ -115,10 +93,34 @@ def products(
     return out
 
 
-def score_plain(plan: object, logits: Tensor, feats: Tensor | None) -> Tensor | None:
+def score_plain(plan: object, logits: Any, feats: Any) -> Any:
     """One finished score [N] of plain tensors, or None where ``products`` must be asked: without Python's own part,
     which takes longer than a row of 1000 logits."""
-    return None if _functions_transformed() else _native.score_plain(plan, logits, feats)
+    return None if transformed() else _native.score_plain(plan, logits, feats)
+
+
+def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
+    if traced(logits, feats, anchors.G):
+        return reference.batchgrad(logits, feats, anchors)
+    dtype = torch.float32
+    if torch.float64 in (logits.dtype, feats.dtype, anchors.G.dtype):
+        dtype, logits, feats = torch.float64, logits.double(), feats.double()
+    if dtype not in anchors.prepared:
+        plan = _native.prepare(anchors.temperature, (_STATS["lse"],), (0.0,), (0,), (), False, False, ())
+        norms = anchors.G.abs().sum(-1, dtype=torch.float64)
+        padded = torch.nn.functional.pad(anchors.G.to(dtype), (0, -anchors.G.shape[1] % 16)).contiguous()
+        anchors.prepared[dtype] = plan, padded, norms, norms.sum().item()
+    plan, G, norms, norm = anchors.prepared[dtype]
+    f, f_arguments = _argument(logits)
+    h, h_arguments = _argument(feats)
+    out = logits.new_empty(len(logits), dtype=torch.float64)
+    arguments = (G.data_ptr(), G.shape[1], norms.data_ptr(), norm, out.data_ptr())
+    _native.batchgrad(plan, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
+    del f, h
+    # What holds, or comes to, an infinity or a NaN is left to the definition.
+    if not (finite := out.isfinite()).all():
+        out[~finite] = reference.batchgrad(logits[~finite], feats[~finite], anchors)
+    return out
 
 
 def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
@@ -147,7 +149,8 @@ def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
         return None
     stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
     exponents = tuple(0.0 if isinstance(s, str) else float(s[1]) for s in want.stats)
-    return _native.prepare(want.temperature, stats, exponents, want.orders, want.bias, want.log, products)
+    counts = tuple(min(int(s[2]), 1 << 62) if len(s) == 3 and s[0] == "gen" else 0 for s in want.stats)
+    return _native.prepare(want.temperature, stats, exponents, counts, want.orders, want.bias, want.log, products)
 
 
 def _has(stat: Stat) -> bool:

@@ -49,10 +49,10 @@ static const char PLAN[] = "fastood plan";
 
 static void free_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
 
-// prepare(temperature, stats, powers, orders, bias, log, products): stats are numbers of Stat, powers the r of each, 0
-// where it has none, products tuples of (stat, order, factor, power, divisor).
+// prepare(temperature, stats, powers, counts, orders, bias, log, products): stats are numbers of Stat, powers the r or
+// gamma of each and counts the M, 0 where it has none, products tuples of (stat, order, factor, power, divisor).
 static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7) return PyErr_Format(PyExc_TypeError, "prepare takes 7 arguments");
+  if (count != 8) return PyErr_Format(PyExc_TypeError, "prepare takes 8 arguments");
   std::unique_ptr<Plan> plan(new Plan);
   LogitsPlan& logits = plan->logits;
   const double T = logits.temperature = PyFloat_AsDouble(args[0]);
@@ -60,7 +60,7 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const double log2e = 1.4426950408889634, log2e_low = 2.0355273740931033e-17;
   const double scale = std::min(log2e / T, 1e38);
   set_scale(&logits, scale, scale < 1e38 ? (std::fma(-scale, T, log2e) + log2e_low) / T : 0);
-  const Py_ssize_t stats = PyTuple_Size(args[1]), orders = PyTuple_Size(args[3]), products = PyTuple_Size(args[6]);
+  const Py_ssize_t stats = PyTuple_Size(args[1]), orders = PyTuple_Size(args[4]), products = PyTuple_Size(args[7]);
   if (stats > MAX_STATS || orders > MAX_ORDERS)
     return PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);
   for (Py_ssize_t j = 0; j < stats; j++) {
@@ -70,17 +70,19 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
     logits.sums |= sums_for(stat);
     if (stat == POWER_SUM && logits.power_sums < MAX_POWER_SUMS)
       logits.power[logits.power_sums++] = PyFloat_AsDouble(PyTuple_GetItem(args[2], j));
+    if (stat == GEN)
+      plan->gens.push_back({int(j), PyFloat_AsDouble(PyTuple_GetItem(args[2], j)), PyLong_AsLongLong(PyTuple_GetItem(args[3], j))});
   }
   double order[MAX_ORDERS];
-  for (Py_ssize_t j = 0; j < orders; j++) order[j] = PyFloat_AsDouble(PyTuple_GetItem(args[3], j));
+  for (Py_ssize_t j = 0; j < orders; j++) order[j] = PyFloat_AsDouble(PyTuple_GetItem(args[4], j));
   for (int is_double = 0; is_double < 2; is_double++) {
     plan->orders[is_double].resize(orders);
     plan_norms(order, int(orders), !is_double, &plan->norms[is_double], plan->orders[is_double].data());
   }
-  plan->bias = PyObject_IsTrue(args[4]);
-  plan->log = PyObject_IsTrue(args[5]);
+  plan->bias = PyObject_IsTrue(args[5]);
+  plan->log = PyObject_IsTrue(args[6]);
   for (Py_ssize_t k = 0; k < products; k++) {
-    PyObject* p = PyTuple_GetItem(args[6], k);
+    PyObject* p = PyTuple_GetItem(args[7], k);
     plan->products.push_back({int(PyLong_AsLong(PyTuple_GetItem(p, 0))), int(PyLong_AsLong(PyTuple_GetItem(p, 1))),
                               int(PyLong_AsLong(PyTuple_GetItem(p, 3))), PyFloat_AsDouble(PyTuple_GetItem(p, 2)),
                               PyFloat_AsDouble(PyTuple_GetItem(p, 4))});
@@ -134,6 +136,32 @@ static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
   q.row_stride = by_row ? int64_t(plan->products.size()) : 1;
   q.product_stride = by_row ? 1 : q.rows;
   return run_without_lock(q);
+}
+
+// batchgrad(plan, rows, logits (4), feats (4), bias, address of G, its columns, address of its rows' norms, their sum,
+// address of [rows] double)
+static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const Plan* plan = read_plan(args, count, COMMON + 6);
+  if (!plan) return nullptr;
+  Request q{*plan};
+  if (!read_matrices(args, &q)) return nullptr;
+  const BatchGrad b{*plan, q.rows, q.logits, q.feats, bool(PyObject_IsTrue(args[COMMON])),
+                    PyLong_AsVoidPtr(args[COMMON + 1]), PyLong_AsLongLong(args[COMMON + 2]),
+                    static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 3])), PyFloat_AsDouble(args[COMMON + 4]),
+                    static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 5]))};
+  if (PyErr_Occurred()) return nullptr;
+  PyThreadState* held = PyEval_SaveThread();
+  if (b.rows) run(b);
+  PyEval_RestoreThread(held);
+  Py_RETURN_NONE;
+}
+
+// batchgrad_peak(steps): its arithmetic on registers, `steps` vectors of floats; gives their width.
+static PyObject* batchgrad_peak(PyObject*, PyObject* steps) {
+  const int64_t n = PyLong_AsLongLong(steps);
+  if (PyErr_Occurred()) return nullptr;
+  const double sum = kernels->batchgrad_peak(n);
+  return sum < 0 ? PyLong_FromLong(0) : PyLong_FromLong(kernels->float_lanes);  // which it must run to know
 }
 
 // ---- one row at a time: tensors read by their own accessors, without Python code between them
@@ -277,6 +305,8 @@ static PyMethodDef methods[] = {
     {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
     {"row_stats", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(row_stats)), METH_FASTCALL, nullptr},
     {"products", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(products)), METH_FASTCALL, nullptr},
+    {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
+    {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
     {"score_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(score_plain)), METH_FASTCALL, nullptr},
     {"use_torch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_torch)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},

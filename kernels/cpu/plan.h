@@ -99,15 +99,24 @@ void rescale(const NormsPlan& plan, NormsState* state, double max);
 
 struct Kernels {
   const char* name;
+  int float_lanes;
   // next: what will be read after f, and is fetched on the way
   void (*logits[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, const void* next, LogitsState* state, void* kept);
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
                       const void* kept);
-  // The same, and tv, of rows of n <= FEW columns.
+  double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
+                       double gamma, int64_t M);
+  // As `logits` and `tv`, of rows of n <= FEW columns.
   void (*few_logits[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
                             LogitsState* states, double* tv);
   void (*norms[TYPES])(const void* h, int64_t n, const NormsPlan& plan, const void* next, NormsState* state);
+  // BatchGrad, in float and in double; see batchgrad.h.
+  double (*batchgrad[2])(const void* h, int64_t n, const void* G, int64_t stride, const int* classes, const void* turn,
+                         const void* pull, int count);
+  double (*batchgrad_peak)(int64_t steps);
+  void (*exponentials[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, void* out);
+  double (*widen[TYPES])(const void* x, int64_t n, void* out);
   // In place, of n doubles >= 0, n a multiple of 8: log (1 + x) to relative precision, and x^exponent to 2^-44.
   void (*log1p)(double* x, int64_t n);
   void (*power)(double* x, int64_t n, double exponent);

@@ -159,16 +159,22 @@ static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int
   state->powers[which] *= __builtin_ldexp(1.0, -Vec<T>::scaled);
 }
 
+// The largest element below the maximum.
+template <class T, class In> static T largest_below(const In* f, int64_t n, T max) {
+  V<T> most[2] = {all<T>(minus_inf<T>()), all<T>(minus_inf<T>())};
+  for_blocks<2, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { most[u] = v < max && v > most[u] ? v : most[u]; },
+      [] {});
+  return max_of<T>(larger(most[0], most[1]));
+}
+
 // Where the maximum is so far above the rest that float exponentials vanish: the rest again, from a pivot of
 // its own.
 template <class T, class In>
 static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsState* state) {
   const T top = T(state->max);
-  V<T> most[2] = {all<T>(minus_inf<T>()), all<T>(minus_inf<T>())};
-  for_blocks<2, T>(
-      f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { most[u] = v < top && v > most[u] ? v : most[u]; }, [] {});
-  const double pivot = max_of<T>(most[0] > most[1] ? most[0] : most[1]);
+  const double pivot = largest_below<T>(f, n, top);
   if (pivot == -__builtin_inf()) return;
   const Softmax<T> softmax(all<T>(T(pivot)), plan);
   V<T> exp[2] = {}, squares[2] = {}, exp_z[2] = {};
@@ -241,6 +247,87 @@ static double tv(const void* data, int64_t n, const LogitsPlan& plan, double max
         flush);
   }
   return sum_of<T>(sum);
+}
+
+// ---- GEN
+
+template <class T, class In> static int64_t count_at_least(const In* f, int64_t n, T level) {
+  I<T> below[4] = {};
+  for_blocks<4, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { below[u] -= v >= level; }, [] {});
+  const I<T> sum = (below[0] + below[1]) + (below[2] + below[3]);
+  int64_t total = 0;
+  for (int k = 0; k < Vec<T>::lanes; k++) total += sum[k];
+  return total;
+}
+
+// The M-th largest of a row of numbers, M <= n: bisection over the floats in their order.
+template <class T, class In> static T largest_but(const In* f, int64_t n, int64_t M, T max) {
+  typedef typename Vec<T>::Scalar S;
+  constexpr S sign = S(typename Vec<T>::Unsigned(1) << (sizeof(T) * 8 - 1));
+  auto key = [](T x) { S bits; __builtin_memcpy(&bits, &x, sizeof x); return bits < 0 ? S(bits ^ ~sign) : bits; };
+  auto value = [](S bits) { T x; if (bits < 0) bits ^= ~sign; __builtin_memcpy(&x, &bits, sizeof x); return x; };
+  S low = key(minus_inf<T>()), high = key(max);  // count_at_least(low) >= M, and what is above high is too few
+  while (low < high) {
+    const S middle = S((low & high) + ((low ^ high) >> 1)) + S((low ^ high) & 1);  // their mean, rounded up
+    if (count_at_least<T>(f, n, value(middle)) >= M) low = middle;
+    else high = middle - 1;
+  }
+  return value(low);
+}
+
+// log2 of the sum of the exponentials below the maximum, where that itself may be below the doubles.
+template <class T, class In> static double log2_of_rest(const In* f, int64_t n, const LogitsPlan& plan, double max) {
+  const T pivot = largest_below<T>(f, n, T(max));
+  if (pivot == minus_inf<T>()) return pivot;
+  const Softmax<T> softmax(all<T>(pivot), plan);
+  V<T> sums[2] = {};
+  double sum = 0;
+  for_blocks<2, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
+        V<T> d;
+        sums[u] += softmax.exp(v < T(max) ? v : all<T>(minus_inf<T>()), &d);
+      },
+      [&] { sum += take<2, T>(sums); });
+  return (pivot - max) * plan.scale + __builtin_log2(sum) - Vec<T>::scaled;
+}
+
+// Sum over the M largest p of p^gamma (1 - p)^gamma; total and rest: of the exponentials relative to the maximum.
+template <class In>
+static double gen(const void* data, int64_t n, const LogitsPlan& plan, double max, double total, double rest, double gamma,
+                  int64_t M) {
+  typedef typename Arithmetic<In>::type T;
+  const In* f = static_cast<const In*>(data);
+  const T level = M < n ? largest_but<T>(f, n, M, T(max)) : minus_inf<T>();
+  const Softmax<T> softmax(all<T>(T(max)), plan);
+  const T scale = T(plan.scale * gamma), power = T(gamma), per_total = T(__builtin_ldexp(1 / total, -Vec<T>::scaled));
+  const T log_total = T(gamma * __builtin_log2(total));
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  auto term = [&](V<T> v) __attribute__((always_inline)) {
+    V<T> d, p = softmax.exp(v, &d) * per_total, e, l;
+    log2_parts<T>(1 - p, &e, &l);
+    return exp2_sum<T, true>((v - softmax.max) * scale - log_total + T(Vec<T>::scaled), (e + l) * power, v == minus_inf<T>());
+  };
+  V<T> sums[2] = {}, above[2] = {};
+  double sum = 0, count = 0;
+  for_blocks<2, T>(
+      f, n, minus_inf<T>(),
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
+        const I<T> wanted = (v > level) & (v != softmax.max);
+        if (!any<T>(wanted)) return;
+        sums[u] += wanted ? term(v) : V<T>{};
+        above[u] += wanted ? all<T>(T(1)) : V<T>{};
+      },
+      [&] { sum += take<2, T>(sums), count += take<2, T>(above); });
+  // The maximum, whose 1 - p is rest / total; then what is equal to the M-th, as often as there is room for it.
+  const double log_rest = rest > 0x1p-900 ? __builtin_log2(rest) : log2_of_rest<T>(f, n, plan, max);
+  const double top = __builtin_exp2(gamma * (log_rest - 2 * __builtin_log2(total)));
+  const double ties = double(count_at_least<T>(f, n, T(max))), most = double(M < n ? M : n);
+  if (level >= max) return most * top;
+  sum = unit * sum + ties * top;
+  return level > minus_inf<T>() ? sum + (most - count - ties) * unit * double(term(all<T>(level))[0]) : sum;
 }
 
 // ---- few classes: a row a lane
@@ -607,11 +694,3 @@ static void power_of(double* x, int64_t n, double exponent) {
     __builtin_memcpy(x + i, &power, sizeof power);
   }
 }
-
-#define KERNELS(NAME)                                                              \
-  {NAME,                                                                           \
-   {logits<Half>, logits<BFloat>, logits<float>, logits<double>},                  \
-   {tv<Half>, tv<BFloat>, tv<float>, tv<double>},                                  \
-   {few_logits<Half>, few_logits<BFloat>, few_logits<float>, few_logits<double>},  \
-   {norms<Half>, norms<BFloat>, norms<float>, norms<double>},                      \
-   log1p_of, power_of, exp2_of, log2_of}

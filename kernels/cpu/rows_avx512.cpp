@@ -14,6 +14,7 @@
 namespace fastood::avx512 {
 #include "vectors.h"
 #include "rows.h"
+#include "batchgrad.h"
 
 extern const Kernels kernels;
 const Kernels kernels = KERNELS("avx512");

@@ -48,7 +48,7 @@ static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
   return s;
 }
 
-static LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv) {
+LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv) {
   const int64_t count = chunks(q.logits.columns);
   LogitsState s, next;
   logits_chunk(q, row, 0, kept, &s);
@@ -56,7 +56,7 @@ static LogitsState logits_row(const Request& q, int64_t row, double* kept, doubl
     logits_chunk(q, row, c, nullptr, &next);
     merge(q.plan.logits, &s, next);
   }
-  *tv = 0;
+  if (tv) *tv = 0;
   if (needs_tv(q, s))
     for (int64_t c = 0; c < count; c++) *tv += tv_chunk(q, row, c, s, kept);
   return s;
@@ -84,6 +84,14 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
     for (int64_t i = 0; i < count; i++)
       stats[j][i] = statistic(q.plan.stats[j], q.plan.power_of_stat[j], q.plan.logits, batch->logits[i], q.logits.columns,
                               batch->tv[i], log1p[i]);
+
+  for (const Gen& g : q.plan.gens)
+    for (int64_t i = 0; i < count; i++) {
+      const LogitsState& s = batch->logits[i];
+      if (s.nan || !std::isfinite(s.max)) continue;
+      stats[g.stat][i] = kernels->gen[q.logits.type](q.logits.at(row + i, 0), q.logits.columns, q.plan.logits, s.max,
+                                                     1 + rest(s), rest(s), g.gamma, g.M);
+    }
 
   if (q.plan.bias && !q.orders().empty()) {
     const double one = 1;
@@ -182,7 +190,7 @@ static void tv_task(int64_t begin, int64_t end, void* context) {
   }
 }
 
-static void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context) {
+void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context) {
   if (!(parallel_for && tasks > grain && parallel_for(0, tasks, grain, task, context) == 0)) task(0, tasks, context);
 }
 

@@ -24,6 +24,13 @@ struct Product {
   double factor, divisor;
 };
 
+// Which of Plan.stats is a GEN, and its parameters.
+struct Gen {
+  int stat;
+  double gamma;
+  int64_t M;
+};
+
 // What is wanted, worked out once for many calls.
 struct Plan {
   LogitsPlan logits{};
@@ -31,6 +38,7 @@ struct Plan {
   std::vector<Order> orders[2];
   bool bias = false, log = false;
   std::vector<int> stats, power_of_stat;
+  std::vector<Gen> gens;
   std::vector<Product> products;
 };
 
@@ -50,6 +58,19 @@ struct Request {
   const std::vector<Order>& orders() const { return plan.orders[feats.type == FLOAT64]; }
 };
 
+// E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row.
+struct BatchGrad {
+  const Plan& plan;  // for the temperature, and the sum of the exponentials
+  int64_t rows;
+  Matrix logits, feats;
+  bool bias;                 // h means [h; 1]
+  const void* G;             // [classes, columns], float, or double where feats are
+  int64_t columns;           // a multiple of 16, padded with zeros
+  const double* norms;       // [classes]: ||G_c||_1
+  double norm;               // their sum
+  double* out;               // [rows]; NaN where a value is not finite, which it does not judge
+};
+
 // torch_parallel_for of libtorch_cpu, or null for one thread
 typedef int (*ParallelFor)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 extern ParallelFor parallel_for;
@@ -58,5 +79,11 @@ extern ParallelFor parallel_for;
 extern const Kernels* kernels;
 
 void run(const Request& q);
+void run(const BatchGrad& b);
+
+// task(begin, end, context) over 0..tasks, `grain` of them or more to a thread.
+void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
+// The sums over a row, and TV where that is asked for; kept: as many doubles as the row is long and 16, or null.
+LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv);
 
 }  // namespace fastood

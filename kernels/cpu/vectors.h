@@ -8,6 +8,7 @@ template <>
 struct Vec<float> {
   typedef float V __attribute__((vector_size(VECTOR_BYTES)));
   typedef int32_t Scalar;
+  typedef uint32_t Unsigned;
   typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
   typedef uint32_t U __attribute__((vector_size(VECTOR_BYTES)));
   static constexpr int lanes = VECTOR_BYTES / 4;
@@ -21,6 +22,7 @@ template <>
 struct Vec<double> {
   typedef double V __attribute__((vector_size(VECTOR_BYTES)));
   typedef int64_t Scalar;
+  typedef uint64_t Unsigned;
   typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
   typedef uint64_t U __attribute__((vector_size(VECTOR_BYTES)));
   static constexpr int lanes = VECTOR_BYTES / 8;

@@ -1,0 +1,350 @@
+"""What the Triton kernels cost on a GPU, read from their machine code; no GPU needed: python -m benchmarks.gpu_static
+
+Every kernel is compiled at representative shapes and types, and the disassembler that comes with Triton shows what
+the GPU would run. Printed per kernel: registers, spills, shared memory, the width of the loads of logits and features,
+special-function, FP32 and total instructions for each element read, and the time of the busiest unit of an H100 over
+the time that memory needs to read each tensor once.
+
+The model: 3.0 TB/s, 132 multiprocessors at 1.755 GHz, each of which does 16 special functions, 128 FP32 operations and
+4 warp instructions per clock; 64 integer and logical ones; all of them overlap perfectly. It is a bound, not a
+measurement. A branch around code that reads the rows again is counted as not taken: it serves the rare rows that
+float32 cannot sum at first (device.py says which).
+
+The exit status is 1 where a kernel spills, loads rows in less than 128 bits at a time (64 for rows of 100 halves, 32
+for those of ten classes, a thread each), or takes more instructions than its budget.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastood.kernels import Product, Want
+from fastood.kernels.triton import device, shapes
+
+V = ("energy", "tv", "msp", "s2")
+EVERY_V = (*V, "plogp", "sumlogp", "fmax")
+GRID = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.inf)
+BFLOAT, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
+
+
+class Case(NamedTuple):
+    """A kernel, and the most instructions and special functions it may take for each element on sm_90."""
+
+    what: str
+    dtype: torch.dtype
+    C: int
+    D: int
+    stats: tuple[str, ...]
+    orders: tuple[float, ...]
+    total: float
+    special: float
+    kernel: str = "scores"  # or of a row in segments: "first", "second"
+    least_bits: int = 128
+
+
+# ---- compiling
+
+
+class Compiled(NamedTuple):
+    cubin: bytes
+    warps: int
+    shared: int
+    elements: int  # that one program reads
+
+
+def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = False) -> Compiled:
+    C, D, size = case.C, case.D, case.dtype.itemsize
+    products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
+    plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
+    assert plan is not None
+    rows, warps, lanes = shapes.launch_shape(C, D)
+    if case.kernel != "scores":
+        rows, warps, lanes = 1, shapes.SEGMENT_WARPS, 32 * shapes.SEGMENT_WARPS
+    pairs, half = case.dtype == BFLOAT, case.dtype == HALF
+    x = shapes.tile_of(C, C, 0, size, pairs, lanes) if C else shapes.NOTHING
+    h = shapes.tile_of(D, D, 0, size, pairs, lanes) if D else shapes.NOTHING
+    segments = shapes.segments_of(C, x.vec) if C else (1, 0)
+    pointer = {BFLOAT: "*bf16", HALF: "*fp16", FLOAT: "*fp32"}[case.dtype]
+    types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "record_ptr": "*fp32", "x_ptr": pointer, "h_ptr": pointer}
+    if case.kernel == "scores":
+        kernel = device.scores
+        if segments[0] > 1:
+            types["x_ptr"] = types["record_ptr"]  # which is what it then reads
+        constants = shapes.constants(plan, C, x, segments, D, h, half, bias, log, rows)
+        constants |= {name: None for name, n in (("x_ptr", C), ("h_ptr", D)) if not n}
+        elements = rows * (C + D)
+    else:
+        kernel = device.segments
+        constants = shapes.segment_constants(plan, C, x, segments, case.kernel == "second")
+        elements = segments[1]
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") and name not in constants]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    return Compiled(binary, warps, compiled.metadata.shared, elements)
+
+
+def _or_none(items: tuple[object, ...]) -> range:
+    return range(len(items)) if items else range(-1, 0)
+
+
+# ---- disassembling
+
+
+class Instruction(NamedTuple):
+    predicate: str
+    opcode: str  # with its modifiers
+    operands: str
+
+    @property
+    def base(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def bits(self) -> int:
+        """How wide a load or store is."""
+        return next((int(x) for x in re.findall(r"\.(?:[US])?(8|16|64|128)\b", self.opcode)), 32)
+
+
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
+LABEL = re.compile(r"^\s*(\.L_\w+):")
+
+
+def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int], int]:
+    """The instructions, the place of each label among them, and the number of registers."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(*command: str) -> str:
+            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+        text = tool(str(tools / "nvdisasm"), "-c")
+        usage = tool(str(tools / "cuobjdump"), "-res-usage")
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if found := LABEL.match(line):
+            labels[found[1]] = len(code)
+        elif found := INSTRUCTION.match(line):
+            code.append(Instruction((found[1] or "").strip(), found[2], found[3]))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers
+    assert code
+    return code, labels, int(registers[1])
+
+
+class Flow:
+    """The control flow of a kernel: blocks by their first instruction, and which blocks run how often."""
+
+    def __init__(self, code: list[Instruction], labels: dict[str, int]) -> None:
+        self.code = code
+        target = {i: labels.get(m[1]) for i, x in enumerate(code) if (m := re.search(r"`\(([^)]+)\)", x.operands))}
+        jumps = ("BRA", "EXIT", "RET", "CALL")
+        starts = (
+            {0} | {i + 1 for i, x in enumerate(code) if x.base in jumps} | {t for t in target.values() if t is not None}
+        )
+        ordered = sorted(i for i in starts if i < len(code))
+        self.end = dict(zip(ordered, [*ordered[1:], len(code)], strict=True))
+        self.next: dict[int, list[int]] = {}
+        for start, end in self.end.items():
+            last = code[end - 1]
+            conditional = bool(last.predicate) or "P" in last.operands.split("`")[0] or ".DIV" in last.opcode
+            out = []
+            if last.base == "BRA" and target.get(end - 1) is not None:
+                out.append(target[end - 1])
+            if last.base not in ("BRA", "EXIT", "RET") or conditional:
+                out.append(end)
+            self.next[start] = [x for x in out if x in self.end]
+
+    def reachable(self, start: int, without: int | None = None) -> set[int]:
+        seen: set[int] = set()
+        todo = [start]
+        while todo:
+            block = todo.pop()
+            if block not in seen and block != without:
+                seen.add(block)
+                todo += self.next[block]
+        return seen
+
+    def instructions(self, blocks: set[int]) -> Iterator[Instruction]:
+        for start in sorted(blocks):
+            yield from self.code[start : self.end[start]]
+
+    def loops(self, blocks: set[int]) -> list[set[int]]:
+        """Each loop within `blocks`."""
+        found = []
+        for tail in sorted(blocks):
+            for head in self.next[tail]:
+                if head in blocks and head <= tail:  # a jump back
+                    after = self.reachable(head) & blocks
+                    found.append({b for b in after if tail in self.reachable(b)})
+        return found
+
+    def usual(self) -> set[int]:
+        """All blocks but those that a branch may jump over and that read rows again."""
+        everything = self.reachable(0)
+        rare: set[int] = set()
+        for block in everything:
+            if len(self.next[block]) != 2:
+                continue
+            for taken, other in (self.next[block], self.next[block][::-1]):
+                # What only comes after `taken`, where the way over `other` ends all the same.
+                only = everything - self.reachable(0, without=taken)
+                around = self.reachable(other) - only
+                ends = any(self.code[self.end[b] - 1].base == "EXIT" for b in around)
+                if ends and any(self.loads_rows(only)):
+                    rare |= only
+        return everything - rare
+
+    def loads_rows(self, blocks: set[int]) -> list[Instruction]:
+        """Loads of logits and features; small tables, which all programs share, are loaded to stay (EL)."""
+        return [x for x in self.instructions(blocks) if x.base == "LDG" and ".EL" not in x.opcode]
+
+
+# ---- counting
+
+FP32 = {"FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "HADD2", "HMUL2", "HFMA2"}
+NOT_INTEGER = FP32 | {
+    "MUFU",
+    "LDG",
+    "STG",
+    "LDS",
+    "STS",
+    "LDL",
+    "STL",
+    "SHFL",
+    "BAR",
+    "BRA",
+    "EXIT",
+    "NOP",
+    "LDC",
+    "S2R",
+}
+CLOCK = 1.755e9
+BYTES_PER_CLOCK = 3.0e12 / 132 / CLOCK  # of one multiprocessor
+
+
+class Report(NamedTuple):
+    registers: int
+    spills: int
+    shared: int
+    widths: Counter[int]  # of the loads of rows
+    total: float  # instructions, for each element
+    special: float
+    fp32: float
+    over_memory: float  # the time of the busiest unit over that of memory
+
+
+def analyse(compiled: Compiled, case: Case) -> Report:
+    code, labels, registers = disassemble(compiled.cubin)
+    flow = Flow(code, labels)
+    usual = flow.usual()
+    loops = flow.loops(usual)
+    assert len(loops) <= 1, "the model knows one loop, over the features"
+    threads = 32 * compiled.warps
+    runs = dict.fromkeys(usual, 1.0)
+    if loops:
+        bytes_a_turn = threads * sum(x.bits // 8 for x in flow.loads_rows(loops[0]))
+        bytes_in_all = compiled.elements * case.D / (case.C + case.D) * case.dtype.itemsize
+        runs |= dict.fromkeys(loops[0], bytes_in_all / bytes_a_turn)
+
+    def each(opcodes: set[str] | None, without: bool = False) -> float:
+        count = 0.0
+        for block, times in runs.items():
+            chosen = (opcodes is None or (x.base in opcodes) != without for x in flow.instructions({block}))
+            count += times * sum(chosen)
+        return count * threads / compiled.elements
+
+    total, special, fp32 = each(None), each({"MUFU"}), each(FP32)
+    busiest = max(total / 128, special / 16, fp32 / 128, each(NOT_INTEGER, without=True) / 64)
+    return Report(
+        registers,
+        sum(x.base in ("LDL", "STL") for x in code),
+        compiled.shared,
+        Counter(x.bits for x in flow.loads_rows(usual)),
+        total,
+        special,
+        fp32,
+        busiest / (case.dtype.itemsize / BYTES_PER_CLOCK),
+    )
+
+
+# ---- the report
+
+# Budgets stand a few percent above what is reached. A bare softmax kernel takes 12 instructions an element. What the
+# numeric contract adds: 1 to subtract the maximum before scaling, which any temperature survives; for the entropy and
+# what else must be exact where p_max is near 1, 2 to keep one maximum out of the sum, 1 for masked classes, and some
+# 250 a thread to make statistics of it. In the norms it adds 1 where orders below 0.25 must see subnormals, and the
+# checks of ranges. Roots and products are 200 to 400 a thread, which shows where rows are short.
+CASES = [
+    Case("energy", BFLOAT, 1000, 0, ("energy",), (), 9, 1.1),
+    *(Case("4 V terms", t, 1000, 0, V, (), n, 1.1) for t, n in ((BFLOAT, 13.5), (HALF, 14.5), (FLOAT, 13))),
+    *(Case("all V terms", t, 1000, 0, EVERY_V, (), n, 1.1) for t, n in ((BFLOAT, 22), (HALF, 25), (FLOAT, 22))),
+    *(Case("4 V terms", t, 1001, 0, V, (), 16, 1.1) for t in (BFLOAT, FLOAT)),
+    *(Case("all V terms", t, 1001, 0, EVERY_V, (), n, 1.1) for t, n in ((BFLOAT, 26.5), (FLOAT, 23.5))),
+    *(Case("4 V terms", t, 21841, 0, V, (), 16, 1.1) for t in (BFLOAT, FLOAT)),
+    *(Case("4 V terms", t, 100, 0, V, (), 18.5, 1.2, least_bits=64) for t in (BFLOAT, HALF)),
+    Case("4 V terms", FLOAT, 100, 0, V, (), 18, 1.2),
+    *(Case("4 V terms", t, 10, 0, V, (), 29, 1.2, least_bits=32) for t in (BFLOAT, FLOAT)),
+    Case("a segment", BFLOAT, 128256, 0, V, (), 10.5, 1.1, "first"),
+    Case("its second sweep, for TV", BFLOAT, 128256, 0, V, (), 9, 1.2, "second"),
+    *(Case("norms 1, 2", t, 0, 2048, (), (1.0, 2.0), 4.5, 0.1) for t in (BFLOAT, FLOAT)),
+    *(Case("norm 0.3", t, 0, 2048, (), (0.3,), 7, 2.1) for t in (BFLOAT, FLOAT)),
+    *(Case("12 norms", t, 0, 2048, (), GRID, 28, 2.1) for t in (BFLOAT, FLOAT)),
+    Case("4 V x norms 1, 2", BFLOAT, 1000, 2048, V, (1.0, 2.0), 8, 0.4),
+    Case("energy x norm 0.3", BFLOAT, 1000, 2048, ("energy",), (0.3,), 8, 1.8),
+    Case("4 V x norm 0.3", BFLOAT, 1000, 2048, V, (0.3,), 10, 1.8),
+    Case("4 V x 12 norms", BFLOAT, 1000, 2048, V, GRID, 25, 1.8),
+]
+ARCHITECTURES = (80, 90, 100)
+
+
+def main() -> int:
+    print(__doc__.split("\n\n")[0])
+    print(f"Triton {triton.__version__}; budgets are for sm_90")
+    print(" " * 53, "regs  smem        loads special  FP32  total budget x memory")
+    failed = []
+    for architecture in ARCHITECTURES:
+        for case in CASES:
+            report = analyse(compile_case(case, GPUTarget("cuda", architecture, 32)), case)
+            name = f"sm_{architecture} {case.what}, C={case.C} D={case.D} {str(case.dtype).removeprefix('torch.')}"
+            widths = " ".join(f"{n}x{bits}" for bits, n in sorted(report.widths.items()))
+            wrong = []
+            if report.spills:
+                wrong.append(f"{report.spills} spills")
+            if min(report.widths) < case.least_bits:
+                wrong.append(f"loads of {min(report.widths)} bits")
+            if architecture == 90 and report.total > case.total:
+                wrong.append("more instructions than budgeted")
+            if architecture == 90 and report.special > case.special:
+                wrong.append("more special functions than budgeted")
+            print(
+                f"{name:53s} {report.registers:4d} {report.shared:5d} {widths:>12s} {report.special:7.2f}"
+                f" {report.fp32:5.1f} {report.total:6.2f} {case.total:6.1f} {report.over_memory:8.2f}",
+                *wrong,
+            )
+            failed += [f"{name}: {x}" for x in wrong]
+    print("\n".join(failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

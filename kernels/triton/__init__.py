@@ -1,0 +1,91 @@
+"""Triton kernels, for CUDA tensors: one launch from logits and features to finished scores, one read of each."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastood.kernels import reference
+from fastood.kernels.reference import batchgrad
+from fastood.kernels.seam import traced
+from fastood.kernels.triton import shapes
+
+if TYPE_CHECKING:
+    from fastood.kernels import Job, Stat, Want
+
+__all__ = ["batchgrad", "products", "row_stats", "unusable"]  # BatchGrad in plain PyTorch
+
+
+@lru_cache
+def _launch() -> Any:
+    """launch.py, and with it Triton, which is only imported when there is something to run."""
+    from fastood.kernels.triton import launch
+
+    return launch
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _installed():
+        return "it needs Triton: pip install 'fastood[triton]'"
+    if dtype == torch.float64:
+        return "float64 is left to the reference backend"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return _unusable_device(device)
+
+
+@lru_cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache
+def _unusable_device(device: torch.device) -> str | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "it serves CUDA tensors"
+    if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    if traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
+        return reference.row_stats(logits, feats, want)
+    # gen sorts, power sums and log_one_minus_s2 are other kinds of work: plain PyTorch does them.
+    ours = want._replace(stats=tuple(s for s in want.stats if s in shapes.STATS))
+    plan = shapes.plan_of(ours, None) if ours.stats or ours.orders else None
+    if plan is None:
+        return reference.row_stats(logits, feats, want)
+    x = logits if logits is not None else feats
+    assert x is not None
+    others = tuple(s for s in want.stats if s not in shapes.STATS)
+    stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()))[0]
+    out = torch.empty(plan.columns, len(x), dtype=torch.float64, device=x.device).T
+    _launch().run(logits if ours.stats else None, feats if want.orders else None, plan, want.bias, want.log, out)
+    stats |= zip(ours.stats, out.unbind(1), strict=False)
+    return stats, out[:, len(ours.stats) :] if want.orders else None
+
+
+def products(
+    logits: Tensor | None,
+    feats: Tensor | None,
+    job: Job,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    by_row: bool,
+) -> Tensor | None:
+    want = job.want
+    plan = shapes.plan_of(want, job.products)
+    if plan is None or traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
+        return None
+    x = logits if logits is not None else feats
+    assert x is not None
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    columns = out.view(len(x), plan.columns) if by_row else out.view(plan.columns, len(x)).T
+    _launch().run(logits if want.stats else None, feats if want.orders else None, plan, want.bias, want.log, columns)
+    return out

@@ -1,0 +1,266 @@
+"""How a call becomes launches: which sums it needs, and the shapes of programs. Plain Python, no Triton.
+
+Nothing here looks at the number of rows, so a row is summed in the same order whatever batch it is in, and a varying
+batch never compiles anything. One variant of a kernel is compiled for each set of: types, C, D, whether rows begin
+at 16-byte boundaries, sums, orders, number of scores, and type of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from fastood.kernels import Product, Want
+
+# ---- launch shapes
+
+# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 64 logits a thread stay in registers.
+ROWS = {16: (128, 4), 128: (32, 4), 1024: (8, 4), 2048: (4, 4), 4096: (1, 2), 8192: (1, 4), 24576: (1, 8)}
+ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
+ROWS_OF_FEATS = {4096: (16, 4), 16384: (4, 4)}  # features alone
+LONG_ROWS = (1, 4)  # beyond either table
+LONGEST_SEGMENT = 16384  # of more classes than the table holds
+SEGMENT_WARPS = 8
+L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
+TILES = 4  # of features in flight
+
+
+class Tile(NamedTuple):
+    """How a matrix is read: VEC elements a load, P of them a word, rows SHIFTED off 16-byte groups, W words a tile."""
+
+    vec: int
+    p: int
+    shifted: bool
+    w: int
+
+
+def launch_shape(C: int, D: int) -> tuple[int, int, int]:
+    """Rows a program, warps, threads a row: of a call with C classes and D features, 0 for what it does not read."""
+    table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
+    rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
+    return rows, warps, max(1, 32 * warps // rows)
+
+
+def segments_of(C: int, vec: int) -> tuple[int, int]:
+    """How many segments a row has, and their length, a multiple of `vec` (the last may be shorter)."""
+    if max(ROWS) >= C:
+        return 1, C
+    count = math.ceil(C / LONGEST_SEGMENT)
+    length = math.ceil(C / count / vec) * vec
+    return math.ceil(C / length), length
+
+
+def tile_of(columns: int, stride: int, offset: int, itemsize: int, pairs: bool, lanes: int) -> Tile:
+    """`offset`: elements from a 16-byte boundary to the first row; `pairs`: bfloat16; `lanes`: threads of a row."""
+    most = 16 // itemsize
+    if lanes == 1:  # a thread a row, which its neighbours' loads bring into the cache
+        even = pairs and not (columns | stride | offset) % 2
+        return Tile(2 if even else 1, 2 if even else 1, False, 1)
+    p = 2 if pairs else 1
+    vec = math.gcd(columns, stride, offset, most)
+    shifted = vec * itemsize < (8 if columns <= 128 else 16)  # narrower loads waste nothing where a row is short
+    vec = most if shifted else vec
+    words = vec // p
+    span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
+    return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tiles_in_flight(columns: int, tile: Tile) -> int:
+    return max(1, min(TILES, columns // (tile.w * tile.p)))
+
+
+NOTHING = Tile(1, 1, False, 1)
+
+
+# ---- statistics. The numbers that device.py gives them, and the sums they are made of.
+
+EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL = 1, 2, 4, 8, 16, 32
+
+STATS = {
+    "fmax": (0, 0),
+    "lse": (1, EXP),
+    "energy": (2, EXP),
+    "msp": (3, EXP),
+    "s2": (4, EXP | SQUARES),
+    "tv": (5, EXP | TV),
+    "sumlogp": (6, EXP | SUMLOGP),
+    "one_minus_msp": (7, EXP | PEEL),
+    "log_msp": (8, EXP | PEEL),
+    "one_minus_s2": (9, EXP | PEEL | SQUARES),
+    "plogp": (10, EXP | PEEL | PLOGP),
+}
+
+LIGHT = 7  # from this number on a statistic vanishes with the rest of the row
+
+# ---- norms
+
+SMALL_ORDER = 0.84  # up to here powers are of |h| itself; see reference.norms_of
+LARGEST_FLOAT = 3.4028234663852886e38
+
+
+class Norms(NamedTuple):
+    """See device.norm_sums."""
+
+    powers: tuple[Any, ...]
+    ranges: tuple[tuple[float, float], ...]
+    slots: tuple[int, ...]
+
+
+@lru_cache
+def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
+    """Which sums the orders need, and in which slot each order finds its own. `half`: float16, never subnormal."""
+    integers = tuple(sorted({int(r) for r in orders if 1 <= r <= 6 and r == int(r)}))
+    rest = sorted(r for r in set(orders) if 0 < r < math.inf and r not in integers)
+    least = min(rest, default=1.0)
+    count = 0 in orders
+    largest = count or math.inf in orders
+    subnormals = least < 0.25 and not half
+
+    kept = [float(k) for k in integers]  # the order in each slot
+    ranges = [(2.0**-60, LARGEST_FLOAT) for _ in integers]
+    bases: list[float] = []
+    of_base, multiples = [], []
+    for r in rest:
+        multiple = round(r / least)
+        if not (r <= SMALL_ORDER and multiple <= 8 and abs(multiple * least - r) <= 1e-15 * r):
+            multiple = 1
+        if multiple == 1:
+            bases.append(r)
+        of_base.append(0 if multiple > 1 else len(bases) - 1)
+        multiples.append(multiple)
+        kept.append(r)
+        if r > SMALL_ORDER:
+            # A mean beyond 2^6: the rounding of log2 |h| shows.
+            ranges.append((max(2.0 ** (-6 * r), 2.0**-60), min(D * 2.0 ** min(6 * r, 127), LARGEST_FLOAT)))
+        else:
+            # Subnormals count as 0 at first: below this sum they could be seen.
+            ranges.append((0.0 if half or subnormals else D * 2.0 ** (22 - 126 * r), LARGEST_FLOAT))
+    for order, wanted in ((0.0, count), (math.inf, largest)):
+        if wanted:
+            kept.append(order)
+            ranges.append((-math.inf, math.inf))
+    slots = tuple(kept.index(r) for r in orders)
+    powers = (integers, tuple(bases), tuple(of_base), tuple(multiples), (count, largest, subnormals))
+    return Norms(powers, tuple(ranges), slots)
+
+
+# ---- what to compute
+
+
+class Plan(NamedTuple):
+    sums: int
+    stats: tuple[int, ...]
+    orders: tuple[float, ...]
+    table: tuple[float, ...]  # see device.scores
+    columns: int
+    all_v: bool  # every column has a statistic
+    all_u: bool  # and a norm
+    square: bool  # some column squares its norm
+
+
+@lru_cache
+def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
+    """`products`, or all statistics and then all norms where that is None; None for what the kernels do not do."""
+    # Beyond this float32 cannot hold what a temperature does to a logit.
+    if not all(s in STATS for s in want.stats) or not 2.0**-100 <= want.temperature <= 2.0**100:
+        return None
+    if len(want.orders) > 32:
+        return None
+    if products is None:
+        columns = [(i, 1.0, -1, 1) for i in range(len(want.stats))]
+        columns += [(-1, 1.0, j, 1) for j in range(len(want.orders))]
+    else:
+        columns = [(p.stat, p.factor / p.divisor**p.power, p.order, p.power) for p in products]
+    stats = [STATS[want.stats[i]][0] if i >= 0 else -1 for i, *_ in columns]  # type: ignore[index]
+    orders = [want.orders[j] if j >= 0 else math.inf for _, _, j, _ in columns]
+    table = (
+        math.log2(math.e) / want.temperature,
+        want.temperature,
+        *(float(i) for i, *_ in columns),
+        *(factor for _, factor, _, _ in columns),
+        *(float(j) for _, _, j, _ in columns),
+        *(1.0 / r if 0 < r < math.inf else 1.0 for r in orders),
+        *(float(code >= LIGHT) for code in stats),
+        *(float(SMALL_ORDER < r < math.inf) for r in orders),
+        *(float(power) for *_, power in columns),
+    )
+    sums = 0
+    for s in want.stats:
+        sums |= STATS[s][1]  # type: ignore[index]
+    return Plan(
+        sums,
+        tuple(STATS[s][0] for s in want.stats),  # type: ignore[index]
+        want.orders,
+        table,
+        len(columns),
+        all(i >= 0 for i, *_ in columns),
+        all(j >= 0 for _, _, j, _ in columns),
+        any(power == 2 for *_, power in columns),
+    )
+
+
+def constants(
+    plan: Plan,
+    C: int,
+    x: Tile,
+    segments: tuple[int, int],
+    D: int,
+    h: Tile,
+    half: bool,
+    bias: bool,
+    log: bool,
+    rows: int,
+) -> dict[str, Any]:
+    """The compile-time arguments of device.scores."""
+    norms = norms_of(plan.orders, D, half)
+    return {
+        "C": C,
+        "X_VEC": x.vec,
+        "X_P": x.p,
+        "X_SHIFTED": x.shifted,
+        "X_W": x.w,
+        "SUMS": plan.sums,
+        "STATS": plan.stats,
+        "SEGMENTS": segments[0],
+        "SEGMENT": segments[1],
+        "D": D,
+        "H_VEC": h.vec,
+        "H_P": h.p,
+        "H_SHIFTED": h.shifted,
+        "H_W": h.w,
+        "H_TILES": tiles_in_flight(D, h),
+        "POWERS": norms.powers,
+        "RANGES": norms.ranges,
+        "ORDERS": plan.orders,
+        "SLOTS": norms.slots,
+        "BIAS": bias,
+        "GENERAL": any(r not in (0, 1, 2, math.inf) for r in plan.orders),
+        "LOG": log,
+        "ALL_V": plan.all_v,
+        "ALL_U": plan.all_u,
+        "SQUARE": plan.square,
+        "COLUMNS": plan.columns,
+        "BLOCK": min(64, _power_of_2(plan.columns)),
+        "ROWS": rows,
+    }
+
+
+def segment_constants(plan: Plan, C: int, x: Tile, segments: tuple[int, int], second: bool) -> dict[str, Any]:
+    """The compile-time arguments of device.segments."""
+    return {
+        "C": C,
+        "VEC": x.vec,
+        "P": x.p,
+        "SHIFTED": x.shifted,
+        "W": x.w,
+        "SUMS": plan.sums & ~TV,
+        "SEGMENTS": segments[0],
+        "SEGMENT": segments[1],
+        "SECOND": second,
+    }

@@ -1,0 +1,267 @@
+"""The Triton kernels: every launch branch against truth, what the launch table promises, and that all of it compiles.
+
+With a GPU all of this runs there. Without one, `test_in_the_interpreter` runs it in Triton's interpreter, in a process
+of its own: with TRITON_INTERPRET=1 a process interprets everything and can compile nothing.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import truth
+
+import fastood
+from fastood.kernels.triton import shapes
+
+ROOT = Path(__file__).parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+only_compiled = pytest.mark.skipif(INTERPRETED, reason="needs a process that does not interpret")
+
+STATS = ["fmax", "lse", "energy", "msp", "one_minus_msp", "log_msp", "s2", "one_minus_s2", "tv", "plogp", "sumlogp"]
+ORDERS = [0, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 6, math.inf]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@needs_triton
+@only_compiled
+def test_in_the_interpreter():
+    """The parity suite, and the tests below, where no GPU is needed."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    # The largest shapes, which take a minute, have smaller ones of their kind below.
+    command += ["-k", "triton and not 33001 and not 1000003"]
+    command += ["--hypothesis-profile=interpreter", "tests/test_contract.py", "tests/test_triton.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-20_000:]
+
+
+@pytest.fixture(scope="module")
+def triton_device():
+    """Where the kernels run in this process."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    status = fastood.backends(device)["triton"]
+    if not status.usable:
+        pytest.skip(f"needs a GPU; without one test_in_the_interpreter runs it ({status.why})")
+    return device
+
+
+# ---- every branch of a launch
+
+# Both sides of the ends of lines in shapes.ROWS: a thread a row (1, 10, 16), a few threads (17, 101), words in pairs or
+# not, whole and shifted rows (1000, 1001, 1002), a program a row (from 3000 on), and rows in segments (from 24577 on).
+CLASSES = [1, 10, 16, 17, 101, 129, 1000, 1001, 1002, 3000, 10001, 24576, 24577, 30008]
+
+
+def of_every_type(sizes, most=2500):
+    """Each size with each type; with one of them from `most` on, where the interpreter takes seconds."""
+    return [(n, t) for i, n in enumerate(sizes) for t in DTYPES if n < most or t == DTYPES[i % 3]]
+
+
+@pytest.mark.parametrize(("C", "dtype"), of_every_type(CLASSES), ids=str)
+def test_statistics_on_every_branch(triton_device, C, dtype):
+    rng = np.random.default_rng(C)
+    x = rng.standard_normal((5, C)) * [[1.0], [4.0], [0.0], [9.0], [3.0]]
+    x[3, C // 2] += 60 + 40 * (dtype != torch.float16)  # so far above the rest that float32 holds no trace of it
+    x[4, rng.random(C) < 0.5] = -math.inf
+    x[4, -1] = 1.0
+    f = torch.from_numpy(x).to(dtype)
+    got = fastood.row_stats(f.to(triton_device), STATS, backend="triton")
+    for name in STATS:
+        expected = truth.stat(name, f)
+        allowed = truth.tolerance(name, expected, f, 1.0, truth.EPS["float32"])
+        truth.assert_close(got[name].cpu(), expected, allowed, name)
+
+
+@pytest.mark.parametrize(("D", "dtype"), of_every_type([1, 7, 64, 2049, 5000, 17001], 1000), ids=str)
+def test_norms_on_every_branch(triton_device, D, dtype):
+    rng = np.random.default_rng(D)
+    bias = D % 2 == 0
+    x = np.maximum(rng.standard_normal((5, D)), 0) * [[1.0], [1e3], [1e-4], [1.0], [1.0]]
+    x[3] = 0
+    x[4, 0] = 6e4  # its sixth power is beyond float32
+    if dtype != torch.float16:
+        x[2] *= 1e-38  # subnormals
+    h = torch.from_numpy(x).to(dtype)
+    for log in (False, True):
+        got = fastood.norms(h.to(triton_device), ORDERS, bias=bias, log=log, backend="triton").cpu()
+        for j, r in enumerate(ORDERS):
+            expected, relative = truth.norm(h, r, bias), truth.norm_tolerance(h, r, truth.EPS["float32"], bias)
+            if log:
+                with np.errstate(all="ignore"):
+                    expected = np.log(expected)
+                    relative = relative + 2 * truth.EPS["float32"] * np.where(
+                        np.isfinite(expected), np.abs(expected), 0
+                    )
+            else:
+                relative = relative * expected
+            truth.assert_close(got[:, j], expected, relative, f"||h||_{r}, log={log}")
+
+
+@pytest.mark.parametrize(("C", "dtype"), of_every_type([10, 100, 1000, 3000, 30008], 1000), ids=str)
+def test_a_sweep_is_made_of_its_scores(triton_device, C, dtype):
+    torch.manual_seed(0)
+    D = 33 if C == 100 else 64
+    f, h = (3 * torch.randn(9, C)).to(dtype).to(triton_device), torch.randn(9, D).to(dtype).to(triton_device)
+    v, norms = ("energy", "tv", "msp", "varsum", "neg_entropy"), (0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf)
+    grid = fastood.sweep(f, h, v, norms, backend="triton")
+    expected = fastood.sweep(f.double(), h.double(), v, norms, backend="reference")
+    torch.testing.assert_close(grid.double(), expected, rtol=2e-5, atol=0)
+    for i, j in ((0, 2), (1, 0), (3, 7), (4, 11)):
+        one = fastood.score(f, h, v[i], norm=norms[j], backend="triton")
+        torch.testing.assert_close(one, grid[:, i, j], rtol=1e-6, atol=0)
+
+
+def test_a_masked_segment_is_no_bad_row(triton_device):
+    f = torch.full((2, 40_000), -math.inf)
+    f[0, 3], f[0, 39_999] = 2.0, 1.0
+    got = fastood.row_stats(f.to(triton_device), ["msp", "energy", "tv", "sumlogp"], backend="triton")
+    truth.assert_close(got["msp"].cpu()[:1], truth.stat("msp", f[:1]), 1e-6)
+    assert got["sumlogp"][0] == -math.inf
+    assert got["energy"][1] == -math.inf
+    assert got["tv"].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("C", "D"), [(7, 5), (10, 33), (1001, 257), (1002, 66), (26_001, 3)])
+def test_a_row_alone_in_other_memory_has_the_same_bits(triton_device, C, D, dtype):
+    """Rows of odd length begin anywhere between 16-byte boundaries, alone or in a batch."""
+    torch.manual_seed(0)
+    f, h = (3 * torch.randn(9, C)).to(dtype), torch.randn(9, D).to(dtype)
+    f[8, 1] = 130  # the rest is summed again
+    f, h = f.to(triton_device), h.to(triton_device)
+    stats = fastood.row_stats(f, STATS, backend="triton")
+    norms = fastood.norms(h, ORDERS, backend="triton")
+    scores = fastood.score(f, h, backend="triton")
+    for i in (1, 2, 3, 8):
+        alone, alone_h = f[i : i + 1].clone(), h[i : i + 1].clone()
+        for name, one in fastood.row_stats(alone, STATS, backend="triton").items():
+            assert torch.equal(one, stats[name][i : i + 1]), name
+        assert torch.equal(fastood.norms(alone_h, ORDERS, backend="triton"), norms[i : i + 1])
+        assert torch.equal(fastood.score(alone, alone_h, backend="triton"), scores[i : i + 1])
+
+
+def test_what_it_leaves_to_the_reference(triton_device):
+    f, h = torch.randn(3, 10, device=triton_device), torch.randn(3, 4, device=triton_device)
+    for call in (
+        lambda b: fastood.score(f, method="gen", backend=b),
+        lambda b: fastood.score(f, h, "exgrad", log=True, backend=b),
+        lambda b: fastood.row_stats(f, [("power_sum", 3)], backend=b)["power_sum", 3],
+        lambda b: fastood.score(f, temperature=1e-40, backend=b),
+        lambda b: fastood.score(f.clone().requires_grad_(), h, backend=b).detach(),
+    ):
+        torch.testing.assert_close(call("triton"), call("reference"))
+    with pytest.raises(RuntimeError, match="float64"):
+        fastood.score(f.double(), backend="triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_in_a_cuda_graph():
+    f, h = torch.randn(64, 1000, device="cuda"), torch.randn(64, 512, device="cuda")
+    fastood.score(f, h)  # compiles, and brings the table to the GPU
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fastood.score(f, h)
+    f.normal_()
+    graph.replay()
+    assert torch.equal(out, fastood.score(f, h))
+    assert fastood.backends("cuda")["triton"].usable
+
+
+def test_says_why_it_does_not_serve():
+    for device, dtype, why in (("cuda", torch.float64, "float64"), ("meta", torch.float32, "CUDA tensors")):
+        assert not fastood.backends(device, dtype)["triton"].usable
+        assert why in fastood.backends(device, dtype)["triton"].why
+    with pytest.raises(RuntimeError, match="triton"):
+        fastood.score(torch.ones(2, 3, dtype=torch.float64), backend="triton")
+
+
+def test_import_does_not_load_triton():
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import fastood; fastood.backends(); fastood.score(torch.ones(2, 3))\n"
+        "assert not {m for m in set(sys.modules) - before if m.split('.')[0] == 'triton'}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+
+
+# ---- the launch table
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles(itemsize, pairs):
+    if pairs and itemsize == 4:
+        pytest.skip("needs a type that comes in pairs")
+    for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841]:
+        for stride in (columns, columns + 1, 0):
+            rows, warps, lanes = shapes.launch_shape(columns, 0)
+            assert rows * lanes in (32 * warps, rows)
+            tile = shapes.tile_of(columns, stride, 0, itemsize, pairs, lanes)
+            assert tile.vec * itemsize <= 16
+            assert tile.vec % tile.p == 0
+            assert tile.w & (tile.w - 1) == 0
+            assert tile.shifted or (columns % tile.vec == 0 and stride % tile.vec == 0)
+            assert lanes == 1 or tile.vec * itemsize >= (
+                8 if columns <= 128 else 16
+            )  # 128-bit loads, whatever the stride
+            elements = -(-columns // tile.w // tile.p) if lanes > 1 else columns
+            assert elements * tile.w * tile.p // max(lanes, 1) <= 128  # of a thread, in registers
+
+
+def test_segments_cover_a_row():
+    for C in (24577, 50257, 128256, 1_000_003):
+        for vec in (1, 4, 8):
+            count, length = shapes.segments_of(C, vec)
+            assert length % vec == 0
+            assert 0 < C - (count - 1) * length <= length <= shapes.LONGEST_SEGMENT + vec
+    assert shapes.segments_of(24576, 8) == (1, 24576)
+
+
+def test_every_order_finds_its_sum():
+    norms = shapes.norms_of((0.3, 0.1, 2.0, 0.5, 0.8, 1.5, 0.0, math.inf), 100, False)
+    integers, bases, of_base, multiples, (count, largest, _) = norms.powers
+    assert (integers, bases, of_base, multiples, count, largest) == (
+        (2,),
+        (0.1, 1.5),
+        (0, 0, 0, 0, 1),
+        (1, 3, 5, 8, 1),
+        True,
+        True,
+    )
+    assert norms.slots == (2, 1, 0, 3, 4, 5, 6, 7)
+
+
+# ---- compilation
+
+
+@needs_triton
+@only_compiled
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_compiles_ahead_of_time(architecture):
+    """What benchmarks/gpu_static.py does not compile: rare statistics, orders and types; and for AMD, all kinds."""
+    run = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, architecture], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-20_000:]
+
+
+AHEAD_OF_TIME = """
+import sys, torch
+amd = sys.argv[1] == "gfx942"
+if amd:
+    torch.version.hip = "any"
+from benchmarks.gpu_static import *
+target = GPUTarget("hip", "gfx942", 64) if amd else GPUTarget("cuda", 90, 32)
+every = (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2")
+cases = [Case("", t, C, D, every, (0.1, 0.25, 1.5, 100.0), 0, 0) for t, C, D in (
+    (BFLOAT, 1001, 257), (HALF, 10, 64), (HALF, 3001, 64), (FLOAT, 100, 17), (FLOAT, 7, 3), (FLOAT, 128256, 4096))]
+cases += [Case("", t, 30001, 0, every, (), 0, 0, kernel) for t in (BFLOAT, FLOAT) for kernel in ("first", "second")]
+cases += [Case("", BFLOAT, 1000, 2048, V, GRID, 0, 0), Case("", HALF, 0, 2048, (), GRID, 0, 0)]
+for i, case in enumerate(cases):
+    compile_case(case, target, bias=i % 2 == 0, log=i % 3 == 0)
+"""
