@@ -107,7 +107,9 @@ def score(
     """
     entry = _entry(method)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (entry, norm, norm.__class__, feats is None, *options, temperature.__class__, *params.items())
+    key: Any = (entry, norm, norm.__class__, feats is None, options, temperature.__class__)
+    if params:
+        key = (key, *params.items())
     plan = _known_plan(key)
     # Where the same arguments went the long way before, plain CPU tensors need not.
     if plan and plan.short and backend == kernels.DEFAULT == "auto" and plan.chosen_from is kernels.BACKENDS:
@@ -359,10 +361,8 @@ _PLANS: dict[Any, _Plan] = {}
 
 def _known_plan(key: Any) -> _Plan | None:
     """The plan kept under `key`. A plan costs more than scoring one row."""
-    if torch.compiler.is_compiling():
-        return None
     try:
-        return _PLANS.get(key)
+        return None if torch.compiler.is_compiling() else _PLANS.get(key)
     except TypeError:  # an argument that has no hash is also one that has no meaning: let it be refused
         return None
 

@@ -229,7 +229,7 @@ register(
 )
 register(Score(
     "gen", "-sum over the M largest p of p^gamma (1 - p)^gamma", "GEN, Liu et al. (2023)", "in",
-    stats=lambda gamma, M: (("gen", gamma, M),), v=lambda s, gamma, M: -s["gen", gamma, M],
+    stats=lambda gamma, M: (("gen", gamma, M),), factor=-1.0,
     positive=False, params={"gamma": 0.1, "M": 100},
 ))  # fmt: skip
 
