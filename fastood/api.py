@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import EllipsisType
 from typing import Any
 
@@ -109,7 +110,7 @@ def score(
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key: Any = (entry, norm, norm.__class__, feats is None, options, temperature.__class__)
     if params:
-        key = (key, *params.items())
+        key = (key, *((name, x, x.__class__) for name, x in params.items()))
     plan = _known_plan(key)
     # Where the same arguments went the long way before, plain CPU tensors need not.
     if plan and plan.short and backend == kernels.DEFAULT == "auto" and plan.chosen_from is kernels.BACKENDS:
@@ -371,7 +372,8 @@ def _keep(key: Any, plan: _Plan) -> _Plan:
     if not torch.compiler.is_compiling():
         if len(_PLANS) >= 256:
             _PLANS.clear()
-        _PLANS[key] = plan
+        with suppress(TypeError):  # no hash
+            _PLANS[key] = plan
     return plan
 
 

@@ -109,7 +109,7 @@ def _closed_form(
     if expectation == "inside":
         if q == "predicted":
             return ("msp",), lambda s: 0 * s["msp"]  # E_p[e_Y - p] = 0, exactly
-        return (("tv",), lambda s: (2 * s["tv"]) ** power) if order == 1 else None
+        return (("tv",), lambda s: reference.Powers(2 * s["tv"])(power)) if order == 1 else None
     if order == power == 1:  # ||e_y - p||_1 = 2 (1 - p_y)
         return {
             "uniform": (("msp",), lambda s: 0 * s["msp"] + 2 * (C - 1) / C),
@@ -202,7 +202,7 @@ class BatchGrad:
 
     def __init__(self, G: Tensor | np.ndarray, *, temperature: float = 1.0, bias: bool = False) -> None:
         (g,), self._numpy = take(G=G)
-        self.anchors = Anchors(_given("G", g), temperature_of(temperature), bool(bias))
+        self.anchors = Anchors(_given("G", g).clone(), temperature_of(temperature), bool(bias))
 
     @classmethod
     def from_anchors(
@@ -362,15 +362,17 @@ def deep_batchgrad(
     params, fixed = _parameters(model, inputs)
     if not isinstance(anchors, Tensor):
         raise TypeError(f"anchors must be a torch tensor, got {type(anchors).__name__}")
-    params = {name: p.requires_grad_() for name, p in params.items()}
     constant = {name: torch.zeros_like(p) for name, p in params.items()}
-    with torch.enable_grad():
-        for i in range(0, len(anchors), 32):
-            logits = torch.func.functional_call(model, (params, fixed), (anchors[i : i + 32],))
-            y = _classes("anchor_labels", anchor_labels, len(anchors), logits)[i : i + 32]
-            log_p = (logits.double() / T).log_softmax(-1).gather(-1, y[:, None]).sum()
-            for total, g in zip(constant.values(), torch.autograd.grad(log_p, list(params.values())), strict=True):
-                total += g
+    labels = _classes("anchor_labels", anchor_labels, len(anchors), _logits(model, params, fixed, anchors[:1]))
+    for i in range(0, len(anchors), 32):
+        x, y = anchors[i : i + 32], labels[i : i + 32]
+
+        def log_p(params: dict[str, Tensor], x: Tensor = x, y: Tensor = y) -> Tensor:
+            logits = _logits(model, params, fixed, x)
+            return (logits.double() / T).log_softmax(-1).gather(-1, y[:, None]).sum()
+
+        for name, g in torch.func.grad(log_p)(params).items():
+            constant[name] += g
     raw = _deep_norms(model, inputs, "predicted", 1.0, 1.0, "outside", T, max_bytes, constant)
     return -raw if oriented else raw
 
@@ -391,6 +393,13 @@ def _parameters(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str, T
     fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     fixed.update(model.named_buffers())
     return params, fixed
+
+
+def _logits(model: nn.Module, params: dict[str, Tensor], fixed: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    logits = torch.func.functional_call(model, (params, fixed), (inputs,))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ValueError("model must map inputs [N, ...] to one tensor of logits [N, C]")
+    return logits
 
 
 def _deep_norms(
@@ -418,10 +427,7 @@ def _deep_norms(
 
     def of_one(x: Tensor, q: Tensor | None, at_a_time: int) -> Tensor:
         def forward(params: dict[str, Tensor]) -> Tensor:
-            logits = torch.func.functional_call(model, (params, fixed), (x[None],))
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
-                raise ValueError("model must map inputs [N, ...] to one tensor of logits [N, C]")
-            return logits[0]
+            return _logits(model, params, fixed, x[None])[0]
 
         logits, pull = torch.func.vjp(forward, params)[:2]
         log_p = (logits.double() / T).log_softmax(-1)  # float64: e_y - p must keep 1 - p_max
@@ -442,8 +448,7 @@ def _deep_norms(
     if expectation == "inside":
         per_input = 1
     else:
-        with torch.no_grad():
-            per_input = model(inputs[:1]).shape[-1] if len(inputs) else 1
+        per_input = _logits(model, params, fixed, inputs[:1]).shape[-1] if len(inputs) else 1
     n, at_a_time = max(1, budget // per_input), min(per_input, budget)
     q = None
     if not isinstance(labels, str):

@@ -17,6 +17,7 @@ def transformed() -> bool:
         torch._C._is_tracing()  # torch.jit.trace
         or torch._C._are_functorch_transforms_active()  # vmap, jvp, torch.func.grad
         or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FakeTensorMode and the like
     )
 
 

@@ -383,10 +383,13 @@ def test_extreme_temperatures(backend, T):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("C", "D"), [(3, 5), (10, 512), (1000, 257), (40_000, 33_001)])
+@pytest.mark.parametrize(
+    ("C", "D"), [(3, 5), (10, 512), (1000, 257), (40_000, 33_001), (927, 70_000), (957, 70_000), (1000, 70_000)]
+)
 def test_bits_do_not_depend_on_the_batch(backend, dtype, C, D):
-    """C and D above 32768: where torch would split the sum of a lone row over threads."""
-    N = 7 if C > 1000 else 61
+    """C and D above 32768: where torch would split the sum of a lone row over threads. D = 70000: where C++ splits
+    few rows over threads, and many not."""
+    N = 7 if C > 1000 else 9 if D > 1000 else 61
     torch.manual_seed(0)
     f, h = (torch.randn(N, C) * 3).to(dtype), torch.randn(N, D).to(dtype)
     methods = [name for name in fastood.SCORES if name != "norm"]

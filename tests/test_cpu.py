@@ -136,7 +136,7 @@ def test_many_orders_and_power_sums_at_once(level):
     for j, r in enumerate(orders):
         expected = truth.norm(h, r)
         truth.assert_close(got[:, j], expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
-    stats = [("power_sum", 0.5 + 0.1 * k) for k in range(20)]
+    stats = [("power_sum", 0.5 + 0.1 * k) for k in range(20)] + [("gen", 0.1, k) for k in range(1, 34)]
     alone = [fastood.row_stats(f, [s], backend="cpu")[s] for s in stats]
     assert all(
         torch.equal(a, b) for a, b in zip(fastood.row_stats(f, stats, backend="cpu").values(), alone, strict=True)
@@ -226,6 +226,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 fastood.score(f, h, backend="cpu")
 fastood.score(f, h, "gradnorm", backend="cpu")
 fastood.norms(h, [0.1, 0.3, 1, 2], backend="cpu")
+fastood.score(f, h, "exgrad", log=True, backend="cpu")
+fastood.row_stats(f, backend="cpu")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -333,6 +335,23 @@ def test_where_a_gradient_is_asked_for_the_reference_gives_it():
         assert g_h.abs().sum() > 0
     with torch.no_grad():
         assert not fastood.score(f, h, backend="cpu").requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_under_dispatch_modes():
+    """What records or fakes torch's operations must see them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    f, other = torch.randn(3, 10), torch.randn(3, 10)
+    fastood.score(f)
+    for call in (lambda x: fastood.score(x), lambda x: fastood.norms(x, [1.0])):
+        torch.testing.assert_close(make_fx(call)(f)(other), call(other))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert fastood.score(f).shape == (3,)
+    zeros = torch._efficientzerotensor((2, 5))  # a tensor without memory
+    torch.testing.assert_close(fastood.score(zeros), torch.full((2,), math.log(5)))
+    torch.testing.assert_close(fastood.norms(zeros, [1.0]), torch.zeros(2, 1))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler

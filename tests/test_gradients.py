@@ -335,6 +335,15 @@ def test_batchgrad_bits_do_not_depend_on_threads():
     assert torch.equal(results[0], results[2])
 
 
+def test_batchgrad_keeps_a_constant_of_its_own():
+    f, h, G = torch.randn(3, 4), torch.randn(3, 5), torch.randn(4, 5)
+    detector = fastood.BatchGrad(G)
+    before = detector.score(f, h)
+    G.zero_()
+    assert torch.equal(detector.score(f, h), before)
+    torch.testing.assert_close(detector.score(f, h, backend="reference"), before)
+
+
 def test_batchgrad_is_saved_and_loaded(tmp_path):
     f, h, y = torch.randn(8, 4), torch.randn(8, 3), torch.arange(8) % 4
     made = fastood.BatchGrad.from_anchors(f, h, y, temperature=0.1, bias=True)
@@ -404,6 +413,21 @@ def test_deep_batchgrad_is_a_loop_of_autograd():
         got = fastood.deep_batchgrad(net, x, anchors, labels, temperature=T, max_bytes=max_bytes, oriented=False)
         torch.testing.assert_close(got, torch.stack(expected), rtol=1e-9, atol=0)
     assert all(p.grad is None for p in net.parameters())
+    with torch.inference_mode():
+        torch.testing.assert_close(fastood.deep_batchgrad(net, x, anchors, labels, temperature=T, oriented=False), got)
+    net.unused = torch.nn.Linear(2, 2).double()
+    torch.testing.assert_close(fastood.deep_batchgrad(net, x, anchors, labels, temperature=T, oriented=False), got)
+
+    class Two(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    for deep in (
+        lambda m: fastood.deep_batchgrad(m, x, anchors, labels),
+        lambda m: fastood.deep_gradient_norm(m, x, "predicted", expectation="outside"),
+    ):
+        with pytest.raises(ValueError, match="model must map inputs"):
+            deep(Two(6, 4).double().eval())
     with pytest.raises(ValueError, match=r"anchor_labels must be \[40\], one class per anchor, got shape \[39\]"):
         fastood.deep_batchgrad(net, x, anchors, labels[1:])
 

@@ -41,9 +41,10 @@ _STATS = {
     "sumlogp": 10,
     "power_sum": 11,
     "gen": 12,
+    "log_one_minus_s2": 13,
 }
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call
+_MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call; as many statistics as orders
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -59,12 +60,9 @@ def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[
         return reference.row_stats(logits, feats, want)
     if _prepared(want) is not None:
         return _run(logits, feats, want)
-    # log_one_minus_s2 outlives its own underflow, which plain PyTorch sees to; the rest in parts that fit one call.
-    other = tuple(s for s in want.stats if not _has(s))
-    native = [s for s in want.stats if _has(s)]
-    stats = reference.row_stats(logits, None, want._replace(stats=other, orders=()))[0]
-    for i in range(0, len(native), _MOST_POWER_SUMS):
-        stats |= _run(logits, None, want._replace(stats=tuple(native[i : i + _MOST_POWER_SUMS]), orders=()))[0]
+    stats: dict[Stat, Tensor] = {}  # in parts that fit one call
+    for i in range(0, len(want.stats), _MOST_POWER_SUMS):
+        stats |= _run(logits, None, want._replace(stats=want.stats[i : i + _MOST_POWER_SUMS], orders=()))[0]
     norms = []
     for i in range(0, len(want.orders), _MOST_ORDERS):
         norms.append(_run(None, feats, want._replace(stats=(), orders=want.orders[i : i + _MOST_ORDERS]))[1])
@@ -118,8 +116,8 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     _native.batchgrad(plan, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
     del f, h
     # What holds, or comes to, an infinity or a NaN is left to the definition.
-    if not (finite := out.isfinite()).all():
-        out[~finite] = reference.batchgrad(logits[~finite], feats[~finite], anchors)
+    for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
+        out[rows] = reference.batchgrad(logits[rows], feats[rows], anchors)
     return out
 
 
@@ -145,7 +143,7 @@ def prepared(job: Job) -> object | None:
 @lru_cache
 def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
     powers = sum(s[0] == "power_sum" for s in want.stats)
-    if len(want.orders) > _MOST_ORDERS or powers > _MOST_POWER_SUMS or not all(map(_has, want.stats)):
+    if max(len(want.orders), len(want.stats)) > _MOST_ORDERS or powers > _MOST_POWER_SUMS:
         return None
     stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
     exponents = tuple(0.0 if isinstance(s, str) else float(s[1]) for s in want.stats)
@@ -153,17 +151,13 @@ def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
     return _native.prepare(want.temperature, stats, exponents, counts, want.orders, want.bias, want.log, products)
 
 
-def _has(stat: Stat) -> bool:
-    return (stat if isinstance(stat, str) else stat[0]) in _STATS
-
-
 def _argument(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
     """A matrix with inner stride 1, and its address, type, columns and row stride."""
     if x is None:
         return None, (0, _TYPES[torch.float32], 0, 0)
     x = x.resolve_neg()  # a view that is to be negated when it is read
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous()
+    if (x.stride(1) != 1 and x.shape[1] > 1) or (x.data_ptr() == 0 and x.numel()):
+        x = x.clone(memory_format=torch.contiguous_format)  # the second: torch's tensor of zeros without memory
     return x, (x.data_ptr(), _TYPES[x.dtype], x.shape[1], x.stride(0))
 
 

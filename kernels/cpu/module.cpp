@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "run.h"
@@ -58,8 +59,8 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const double T = logits.temperature = PyFloat_AsDouble(args[0]);
   // log2(e) / T in two parts: the quotient, and what it rounded away and log2(e) lacks as a double.
   const double log2e = 1.4426950408889634, log2e_low = 2.0355273740931033e-17;
-  const double scale = std::min(log2e / T, 1e38);
-  set_scale(&logits, scale, scale < 1e38 ? (std::fma(-scale, T, log2e) + log2e_low) / T : 0);
+  const double scale = std::min(log2e / T, 1e300);
+  set_scale(&logits, scale, scale < 1e300 ? (std::fma(-scale, T, log2e) + log2e_low) / T : 0);
   const Py_ssize_t stats = PyTuple_Size(args[1]), orders = PyTuple_Size(args[4]), products = PyTuple_Size(args[7]);
   if (stats > MAX_STATS || orders > MAX_ORDERS)
     return PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);
@@ -91,12 +92,22 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyCapsule_New(plan.release(), PLAN, free_plan);
 }
 
+template <class Work> static PyObject* without_lock(Work work) {
+  bool done = true;
+  PyThreadState* held = PyEval_SaveThread();
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    done = false;
+  }
+  PyEval_RestoreThread(held);
+  if (!done) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
 static PyObject* run_without_lock(const Request& q) {
   if (PyErr_Occurred()) return nullptr;
-  PyThreadState* held = PyEval_SaveThread();
-  if (q.rows) run(q);
-  PyEval_RestoreThread(held);
-  Py_RETURN_NONE;
+  return without_lock([&] { if (q.rows) run(q); });
 }
 
 // What both functions begin with: the plan, rows, logits (address, type, columns, stride), feats (the same).
@@ -150,10 +161,7 @@ static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
                     static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 3])), PyFloat_AsDouble(args[COMMON + 4]),
                     static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 5]))};
   if (PyErr_Occurred()) return nullptr;
-  PyThreadState* held = PyEval_SaveThread();
-  if (b.rows) run(b);
-  PyEval_RestoreThread(held);
-  Py_RETURN_NONE;
+  return without_lock([&] { if (b.rows) run(b); });
 }
 
 // batchgrad_peak(steps): its arithmetic on registers, `steps` vectors of floats; gives their width.
@@ -203,7 +211,7 @@ static bool read_plain(PyObject* x, int64_t* rows, Matrix* m) {
   for (m->type = 0; m->type < FLOAT64 && dtypes[m->type] != dtype;) m->type++;
   Py_XDECREF(dtype);
   m->data = address(x);
-  return m->type < FLOAT64 && !PyErr_Occurred();
+  return m->type < FLOAT64 && !PyErr_Occurred() && (m->data || *rows == 0);  // a zero tensor has no memory
 }
 
 static PyObject* float32_like(PyObject* logits, int type, int64_t rows) {

@@ -107,6 +107,8 @@ struct Kernels {
                       const void* kept);
   double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
                        double gamma, int64_t M);
+  // log2 of the exponentials' sum below the maximum, also where it is below the doubles.
+  double (*log2_rest[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max);
   // As `logits` and `tv`, of rows of n <= FEW columns.
   void (*few_logits[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
                             LogitsState* states, double* tv);

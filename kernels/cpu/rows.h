@@ -7,9 +7,9 @@ template <class T> struct Softmax {
   T high, low;  // z log2(e) = (f - max) (high + low)
   T lowest;     // the difference below which exp is 0
 
-  Softmax(V<T> max, const LogitsPlan& plan) : max(max), high(T(plan.scale)) {
+  Softmax(V<T> max, const LogitsPlan& plan) : max(max), high(T(sizeof(T) == 4 && plan.scale > 1e38 ? 1e38 : plan.scale)) {
     if (high == 0) high = sizeof(T) == 4 ? T(0x1p-149) : T(0x1p-1074);  // -inf * 0 is no number
-    low = sizeof(T) == 4 ? T(plan.scale - double(high)) : T(plan.scale_low);
+    low = sizeof(T) == 8 ? T(plan.scale_low) : plan.scale > 1e38 ? T(0) : T(plan.scale - double(high));
     lowest = sizeof(T) == 4 ? T(plan.lowest_float) : T(plan.lowest_double);
   }
 
@@ -45,15 +45,15 @@ INLINE void for_blocks(const In* x, int64_t n, T padding, Step step, Flush flush
     for (; i + WIDTH * lanes <= end; i += WIDTH * lanes) {
       UNROLL for (int u = 0; u < WIDTH; u++) step(u, load(x + i + u * lanes), i + u * lanes, 0);
     }
+    // The last vectors go to the accumulators in turn, full or not: a padded copy of the row sums in the same order.
     UNROLL for (int u = 0; u < WIDTH; u++) {
       if (i + lanes <= end) {
         step(u, load(x + i), i, 0);
         i += lanes;
+      } else if (i < end) {
+        step(u, load_last<T>(x + end, end - i, i, padding), i, lanes - (end - i));
+        i = end;
       }
-    }
-    if (i < end) {
-      step(0, load_last<T>(x + end, end - i, i, padding), i, lanes - (end - i));
-      i = end;
     }
     flush();
   }
@@ -292,6 +292,10 @@ template <class T, class In> static double log2_of_rest(const In* f, int64_t n, 
       },
       [&] { sum += take<2, T>(sums); });
   return (pivot - max) * plan.scale + __builtin_log2(sum) - Vec<T>::scaled;
+}
+
+template <class In> static double log2_rest(const void* f, int64_t n, const LogitsPlan& plan, double max) {
+  return log2_of_rest<typename Arithmetic<In>::type>(static_cast<const In*>(f), n, plan, max);
 }
 
 // Sum over the M largest p of p^gamma (1 - p)^gamma; total and rest: of the exponentials relative to the maximum.

@@ -85,6 +85,13 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
       stats[j][i] = statistic(q.plan.stats[j], q.plan.power_of_stat[j], q.plan.logits, batch->logits[i], q.logits.columns,
                               batch->tv[i], log1p[i]);
 
+  for (size_t j = 0; j < q.plan.stats.size(); j++)
+    for (int64_t i = 0; i < count && q.plan.stats[j] == LOG_ONE_MINUS_S2; i++) {
+      const LogitsState& s = batch->logits[i];
+      if (s.nan || !std::isfinite(s.max) || rest(s) > 0x1p-900) continue;
+      stats[j][i] = 0.6931471805599453 * (1 + kernels->log2_rest[q.logits.type](q.logits.at(row + i, 0), q.logits.columns,
+                                                                               q.plan.logits, s.max));
+    }
   for (const Gen& g : q.plan.gens)
     for (int64_t i = 0; i < count; i++) {
       const LogitsState& s = batch->logits[i];

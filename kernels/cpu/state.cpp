@@ -17,6 +17,7 @@ int sums_for(int stat) {
   switch (stat) {
     case FMAX: return 0;
     case S2:
+    case LOG_ONE_MINUS_S2:
     case ONE_MINUS_S2: return EXP | SQUARES;
     case TOTAL_VARIATION: return EXP | TV;
     case PLOGP_STAT: return EXP | PLOGP;
@@ -81,6 +82,7 @@ double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState&
     case LOG_MSP: return -log1p;
     case S2: return (1 + r2) / ((1 + r1) * (1 + r1));
     case ONE_MINUS_S2: return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1));
+    case LOG_ONE_MINUS_S2: return std::log(r1) + std::log(2 + r1 - (r1 > 0 ? r2 / r1 : 0)) - 2 * log1p;
     case TOTAL_VARIATION: return tv;
     case PLOGP_STAT: return s.exp_z / (1 + r1) - log1p;
     case SUMLOGP_STAT: return s.z - classes * log1p;

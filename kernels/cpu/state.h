@@ -7,7 +7,7 @@ namespace fastood {
 
 // The statistics of kernels/__init__.py, in its order.
 enum Stat : int {
-  FMAX, LSE, ENERGY, MSP, ONE_MINUS_MSP, LOG_MSP, S2, ONE_MINUS_S2, TOTAL_VARIATION, PLOGP_STAT, SUMLOGP_STAT, POWER_SUM, GEN
+  FMAX, LSE, ENERGY, MSP, ONE_MINUS_MSP, LOG_MSP, S2, ONE_MINUS_S2, TOTAL_VARIATION, PLOGP_STAT, SUMLOGP_STAT, POWER_SUM, GEN, LOG_ONE_MINUS_S2
 };
 
 // What an order r of a norm is made from.
