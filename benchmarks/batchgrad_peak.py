@@ -38,4 +38,5 @@ if __name__ == "__main__":
         torch.autograd.grad(torch.log_softmax(weight @ feats[0] + logits[0], -1)[0], weight)[0].abs().sum()
 
     passes = seconds(one_pass) * N * C
-    print(f"autograd, {N * C:,} backward passes at the time of one: {passes:.0f} s, {passes * speed / (N * C * D):,.0f} x")
+    times = passes * speed / (N * C * D)
+    print(f"autograd, {N * C:,} backward passes at the time of one: {passes:.0f} s, {times:,.0f} x")
