@@ -110,7 +110,7 @@ def score(
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key: Any = (entry, norm, norm.__class__, feats is None, options, temperature.__class__)
     if params:
-        key = (key, *((name, x, x.__class__) for name, x in params.items()))
+        key = (key, *_typed(params))
     plan = _known_plan(key)
     # Where the same arguments went the long way before, plain CPU tensors need not.
     if plan and plan.short and backend == kernels.DEFAULT == "auto" and plan.chosen_from is kernels.BACKENDS:
@@ -162,7 +162,7 @@ def scores(
     else:
         entries = [_entry(m, "methods") for m in _names("methods", methods)]
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (*entries, norm, norm.__class__, h is None, *options, temperature.__class__, *params.items())
+    key = (*entries, norm, norm.__class__, h is None, *options, temperature.__class__, *_typed(params))
     plan = _known_plan(key)
     if plan is None:
         plan = _Plan([(e, _order(e, ... if e.gradient else norm, h)) for e in entries], *options, params)
@@ -214,7 +214,7 @@ def sweep(
         if not given:
             raise ValueError(f"{argument} must not be empty")
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = ("sweep", *entries, *orders, *options, temperature.__class__, *params.items())
+    key = ("sweep", *entries, *orders, *options, temperature.__class__, *_typed(params))
     plan = _known_plan(key) or _keep(key, _Plan([(e, r) for e in entries for r in orders], *options, params))
     n = _rows(f, h)[0]
     return give(plan(f, h, backend, (n, len(entries), len(orders)), by_row=True), as_numpy)
@@ -358,6 +358,11 @@ class _Plan:
 
 
 _PLANS: dict[Any, _Plan] = {}
+
+
+def _typed(params: Mapping[str, Any]) -> list[tuple[str, Any, type]]:
+    """Parameters as part of a key: True equals 1, but is refused where 1 is not."""
+    return [(name, x, x.__class__) for name, x in params.items()]
 
 
 def _known_plan(key: Any) -> _Plan | None:

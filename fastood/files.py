@@ -183,7 +183,8 @@ def _of_format(path: Path, formats: Mapping[str, Any]) -> Any:
     return formats[path.suffix.lower()]
 
 
-def _library(module: str) -> Any:
+def library(module: str) -> Any:
+    """A module that the base installation may lack."""
     try:
         return import_module(module)
     except ImportError:
@@ -239,7 +240,7 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: str, resources: Ex
 
 
 def _safetensors(path: Path, resources: ExitStack) -> dict[str, _Array]:
-    file = resources.enter_context(_library("safetensors").safe_open(path, framework="pt"))
+    file = resources.enter_context(library("safetensors").safe_open(path, framework="pt"))
     arrays = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
         view = file.get_slice(name)
@@ -266,12 +267,12 @@ def _slices(x: Any, shape: tuple[int, ...]) -> Callable[[int], Iterator[Tensor]]
 
 
 def _parquet(path: Path, resources: ExitStack) -> dict[str, _Array]:
-    file = resources.enter_context(_library("pyarrow.parquet").ParquetFile(path, memory_map=True))
+    file = resources.enter_context(library("pyarrow.parquet").ParquetFile(path, memory_map=True))
     return {field.name: _parquet_column(path, file, field) for field in file.schema_arrow}
 
 
 def _parquet_column(path: Path, file: Any, field: Any) -> _Array:
-    pa = _library("pyarrow")
+    pa = library("pyarrow")
 
     def columns(n: int) -> Iterator[Any]:
         for batch in file.iter_batches(batch_size=n, columns=[field.name]):
@@ -418,7 +419,7 @@ def _csv(path: Path) -> Iterator[Sink]:
 
 @contextmanager
 def _parquet_rows(path: Path) -> Iterator[Sink]:
-    pa, pq = _library("pyarrow"), _library("pyarrow.parquet")
+    pa, pq = library("pyarrow"), library("pyarrow.parquet")
     with ExitStack() as stack:
         out = None
 
@@ -469,7 +470,7 @@ def _save_npz(path: Path, columns: dict[str, Any]) -> None:
 _SINKS: dict[str, Callable[[Path], AbstractContextManager[Sink]]] = {
     ".npz": _held(_save_npz),
     ".npy": _npy_score,
-    ".safetensors": _held(lambda path, columns: path.write_bytes(_library("safetensors.numpy").save(columns))),
+    ".safetensors": _held(lambda path, columns: path.write_bytes(library("safetensors.numpy").save(columns))),
     ".pt": _held(lambda path, columns: torch.save({k: torch.from_numpy(x) for k, x in columns.items()}, path)),
     ".parquet": _parquet_rows,
     ".csv": _csv,

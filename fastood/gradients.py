@@ -26,6 +26,7 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
+from fastood.files import library
 from fastood.kernels import Anchors, Stat, Want, reference, select
 
 Labels = Literal["uniform", "predicted", "log_predicted"]
@@ -243,17 +244,15 @@ class BatchGrad:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """To a .safetensors file, which ``BatchGrad.load`` reads."""
-        from safetensors.torch import save_file
-
         options = {"temperature": repr(self.anchors.temperature), "bias": str(int(self.anchors.bias))}
-        save_file({"G": self.anchors.G.contiguous()}, path, metadata={"fastood": "BatchGrad", **options})
+        library("safetensors.torch").save_file(
+            {"G": self.anchors.G.contiguous()}, path, metadata={"fastood": "BatchGrad", **options}
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> BatchGrad:
         """What ``save`` wrote, with G as a tensor on `device`."""
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with library("safetensors").safe_open(path, framework="pt", device=str(device)) as file:
             options = file.metadata() or {}
             if options.get("fastood") != "BatchGrad":
                 raise ValueError(f"path must be a file that BatchGrad.save wrote, got {os.fspath(path)!r}")
@@ -320,7 +319,8 @@ def deep_gradient_norm(
     True
     """
     T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)
-    return _deep_norms(model, inputs, labels, order, power, expectation, T, max_bytes)
+    params, fixed = _parameters(model, inputs)
+    return _deep_norms(model, params, fixed, inputs, labels, order, power, expectation, T, max_bytes)
 
 
 def deep_batchgrad(
@@ -373,7 +373,7 @@ def deep_batchgrad(
 
         for name, g in torch.func.grad(log_p)(params).items():
             constant[name] += g
-    raw = _deep_norms(model, inputs, "predicted", 1.0, 1.0, "outside", T, max_bytes, constant)
+    raw = _deep_norms(model, params, fixed, inputs, "predicted", 1.0, 1.0, "outside", T, max_bytes, constant)
     return -raw if oriented else raw
 
 
@@ -404,6 +404,8 @@ def _logits(model: nn.Module, params: dict[str, Tensor], fixed: dict[str, Tensor
 
 def _deep_norms(
     model: nn.Module,
+    params: dict[str, Tensor],
+    fixed: dict[str, Tensor],
     inputs: Tensor,
     labels: Labels | Tensor,
     order: float,
@@ -414,7 +416,6 @@ def _deep_norms(
     constant: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Norms of gradients by all parameters, `constant` added to each gradient first, in bounded memory: [N]."""
-    params, fixed = _parameters(model, inputs)
     max_bytes = int(number("max_bytes", max_bytes, above=0))
 
     def norm_of_gradient(gradients: dict[str, Tensor]) -> Tensor:

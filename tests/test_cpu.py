@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -189,6 +190,31 @@ def test_from_many_threads_at_once():
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_other_threads_run_during_a_call():
+    """It holds no interpreter lock: another thread never waits for anything like the whole call."""
+    f, h, done = torch.randn(64, 1000), torch.randn(64, 2048), threading.Event()
+    detector = fastood.BatchGrad(torch.randn(1000, 2048))
+    detector.score(f[:1], h[:1])
+    took = []
+
+    def work():
+        for _ in range(5):
+            start = time.perf_counter()
+            detector.score(f.repeat(8, 1), h.repeat(8, 1))
+            took.append(time.perf_counter() - start)
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    gaps, last = [], time.perf_counter()
+    while not done.is_set():
+        now = time.perf_counter()
+        gaps.append(now - last)
+        last = now
+    worker.join()
+    assert max(gaps) < max(took)
 
 
 def test_in_a_forked_child():

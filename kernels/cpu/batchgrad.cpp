@@ -8,7 +8,7 @@
 
 namespace fastood {
 
-constexpr int GROUP = 16;            // classes of a tile
+constexpr int GROUP = 16;             // classes of a tile
 constexpr int64_t TILE = 1024;        // features of a tile
 constexpr int64_t SHARE = 8 * GROUP;  // classes of a task: few rows are split over threads by classes
 

@@ -71,8 +71,8 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
     logits.sums |= sums_for(stat);
     if (stat == POWER_SUM && logits.power_sums < MAX_POWER_SUMS)
       logits.power[logits.power_sums++] = PyFloat_AsDouble(PyTuple_GetItem(args[2], j));
-    if (stat == GEN)
-      plan->gens.push_back({int(j), PyFloat_AsDouble(PyTuple_GetItem(args[2], j)), PyLong_AsLongLong(PyTuple_GetItem(args[3], j))});
+    plan->gamma.push_back(PyFloat_AsDouble(PyTuple_GetItem(args[2], j)));
+    plan->M.push_back(PyLong_AsLongLong(PyTuple_GetItem(args[3], j)));
   }
   double order[MAX_ORDERS];
   for (Py_ssize_t j = 0; j < orders; j++) order[j] = PyFloat_AsDouble(PyTuple_GetItem(args[4], j));

@@ -100,9 +100,8 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
   const bool sum_z = plan.sums & SUMLOGP;
   V<T> rest[W] = {}, exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
-  V<T> all_exp = {}, all_squares = {}, all_exp_z = {};
-  double all_z = 0;
-  for_blocks<W, T>(
+  double all_exp = 0, all_squares = 0, all_exp_z = 0, all_z = 0;
+  for_blocks<W, T, 16 * W * lanes>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
         __builtin_prefetch(next + i);
@@ -123,18 +122,18 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
         }
       },
       [&] {
-        add_up<W, T>(&all_exp, exp);
+        all_exp += take<W, T>(exp);
         if constexpr (MORE) {
-          add_up<W, T>(&all_squares, squares);
-          add_up<W, T>(&all_exp_z, exp_z);
+          all_squares += take<W, T>(squares);
+          all_exp_z += take<W, T>(exp_z);
           if (sum_z) all_z += take<W, T>(z);
         }
       });
   state->ties = double((n + lanes - 1) / lanes * lanes) - take<W, T>(rest);
-  state->exp = unit * sum_of<T>(all_exp);
+  state->exp = unit * all_exp;
   if constexpr (MORE) {
-    state->squares = unit * unit * sum_of<T>(all_squares);
-    state->exp_z = unit / plan.temperature * sum_of<T>(all_exp_z);
+    state->squares = unit * unit * all_squares;
+    state->exp_z = unit / plan.temperature * all_exp_z;
     state->z = all_z / plan.temperature;
   }
 }
@@ -196,8 +195,7 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
 }
 
 template <class In>
-static void logits(const void* data, int64_t n, const LogitsPlan& plan, const void* next,
-                                              LogitsState* state, void* kept) {
+static void logits(const void* data, int64_t n, const LogitsPlan& plan, const void* next, LogitsState* state, void* kept) {
   typedef typename Arithmetic<In>::type T;
   const In* f = static_cast<const In*>(data);
   T* keep = static_cast<T*>(kept);
@@ -312,7 +310,7 @@ static double gen(const void* data, int64_t n, const LogitsPlan& plan, double ma
   auto term = [&](V<T> v) __attribute__((always_inline)) {
     V<T> d, p = softmax.exp(v, &d) * per_total, e, l;
     log2_parts<T>(1 - p, &e, &l);
-    return exp2_sum<T, true>((v - softmax.max) * scale - log_total + T(Vec<T>::scaled), (e + l) * power, v == minus_inf<T>());
+    return exp2_sum<T, true, Vec<T>::scaled>((v - softmax.max) * scale - log_total, (e + l) * power, v == minus_inf<T>());
   };
   V<T> sums[2] = {}, above[2] = {};
   double sum = 0, count = 0;

@@ -74,6 +74,20 @@ static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batc
                                      batch->logits, batch->tv);
 }
 
+// The j-th statistic of a row: from its sums, or from the row itself, which is read again, where they do not tell.
+static double row_statistic(const Request& q, size_t j, int64_t row, const LogitsState& s, double tv, double log1p) {
+  const int stat = q.plan.stats[j], type = q.logits.type;
+  const int64_t C = q.logits.columns;
+  if (!s.nan && std::isfinite(s.max)) {
+    const void* f = q.logits.at(row, 0);
+    const double r1 = rest(s);
+    if (stat == GEN) return kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
+    if (stat == LOG_ONE_MINUS_S2 && r1 < 0x1p-900)  // 1 - S_2 = 2 r1
+      return 0.6931471805599453 * (1 + kernels->log2_rest[type](f, C, q.plan.logits, s.max));
+  }
+  return statistic(stat, q.plan.power_of_stat[j], q.plan.logits, s, C, tv, log1p);
+}
+
 static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
   double stats[MAX_STATS][BATCH], norms[MAX_ORDERS][BATCH], log1p[BATCH] = {};
   if (!q.plan.stats.empty()) {
@@ -82,23 +96,7 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
   }
   for (size_t j = 0; j < q.plan.stats.size(); j++)
     for (int64_t i = 0; i < count; i++)
-      stats[j][i] = statistic(q.plan.stats[j], q.plan.power_of_stat[j], q.plan.logits, batch->logits[i], q.logits.columns,
-                              batch->tv[i], log1p[i]);
-
-  for (size_t j = 0; j < q.plan.stats.size(); j++)
-    for (int64_t i = 0; i < count && q.plan.stats[j] == LOG_ONE_MINUS_S2; i++) {
-      const LogitsState& s = batch->logits[i];
-      if (s.nan || !std::isfinite(s.max) || rest(s) > 0x1p-900) continue;
-      stats[j][i] = 0.6931471805599453 * (1 + kernels->log2_rest[q.logits.type](q.logits.at(row + i, 0), q.logits.columns,
-                                                                               q.plan.logits, s.max));
-    }
-  for (const Gen& g : q.plan.gens)
-    for (int64_t i = 0; i < count; i++) {
-      const LogitsState& s = batch->logits[i];
-      if (s.nan || !std::isfinite(s.max)) continue;
-      stats[g.stat][i] = kernels->gen[q.logits.type](q.logits.at(row + i, 0), q.logits.columns, q.plan.logits, s.max,
-                                                     1 + rest(s), rest(s), g.gamma, g.M);
-    }
+      stats[j][i] = row_statistic(q, j, row + i, batch->logits[i], batch->tv[i], log1p[i]);
 
   if (q.plan.bias && !q.orders().empty()) {
     const double one = 1;

@@ -24,13 +24,6 @@ struct Product {
   double factor, divisor;
 };
 
-// Which of Plan.stats is a GEN, and its parameters.
-struct Gen {
-  int stat;
-  double gamma;
-  int64_t M;
-};
-
 // What is wanted, worked out once for many calls.
 struct Plan {
   LogitsPlan logits{};
@@ -38,7 +31,8 @@ struct Plan {
   std::vector<Order> orders[2];
   bool bias = false, log = false;
   std::vector<int> stats, power_of_stat;
-  std::vector<Gen> gens;
+  std::vector<double> gamma;  // of each statistic that is a GEN, as is M
+  std::vector<int64_t> M;
   std::vector<Product> products;
 };
 

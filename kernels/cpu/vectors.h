@@ -243,17 +243,18 @@ template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T> rounded, V<T>, V<T> f,
 }
 #endif
 
-// 2^(whole + part), part small, the sum at most 127 (1023); 0 where `zero` and, if CLAMP, below the normal numbers.
-template <class T, bool CLAMP> INLINE V<T> exp2_sum(V<T> whole, V<T> part, I<T> zero) {
+// 2^(whole + part) * 2^SHIFT, part small, the sum at most 127 - SHIFT (1023); 0 where `zero` and, if CLAMP, where the
+// result would be below the normal numbers.
+template <class T, bool CLAMP, int SHIFT = 0> INLINE V<T> exp2_sum(V<T> whole, V<T> part, I<T> zero) {
   V<T> x = whole + part;
   if constexpr (CLAMP) {
-    const T lowest = T(1 - Vec<T>::bias);
+    const T lowest = T(1 - Vec<T>::bias - SHIFT);
     zero |= x < lowest;
     x = x > lowest ? x : all<T>(lowest);
   }
   V<T> rounded = x + Vec<T>::magic;
   V<T> n = rounded - Vec<T>::magic;
-  return exp2_parts<T, 0>(rounded, n, (whole - n) + part, zero);
+  return exp2_parts<T, SHIFT>(rounded, n, (whole - n) + part, zero);
 }
 
 // log2 of positive finite x as exponent + log, |log| <= 1/2; absolute error of log 2^-23.3 (float; 2^-24.3 of it
