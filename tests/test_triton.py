@@ -35,7 +35,7 @@ def test_in_the_interpreter():
     """The parity suite, and the tests below, where no GPU is needed."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     # The largest shapes, which take a minute, have smaller ones of their kind below.
-    command += ["-k", "triton and not 33001 and not 1000003"]
+    command += ["-k", "triton and not 33001 and not 70000 and not 1000003"]
     command += ["--hypothesis-profile=interpreter", "tests/test_contract.py", "tests/test_triton.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
