@@ -55,12 +55,18 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if traced(logits, feats):
-        return reference.row_stats(logits, feats, want)
+def row_stats(
+    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
+) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    if traced(logits, feats, labels):
+        return reference.row_stats(logits, feats, want, labels)
+    gradients = tuple(s for s in want.stats if s[0] == "gradient")
+    if gradients:
+        stats, u = row_stats(logits, feats, want._replace(stats=tuple(s for s in want.stats if s not in gradients)))
+        return stats | reference.row_stats(logits, None, want._replace(stats=gradients, orders=()), labels)[0], u
     if _prepared(want) is not None:
         return _run(logits, feats, want)
-    stats: dict[Stat, Tensor] = {}  # in parts that fit one call
+    stats = {}  # in parts that fit one call
     for i in range(0, len(want.stats), _MOST_POWER_SUMS):
         stats |= _run(logits, None, want._replace(stats=want.stats[i : i + _MOST_POWER_SUMS], orders=()))[0]
     norms = []
