@@ -1,16 +1,16 @@
 // Norms of last-layer gradients for any distribution q of the label, from a second sweep over a row whose softmax is
 // known. Included after rows.h, in the same way.
 
-// n <= BLOCK label probabilities from `start` on, in the arithmetic type: where they lie, or converted to `out`.
-template <class T, class In> static const T* converted(const void* x, int64_t start, int64_t n, T* out) {
-  for_blocks<1, typename Arithmetic<In>::type>(
-      static_cast<const In*>(x) + start, n, typename Arithmetic<In>::type(0),
-      [&](int, auto v, int64_t i, int64_t first) __attribute__((always_inline)) {
-        constexpr int64_t lanes = Vec<typename Arithmetic<In>::type>::lanes;
+// n <= BLOCK label probabilities in the arithmetic type: where they lie, or converted to `out`.
+template <class T, class In> static const T* converted(const In* q, int64_t n, T* out) {
+  typedef typename Arithmetic<In>::type From;
+  for_blocks<1, From>(
+      q, n, From(0),
+      [&](int, V<From> v, int64_t i, int64_t first) __attribute__((always_inline)) {
         if (first == 0)
-          UNROLL for (int64_t k = 0; k < lanes; k++) out[i + k] = T(v[k]);
+          for (int64_t k = 0; k < Vec<From>::lanes; k++) out[i + k] = T(v[k]);
         else
-          for (int64_t k = first; k < lanes; k++) out[i + k - first] = T(v[k]);
+          for (int64_t k = first; k < Vec<From>::lanes; k++) out[i + k - first] = T(v[k]);
       },
       [] {});
   return out;
@@ -19,60 +19,71 @@ template <class T, class In> static const T* converted(const void* x, int64_t st
 template <class T> static const T* labels_of(const void* q, int type, int64_t start, int64_t n, T* out) {
   if (type == (sizeof(T) == 8 ? FLOAT64 : FLOAT32)) return static_cast<const T*>(q) + start;
   switch (type) {
-    case FLOAT16: return converted<T, Half>(q, start, n, out);
-    case BFLOAT16: return converted<T, BFloat>(q, start, n, out);
-    case FLOAT32: return converted<T, float>(q, start, n, out);
-    default: return converted<T, double>(q, start, n, out);
+    case FLOAT16: return converted<T>(static_cast<const Half*>(q) + start, n, out);
+    case BFLOAT16: return converted<T>(static_cast<const BFloat*>(q) + start, n, out);
+    case FLOAT32: return converted<T>(static_cast<const float*>(q) + start, n, out);
+    default: return converted<T>(static_cast<const double*>(q) + start, n, out);
   }
 }
 
+// What a sweep reads and fills.
+template <class In> struct Sweep {
+  const In* f;
+  int64_t n;
+  const void* q;
+  int q_type;
+  const LogitsPlan& plan;
+  const GradientPlan& gradient;
+  const NormsPlan& norms;
+  const GradientRow& row;
+  GradientState* state;
+};
+
 // Calls step(u, v, w, i, first), w the q of the elements v, 0 in the padding, and sums up the q: NaN where one is
-// negative. done(start, n) after each block.
-template <class T, class In, class Step, class Done>
-INLINE void for_labels(const In* f, int64_t n, const GradientPlan& g, const GradientRow& row, GradientState* state, Step step,
-                       Done done) {
+// negative. done(n) after each block.
+template <class T, class In, class Step, class Done> INLINE void for_labels(const Sweep<In>& s, Step step, Done done) {
   T held[BLOCK];
-  const bool given = g.labels == GIVEN;
-  const V<T> uniform = all<T>(T(row.uniform)), nan = all<T>(T(__builtin_nan("")));
-  for (int64_t start = 0; start < n; start += BLOCK) {
-    const int64_t m = n - start < BLOCK ? n - start : BLOCK;
-    const T* q = given ? labels_of<T>(row.labels, row.labels_type, start, m, held) : nullptr;
+  const bool given = s.gradient.labels == GIVEN;
+  const V<T> uniform = all<T>(T(s.row.uniform)), nan = all<T>(T(__builtin_nan("")));
+  for (int64_t start = 0; start < s.n; start += BLOCK) {
+    const int64_t m = s.n - start < BLOCK ? s.n - start : BLOCK;
+    const T* q = given ? labels_of<T>(s.q, s.q_type, start, m, held) : nullptr;
     V<T> sums[2] = {};
     for_blocks<2, T>(
-        f + start, m, minus_inf<T>(),
+        s.f + start, m, minus_inf<T>(),
         [&](int u, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
           V<T> w = uniform;
           if (given) {
             w = first ? load_last<T>(q + m, m - i, i, T(0)) : load(q + i);
             sums[u] += w >= 0 ? w : nan;
+          } else if (first) {
+            w = from_lane<T>(first) ? w : V<T>{};
           }
-          if (first) w = from_lane<T>(first) ? w : V<T>{};
           step(u, v, w, i, first);
         },
         [] {});
-    state->labels += take<2, T>(sums);
-    done(start, m);
+    s.state->labels += take<2, T>(sums);
+    done(m);
   }
 }
 
 // || q - p ||: the differences of a block, then their powers as those of features.
-template <class T, class In>
-static void gradient_inside(const In* f, int64_t n, const LogitsPlan& plan, const GradientPlan& g, const NormsPlan& norms_plan,
-                            const GradientRow& row, GradientState* state) {
-  const Softmax<T> softmax(all<T>(T(row.max)), plan);
-  const T per_total = T(__builtin_ldexp(1 / row.total, -Vec<T>::scaled)), not_p = T(row.not_p);
-  const bool sure = row.total < 2;  // of one class: there q - p = (q - 1) + (1 - p), which keeps 1 - p when q = 1
+template <class T, class In> static void gradient_inside(const Sweep<In>& s) {
+  const Softmax<T> softmax(all<T>(T(s.row.max)), s.plan);
+  const T per_total = T(__builtin_ldexp(1 / s.row.total, -Vec<T>::scaled)), not_p = T(s.row.not_p);
+  const bool sure = s.row.total < 2;  // of one class: there q - p = (q - 1) + (1 - p), which keeps 1 - p when q = 1
   T out[BLOCK];
   for_labels<T>(
-      f, n, g, row, state,
-      [&](int, V<T> v, V<T> w, int64_t i, int64_t first) __attribute__((always_inline)) {
+      s,
+      [&](int, V<T> v, V<T> w, int64_t i, int64_t) __attribute__((always_inline)) {
         V<T> d, difference = w - softmax.exp(v, &d) * per_total;
         if (sure) difference = v == softmax.max ? (w - T(1)) + not_p : difference;
-        if (first == 0) __builtin_memcpy(out + i, &difference, sizeof difference);
-        else
-          for (int64_t k = first; k < Vec<T>::lanes; k++) out[i + k - first] = difference[k];
+        __builtin_memcpy(out + i, &difference, sizeof difference);
       },
-      [&](int64_t, int64_t m) { norms<T>(out, m, norms_plan, out, &state->difference); });
+      [&](int64_t m) {
+        const int64_t whole = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the padding is 0
+        norms<T>(out, whole, s.norms, out, &s.state->difference);
+      });
 }
 
 // What a class below the maximum, of probability p, has for || e_y - p ||^power, times 2^-row.shift. p <= 1/2 there, so
@@ -107,24 +118,23 @@ template <class T, int NORM> struct ClassNorm {
 };
 
 // Sum of q || e_y - p ||^power over the classes below the maximum; of the maximum, its q alone.
-template <class T, int NORM, class In>
-static void gradient_outside(const In* f, int64_t n, const LogitsPlan& plan, const GradientPlan& g, const GradientRow& row,
-                             GradientState* state) {
-  const V<T> max = all<T>(T(row.max));
-  const bool predicted = g.labels == PREDICTED, logs = g.labels == LOG_PREDICTED;
+template <class T, int NORM, class In> static void gradient_outside(const Sweep<In>& s) {
+  const T top = T(s.row.max);
+  const V<T> max = all<T>(top);
+  const bool predicted = s.gradient.labels == PREDICTED, logs = s.gradient.labels == LOG_PREDICTED;
   // Where float exponentials vanish and are the weights too, they have a pivot of their own.
-  double pivot = row.max;
-  if (predicted && row.total - 1 < 0x1p-50) pivot = largest_below<T>(f, n, T(row.max));
-  const bool apart = pivot < row.max;
+  double pivot = s.row.max;
+  if (predicted && s.row.total - 1 < 0x1p-50) pivot = largest_below<T>(s.f, s.n, top);
   if (pivot == -__builtin_inf()) return;
-  const double unit = __builtin_exp2((pivot - row.max) * plan.scale) / row.total * __builtin_ldexp(1.0, -Vec<T>::scaled);
-  const Softmax<T> softmax(all<T>(T(pivot)), plan);
-  const ClassNorm<T, NORM> norm(plan, g, row);
-  const T per_total = T(unit), log_total = T(row.log_total);
+  const bool apart = pivot < s.row.max;
+  const double unit = __builtin_exp2((pivot - s.row.max) * s.plan.scale) / s.row.total * __builtin_ldexp(1.0, -Vec<T>::scaled);
+  const Softmax<T> softmax(all<T>(T(pivot)), s.plan);
+  const ClassNorm<T, NORM> norm(s.plan, s.gradient, s.row);
+  const T per_total = T(unit), log_total = T(s.row.log_total);
   V<T> sums[2] = {}, tops[2] = {};
   double sum = 0;
   for_labels<T>(
-      f, n, g, row, state,
+      s,
       [&](int u, V<T> v, V<T> w, int64_t, int64_t first) __attribute__((always_inline)) {
         const auto below = unequal(v, max);
         tops[u] = add_where(~below, tops[u], w);
@@ -136,19 +146,17 @@ static void gradient_outside(const In* f, int64_t n, const LogitsPlan& plan, con
         }
         sums[u] = add_where(below, sums[u], w * norm(v, e * per_total));
       },
-      [&](int64_t, int64_t) { sum += take<2, T>(sums); });
-  state->sum += predicted ? unit * sum : sum;
-  state->top += take<2, T>(tops);
+      [&](int64_t) { sum += take<2, T>(sums), s.state->top += take<2, T>(tops); });
+  s.state->sum += predicted ? unit * sum : sum;
 }
 
-// Over n elements of a row, added to `state`.
 template <class In>
-static void gradient(const void* data, int64_t n, const LogitsPlan& plan, const GradientPlan& g, const NormsPlan& norms_plan,
-                     const GradientRow& row, GradientState* state) {
+static void gradient(const void* f, int64_t n, const void* q, int q_type, const LogitsPlan& plan, const GradientPlan& gradient,
+                     const NormsPlan& norms, const GradientRow& row, GradientState* state) {
   typedef typename Arithmetic<In>::type T;
-  const In* f = static_cast<const In*>(data);
-  if (!g.outside) gradient_inside<T>(f, n, plan, g, norms_plan, row, state);
-  else if (g.order == 1 || g.order == __builtin_inf()) gradient_outside<T, LINEAR>(f, n, plan, g, row, state);
-  else if (g.order == 2) gradient_outside<T, SQUARE>(f, n, plan, g, row, state);
-  else gradient_outside<T, GENERAL>(f, n, plan, g, row, state);
+  const Sweep<In> sweep{static_cast<const In*>(f), n, q, q_type, plan, gradient, norms, row, state};
+  if (!gradient.outside) gradient_inside<T>(sweep);
+  else if (gradient.order == 1 || gradient.order == __builtin_inf()) gradient_outside<T, LINEAR>(sweep);
+  else if (gradient.order == 2) gradient_outside<T, SQUARE>(sweep);
+  else gradient_outside<T, GENERAL>(sweep);
 }

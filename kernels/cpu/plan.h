@@ -109,8 +109,6 @@ struct GradientRow {
   double uniform;     // 1 / C
   double power_sum;   // sum of e^(order z); S_2 for order 2
   double shift;       // log2 of what the norms are divided by, so that no power leaves the range
-  const void* labels; // q
-  int labels_type;
 };
 
 struct GradientState {
@@ -136,9 +134,9 @@ struct Kernels {
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
                       const void* kept);
-  // A chunk of a row added to `state`.
-  void (*gradient[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, const GradientPlan& gradient,
-                          const NormsPlan& norms, const GradientRow& row, GradientState* state);
+  // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN.
+  void (*gradient[TYPES])(const void* f, int64_t n, const void* q, int q_type, const LogitsPlan& plan,
+                          const GradientPlan& gradient, const NormsPlan& norms, const GradientRow& row, GradientState* state);
   double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
                        double gamma, int64_t M);
   // log2 of the exponentials' sum below the maximum, also where it is below the doubles.

@@ -36,17 +36,20 @@ static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const Logit
                                     1.0 / double(q.logits.columns), kept);
 }
 
-static GradientState gradient_chunk(const Request& q, int64_t row, int64_t chunk, const LogitsState& s) {
+static GradientState gradient_chunk(const Request& q, int64_t row, int64_t chunk, const GradientRow& about) {
   GradientState state{};
-  const int64_t start = chunk * CHUNK;
-  gradient_chunk(q, row, start, std::min(CHUNK, q.logits.columns - start), s, &state);
+  const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.logits.columns - start);
+  const void* labels = q.labels.data ? q.labels.at(row, start) : nullptr;
+  kernels->gradient[q.logits.type](q.logits.at(row, start), n, labels, q.labels.type, q.plan.logits, q.plan.gradient,
+                                   q.gradient_norms(), about, &state);
   return state;
 }
 
-static double gradient_row(const Request& q, int64_t row, const LogitsState& s) {
-  GradientState state = gradient_chunk(q, row, 0, s);
-  for (int64_t c = 1; c < chunks(q.logits.columns); c++) merge(q, &state, gradient_chunk(q, row, c, s));
-  return gradient(q, row, s, state);
+static double gradient_of(const Request& q, int64_t row, const LogitsState& s) {
+  const GradientRow about = gradient_row(q, s);
+  GradientState state = gradient_chunk(q, row, 0, about);
+  for (int64_t c = 1; c < chunks(q.logits.columns); c++) merge(q, &state, gradient_chunk(q, row, c, about));
+  return gradient(q, row, s, about, state);
 }
 
 static bool has_softmax(const LogitsState& s) { return !s.nan && std::isfinite(s.max); }
@@ -71,7 +74,7 @@ LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swep
   if (!has_softmax(s)) return s;
   if (q.plan.logits.sums & TV)
     for (int64_t c = 0; c < count; c++) *swept += tv_chunk(q, row, c, s, kept);
-  if (q.plan.gradient.wanted) *swept = gradient_row(q, row, s);
+  if (q.plan.gradient.wanted) *swept = gradient_of(q, row, s);
   return s;
 }
 
@@ -86,7 +89,7 @@ static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batc
   kernels->few_logits[q.logits.type](q.logits.at(row, 0), q.logits.stride, count, q.logits.columns, q.plan.logits,
                                      batch->logits, batch->swept);
   for (int64_t i = 0; i < count && q.plan.gradient.wanted; i++)
-    if (has_softmax(batch->logits[i])) batch->swept[i] = gradient_row(q, row + i, batch->logits[i]);
+    if (has_softmax(batch->logits[i])) batch->swept[i] = gradient_of(q, row + i, batch->logits[i]);
 }
 
 // The j-th statistic of a row: from its sums, or from the row itself, which is read again, where they do not tell.
@@ -210,7 +213,7 @@ static void second_task(int64_t begin, int64_t end, void* context) {
     const LogitsState& s = split.merged[row];
     if (!has_softmax(s)) continue;
     if (!split.tv.empty()) split.tv[i] = tv_chunk(split.q, row, chunk, s, nullptr);
-    if (!split.gradient.empty()) split.gradient[i] = gradient_chunk(split.q, row, chunk, s);
+    if (!split.gradient.empty()) split.gradient[i] = gradient_chunk(split.q, row, chunk, gradient_row(split.q, s));
   }
 }
 
@@ -242,7 +245,7 @@ static void run_split(const Request& q) {
       if (!split.gradient.empty() && has_softmax(split.merged[row])) {
         GradientState* state = &split.gradient[row * split.logit_chunks];
         for (int64_t c = 1; c < split.logit_chunks; c++) merge(q, state, state[c]);
-        batch.swept[row] = gradient(q, row, split.merged[row], *state);
+        batch.swept[row] = gradient(q, row, split.merged[row], gradient_row(q, split.merged[row]), *state);
       }
     }
     NormsState h{};

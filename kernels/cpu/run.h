@@ -86,9 +86,9 @@ void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), 
 // and 16, or null.
 LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swept);
 
-// The gradient of a row whose sums are known: over n elements, and from the merged states of all.
-void gradient_chunk(const Request& q, int64_t row, int64_t start, int64_t n, const LogitsState& s, GradientState* state);
+// The gradient of a row whose sums are known: what its sweep needs of them, and what comes of the states of all chunks.
+GradientRow gradient_row(const Request& q, const LogitsState& s);
 void merge(const Request& q, GradientState* a, const GradientState& b);
-double gradient(const Request& q, int64_t row, const LogitsState& s, const GradientState& state);
+double gradient(const Request& q, int64_t row, const LogitsState& s, const GradientRow& about, const GradientState& state);
 
 }  // namespace fastood
