@@ -267,7 +267,8 @@ class Softmax:
             others = 1 + self._rows(row_sum(relative.exp()).double()) - relative.exp()
             others = others * (order * (self._rows(self.log_msp) - (-p).log1p())).exp()
             norm = norm * Powers(1 + others)(power / order)
-            others_top = row_sum((order * (self.z - self._rows(self.total.log()))).exp()).double()
+            total = self.total.clamp(min=1)  # 0 where there is one class alone
+            others_top = row_sum((order * (self.z - self._rows(total.log()))).exp()).double()
             norm_top = norm_top * Powers(1 + others_top)(power / order)
         norm = norm.scatter(-1, self.top[:, None], 0)
         if isinstance(q, Tensor):
