@@ -172,6 +172,10 @@ class BatchGrad:
     temperature, bias
         As in ``fastood.score``, and as G was made with.
 
+    Notes
+    -----
+    ``save`` and ``load`` need safetensors, which ``pip install "fastood[cli]"`` brings.
+
     Examples
     --------
     >>> import torch, fastood
@@ -214,9 +218,11 @@ class BatchGrad:
         wanted = [f.shape[1], h.shape[1] + self.anchors.bias]
         if list(G.shape) != wanted:
             raise ValueError(f"G must be {wanted}, got shape {list(G.shape)}")
-        if G.device != f.device or self._numpy != as_numpy:
-            kind = "ndarray" if self._numpy else "Tensor"
-            raise ValueError(f"G must be of the kind and on the device of logits, got {kind} on {G.device}")
+        if self._numpy != as_numpy:
+            of_logits, of_g = ("numpy array" if x else "torch tensor" for x in (as_numpy, self._numpy))
+            raise TypeError(f"mixed inputs: logits is a {of_logits}, G is a {of_g}")
+        if G.device != f.device:
+            raise ValueError(f"G must be on the device of logits, {f.device}, got {G.device}")
         dtype = result_dtype(f, h, G)
         raw = select(backend, f.device, dtype).batchgrad(f, h, self.anchors)
         return give(((-1 if oriented else 1) * raw).to(dtype), as_numpy)
@@ -231,11 +237,15 @@ class BatchGrad:
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> BatchGrad:
         """What ``save`` wrote, with G as a tensor on `device`."""
-        with library("safetensors").safe_open(path, framework="pt", device=str(device)) as file:
-            options = file.metadata() or {}
-            if options.get("fastood") != "BatchGrad":
-                raise ValueError(f"path must be a file that BatchGrad.save wrote, got {os.fspath(path)!r}")
-            G = file.get_tensor("G")
+        safetensors = library("safetensors")
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                options = file.metadata() or {}
+                G = file.get_tensor("G") if options.get("fastood") == "BatchGrad" else None
+        except safetensors.SafetensorError:
+            G = None
+        if G is None:
+            raise ValueError(f"path must be a file that BatchGrad.save wrote, got {os.fspath(path)!r}")
         return cls(G, temperature=float(options["temperature"]), bias=options["bias"] == "1")
 
 

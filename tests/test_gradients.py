@@ -329,6 +329,10 @@ def test_batchgrad_arguments():
     assert np.array_equal(fastood.anchor_gradient(f.numpy(), h.numpy(), y.numpy()), G.numpy())
     with pytest.raises(ValueError, match=r"G must be \[3, 3\], got shape \[3, 2\]"):
         fastood.batchgrad(f, h, G, bias=True)
+    with pytest.raises(TypeError, match="mixed inputs: logits is a numpy array, G is a torch tensor"):
+        fastood.BatchGrad(G).score(f.numpy(), h.numpy())
+    with pytest.raises(ValueError, match="G must be on the device of logits, cpu, got meta"):
+        fastood.BatchGrad(G.to("meta")).score(f, h)
     with pytest.raises(ValueError, match=r"labels must be classes 0..2, got 0..3"):
         fastood.anchor_gradient(f, h, torch.arange(4))
     with pytest.raises(TypeError, match=r"labels must be integers, got torch\.float32"):
@@ -434,6 +438,11 @@ def test_batchgrad_is_saved_and_loaded(tmp_path):
     save_file({"G": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"path must be a file that BatchGrad.save wrote, got '.*other"):
         fastood.BatchGrad.load(tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match=r"path must be a file that BatchGrad.save wrote, got '.*text"):
+        fastood.BatchGrad.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        fastood.BatchGrad.load(tmp_path / "missing")
 
 
 # ---- all parameters
