@@ -558,8 +558,8 @@ def test_deep_rows_take_bounded_memory():
 import resource, torch, fastood
 from torch import nn
 torch.set_num_threads(1)
-net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 128),
-                    nn.ReLU(), nn.Linear(128, 10)).eval()
+body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten())
+net = nn.Sequential(body, nn.Linear(144, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
 x, limit = torch.randn(1024, 3, 16, 16), {"max_bytes": 16 << 20}
 def rows(n):
     fastood.deep_gradient_norm(net, x[:n], **limit)
