@@ -52,7 +52,7 @@ struct PowerTable {
 };
 constexpr int MAX_TABLES = 4;
 
-// An order that is the sum of two that have tables: its power is the product of theirs.
+// An order that is the sum of two: its power is the product of theirs. MAX_TABLES stands for 0.5, a square root.
 struct PowerProduct { int a, b, slot; };
 
 // One base power y = |h|^base costs one exp2; the orders that are whole multiples of it cost multiplications.
@@ -77,6 +77,7 @@ struct NormsPlan {
   // another kind.
   bool tables;
   int table_count, products;
+  int root;  // the slot of order 0.5, or 0
   float centre[16];
   PowerTable table[MAX_TABLES];
   PowerProduct product[MAX_ORDERS];

@@ -114,14 +114,14 @@ static void fill(PowerTable* table, double r, int slot, const float* centre) {
   }
 }
 
-// The small fractional orders as tables and as products of two of them.
+// The small fractional orders as tables, a square root, and products of two of these.
 static void plan_tables(const double* orders, int count, const Order* made, NormsPlan* plan) {
   plan->tables = true;
   for (int i = 0; i < 16; i++) plan->centre[i] = float(1 / (1 + (i + 0.5) / 16));
   auto table_of = [&](double r) {
     for (int k = 0; k < plan->table_count; k++)
       if (std::fabs(plan->table[k].order - r) <= 1e-15 * r) return k;
-    return -1;
+    return plan->root && r == 0.5 ? MAX_TABLES : -1;
   };
   std::vector<int> rising(count);
   std::iota(rising.begin(), rising.end(), 0);
@@ -132,6 +132,7 @@ static void plan_tables(const double* orders, int count, const Order* made, Norm
     int a = -1, b = -1;
     for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table[k].order);
     if (r > UNSCALED) plan->tables = false;
+    else if (r == 0.5) plan->root = made[j].slot;
     else if (b >= 0) plan->product[plan->products++] = {a, b, made[j].slot};
     else if (plan->table_count < MAX_TABLES) fill(&plan->table[plan->table_count++], r, made[j].slot, plan->centre);
     else plan->tables = false;
