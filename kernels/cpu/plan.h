@@ -42,14 +42,16 @@ struct LogitsState {
   bool nan;
 };
 
-// y = |h|^order of a normal float h = 2^e m, from tables of 16: 2^(order e) in two factors, and m^order in one, by the
-// leading bits of m, times a polynomial in t = m centre - 1, centre the reciprocal of the middle of m's interval.
+// y = |h|^order of a normal float h = 2^e m, from tables: 2^(order e) by the low five bits of the exponent, right where it
+// is in the window, else times `far`; and m^order by the leading bits of m, times a polynomial in t = m centre - 1,
+// centre the reciprocal of the middle of m's interval.
 struct PowerTable {
   double order;
   int slot;          // where in NormsState.sum
-  float exponent_low[16], exponent_high[16], mantissa[16];
+  float exponent[32], far[16], mantissa[16];
   float t1, t2, t3;  // (1 + t)^order = 1 + t (t1 + t (t2 + t t3)), relative error below 2^-27
 };
+constexpr int WINDOW = 127 - 24;  // the first of its 32 exponents, biased: 2^-24 <= |h| < 2^8
 constexpr int MAX_TABLES = 4;
 
 // An order that is the sum of two: its power is the product of theirs. MAX_TABLES stands for 0.5, a square root.

@@ -547,8 +547,8 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
   F power[TABLES + 1][W] = {}, root[W] = {}, product[MAX_ORDERS][W], integer[INTEGERS + 1][W] = {};
   F all_power[TABLES + 1] = {}, all_root = {}, all_product[MAX_ORDERS], all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
   UNROLL for (int k = 0; k < TABLES; k++) {
-    low[k] = load(plan.table[k].exponent_low);
-    high[k] = load(plan.table[k].exponent_high);
+    low[k] = load(plan.table[k].exponent);
+    high[k] = load(plan.table[k].exponent + 16);
     mantissa[k] = load(plan.table[k].mantissa);
   }
   for (int j = 0; j < products; j++) {
@@ -563,18 +563,27 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
       h, n, 0.0f,
       [&](int u, F v, int64_t i, int64_t) __attribute__((always_inline)) {
         __builtin_prefetch(next + i);
-        odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
-        const I<float> bits = (I<float>)v;
+        const I<float> bits = (I<float>)v, magnitude = bits & 0x7fffffff;
+        const F a = (F)magnitude;
         const __mmask16 some = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x7fffffff));
-        const F a = (F)(bits & 0x7fffffff);
         if (rooted) root[u] += kept[MAX_TABLES] = (F)_mm512_sqrt_ps((__m512)a);
-        if constexpr (TABLES > 0) {
+        if constexpr (TABLES == 0) {
+          odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
+        } else {
+          F scale[TABLES];
+          UNROLL for (int k = 0; k < TABLES; k++)
+            scale[k] = (F)_mm512_permutex2var_ps((__m512)low[k], (__m512i)(bits >> 23), (__m512)high[k]);
+          const I<float> above = magnitude - (WINDOW << 23);
+          if (__builtin_expect(_mm512_mask_test_epi32_mask(some, (__m512i)above, _mm512_set1_epi32(int(0xf0000000))), 0)) {
+            odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
+            UNROLL for (int k = 0; k < TABLES; k++) scale[k] *= choose(load(plan.table[k].far), above >> 28);
+          }
           const F m = (F)((bits & 0x007fffff) | 0x3f800000);
           const F t = m * choose(centre, bits >> 19) - 1.0f;
           UNROLL for (int k = 0; k < TABLES; k++) {
             const PowerTable& table = plan.table[k];
-            const F scale = choose(low[k], bits >> 23) * choose(high[k], bits >> 27), c = choose(mantissa[k], bits >> 19);
-            const F y = where(some, scale * (c * t * (table.t1 + t * (table.t2 + t * table.t3)) + c));
+            const F c = choose(mantissa[k], bits >> 19);
+            const F y = where(some, scale[k] * (c * t * (table.t1 + t * (table.t2 + t * table.t3)) + c));
             power[k][u] += y;
             kept[k] = y;
           }

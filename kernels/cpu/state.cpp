@@ -107,9 +107,9 @@ static void fill(PowerTable* table, double r, int slot, const float* centre) {
   table->t1 = float((r - b5 * w2 * w2 * 5 / 16) / t0);
   table->t2 = float((b2 + b4 * w2) / t0);
   table->t3 = float((b3 + b5 * w2 * 5 / 4) / t0);
+  for (int i = 0; i < 32; i++) table->exponent[(WINDOW + i) % 32] = float(std::exp2(r * (WINDOW + i - 127)));
   for (int i = 0; i < 16; i++) {
-    table->exponent_low[i] = float(std::exp2(r * i));
-    table->exponent_high[i] = float(std::exp2(r * (16 * i - 127)));
+    table->far[i] = float(std::exp2(r * 32 * (i < 8 ? i : i - 16)));
     table->mantissa[i] = float(t0 * std::pow(double(centre[i]), -r));
   }
 }
