@@ -94,8 +94,37 @@ struct NormsState {
   bool nan;
 };
 
-// (Both in state.cpp, with the rest of the scalar code.)
+// A norm of the last layer's gradient, the factor that logits decide: || E_q[e_Y - p] ||_order^power or, outside,
+// E_q[ || e_Y - p ||_order^power ]. LOG_PREDICTED: log p_y for q.
+enum Labels : int { UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN };
+
+struct GradientPlan {
+  bool wanted, outside;
+  int labels;
+  double order, power;
+};
+
+// What is known of a row when it is swept for that.
+struct GradientRow {
+  double max, total;  // total: of the exponentials relative to the maximum
+  double log_total;   // log2
+  double not_p;       // 1 - p_max
+  double uniform;     // 1 / C
+  double power_sum;   // sum of e^(order z); S_2 for order 2
+  double shift;       // log2 of what the norms are divided by, so that no power leaves the range
+};
+
+struct GradientState {
+  double sum;     // outside: of q || e_y - p ||^power below the maximum
+  double top;     // outside: of q at the maximum
+  double labels;  // of q; NaN where one is negative
+  NormsState difference;  // inside: of q - p
+};
+
+// (These three in state.cpp, with the rest of the scalar code.)
 void set_scale(LogitsPlan* plan, double scale, double scale_low);
+// The plan of e^(rz).
+LogitsPlan sharper(const LogitsPlan& plan, double r);
 
 // Rescale the sums so that they are relative to `max`.
 void rescale(const NormsPlan& plan, NormsState* state, double max);
@@ -108,6 +137,9 @@ struct Kernels {
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
                       const void* kept);
+  // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN.
+  void (*gradient[TYPES])(const void* f, int64_t n, const void* q, int q_type, const LogitsPlan& plan,
+                          const GradientPlan& gradient, const NormsPlan& norms, const GradientRow& row, GradientState* state);
   double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
                        double gamma, int64_t M);
   // log2 of the exponentials' sum below the maximum, also where it is below the doubles.

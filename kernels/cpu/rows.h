@@ -138,15 +138,9 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   }
 }
 
-static LogitsPlan sharper(const LogitsPlan& plan, int power) {
-  LogitsPlan of_power = plan;
-  set_scale(&of_power, plan.scale * plan.power[power], plan.scale_low * plan.power[power]);
-  return of_power;
-}
-
 template <class T, class In>
 static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int which, LogitsState* state) {
-  const Softmax<T> softmax(all<T>(T(state->max)), sharper(plan, which));
+  const Softmax<T> softmax(all<T>(T(state->max)), sharper(plan, plan.power[which]));
   V<T> exp[4] = {};
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
@@ -358,7 +352,7 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
     V<T> rest = {}, exp = {}, squares = {}, exp_z = {}, z = {}, powers[MAX_POWER_SUMS] = {}, above = {};
     if (plan.sums) {
       for (int r = 0; r < plan.power_sums; r++) {
-        const Softmax<T> softmax(max, sharper(plan, r));
+        const Softmax<T> softmax(max, sharper(plan, plan.power[r]));
         for (int64_t k = 0; k < n; k++) {
           V<T> d, e = softmax.exp(x[k], &d);
           powers[r] = add_where(unequal(x[k], max), powers[r], e);

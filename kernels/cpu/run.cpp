@@ -15,7 +15,7 @@ constexpr int64_t BATCH = 16;
 
 struct Batch {
   LogitsState logits[BATCH];
-  double tv[BATCH];
+  double swept[BATCH];
   NormsState norms[BATCH];
 };
 
@@ -36,9 +36,23 @@ static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const Logit
                                     1.0 / double(q.logits.columns), kept);
 }
 
-static bool needs_tv(const Request& q, const LogitsState& s) {
-  return (q.plan.logits.sums & TV) && !s.nan && std::isfinite(s.max);
+static GradientState gradient_chunk(const Request& q, int64_t row, int64_t chunk, const GradientRow& about) {
+  GradientState state{};
+  const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.logits.columns - start);
+  const void* labels = q.labels.data ? q.labels.at(row, start) : nullptr;
+  kernels->gradient[q.logits.type](q.logits.at(row, start), n, labels, q.labels.type, q.plan.logits, q.plan.gradient,
+                                   q.gradient_norms(), about, &state);
+  return state;
 }
+
+static double gradient_of(const Request& q, int64_t row, const LogitsState& s) {
+  const GradientRow about = gradient_row(q, s);
+  GradientState state = gradient_chunk(q, row, 0, about);
+  for (int64_t c = 1; c < chunks(q.logits.columns); c++) merge(q, &state, gradient_chunk(q, row, c, about));
+  return gradient(q, row, s, about, state);
+}
+
+static bool has_softmax(const LogitsState& s) { return !s.nan && std::isfinite(s.max); }
 
 static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
   NormsState s{};
@@ -48,7 +62,7 @@ static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
   return s;
 }
 
-LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv) {
+LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swept) {
   const int64_t count = chunks(q.logits.columns);
   LogitsState s, next;
   logits_chunk(q, row, 0, kept, &s);
@@ -56,9 +70,11 @@ LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv) 
     logits_chunk(q, row, c, nullptr, &next);
     merge(q.plan.logits, &s, next);
   }
-  if (tv) *tv = 0;
-  if (needs_tv(q, s))
-    for (int64_t c = 0; c < count; c++) *tv += tv_chunk(q, row, c, s, kept);
+  if (swept) *swept = 0;
+  if (!has_softmax(s)) return s;
+  if (q.plan.logits.sums & TV)
+    for (int64_t c = 0; c < count; c++) *swept += tv_chunk(q, row, c, s, kept);
+  if (q.plan.gradient.wanted) *swept = gradient_of(q, row, s);
   return s;
 }
 
@@ -71,21 +87,23 @@ static NormsState norms_row(const Request& q, int64_t row) {
 
 static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batch) {
   kernels->few_logits[q.logits.type](q.logits.at(row, 0), q.logits.stride, count, q.logits.columns, q.plan.logits,
-                                     batch->logits, batch->tv);
+                                     batch->logits, batch->swept);
+  for (int64_t i = 0; i < count && q.plan.gradient.wanted; i++)
+    if (has_softmax(batch->logits[i])) batch->swept[i] = gradient_of(q, row + i, batch->logits[i]);
 }
 
 // The j-th statistic of a row: from its sums, or from the row itself, which is read again, where they do not tell.
-static double row_statistic(const Request& q, size_t j, int64_t row, const LogitsState& s, double tv, double log1p) {
+static double row_statistic(const Request& q, size_t j, int64_t row, const LogitsState& s, double swept, double log1p) {
   const int stat = q.plan.stats[j], type = q.logits.type;
   const int64_t C = q.logits.columns;
-  if (!s.nan && std::isfinite(s.max)) {
+  if (has_softmax(s)) {
     const void* f = q.logits.at(row, 0);
     const double r1 = rest(s);
     if (stat == GEN) return kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
     if (stat == LOG_ONE_MINUS_S2 && r1 < 0x1p-900)  // 1 - S_2 = 2 r1
       return 0.6931471805599453 * (1 + kernels->log2_rest[type](f, C, q.plan.logits, s.max));
   }
-  return statistic(stat, q.plan.power_of_stat[j], q.plan.logits, s, C, tv, log1p);
+  return statistic(stat, q.plan.power_of_stat[j], q.plan.logits, s, C, swept, log1p);
 }
 
 static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
@@ -96,7 +114,7 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
   }
   for (size_t j = 0; j < q.plan.stats.size(); j++)
     for (int64_t i = 0; i < count; i++)
-      stats[j][i] = row_statistic(q, j, row + i, batch->logits[i], batch->tv[i], log1p[i]);
+      stats[j][i] = row_statistic(q, j, row + i, batch->logits[i], batch->swept[i], log1p[i]);
 
   if (q.plan.bias && !q.orders().empty()) {
     const double one = 1;
@@ -156,7 +174,7 @@ static void rows_task(int64_t begin, int64_t end, void* context) {
     if (!q.plan.stats.empty()) {
       if (q.logits.columns <= FEW) few_logits(q, row, count, &batch);
       else
-        for (int64_t i = 0; i < count; i++) batch.logits[i] = logits_row(q, row + i, kept.get(), &batch.tv[i]);
+        for (int64_t i = 0; i < count; i++) batch.logits[i] = logits_row(q, row + i, kept.get(), &batch.swept[i]);
     }
     if (!q.orders().empty())
       for (int64_t i = 0; i < count; i++) batch.norms[i] = norms_row(q, row + i);
@@ -172,7 +190,8 @@ struct Split {
   std::vector<LogitsState> logits;  // [rows, logit_chunks]
   std::vector<NormsState> norms;    // [rows, feat_chunks]
   std::vector<LogitsState> merged;  // [rows]
-  std::vector<double> tv;           // [rows, logit_chunks]
+  std::vector<double> tv;           // [rows, logit_chunks], where it is wanted
+  std::vector<GradientState> gradient;
 };
 
 static void sums_task(int64_t begin, int64_t end, void* context) {
@@ -187,11 +206,14 @@ static void sums_task(int64_t begin, int64_t end, void* context) {
   }
 }
 
-static void tv_task(int64_t begin, int64_t end, void* context) {
+static void second_task(int64_t begin, int64_t end, void* context) {
   Split& split = *static_cast<Split*>(context);
   for (int64_t i = begin; i < end; i++) {
-    const LogitsState& s = split.merged[i / split.logit_chunks];
-    if (needs_tv(split.q, s)) split.tv[i] = tv_chunk(split.q, i / split.logit_chunks, i % split.logit_chunks, s, nullptr);
+    const int64_t row = i / split.logit_chunks, chunk = i % split.logit_chunks;
+    const LogitsState& s = split.merged[row];
+    if (!has_softmax(s)) continue;
+    if (!split.tv.empty()) split.tv[i] = tv_chunk(split.q, row, chunk, s, nullptr);
+    if (!split.gradient.empty()) split.gradient[i] = gradient_chunk(split.q, row, chunk, gradient_row(split.q, s));
   }
 }
 
@@ -202,7 +224,7 @@ void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), 
 static void run_split(const Request& q) {
   Batch batch;
   const bool many = !q.plan.stats.empty() && q.logits.columns > FEW;
-  Split split{q, many ? chunks(q.logits.columns) : 0, q.orders().empty() ? 0 : chunks(q.feats.columns), {}, {}, {}, {}};
+  Split split{q, many ? chunks(q.logits.columns) : 0, q.orders().empty() ? 0 : chunks(q.feats.columns), {}, {}, {}, {}, {}};
   split.logits.resize(q.rows * split.logit_chunks);
   split.norms.resize(q.rows * split.feat_chunks);
   share(split.logits.size() + split.norms.size(), 1, sums_task, &split);
@@ -211,16 +233,20 @@ static void run_split(const Request& q) {
     for (int64_t c = 1; c < split.logit_chunks; c++) merge(q.plan.logits, &s, split.logits[row * split.logit_chunks + c]);
     split.merged.push_back(s);
   }
-  if (q.plan.logits.sums & TV) {
-    split.tv.assign(split.logits.size(), 0);
-    share(split.tv.size(), 1, tv_task, &split);
-  }
+  if (q.plan.logits.sums & TV) split.tv.resize(split.logits.size());
+  if (q.plan.gradient.wanted) split.gradient.resize(split.logits.size());
+  share(std::max(split.tv.size(), split.gradient.size()), 1, second_task, &split);
   if (!q.plan.stats.empty() && !many) few_logits(q, 0, q.rows, &batch);
   for (int64_t row = 0; row < q.rows; row++) {
     if (many) {
       batch.logits[row] = split.merged[row];
-      batch.tv[row] = 0;
-      for (size_t c = 0; c < split.tv.size() / q.rows; c++) batch.tv[row] += split.tv[row * split.logit_chunks + c];
+      batch.swept[row] = 0;
+      for (size_t c = 0; c < split.tv.size() / q.rows; c++) batch.swept[row] += split.tv[row * split.logit_chunks + c];
+      if (!split.gradient.empty() && has_softmax(split.merged[row])) {
+        GradientState* state = &split.gradient[row * split.logit_chunks];
+        for (int64_t c = 1; c < split.logit_chunks; c++) merge(q, state, state[c]);
+        batch.swept[row] = gradient(q, row, split.merged[row], gradient_row(q, split.merged[row]), *state);
+      }
     }
     NormsState h{};
     if (split.feat_chunks) h = split.norms[row * split.feat_chunks];

@@ -34,6 +34,12 @@ void set_scale(LogitsPlan* plan, double scale, double scale_low) {
   plan->lowest_double = -std::min((1022 + SCALED_DOUBLE) / scale, most_double);
 }
 
+LogitsPlan sharper(const LogitsPlan& plan, double r) {
+  LogitsPlan of_power = plan;
+  set_scale(&of_power, plan.scale * r, plan.scale_low * r);
+  return of_power;
+}
+
 // The sums of `s` with its maximum no longer at the top, but z = gap below it.
 static void lower(const LogitsPlan& plan, LogitsState* s, double gap) {
   const double w = std::exp(gap), mass = s->ties + s->exp;
@@ -69,7 +75,7 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
 
 double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
 
-double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv, double log1p) {
+double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double swept, double log1p) {
   if (s.nan) return NaN;
   if (!std::isfinite(s.max)) return stat == LSE || stat == ENERGY ? s.max : NaN;
   const double r1 = rest(s), r2 = (s.ties - 1) + s.squares;
@@ -83,7 +89,8 @@ double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState&
     case S2: return (1 + r2) / ((1 + r1) * (1 + r1));
     case ONE_MINUS_S2: return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1));
     case LOG_ONE_MINUS_S2: return std::log(r1) + std::log(2 + r1 - (r1 > 0 ? r2 / r1 : 0)) - 2 * log1p;
-    case TOTAL_VARIATION: return tv;
+    case TOTAL_VARIATION:
+    case GRADIENT: return swept;
     case PLOGP_STAT: return s.exp_z / (1 + r1) - log1p;
     case SUMLOGP_STAT: return s.z - classes * log1p;
     case POWER_SUM: return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);
