@@ -89,6 +89,7 @@ struct NormsState {
   double max;        // max |h|; where only sums are asked for, infinite or not is all that it tells
   double reference;  // what scaled sums are relative to: max when they were last rescaled
   double shift, shift_log;  // its log2, whole and fraction
+  double unit;              // 2^shift
   double nonzero;
   double sum[MAX_ORDERS + 7];
   bool nan;

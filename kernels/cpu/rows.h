@@ -610,8 +610,9 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
     if (sum[0] > 0) {
       // What underflows in the highest power then counts for nothing in its sum.
       if (!(sum[INTEGERS - 1] >= 0x1p-70 && sum[INTEGERS - 1] < __builtin_inf())) return false;
-      if (state->reference < 1) rescale(plan, state, 1);
-      const double unit = __builtin_ldexp(1.0, -int(state->shift) - 1);
+      if (state->reference == 0) state->reference = state->unit = 1;  // as `rescale` would
+      else if (state->reference < 1) rescale(plan, state, 1);
+      const double unit = 0.5 / state->unit;
       double scale = 1;
       for (int p = 0; p < INTEGERS; p++) state->sum[p + 1] += (scale *= unit) * sum[p];
     }

@@ -191,6 +191,13 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
   if (float32) plan_tables(orders, count, out, plan);
 }
 
+void clear(const NormsPlan& plan, NormsState* s) {
+  s->max = s->reference = s->shift = s->shift_log = s->nonzero = 0;
+  s->unit = 1;
+  s->nan = false;
+  for (int slot = 0; slot < plan.slots; slot++) s->sum[slot] = 0;
+}
+
 void rescale(const NormsPlan& plan, NormsState* s, double max) {
   const double shift = std::ilogb(max);
   if (s->reference > 0) {
@@ -200,6 +207,7 @@ void rescale(const NormsPlan& plan, NormsState* s, double max) {
   }
   s->reference = max;
   s->shift = shift;
+  s->unit = std::exp2(shift);
   s->shift_log = std::log2(std::ldexp(max, -int(shift)));
 }
 
@@ -222,8 +230,13 @@ double norm(const Order& order, const NormsPlan& plan, const NormsState& s, doub
   if (s.nan) return NaN;
   if (order.r == 0) return s.nonzero;
   if (order.r == INF || s.max == INF) return s.max;
-  if (integer(order)) return std::ldexp(root, int(s.shift) + 1);
+  if (integer(order)) return 2 * root * s.unit;
   return plan.scaled[order.slot] ? s.reference * root : root;
+}
+
+void norms_from_roots(const Order& order, const NormsPlan& plan, const NormsState* states, int64_t count, const double* root,
+                      double* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = norm(order, plan, states[i], root[i]);
 }
 
 double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) {
