@@ -42,17 +42,19 @@ struct LogitsState {
   bool nan;
 };
 
-// y = |h|^order of a normal float h = 2^e m, from tables of 16: 2^(order e) in two factors, and m^order in one, by the
-// leading bits of m, times a polynomial in t = m centre - 1, centre the reciprocal of the middle of m's interval.
+// y = |h|^order of a normal float h = 2^e m, from tables: 2^(order e) by the low five bits of the exponent, right where it
+// is in the window, else times `far`; and m^order by the leading bits of m, times a polynomial in t = m centre - 1,
+// centre the reciprocal of the middle of m's interval.
 struct PowerTable {
   double order;
   int slot;          // where in NormsState.sum
-  float exponent_low[16], exponent_high[16], mantissa[16];
+  float exponent[32], far[16], mantissa[16];
   float t1, t2, t3;  // (1 + t)^order = 1 + t (t1 + t (t2 + t t3)), relative error below 2^-27
 };
+constexpr int WINDOW = 127 - 24;  // the first of its 32 exponents, biased: 2^-24 <= |h| < 2^8
 constexpr int MAX_TABLES = 4;
 
-// An order that is the sum of two that have tables: its power is the product of theirs.
+// An order that is the sum of two: its power is the product of theirs. MAX_TABLES stands for 0.5, a square root.
 struct PowerProduct { int a, b, slot; };
 
 // One base power y = |h|^base costs one exp2; the orders that are whole multiples of it cost multiplications.
@@ -77,6 +79,7 @@ struct NormsPlan {
   // another kind.
   bool tables;
   int table_count, products;
+  int root;  // the slot of order 0.5, or 0
   float centre[16];
   PowerTable table[MAX_TABLES];
   PowerProduct product[MAX_ORDERS];
@@ -86,6 +89,7 @@ struct NormsState {
   double max;        // max |h|; where only sums are asked for, infinite or not is all that it tells
   double reference;  // what scaled sums are relative to: max when they were last rescaled
   double shift, shift_log;  // its log2, whole and fraction
+  double unit;              // 2^shift
   double nonzero;
   double sum[MAX_ORDERS + 7];
   bool nan;

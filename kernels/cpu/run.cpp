@@ -54,12 +54,11 @@ static double gradient_of(const Request& q, int64_t row, const LogitsState& s, c
 
 static bool has_softmax(const LogitsState& s) { return !s.nan && std::isfinite(s.max); }
 
-static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
-  NormsState s{};
+static void norms_chunk(const Request& q, int64_t row, int64_t chunk, NormsState* s) {
+  clear(q.norms_plan(), s);
   const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.feats.columns - start);
   const void* next = start + n < q.feats.columns ? q.feats.at(row, start + n) : q.feats.at(row + 1, 0);
-  kernels->norms[q.feats.type](q.feats.at(row, start), n, q.norms_plan(), next, &s);
-  return s;
+  if (n > 0) kernels->norms[q.feats.type](q.feats.at(row, start), n, q.norms_plan(), next, s);
 }
 
 LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swept) {
@@ -78,11 +77,13 @@ LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swep
   return s;
 }
 
-static NormsState norms_row(const Request& q, int64_t row) {
-  const int64_t count = chunks(q.feats.columns);
-  NormsState h = count ? norms_chunk(q, row, 0) : NormsState{};
-  for (int64_t c = 1; c < count; c++) merge(q.norms_plan(), &h, norms_chunk(q, row, c));
-  return h;
+static void norms_row(const Request& q, int64_t row, NormsState* s) {
+  NormsState next;
+  norms_chunk(q, row, 0, s);
+  for (int64_t c = 1; c < chunks(q.feats.columns); c++) {
+    norms_chunk(q, row, c, &next);
+    merge(q.norms_plan(), s, next);
+  }
 }
 
 static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batch) {
@@ -136,7 +137,7 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
       for (double& x : root) x = std::pow(x, 1 / order.r);
     else if (order.r != 1 && order.slot >= 0)
       kernels->power(root, BATCH, 1 / order.r);
-    for (int64_t i = 0; i < count; i++) norms[j][i] = norm(order, q.norms_plan(), batch->norms[i], root[i]);
+    norms_from_roots(order, q.norms_plan(), batch->norms, count, root, norms[j]);
   }
 
   if (!q.out) {
@@ -147,15 +148,20 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
   }
   for (size_t k = 0; k < q.plan.products.size(); k++) {
     const Product& p = q.plan.products[k];
-    for (int64_t i = 0; i < count; i++) {
-      double score = p.stat < 0 ? p.factor : p.factor * stats[p.stat][i];
-      if (p.order >= 0) {
+    double score[BATCH];
+    for (int64_t i = 0; i < count; i++) score[i] = p.stat < 0 ? p.factor : p.factor * stats[p.stat][i];
+    if (p.order >= 0 && p.divisor == 1 && p.power == 1) {
+      for (int64_t i = 0; i < count; i++) score[i] *= norms[p.order][i];
+    } else if (p.order >= 0) {
+      for (int64_t i = 0; i < count; i++) {
         const double u = norms[p.order][i] / p.divisor;
-        score = p.power == 2 ? u * u * score : u * score;
+        score[i] *= p.power == 2 ? u * u : u;
       }
-      const int64_t at = (row + i) * q.row_stride + int64_t(k) * q.product_stride;
-      if (q.out_double) static_cast<double*>(q.out)[at] = score;
-      else static_cast<float*>(q.out)[at] = float(score);
+    }
+    const int64_t first = row * q.row_stride + int64_t(k) * q.product_stride;
+    for (int64_t i = 0; i < count; i++) {
+      if (q.out_double) static_cast<double*>(q.out)[first + i * q.row_stride] = score[i];
+      else static_cast<float*>(q.out)[first + i * q.row_stride] = float(score[i]);
     }
   }
 }
@@ -177,7 +183,7 @@ static void rows_task(int64_t begin, int64_t end, void* context) {
         for (int64_t i = 0; i < count; i++) batch.logits[i] = logits_row(q, row + i, kept.get(), &batch.swept[i]);
     }
     if (!q.orders().empty())
-      for (int64_t i = 0; i < count; i++) batch.norms[i] = norms_row(q, row + i);
+      for (int64_t i = 0; i < count; i++) norms_row(q, row + i, &batch.norms[i]);
     finish(q, row, count, &batch);
   }
 }
@@ -201,8 +207,7 @@ static void sums_task(int64_t begin, int64_t end, void* context) {
     if (i < first_norm)
       logits_chunk(split.q, i / split.logit_chunks, i % split.logit_chunks, nullptr, &split.logits[i]);
     else
-      split.norms[i - first_norm] =
-          norms_chunk(split.q, (i - first_norm) / split.feat_chunks, (i - first_norm) % split.feat_chunks);
+      norms_chunk(split.q, (i - first_norm) / split.feat_chunks, (i - first_norm) % split.feat_chunks, &split.norms[i - first_norm]);
   }
 }
 

@@ -23,10 +23,13 @@ double rest(const LogitsState& s);
 double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double swept, double log1p);
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);
+void clear(const NormsPlan& plan, NormsState* s);
 void merge(const NormsPlan& plan, NormsState* a, const NormsState& b);
-// ||h||_r of one row, from the sum of powers and from its root sum^(1/r).
+// ||h||_r from the sum of powers and from its root sum^(1/r).
 double sum_of_powers(const Order& order, const NormsState& s);
 double norm(const Order& order, const NormsPlan& plan, const NormsState& s, double root);
+void norms_from_roots(const Order& order, const NormsPlan& plan, const NormsState* states, int64_t count, const double* root,
+                      double* out);
 double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s);
 
 }  // namespace fastood
