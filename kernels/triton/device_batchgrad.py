@@ -19,16 +19,18 @@ a row's bits would then depend.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device import INF, larger
+from fastood.kernels.triton.device import INF
 
 STEP = tl.constexpr(8)  # features of a turn of the loop
+LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit(do_not_specialize=["h_ptr", "h_stride", "N", "D", "feat_blocks"])
 def turned(h_ptr, h_stride, x_ptr, sum_ptr, N, D, feat_blocks, BIAS: tl.constexpr, ROWS: tl.constexpr,
            FEATS: tl.constexpr, SOME: tl.constexpr):  # fmt: skip
-    """SOME rows of FEATS features of [h; 1] (h without BIAS) to x [row blocks, features, ROWS], 0 beyond both ends;
-    and their sum to sum [feature blocks, rows], or -1 where one is negative.
+    """SOME rows of FEATS features of [h; 1] (h without BIAS) to x [row blocks, features, ROWS], 0 beyond both ends.
+
+    sum [feature blocks, rows]: NaN or infinity where a feature is, else -1 where one is negative, else their sum.
     """
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)
     block = tl.program_id(1)
@@ -38,9 +40,10 @@ def turned(h_ptr, h_stride, x_ptr, sum_ptr, N, D, feat_blocks, BIAS: tl.constexp
     if BIAS:
         h = tl.where(d == D, 1.0, h)
     tl.store(x_ptr + ((row // ROWS) * feat_blocks * FEATS + d) * ROWS + row % ROWS, h)
-    total = tl.sum(h.to(tl.float64), 1).to(tl.float32)
+    total = tl.sum(tl.abs(h).to(tl.float64), 1)
+    signed = (tl.min(h, 1) < 0.0) & (total < INF) | (total > LARGEST) & (total < INF)
     rows = tl.num_programs(0) * SOME
-    tl.store(sum_ptr + block.to(tl.int64) * rows + n, tl.where(tl.min(h, 1) < 0.0, -1.0, total))
+    tl.store(sum_ptr + block.to(tl.int64) * rows + n, tl.where(signed, -1.0, total.to(tl.float32)))
 
 
 @triton.jit
@@ -72,7 +75,7 @@ def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, ROWS: tl.con
                         g = pair[l]
                         if SIGNED:
                             y = tl.fma(pulls[2 * k + l], hs[i + j], turns[2 * k + l] * g)
-                            row = row + (larger(tl.abs(y), tl.abs(g)),)
+                            row = row + (tl.maximum(tl.abs(y), tl.abs(g)),)
                         else:
                             y = tl.fma(turns[2 * k + l], g, -0.5 * tl.abs(g))
                             row = row + (tl.abs(tl.fma(pulls[2 * k + l], hs[i + j], y)),)
@@ -87,9 +90,7 @@ def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, ROWS: tl.con
     return total
 
 
-@triton.jit(
-    do_not_specialize=["f_ptr", "f_stride", "N", "C", "steps", "row_blocks", "class_blocks", "feat_blocks"]
-)
+@triton.jit(do_not_specialize=["f_ptr", "f_stride", "N", "C", "steps", "row_blocks", "class_blocks", "feat_blocks"])
 def partial_sums(
     f_ptr, f_stride, stats_ptr, scale, inverse, x_ptr, sum_ptr, g_ptr, g_sums_ptr, part_ptr, N, C, steps, row_blocks,
     class_blocks, feat_blocks, ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATS: tl.constexpr,
@@ -127,16 +128,17 @@ def partial_sums(
     x_ptr += (rows.to(tl.int64) * feat_blocks + feats) * (FEATS * ROWS) + lane
     g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64))
     steps = tl.minimum(steps - feats * (FEATS // STEP), FEATS // STEP)
-    signed = sum < 0.0
-    total = linear
+    # Beyond float32 or of both signs; a row that is not a number goes with the plain ones, which hand it on.
+    signed = (m == m) & ((sum < 0.0) | (sum == INF))
+    total = tl.where(signed, tl.where(sum == INF, INF, 0.0), linear)  # INF though a class may have no probability
     if tl.max((given & ~signed).to(tl.int32), 0) > 0:
-        total += summed(x_ptr, g_ptr, steps, turns, pulls, False, ROWS, CLASSES)
+        total += tl.where(signed, 0.0, summed(x_ptr, g_ptr, steps, turns, pulls, False, ROWS, CLASSES))
     if tl.max((given & signed).to(tl.int32), 0) > 0:
         twice, pulls2 = (), ()
         for k in tl.static_range(CLASSES):
             twice = twice + (2.0 * turns[k],)
             pulls2 = pulls2 + (2.0 * pulls[k],)
-        total = tl.where(signed, summed(x_ptr, g_ptr, steps, twice, pulls2, True, ROWS, CLASSES), total)
+        total += tl.where(signed, summed(x_ptr, g_ptr, steps, twice, pulls2, True, ROWS, CLASSES), 0.0)
     part = (feats * class_blocks + classes).to(tl.int64) * row_blocks + rows
     tl.store(part_ptr + part * ROWS + lane, total)
 

@@ -1,4 +1,4 @@
-"""Launches of the kernels in device.py. Imports Triton: only __init__.py imports this, and late."""
+"""Launches of the kernels in device*.py. Imports Triton: only __init__.py imports this, and late."""
 
 from __future__ import annotations
 

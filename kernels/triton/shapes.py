@@ -77,7 +77,7 @@ def tiles_in_flight(columns: int, tile: Tile) -> int:
 
 NOTHING = Tile(1, 1, False, 1)
 
-# A program of BatchGrad is one warp of 128 rows, four a thread: 12 of them fit a multiprocessor's registers.
+# A program of BatchGrad is one warp of 128 rows, four a thread; the registers of a multiprocessor hold 11 of them.
 BATCHGRAD = {"ROWS": 128, "CLASSES": 8, "FEATS": 256}
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
