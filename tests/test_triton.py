@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import truth
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastood
 from fastood.kernels.triton import shapes
@@ -182,6 +184,26 @@ def test_batchgrad_on_every_branch(triton_device, N, C, D, T, bias, dtype, sign)
     expected, allowed = truth.batchgrad(f, h, G, T, bias, truth.EPS["float32"])
     got = batchgrad(triton_device, f, h, G, temperature=T, bias=bias)
     truth.assert_close(got, expected, allowed, "BatchGrad")
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    N=st.integers(1, 5),
+    C=st.integers(1, 10),
+    D=st.integers(1, 10),
+    scale=st.sampled_from([0.1, 1.0, 10.0, 1e4]),
+    unit=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
+    T=st.sampled_from([1e-10, 0.2, 1.0, 30.0, 1e10]),
+    signed=st.booleans(),
+)
+def test_batchgrad_at_any_scale(triton_device, seed, N, C, D, scale, unit, T, signed):
+    g = torch.Generator().manual_seed(seed)
+    f, h, G = (torch.randn(n, generator=g) for n in ((N, C), (N, D), (C, D)))
+    f, h, G = f * scale, (h if signed else h.abs()) * unit, G * unit
+    got = batchgrad(triton_device, f, h, G, temperature=T)
+    expected, allowed = truth.batchgrad(f, h, G, T, False, truth.EPS["float32"])
+    truth.assert_close(got, expected, allowed, "BatchGrad")
+    assert (got >= G.double().abs().sum() * (1 - 1e-5)).all()  # by Jensen's inequality, since E_p[e_Y - p] = 0
 
 
 def test_batchgrad_of_a_certain_row_is_its_rest(triton_device):
