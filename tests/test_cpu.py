@@ -13,6 +13,7 @@ import torch
 import truth
 
 import fastood
+from fastood import api
 
 cpu = pytest.importorskip("fastood.kernels.cpu")
 if cpu._native is None:
@@ -306,18 +307,26 @@ def test_few_classes(level, N, C, dtype):
     assert torch.equal(alone.nan_to_num(7), got["tv"].nan_to_num(7))
 
 
-# ---- the short way of one score of plain tensors
+# ---- the short way of plain tensors
 
 
-def test_short_way_gives_the_same_bits():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
-        for arguments in ((f,), (f, None, "msp"), (f, h), (f, h, "exgrad")):
-            long = fastood.score(*arguments, backend="cpu")
-            for _ in range(2):  # the first call may be the one that finds out that the short way will do
-                short = fastood.score(*arguments)
-                assert short.dtype == torch.float32
-                assert torch.equal(short, long)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_short_way_gives_the_same_bits(dtype):
+    f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
+    for call in (
+        lambda: fastood.score(f),
+        lambda: fastood.score(f, None, "msp"),
+        lambda: fastood.score(f, h),
+        lambda: fastood.score(f, h, "exgrad"),
+        lambda: fastood.sweep(f, h),
+        lambda: fastood.sweep(f, h, ["tv"], [None, 2]),
+        lambda: torch.stack(list(fastood.scores(f, h, ["msp", "tv", "exgrad"]).values())),
+    ):
+        api._PLANS.clear()  # the first call finds out that the short way will do
+        long, short = call(), call()
+        assert next(iter(api._PLANS.values())).plain
+        assert short.dtype == torch.float32
+        assert torch.equal(short, long)
 
 
 def test_what_is_not_plain_goes_the_long_way():
@@ -345,9 +354,14 @@ def test_what_is_not_plain_goes_the_long_way():
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             fastood.score(wrong)
-    with pytest.raises(ValueError, match="feats must have the 5 rows"):
-        fastood.score(f, h[:4])
+    fastood.sweep(f, h)
+    for call in (fastood.score, fastood.sweep):
+        with pytest.raises(ValueError, match="feats must have the 5 rows"):
+            call(f, h[:4])
     assert fastood.score(f[:0], h[:0]).shape == (0,)
+    assert fastood.sweep(f[:0], h[:0]).shape == (0, 4, 12)
+    with pytest.raises(TypeError, match="norms must be a number, got bool"):
+        fastood.sweep(f, h, norms=(0, 0.1, 0.3, 0.5, 0.8, True, 2, 3, 4, 5, 6, math.inf))  # equal to the default
 
 
 # ---- the seam with PyTorch

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastood.kernels import reference
-from fastood.kernels.seam import traced, transformed
+from fastood.kernels.seam import MODES, traced
 
 _native: Any = None
 MISSING = ""  # why there is no C++ part
@@ -91,10 +93,11 @@ def products(
     return out
 
 
-def score_plain(plan: object, logits: Any, feats: Any) -> Any:
-    """One finished score [N] of plain tensors, or None where ``products`` must be asked: without Python's own part,
-    which takes longer than a row of 1000 logits."""
-    return None if transformed() else _native.score_plain(plan, logits, feats)
+def plain(job: Job, shape: tuple[int, ...]) -> Callable[[Any, Any], Any]:
+    """``products`` of a job that it did before, as a function of logits and feats, for Python's part of it takes longer
+    than a row of 1000 logits. Gives float32 of `shape`, -1 standing for the rows; None if they are not plain tensors.
+    """
+    return partial(_native.plain, prepared(job), shape)
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
@@ -172,7 +175,7 @@ def _torch_threads() -> int:
 
 
 if _native is not None:
-    _native.use_torch(Tensor, (torch.float16, torch.bfloat16, torch.float32))
+    _native.use_torch(Tensor, {"dtype": torch.float32}, Tensor.__dlpack_c_exchange_api__, MODES, forward_ad)
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))
