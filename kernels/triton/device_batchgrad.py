@@ -100,24 +100,24 @@ def partial_sums(
     stats [3, N]: max f, max p, 1 - max p; scale, inverse: log2(e) / T, 1 / T; g [class blocks, features, CLASSES];
     g_sums [class blocks, feature blocks, CLASSES, 2]: sums of max(G, 0) and of max(-G, 0).
     """
-    classes = tl.program_id(0) % class_blocks
+    class_block = tl.program_id(0) % class_blocks
     outer = tl.program_id(0) // class_blocks
-    feats = outer % feat_blocks
-    rows = outer // feat_blocks
+    feat_block = outer % feat_blocks
+    row_block = outer // feat_blocks
     lane = tl.arange(0, ROWS)
-    n = rows * ROWS + lane
+    n = row_block * ROWS + lane
     given = n < N
     m = tl.load(stats_ptr + n, mask=given, other=0.0).to(tl.float32)
     p_max = tl.load(stats_ptr + N + n, mask=given, other=0.0).to(tl.float32)
     not_p_max = tl.load(stats_ptr + 2 * N + n, mask=given, other=0.0).to(tl.float32)
-    sum = tl.load(sum_ptr + (feats * row_blocks + rows).to(tl.int64) * ROWS + lane)
-    f_ptr += n.to(tl.int64) * f_stride + classes * CLASSES
-    block = classes.to(tl.int64) * feat_blocks + feats
+    sum = tl.load(sum_ptr + (feat_block * row_blocks + row_block).to(tl.int64) * ROWS + lane)
+    f_ptr += n.to(tl.int64) * f_stride + class_block * CLASSES
+    block = class_block.to(tl.int64) * feat_blocks + feat_block
     g_sums_ptr += block * (2 * CLASSES)
     turns, pulls = (), ()
     linear = tl.zeros([ROWS], tl.float32)
     for k in tl.static_range(CLASSES):
-        f = tl.load(f_ptr + k, mask=given & (classes * CLASSES + k < C), other=-INF).to(tl.float32)
+        f = tl.load(f_ptr + k, mask=given & (class_block * CLASSES + k < C), other=-INF).to(tl.float32)
         e = tl.exp2((f - m) * scale)
         p = e * p_max
         not_p = tl.where(e == 1.0, not_p_max, tl.fma(-e, p_max, 1.0))
@@ -125,12 +125,12 @@ def partial_sums(
         pulls = pulls + (p * not_p * inverse,)
         linear += tl.fma(pulls[k], sum, tl.fma(p, tl.load(g_sums_ptr + 2 * k), not_p * tl.load(g_sums_ptr + 2 * k + 1)))
 
-    x_ptr += (rows.to(tl.int64) * feat_blocks + feats) * (FEATS * ROWS) + lane
+    x_ptr += (row_block.to(tl.int64) * feat_blocks + feat_block) * (FEATS * ROWS) + lane
     g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64))
-    steps = tl.minimum(steps - feats * (FEATS // STEP), FEATS // STEP)
-    # Beyond float32 or of both signs; a row that is not a number goes with the plain ones, which hand it on.
+    steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
+    # Of a row that is not good p is NaN, which a maximum would lose and the sums of the others hand on.
     signed = (m == m) & ((sum < 0.0) | (sum == INF))
-    total = tl.where(signed, tl.where(sum == INF, INF, 0.0), linear)  # INF though a class may have no probability
+    total = tl.where(signed, tl.where(sum == INF, INF, 0.0), linear)  # INF though a class may add 0 times it
     if tl.max((given & ~signed).to(tl.int32), 0) > 0:
         total += tl.where(signed, 0.0, summed(x_ptr, g_ptr, steps, turns, pulls, False, ROWS, CLASSES))
     if tl.max((given & signed).to(tl.int32), 0) > 0:
@@ -139,7 +139,7 @@ def partial_sums(
             twice = twice + (2.0 * turns[k],)
             pulls2 = pulls2 + (2.0 * pulls[k],)
         total += tl.where(signed, summed(x_ptr, g_ptr, steps, twice, pulls2, True, ROWS, CLASSES), 0.0)
-    part = (feats * class_blocks + classes).to(tl.int64) * row_blocks + rows
+    part = (feat_block * class_blocks + class_block).to(tl.int64) * row_blocks + row_block
     tl.store(part_ptr + part * ROWS + lane, total)
 
 
