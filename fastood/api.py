@@ -283,7 +283,7 @@ def row_stats(
     f, _, as_numpy = logits_and_feats(logits, None)
     assert f is not None
     if stats is None:
-        stats = [name for name in STATISTICS if name not in ("power_sum", "gen")]
+        stats = [name for name in STATISTICS if name not in ("power_sum", "gen", "gradient")]
     wanted = tuple(_stat(s) for s in _names("stats", stats))
     want = Want(wanted, temperature=temperature_of(temperature))
     found, _ = select(backend, f.device, f.dtype).row_stats(f, None, want)
@@ -446,4 +446,6 @@ def _stat(stat: Any) -> Stat:
         if int(M) != M:
             raise ValueError(f"M must be a whole number of classes, got {M!r}")
         return name, number("gamma", gamma, above=0), int(M)
+    if name == "gradient":
+        raise ValueError("stats: gradient is asked for by fastood.gradient_norm")
     return str(name)

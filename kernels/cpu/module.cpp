@@ -50,10 +50,11 @@ static const char PLAN[] = "fastood plan";
 
 static void free_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
 
-// prepare(temperature, stats, powers, counts, orders, bias, log, products): stats are numbers of Stat, powers the r or
-// gamma of each and counts the M, 0 where it has none, products tuples of (stat, order, factor, power, divisor).
+// prepare(temperature, stats, powers, counts, orders, bias, log, products, gradient): stats are numbers of Stat, powers
+// the r or gamma of each and counts the M, 0 where it has none, products tuples of (stat, order, factor, power,
+// divisor), gradient (outside, labels, order, power) or ().
 static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8) return PyErr_Format(PyExc_TypeError, "prepare takes 8 arguments");
+  if (count != 9) return PyErr_Format(PyExc_TypeError, "prepare takes 9 arguments");
   std::unique_ptr<Plan> plan(new Plan);
   LogitsPlan& logits = plan->logits;
   const double T = logits.temperature = PyFloat_AsDouble(args[0]);
@@ -87,6 +88,15 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
     plan->products.push_back({int(PyLong_AsLong(PyTuple_GetItem(p, 0))), int(PyLong_AsLong(PyTuple_GetItem(p, 1))),
                               int(PyLong_AsLong(PyTuple_GetItem(p, 3))), PyFloat_AsDouble(PyTuple_GetItem(p, 2)),
                               PyFloat_AsDouble(PyTuple_GetItem(p, 4))});
+  }
+  if (PyTuple_Size(args[8]) == 4) {
+    GradientPlan& g = plan->gradient;
+    g = {true, bool(PyObject_IsTrue(PyTuple_GetItem(args[8], 0))), int(PyLong_AsLong(PyTuple_GetItem(args[8], 1))),
+         PyFloat_AsDouble(PyTuple_GetItem(args[8], 2)), PyFloat_AsDouble(PyTuple_GetItem(args[8], 3))};
+    if (g.outside && g.order == 2) logits.sums |= SQUARES;
+    else if (g.outside && g.order != 1 && g.order != INFINITY) logits.power[logits.power_sums++] = g.order;
+    for (int is_double = 0; is_double < 2; is_double++)
+      plan_norms(&g.order, 1, !is_double, &plan->gradient_norms[is_double], &plan->gradient_order[is_double]);
   }
   if (PyErr_Occurred()) return nullptr;
   return PyCapsule_New(plan.release(), PLAN, free_plan);
@@ -124,14 +134,15 @@ static bool read_matrices(PyObject* const* args, Request* q) {
   return read_matrix(args + 2, &q->logits) && read_matrix(args + 6, &q->feats);
 }
 
-// row_stats(..., address of [stats, rows] double, address of [rows, orders] double)
+// row_stats(..., address of [stats, rows] double, address of [rows, orders] double, labels (4))
 static PyObject* row_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const Plan* plan = read_plan(args, count, COMMON + 2);
+  const Plan* plan = read_plan(args, count, COMMON + 6);
   if (!plan) return nullptr;
   Request q{*plan};
   if (!read_matrices(args, &q)) return nullptr;
   q.stats_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON]));
   q.norms_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 1]));
+  if (!read_matrix(args + COMMON + 2, &q.labels)) return nullptr;
   return run_without_lock(q);
 }
 
