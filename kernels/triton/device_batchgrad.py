@@ -129,10 +129,13 @@ def partial_sums(
     g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64))
     steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
     # Of a row that is not good p is NaN, which a maximum would lose and the sums of the others hand on.
-    signed = (m == m) & ((sum < 0.0) | (sum == INF))
-    total = tl.where(signed, tl.where(sum == INF, INF, 0.0), linear)  # INF though a class may add 0 times it
-    if tl.max((given & ~signed).to(tl.int32), 0) > 0:
-        total += tl.where(signed, 0.0, summed(x_ptr, g_ptr, steps, turns, pulls, False, ROWS, CLASSES))
+    good = m == m
+    signed = good & (sum < 0.0)
+    infinite = good & (sum == INF)  # though a class may add 0 times it
+    plain = ~(signed | infinite)
+    total = tl.where(infinite, INF, tl.where(plain, linear, 0.0))
+    if tl.max((given & plain).to(tl.int32), 0) > 0:
+        total += tl.where(plain, summed(x_ptr, g_ptr, steps, turns, pulls, False, ROWS, CLASSES), 0.0)
     if tl.max((given & signed).to(tl.int32), 0) > 0:
         twice, pulls2 = (), ()
         for k in tl.static_range(CLASSES):
