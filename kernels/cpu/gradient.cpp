@@ -15,9 +15,10 @@ GradientRow gradient_row(const Request& q, const LogitsState& s) {
   GradientRow row{s.max, total, std::log2(total), r1 / total, 1.0 / double(q.logits.columns), 0, 0};
   if (!g.outside || g.order == 1 || g.order == INFINITY) return row;
   row.power_sum = g.order == 2 ? (s.ties + s.squares) / (total * total) : s.ties + s.powers[0];
-  // || e_y - p ||^power below the maximum, where p <= 1/2: between 2^-power and this.
-  const double others = g.order == 2 ? row.power_sum : row.power_sum * std::pow(std::min(1.0, 2 / total), g.order);
-  if (g.power != g.order) row.shift = std::log2(1 + others) * g.power / g.order;
+  if (g.power > g.order) {  // below the maximum, where p <= 1/2, || e_y - p ||^power is between 2^-power and 2^shift
+    const double others = g.order == 2 ? row.power_sum : row.power_sum * std::pow(std::min(1.0, 2 / total), g.order);
+    row.shift = std::log2(1 + others) * g.power / g.order;
+  }
   return row;
 }
 

@@ -30,6 +30,7 @@ template <class T> static const T* labels_of(const void* q, int type, int64_t st
 template <class In> struct Sweep {
   const In* f;
   int64_t n;
+  const typename Arithmetic<In>::type* kept;  // the exponentials of f, or null
   const void* q;
   int q_type;
   const LogitsPlan& plan;
@@ -39,14 +40,16 @@ template <class In> struct Sweep {
   GradientState* state;
 };
 
-// Calls step(u, v, w, i, first), w the q of the elements v, 0 in the padding, and sums up the q: NaN where one is
-// negative. done(n) after each block.
-template <class T, class In, class Step, class Done> INLINE void for_labels(const Sweep<In>& s, Step step, Done done) {
+// Calls step(u, v, e, w, i, first), e and w the exponentials and the q of the elements v, 0 in the padding, and sums up
+// the q: NaN where one is negative. done(n) after each block.
+template <class T, class In, class Step, class Done>
+INLINE void for_labels(const Sweep<In>& s, const Softmax<T>& softmax, Step step, Done done) {
   T held[BLOCK];
   const bool given = s.gradient.labels == GIVEN;
   const V<T> uniform = all<T>(T(s.row.uniform)), nan = all<T>(T(__builtin_nan("")));
   for (int64_t start = 0; start < s.n; start += BLOCK) {
     const int64_t m = s.n - start < BLOCK ? s.n - start : BLOCK;
+    const T* kept = s.kept ? s.kept + start : nullptr;
     const T* q = given ? labels_of<T>(s.q, s.q_type, start, m, held) : nullptr;
     V<T> sums[2] = {};
     for_blocks<2, T>(
@@ -59,7 +62,8 @@ template <class T, class In, class Step, class Done> INLINE void for_labels(cons
           } else if (first) {
             w = from_lane<T>(first) ? w : V<T>{};
           }
-          step(u, v, w, i, first);
+          V<T> d, e = kept ? load(kept + i) : softmax.exp(v, &d);
+          step(u, v, e, w, i, first);
         },
         [] {});
     s.state->labels += take<2, T>(sums);
@@ -74,9 +78,9 @@ template <class T, class In> static void gradient_inside(const Sweep<In>& s) {
   const bool sure = s.row.total < 2;  // of one class: there q - p = (q - 1) + (1 - p), which keeps 1 - p when q = 1
   T out[BLOCK];
   for_labels<T>(
-      s,
-      [&](int, V<T> v, V<T> w, int64_t i, int64_t) __attribute__((always_inline)) {
-        V<T> d, difference = w - softmax.exp(v, &d) * per_total;
+      s, softmax,
+      [&](int, V<T> v, V<T> e, V<T> w, int64_t i, int64_t) __attribute__((always_inline)) {
+        V<T> difference = w - e * per_total;
         if (sure) difference = v == softmax.max ? (w - T(1)) + not_p : difference;
         __builtin_memcpy(out + i, &difference, sizeof difference);
       },
@@ -93,27 +97,28 @@ enum Norm { LINEAR, SQUARE, GENERAL };  // orders 1 and infinity, (1 - p)^power 
 template <class T, int NORM> struct ClassNorm {
   const Softmax<T> powers;  // e^(r z)
   const T order, exponent, power, sum, log_p, shift;
-  const bool plain;
+  const bool plain, root;
 
   ClassNorm(const LogitsPlan& plan, const GradientPlan& g, const GradientRow& row)
       : powers(all<T>(T(row.max)), NORM == GENERAL ? sharper(plan, g.order) : plan), order(T(g.order)),
         exponent(T(NORM == LINEAR ? g.power : g.power / g.order)), power(T(g.power)), sum(T(row.power_sum)),
-        log_p(T(-g.order * row.log_total)), shift(T(row.shift)), plain(NORM != GENERAL && exponent == 1) {}
+        log_p(T(-g.order * row.log_total)), shift(T(row.shift)), plain(exponent == 1), root(exponent == 0.5) {}
 
   inline __attribute__((always_inline)) V<T> operator()(V<T> v, V<T> p) const {
-    V<T> x, e, l, held = all<T>(-shift);
+    V<T> x, e, l, log_not_p = {};
     if constexpr (NORM == LINEAR) x = 1 - p;
     if constexpr (NORM == SQUARE) x = (1 - 2 * p) + sum;
     if constexpr (NORM == GENERAL) {
       // (1 - p) (1 + the others' (p_k / (1 - p))^r)^(1/r): no high order underflows
       log2_parts<T>(1 - p, &e, &l);
+      log_not_p = e + l;
       V<T> d, others = sum - powers.exp(v, &d) * T(__builtin_ldexp(1.0, -Vec<T>::scaled));
-      x = 1 + others * exp2_sum<T, true>(log_p - order * (e + l), V<T>{}, I<T>{});
-      held += power * (e + l);
+      x = 1 + others * exp2_sum<T, true>(log_p - order * log_not_p, V<T>{}, I<T>{});
     }
-    if (plain) return x;
+    if (NORM != GENERAL && plain) return x;
+    if (NORM != GENERAL && root) return square_root(x);
     log2_parts<T>(x, &e, &l);
-    return exp2_sum<T, true>((e + l) * exponent + held, V<T>{}, I<T>{});
+    return exp2_sum<T, true>((e + l) * exponent + (log_not_p * power - shift), V<T>{}, I<T>{});
   }
 };
 
@@ -134,11 +139,14 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
   V<T> sums[2] = {}, tops[2] = {};
   double sum = 0;
   for_labels<T>(
-      s,
-      [&](int u, V<T> v, V<T> w, int64_t, int64_t first) __attribute__((always_inline)) {
+      s, softmax,
+      [&](int u, V<T> v, V<T> e, V<T> w, int64_t, int64_t first) __attribute__((always_inline)) {
         const auto below = unequal(v, max);
         tops[u] = add_where(~below, tops[u], w);
-        V<T> d, e = softmax.exp(apart ? (v < max ? v : all<T>(minus_inf<T>())) : v, &d);
+        if (apart) {
+          V<T> d;
+          e = softmax.exp(v < max ? v : all<T>(minus_inf<T>()), &d);
+        }
         if (predicted) w = e;
         if (logs) {
           w = (v - max) * softmax.high - log_total;
@@ -151,10 +159,10 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
 }
 
 template <class In>
-static void gradient(const void* f, int64_t n, const void* q, int q_type, const LogitsPlan& plan, const GradientPlan& gradient,
+static void gradient(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan, const GradientPlan& gradient,
                      const NormsPlan& norms, const GradientRow& row, GradientState* state) {
   typedef typename Arithmetic<In>::type T;
-  const Sweep<In> sweep{static_cast<const In*>(f), n, q, q_type, plan, gradient, norms, row, state};
+  const Sweep<In> sweep{static_cast<const In*>(f), n, static_cast<const T*>(kept), q, q_type, plan, gradient, norms, row, state};
   if (!gradient.outside) gradient_inside<T>(sweep);
   else if (gradient.order == 1 || gradient.order == __builtin_inf()) gradient_outside<T, LINEAR>(sweep);
   else if (gradient.order == 2) gradient_outside<T, SQUARE>(sweep);

@@ -138,8 +138,8 @@ struct Kernels {
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
                       const void* kept);
-  // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN.
-  void (*gradient[TYPES])(const void* f, int64_t n, const void* q, int q_type, const LogitsPlan& plan,
+  // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN; kept: as for tv.
+  void (*gradient[TYPES])(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan,
                           const GradientPlan& gradient, const NormsPlan& norms, const GradientRow& row, GradientState* state);
   double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
                        double gamma, int64_t M);

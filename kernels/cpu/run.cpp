@@ -36,19 +36,19 @@ static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const Logit
                                     1.0 / double(q.logits.columns), kept);
 }
 
-static GradientState gradient_chunk(const Request& q, int64_t row, int64_t chunk, const GradientRow& about) {
+static GradientState gradient_chunk(const Request& q, int64_t row, int64_t chunk, const GradientRow& about, const void* kept) {
   GradientState state{};
   const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.logits.columns - start);
   const void* labels = q.labels.data ? q.labels.at(row, start) : nullptr;
-  kernels->gradient[q.logits.type](q.logits.at(row, start), n, labels, q.labels.type, q.plan.logits, q.plan.gradient,
+  kernels->gradient[q.logits.type](q.logits.at(row, start), n, kept, labels, q.labels.type, q.plan.logits, q.plan.gradient,
                                    q.gradient_norms(), about, &state);
   return state;
 }
 
-static double gradient_of(const Request& q, int64_t row, const LogitsState& s) {
+static double gradient_of(const Request& q, int64_t row, const LogitsState& s, const void* kept) {
   const GradientRow about = gradient_row(q, s);
-  GradientState state = gradient_chunk(q, row, 0, about);
-  for (int64_t c = 1; c < chunks(q.logits.columns); c++) merge(q, &state, gradient_chunk(q, row, c, about));
+  GradientState state = gradient_chunk(q, row, 0, about, kept);
+  for (int64_t c = 1; c < chunks(q.logits.columns); c++) merge(q, &state, gradient_chunk(q, row, c, about, nullptr));
   return gradient(q, row, s, about, state);
 }
 
@@ -73,7 +73,7 @@ LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swep
   if (!has_softmax(s)) return s;
   if (q.plan.logits.sums & TV)
     for (int64_t c = 0; c < count; c++) *swept += tv_chunk(q, row, c, s, kept);
-  if (q.plan.gradient.wanted) *swept = gradient_of(q, row, s);
+  if (q.plan.gradient.wanted) *swept = gradient_of(q, row, s, kept);
   return s;
 }
 
@@ -90,7 +90,7 @@ static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batc
   kernels->few_logits[q.logits.type](q.logits.at(row, 0), q.logits.stride, count, q.logits.columns, q.plan.logits,
                                      batch->logits, batch->swept);
   for (int64_t i = 0; i < count && q.plan.gradient.wanted; i++)
-    if (has_softmax(batch->logits[i])) batch->swept[i] = gradient_of(q, row + i, batch->logits[i]);
+    if (has_softmax(batch->logits[i])) batch->swept[i] = gradient_of(q, row + i, batch->logits[i], nullptr);
 }
 
 // The j-th statistic of a row: from its sums, or from the row itself, which is read again, where they do not tell.
@@ -172,7 +172,7 @@ static void rows_task(int64_t begin, int64_t end, void* context) {
   const Request& q = *static_cast<const Request*>(context);
   std::unique_ptr<double[]> kept;
   // With a vector's width to spare, for the padding.
-  if ((q.plan.logits.sums & TV) && q.logits.columns > FEW && q.logits.columns <= CHUNK)
+  if (((q.plan.logits.sums & TV) || q.plan.gradient.wanted) && q.logits.columns > FEW && q.logits.columns <= CHUNK)
     kept.reset(new double[q.logits.columns + 16]);
   Batch batch;
   for (int64_t row = begin; row < end; row += BATCH) {
@@ -218,7 +218,7 @@ static void second_task(int64_t begin, int64_t end, void* context) {
     const LogitsState& s = split.merged[row];
     if (!has_softmax(s)) continue;
     if (!split.tv.empty()) split.tv[i] = tv_chunk(split.q, row, chunk, s, nullptr);
-    if (!split.gradient.empty()) split.gradient[i] = gradient_chunk(split.q, row, chunk, gradient_row(split.q, s));
+    if (!split.gradient.empty()) split.gradient[i] = gradient_chunk(split.q, row, chunk, gradient_row(split.q, s), nullptr);
   }
 }
 
