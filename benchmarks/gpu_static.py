@@ -35,8 +35,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastood.kernels import Product, Want
-from fastood.kernels.triton import device, device_batchgrad, shapes
+from fastood.kernels import Product, Stat, Want
+from fastood.kernels.triton import device, device_batchgrad, device_gradient, shapes
 
 V = ("energy", "tv", "msp", "s2")
 EVERY_V = (*V, "plogp", "sumlogp", "fmax")
@@ -51,11 +51,13 @@ class Case(NamedTuple):
     dtype: torch.dtype
     C: int
     D: int
-    stats: tuple[str, ...]
+    stats: tuple[Stat, ...]
     orders: tuple[float, ...]
     total: float
     special: float
-    kernel: str = "scores"  # or of a row in segments: "first", "second"; or BatchGrad of features: "plain", "signed"
+    kernel: str = (
+        "scores"  # or of a row in segments: "first", "second"; or BatchGrad of features: "plain", "signed"; "gradient"
+    )
     least_bits: int = 128
 
 
@@ -75,6 +77,8 @@ POINTERS = {BFLOAT: "*bf16", HALF: "*fp16", FLOAT: "*fp32"}
 def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = False) -> Compiled:
     if case.kernel in ("plain", "signed"):
         return compile_batchgrad("partial_sums", case.dtype, target)
+    if case.kernel == "gradient":
+        return compile_gradient(case, FLOAT, target)
     C, D, size = case.C, case.D, case.dtype.itemsize
     products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
     plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
@@ -113,6 +117,19 @@ def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bo
         constants, warps = turned if name == "turned" else shapes.MERGED, 4
     kernel = getattr(device_batchgrad, name)
     return _compile(kernel, types, constants, target, warps, math.prod(shapes.BATCHGRAD.values()))
+
+
+def compile_gradient(case: Case, label_dtype: torch.dtype, target: GPUTarget) -> Compiled:
+    """The kernel of device_gradient.py, for labels of `label_dtype` where they are given."""
+    _, labels, order, power, expectation = case.stats[0]
+    dtypes = [case.dtype, label_dtype] if labels == "given" else [case.dtype]
+    size = min(x.itemsize for x in dtypes)
+    constants = shapes.gradient_constants(labels, order, power, expectation, case.C, (case.C,) * len(dtypes), size)
+    types = {"f_ptr": POINTERS[case.dtype], "q_ptr": POINTERS[label_dtype], "table_ptr": "*fp64", "out_ptr": "*fp64"}
+    elements = constants["ROWS"] * case.C
+    if labels != "given":
+        constants["q_ptr"] = None
+    return _compile(device_gradient.gradient, types, constants, target, 4, elements)
 
 
 def _compile(
@@ -288,8 +305,9 @@ def analyse(compiled: Compiled, case: Case) -> Report:
     flow = Flow(code, labels)
     threads = 32 * compiled.warps
     batchgrad = case.kernel in ("plain", "signed")
-    usual = flow.reachable(0) if batchgrad else flow.usual()
-    loops = flow.loops(usual)
+    gradient = case.kernel == "gradient"
+    usual = flow.reachable(0) if batchgrad or gradient else flow.usual()
+    loops = [] if gradient else flow.loops(usual)  # which a row of 1000 classes runs through once
     if batchgrad:
         usual -= set().union(*loops)
         loops = [x for x in loops if flow.takes_maxima(x) == (case.kernel == "signed")]
@@ -320,7 +338,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
         total,
         special,
         fp32,
-        math.nan if batchgrad else busiest / (case.dtype.itemsize / BYTES_PER_CLOCK),
+        math.nan if batchgrad or gradient else busiest / (case.dtype.itemsize / BYTES_PER_CLOCK),
     )
 
 
@@ -353,6 +371,29 @@ CASES = [
     # 3 and 4 are arithmetic. A load and a multiplication of G serve 4 rows, a load of features serves 8 classes.
     Case("BatchGrad, h >= 0", FLOAT, 1000, 2048, (), (), 3.7, 0.1, "plain", least_bits=64),
     Case("BatchGrad, h of any sign", FLOAT, 1000, 2048, (), (), 4.4, 0.1, "signed", least_bits=64),
+    # Three sweeps of the row, or four; and what a row costs in float64, about half of it, where rows are 1000 long.
+    *(
+        Case(
+            f"E_q || e_Y - p ||_{r}^{power}, q {q}",
+            t,
+            1000,
+            0,
+            (("gradient", q, r, power, "outside"),),
+            (),
+            n,
+            k,
+            "gradient",
+        )
+        for q, t, r, power, n, k in (
+            ("given", FLOAT, 2.0, 1.0, 115, 5),
+            ("given", BFLOAT, 2.0, 1.0, 85, 5),
+            ("predicted", BFLOAT, 1.0, 2.0, 54, 5),
+            ("uniform", BFLOAT, 3.0, 1.0, 85, 9),
+        )
+    ),
+    Case(
+        "|| q - p ||_2, q given", BFLOAT, 1000, 0, (("gradient", "given", 2.0, 1.0, "inside"),), (), 72, 3.5, "gradient"
+    ),
 ]
 ARCHITECTURES = (80, 90, 100)
 

@@ -133,36 +133,6 @@ def test_orders_and_powers_whose_terms_underflow(backend, f, T, labels, order, p
         assert got.item() == pytest.approx(expected, rel=1e-5)
 
 
-def gradient_truth(f, labels, order, power, expectation, T, eps):
-    """|| E_q[e_Y - p] ||^power or E_q[ || e_Y - p ||^power ] in long double, and the error allowed: two [N]."""
-    values, allowed = [], []
-    q = truth.widen(labels) if not isinstance(labels, str) else None
-    r, x = truth.LD(order), truth.LD(power)
-    for i, (row, span) in enumerate(zip(truth.widen(f), truth.span(f) / T, strict=True)):
-        p, not_p, log_p = truth.softmax_row(row, T)
-        w = q[i] if q is not None else {"predicted": p, "log_predicted": log_p}.get(labels, np.full_like(p, 1) / len(p))
-
-        def size(a):
-            return a.max() if order == math.inf else (a**r).sum() ** (1 / r)
-
-        relative = (64 + 8 * min(span, 104)) * eps * max(1, 1 / r) * (1 + x)
-        if expectation == "inside":
-            away = np.abs(w - p)
-            top = int(np.argmax(row))
-            away[top] = abs((w[top] - 1) + not_p[top])
-            # A difference is as good as its terms; a root of a small one is not.
-            of_terms = np.where((np.arange(len(p)) == top) & (w == 1), 0, 4 * eps * np.maximum(w, p))
-            value = size(away) ** x
-            error = size(away + of_terms) ** x - value
-        else:
-            norms = [size(np.append(np.delete(p, y), not_p[y])) ** x for y in range(len(p))]
-            value = sum((a * b for a, b in zip(w, norms, strict=True)), truth.LD(0))
-            error = 0
-        values.append(value)
-        allowed.append(error + relative * abs(value))
-    return np.array(values), np.array(allowed)
-
-
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -201,7 +171,7 @@ def test_gradient_norm_in_every_type(
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     eps = truth.EPS[str(dtype).removeprefix("torch.")]
     with np.errstate(all="ignore"):
-        value, allowed = (x / T**power for x in gradient_truth(f, labels, order, power, expectation, T, eps))
+        value, allowed = (x / T**power for x in truth.gradient(f, labels, order, power, expectation, T, eps))
     if isinstance(labels, str) and (labels, expectation) == ("predicted", "inside"):
         value = 0 * value
     truth.assert_close(got, value, allowed, f"{expectation} {order} {power}")

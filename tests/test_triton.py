@@ -5,6 +5,7 @@ of its own: with TRITON_INTERPRET=1 a process interprets everything and can comp
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastood
+from fastood.kernels import Want, triton
 from fastood.kernels.triton import shapes
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +149,51 @@ def test_a_row_alone_in_other_memory_has_the_same_bits(triton_device, C, D, dtyp
             assert torch.equal(one, stats[name][i : i + 1]), name
         assert torch.equal(fastood.norms(alone_h, ORDERS, backend="triton"), norms[i : i + 1])
         assert torch.equal(fastood.score(alone, alone_h, backend="triton"), scores[i : i + 1])
+
+
+# A row in one sweep of one block, of several, in several sweeps, and of long blocks.
+@pytest.mark.parametrize("C", [1, 2, 7, 300, 1030, 8200])
+@pytest.mark.parametrize("labels", ["uniform", "predicted", "log_predicted", "soft", "one-hot"])
+def test_gradients_on_every_branch(triton_device, C, labels):
+    g = torch.Generator().manual_seed(C)
+    lead = torch.tensor([[0.0], [5.0], [60.0]])
+    f = torch.randn(3, C, generator=g) * torch.tensor([[0.0], [3.0], [6.0]])
+    top = f.argmax(-1, keepdim=True)
+    f.scatter_add_(1, top, lead)
+    f[1, torch.rand(C, generator=g) < 0.3] = -math.inf
+    f[1, top[1]] = 9.0
+    f = f.to(DTYPES[C % 3])
+    if labels == "soft":
+        labels = torch.softmax(torch.randn(3, C, generator=g) * 3, -1)
+    elif labels == "one-hot":
+        labels = torch.zeros(3, C + 2, dtype=torch.bfloat16)[:, 1:-1].scatter_(1, top, 1.0)
+    orders, powers = ([0.5, 1, 2, 3, math.inf], [0.5, 1, 2]) if C < 100 else ([0.5, 2, math.inf], [1])
+    there = labels if isinstance(labels, str) else labels.to(triton_device)
+    for order, power, expectation in itertools.product(orders, powers, ("inside", "outside")):
+        if expectation == "outside" or labels not in ("predicted", "log_predicted"):
+            stat = "gradient", labels if isinstance(labels, str) else "given", order, power, expectation
+            want = Want((stat,), temperature=0.5)
+            q = None if isinstance(labels, str) else there
+            got = triton.row_stats(f.to(triton_device), None, want, q)[0][stat]
+            expected, allowed = truth.gradient(f, labels, order, power, expectation, 0.5, truth.EPS["float32"])
+            truth.assert_close(got.cpu(), expected, allowed + 1e-37, stat)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, math.inf])
+@pytest.mark.parametrize("expectation", ["inside", "outside"])
+def test_gradients_of_bad_rows_are_nan_alone(triton_device, order, expectation):
+    f, q = torch.randn(8, 5), torch.full((8, 5), 0.2, dtype=torch.float64)
+    q[1, 0], q[2, 0], q[3, 0] = -0.1, 0.9, math.nan
+    q[1, 1] = 0.5  # sums to 1 all the same
+    f[4, 0], f[5], f[6, 1], f[7, 2] = math.nan, -math.inf, math.inf, -math.inf
+    f, q = f.to(triton_device), q.to(triton_device)
+    stat = "gradient", "given", order, 0.5, expectation
+    got = triton.row_stats(f, None, Want((stat,)), q)[0][stat]
+    assert got.isnan().tolist() == [False] + 6 * [True] + [False]
+    one = triton.row_stats(f[7:].clone(), None, Want((stat,)), q[7:].clone())[0][stat]
+    assert torch.equal(one, got[7:])
+    turned = triton.row_stats(f.T.contiguous().T, None, Want((stat,)), q.T.contiguous().T)[0][stat]
+    torch.testing.assert_close(turned, got, rtol=0, atol=0, equal_nan=True)
 
 
 def batchgrad(device, f, h, G, **options):
@@ -389,4 +436,8 @@ for dtype in (BFLOAT, HALF, FLOAT):
     for bias in (False, True):
         compile_batchgrad("turned", dtype, target, bias)
 compile_batchgrad("merged", FLOAT, target)
+for i, (q, r) in enumerate((q, r) for q in ("uniform", "log_predicted", "given") for r in (1.0, 2.0, math.inf, 0.5)):
+    for side in ("inside", "outside") if q != "log_predicted" else ("outside",):
+        case = Case("", (BFLOAT, HALF, FLOAT)[i % 3], (10, 1001, 128256)[i % 3], 0, (("gradient", q, r, 1.5, side),), (), 0, 0)
+        compile_gradient(case, (FLOAT, BFLOAT)[i % 2], target)
 """

@@ -110,6 +110,36 @@ def batchgrad(f, h, G, T, bias, eps):
     return np.array(out), allowed
 
 
+def gradient(f, labels, order, power, expectation, T, eps):
+    """|| E_q[e_Y - p] ||^power or E_q[ || e_Y - p ||^power ] in long double, and the error allowed: two [N]."""
+    values, allowed = [], []
+    q = widen(labels) if not isinstance(labels, str) else None
+    r, x = LD(order), LD(power)
+    for i, (row, span) in enumerate(zip(widen(f), span(f) / T, strict=True)):
+        p, not_p, log_p = softmax_row(row, T)
+        w = q[i] if q is not None else {"predicted": p, "log_predicted": log_p}.get(labels, np.full_like(p, 1) / len(p))
+
+        def size(a):
+            return a.max() if order == math.inf else (a**r).sum() ** (1 / r)
+
+        relative = (64 + 8 * min(span, 104)) * eps * max(1, 1 / r) * (1 + x)
+        if expectation == "inside":
+            away = np.abs(w - p)
+            top = int(np.argmax(row))
+            away[top] = abs((w[top] - 1) + not_p[top])
+            # A difference is as good as its terms; a root of a small one is not.
+            of_terms = np.where((np.arange(len(p)) == top) & (w == 1), 0, 4 * eps * np.maximum(w, p))
+            value = size(away) ** x
+            error = size(away + of_terms) ** x - value
+        else:
+            norms = [size(np.append(np.delete(p, y), not_p[y])) ** x for y in range(len(p))]
+            value = sum((a * b for a, b in zip(w, norms, strict=True)), LD(0))
+            error = 0
+        values.append(value)
+        allowed.append(error + relative * abs(value))
+    return np.array(values), np.array(allowed)
+
+
 # ---- tolerances of the numeric contract
 
 

@@ -131,6 +131,18 @@ def gradient(
             if not PLAIN:
                 shift = exponent * tl.log2(1.0 + all_r * tl.exp2(order * tl.minimum(1.0 - log_total, 0.0)))
             s2 = column(all_r * tl.exp2(-2.0 * log_total))
+        # What the maximum adds, and what the sum over the others is to be multiplied by.
+        of_top = tl.exp2(power * log_norm)
+        weight = tl.exp2(shift)
+        if LABELS == PREDICTED:
+            of_top *= (1.0 - tie) / (1.0 + r1)
+            weight *= p_pivot
+        elif LABELS == LOG_PREDICTED:
+            of_top *= (1.0 - tie) * -log1p(r1)
+            weight *= LN2
+        elif LABELS == UNIFORM:
+            of_top *= (1.0 - tie) / C.to(tl.float64)
+            weight /= C.to(tl.float64)
         below = none
         top = zero
         for first in range(0, C, BLOCKS * W):
@@ -164,20 +176,9 @@ def gradient(
                     w = tl.where(k < C, 1.0, 0.0)
                 slot = tl.where(v > pivot[0], slot, tl.fma(w, x, slot))
             below += row_total(slot)
-        alone = 1.0 - tie
-        if LABELS == PREDICTED:
-            top_weight = alone / (1.0 + r1)
-            weight = p_pivot
-        elif LABELS == LOG_PREDICTED:
-            top_weight = alone * -log1p(r1)
-            weight = none + LN2
-        elif LABELS == UNIFORM:
-            top_weight = alone / C.to(tl.float64)
-            weight = none + 1.0 / C.to(tl.float64)
-        else:
-            top_weight = row_total(top)
-            weight = none + 1.0
-        value = tl.where(below == 0.0, 0.0, below * weight * tl.exp2(shift)) + top_weight * tl.exp2(power * log_norm)
+        if LABELS == GIVEN:
+            of_top *= row_total(top)
+        value = of_top + tl.where(below == 0.0, 0.0, below * weight)  # the weight may be infinite
         if ORDER == ONE:
             value *= tl.exp2(power)
     else:
