@@ -51,7 +51,7 @@ class Case(NamedTuple):
     orders: tuple[float, ...]
     total: float
     special: float
-    kernel: str = "scores"  # or of a row in segments: "first", "second"
+    kernel: str = "scores"  # or of a row in segments: "first", "second"; or shared by the programs of a "cluster"
     least_bits: int = 128
 
 
@@ -60,9 +60,9 @@ class Case(NamedTuple):
 
 class Compiled(NamedTuple):
     cubin: bytes
-    warps: int
+    warps: int  # of all programs of a cluster
     shared: int
-    elements: int  # that one program reads
+    elements: int  # that they read
 
 
 def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = False) -> Compiled:
@@ -70,22 +70,23 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
     plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
     assert plan is not None
-    rows, warps, lanes = shapes.launch_shape(C, D)
-    if case.kernel != "scores":
-        rows, warps, lanes = 1, shapes.SEGMENT_WARPS, 32 * shapes.SEGMENT_WARPS
+    clusters = case.kernel == "cluster"
+    shape = shapes.launch_shape(C, D, clusters)
+    if case.kernel in ("first", "second"):
+        shape = shapes.Shape(1, shapes.SEGMENT_WARPS)
     pairs, half = case.dtype == BFLOAT, case.dtype == HALF
-    x = shapes.tile_of(C, C, 0, size, pairs, lanes) if C else shapes.NOTHING
-    h = shapes.tile_of(D, D, 0, size, pairs, lanes) if D else shapes.NOTHING
-    segments = shapes.segments_of(C, x.vec) if C else (1, 0)
+    x = shapes.tile_of(C, C, 0, size, pairs, shape.lanes) if C else shapes.NOTHING
+    h = shapes.tile_of(D, D, 0, size, pairs, shape.lanes) if D else shapes.NOTHING
+    segments = shapes.segments_of(C, x.vec, clusters) if C else (1, 0)
     pointer = {BFLOAT: "*bf16", HALF: "*fp16", FLOAT: "*fp32"}[case.dtype]
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "record_ptr": "*fp32", "x_ptr": pointer, "h_ptr": pointer}
-    if case.kernel == "scores":
+    if case.kernel in ("scores", "cluster"):
         kernel = device.scores
         if segments[0] > 1:
             types["x_ptr"] = types["record_ptr"]  # which is what it then reads
-        constants = shapes.constants(plan, C, x, segments, D, h, half, bias, log, rows)
+        constants = shapes.constants(plan, C, x, segments, D, h, half, bias, log, shape.rows)
         constants |= {name: None for name, n in (("x_ptr", C), ("h_ptr", D)) if not n}
-        elements = rows * (C + D)
+        elements = shape.rows * (C + D)
     else:
         kernel = device.segments
         constants = shapes.segment_constants(plan, C, x, segments, case.kernel == "second")
@@ -95,9 +96,9 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") and name not in constants]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options=dict(shape.options))
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    return Compiled(binary, warps, compiled.metadata.shared, elements)
+    return Compiled(binary, shape.warps * shape.ctas, compiled.metadata.shared, elements)
 
 
 def _or_none(items: tuple[object, ...]) -> range:
@@ -306,6 +307,10 @@ CASES = [
     *(Case("4 V terms", t, 10, 0, V, (), 29, 1.2, least_bits=32) for t in (BFLOAT, FLOAT)),
     Case("a segment", BFLOAT, 128256, 0, V, (), 10.5, 1.1, "first"),
     Case("its second sweep, for TV", BFLOAT, 128256, 0, V, (), 9, 1.2, "second"),
+    *(Case("4 V terms, a cluster", t, 128256, 0, V, (), 15.5, 1.1, "cluster") for t in (BFLOAT, FLOAT)),
+    *(Case("all V terms, a cluster", t, 128256, 0, EVERY_V, (), 24, 1.1, "cluster") for t in (BFLOAT, FLOAT)),
+    Case("all V terms, a cluster", BFLOAT, 262144, 0, EVERY_V, (), 24, 1.1, "cluster"),
+    Case("energy x norm 0.3, a cluster", BFLOAT, 128256, 4096, ("energy",), (0.3,), 12, 1.2, "cluster", 32),
     *(Case("norms 1, 2", t, 0, 2048, (), (1.0, 2.0), 4.5, 0.1) for t in (BFLOAT, FLOAT)),
     *(Case("norm 0.3", t, 0, 2048, (), (0.3,), 7, 2.1) for t in (BFLOAT, FLOAT)),
     *(Case("12 norms", t, 0, 2048, (), GRID, 28, 2.1) for t in (BFLOAT, FLOAT)),
@@ -320,10 +325,14 @@ ARCHITECTURES = (80, 90, 100)
 def main() -> int:
     print(__doc__.split("\n\n")[0])
     print(f"Triton {triton.__version__}; budgets are for sm_90")
+    if not shapes.clusters((9, 0), triton.__version__):
+        print("No clusters, which need a newer Triton: long rows are in segments")
     print(" " * 53, "regs  smem        loads special  FP32  total budget x memory")
     failed = []
     for architecture in ARCHITECTURES:
         for case in CASES:
+            if case.kernel == "cluster" and not shapes.clusters(divmod(architecture, 10), triton.__version__):
+                continue
             report = analyse(compile_case(case, GPUTarget("cuda", architecture, 32)), case)
             name = f"sm_{architecture} {case.what}, C={case.C} D={case.D} {str(case.dtype).removeprefix('torch.')}"
             widths = " ".join(f"{n}x{bits}" for bits, n in sorted(report.widths.items()))

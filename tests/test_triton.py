@@ -118,6 +118,30 @@ def test_a_sweep_is_made_of_its_scores(triton_device, C, dtype):
         torch.testing.assert_close(one, grid[:, i, j], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("C", "dtype"), [(30_008, torch.float32), (33_001, torch.bfloat16)], ids=str)
+def test_a_row_shared_by_a_cluster(triton_device, monkeypatch, C, dtype):
+    """The interpreter knows no clusters, but runs what their launch makes of a row."""
+    from fastood.kernels.triton import launch
+
+    if triton_device == "cuda" and not launch._clusters(torch.device("cuda", 0)):
+        pytest.skip("needs compute capability 9.0 and Triton 3.9")
+    monkeypatch.setattr(launch, "_clusters", lambda device: True)
+    monkeypatch.setattr(launch, "_segments", None)  # which is not called
+    rng = np.random.default_rng(C)
+    x = rng.standard_normal((3, C)) * [[1.0], [4.0], [3.0]]
+    x[1, C // 2] += 100
+    x[2, rng.random(C) < 0.5] = -math.inf
+    f, h = torch.from_numpy(x).to(dtype), torch.from_numpy(rng.standard_normal((3, 100))).to(dtype)
+    got = fastood.row_stats(f.to(triton_device), STATS, backend="triton")
+    for name in STATS:
+        expected = truth.stat(name, f)
+        allowed = truth.tolerance(name, expected, f, 1.0, truth.EPS["float32"])
+        truth.assert_close(got[name].cpu(), expected, allowed, name)
+    score = fastood.score(f.to(triton_device), h.to(triton_device), backend="triton").cpu()
+    expected = truth.stat("energy", f) * truth.norm(h, 0.3)
+    truth.assert_close(score, expected, 64 * truth.EPS["float32"] * np.abs(expected), "energy x ||h||_0.3")
+
+
 def test_a_masked_segment_is_no_bad_row(triton_device):
     f = torch.full((2, 40_000), -math.inf)
     f[0, 3], f[0, 39_999] = 2.0, 1.0
@@ -199,10 +223,11 @@ def test_import_does_not_load_triton():
 def test_tiles(itemsize, pairs):
     if pairs and itemsize == 4:
         pytest.skip("needs a type that comes in pairs")
-    for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841]:
+    for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24577, 50257, 131072, 262144]:
         for stride in (columns, columns + 1, 0):
-            rows, warps, lanes = shapes.launch_shape(columns, 0)
-            assert rows * lanes in (32 * warps, rows)
+            rows, warps, _ = shape = shapes.launch_shape(columns, 0, True)
+            lanes = shape.lanes
+            assert rows * lanes in (32 * warps * shape.ctas, rows)
             tile = shapes.tile_of(columns, stride, 0, itemsize, pairs, lanes)
             assert tile.vec * itemsize <= 16
             assert tile.vec % tile.p == 0
@@ -215,13 +240,42 @@ def test_tiles(itemsize, pairs):
             assert elements * tile.w * tile.p // max(lanes, 1) <= 128  # of a thread, in registers
 
 
+def test_only_a_cluster_shares_a_row():
+    for C in (1, 1000, 24576, 262145):
+        assert shapes.launch_shape(C, 0, True) == shapes.launch_shape(C, 0, False)
+        assert shapes.launch_shape(C, 0, True).options.keys() == {"num_warps"}
+    assert shapes.launch_shape(24577, 4096, True).options == {"num_warps": 8, "num_ctas": 2}
+    assert shapes.launch_shape(24577, 4096, False).options == {"num_warps": 4}
+    assert shapes.launch_shape(262144, 0, True).options == {"num_warps": 16, "num_ctas": 8}
+    assert [shapes.segments_of(C, 8, True)[0] for C in (24577, 262144, 262152)] == [1, 1, 17]
+
+
+def test_which_processors_have_clusters():
+    assert [shapes.clusters(c, "3.9.0") for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == [False, False, True, True]
+    assert [shapes.clusters((9, 0), t) for t in ("3.7.1", "3.8.0", "3.9.0", "3.10.1+git", "4.0")] == [False] * 2 + [
+        True
+    ] * 3
+
+
+@needs_triton
+def test_a_processor_of_amd_has_no_clusters(monkeypatch):
+    from fastood.kernels.triton import launch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    launch._clusters.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not launch._clusters(torch.device("cuda"))
+    launch._clusters.cache_clear()
+    assert not launch._clusters(torch.device("cpu"))
+
+
 def test_segments_cover_a_row():
     for C in (24577, 50257, 128256, 1_000_003):
         for vec in (1, 4, 8):
-            count, length = shapes.segments_of(C, vec)
+            count, length = shapes.segments_of(C, vec, False)
             assert length % vec == 0
             assert 0 < C - (count - 1) * length <= length <= shapes.LONGEST_SEGMENT + vec
-    assert shapes.segments_of(24576, 8) == (1, 24576)
+    assert shapes.segments_of(24576, 8, False) == (1, 24576)
 
 
 def test_every_order_finds_its_sum():
@@ -248,6 +302,28 @@ def test_compiles_ahead_of_time(architecture):
     """What benchmarks/gpu_static.py does not compile: rare statistics, orders and types; and for AMD, all kinds."""
     run = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, architecture], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-20_000:]
+
+
+@needs_triton
+@only_compiled
+def test_clusters_compile_ahead_of_time():
+    import triton
+
+    if not shapes.clusters((9, 0), triton.__version__):
+        pytest.skip("needs Triton 3.9")
+    run = subprocess.run([sys.executable, "-c", CLUSTERS], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-20_000:]
+
+
+CLUSTERS = """
+from benchmarks.gpu_static import *
+every = (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2")
+for architecture in (90, 100):
+    for t, C, D, orders in ((FLOAT, 24577, 64, (0.1, 2.0)), (HALF, 50257, 0, ()), (BFLOAT, 262144, 0, ())):
+        case = Case("", t, C, D, every, orders, 0, 0, "cluster")
+        compiled = compile_case(case, GPUTarget("cuda", architecture, 32))
+        assert not any(x.base in ("LDL", "STL") for x in disassemble(compiled.cubin)[0]), case
+"""
 
 
 AHEAD_OF_TIME = """

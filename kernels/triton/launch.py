@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fastood.kernels.triton import device, shapes
@@ -29,20 +30,22 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     if N == 0:
         return
     C, D = f.shape[1] if f is not None else 0, h.shape[1] if h is not None else 0
-    rows, warps, lanes = shapes.launch_shape(C, D)
+    clusters = _clusters(out.device)
+    shape = shapes.launch_shape(C, D, clusters)
     table = _table(plan.table, out.device)
     with _on(out.device):
         segments = (1, C)
-        x = _matrix(f, lanes)
-        if f is not None and shapes.segments_of(C, 1)[0] > 1:
+        x = _matrix(f, shape.lanes)
+        if f is not None and shapes.segments_of(C, 1, clusters)[0] > 1:
             x = _matrix(f, 32 * shapes.SEGMENT_WARPS)
-            segments = shapes.segments_of(C, x.tile.vec)
+            segments = shapes.segments_of(C, x.tile.vec, clusters)
             x = x._replace(data=_segments(f, x, plan, segments, table))
-        y = _matrix(h, lanes)
+        y = _matrix(h, shape.lanes)
         half = h is not None and h.dtype == torch.float16
-        constants = shapes.constants(plan, C, x.tile, segments, D, y.tile, half, bias, log, rows)
+        constants = shapes.constants(plan, C, x.tile, segments, D, y.tile, half, bias, log, shape.rows)
         matrices = (x.data, x.stride, x.offset, y.data, y.stride, y.offset)
-        device.scores[(math.ceil(N / rows),)](*matrices, table, out, *out.stride(), N, **constants, num_warps=warps)
+        grid = (math.ceil(N / shape.rows),)
+        device.scores[grid](*matrices, table, out, *out.stride(), N, **constants, **shape.options)
 
 
 def _segments(f: Tensor, x: Matrix, plan: Plan, segments: tuple[int, int], table: Tensor) -> Tensor:
@@ -72,6 +75,13 @@ def _matrix(x: Tensor | None, lanes: int) -> Matrix:
     unit = 1 if tile.shifted else tile.vec
     data = x.as_strided((1,), (1,), x.storage_offset() - offset) if offset else x
     return Matrix(data, x.stride(0) // unit, offset // unit, tile)
+
+
+@lru_cache
+def _clusters(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return shapes.clusters(torch.cuda.get_device_capability(device), triton.__version__)
 
 
 @lru_cache(maxsize=256)

@@ -21,7 +21,9 @@ ROWS = {16: (128, 4), 128: (32, 4), 1024: (8, 4), 2048: (4, 4), 4096: (1, 2), 81
 ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
 ROWS_OF_FEATS = {4096: (16, 4), 16384: (4, 4)}  # features alone
 LONG_ROWS = (1, 4)  # beyond either table
-LONGEST_SEGMENT = 16384  # of more classes than the table holds
+# Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each: still 64 logits a thread.
+CLUSTERS = {32768: (2, 8), 65536: (4, 8), 131072: (8, 8), 262144: (8, 16)}
+LONGEST_SEGMENT = 16384  # of more classes than the tables hold
 SEGMENT_WARPS = 8
 L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
 TILES = 4  # of features in flight
@@ -36,16 +38,45 @@ class Tile(NamedTuple):
     w: int
 
 
-def launch_shape(C: int, D: int) -> tuple[int, int, int]:
-    """Rows a program, warps, threads a row: of a call with C classes and D features, 0 for what it does not read."""
+class Shape(NamedTuple):
+    """Rows a program, warps, and how many programs share the row in a cluster."""
+
+    rows: int
+    warps: int
+    ctas: int = 1
+
+    @property
+    def lanes(self) -> int:
+        """Threads a row."""
+        return max(1, 32 * self.warps * self.ctas // self.rows)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told; of clusters only where there is one, since no other processor knows them."""
+        return {"num_warps": self.warps} | ({"num_ctas": self.ctas} if self.ctas > 1 else {})
+
+
+def clusters(capability: tuple[int, int], triton: str) -> bool:
+    """Whether programs can share a row: on Hopper and newer, by a Triton that can.
+
+    Triton 3.7 lowers neither a reduction across a cluster nor the change of layout that could stand in for it; 3.8
+    plans the reduction over more programs than there are.
+    """
+    return capability >= (9, 0) and tuple(int(n) for n in triton.split(".")[:2]) >= (3, 9)
+
+
+def launch_shape(C: int, D: int, clusters: bool) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read."""
+    if clusters and max(ROWS) < C <= max(CLUSTERS):
+        ctas, warps = next(shape for most, shape in CLUSTERS.items() if most >= C)
+        return Shape(1, warps, ctas)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
-    rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
-    return rows, warps, max(1, 32 * warps // rows)
+    return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
 
 
-def segments_of(C: int, vec: int) -> tuple[int, int]:
+def segments_of(C: int, vec: int, clusters: bool) -> tuple[int, int]:
     """How many segments a row has, and their length, a multiple of `vec` (the last may be shorter)."""
-    if max(ROWS) >= C:
+    if max(CLUSTERS if clusters else ROWS) >= C:
         return 1, C
     count = math.ceil(C / LONGEST_SEGMENT)
     length = math.ceil(C / count / vec) * vec
