@@ -200,7 +200,7 @@ class Flow:
         return found
 
     def usual(self) -> set[int]:
-        """All blocks but those that a branch may jump over and that read rows again."""
+        """All blocks but those that a branch may jump over."""
         everything = self.reachable(0)
         rare: set[int] = set()
         for block in everything:
@@ -211,7 +211,7 @@ class Flow:
                 only = everything - self.reachable(0, without=taken)
                 around = self.reachable(other) - only
                 ends = any(self.code[self.end[b] - 1].base == "EXIT" for b in around)
-                if ends and any(self.loads_rows(only)):
+                if ends:
                     rare |= only
         return everything - rare
 
