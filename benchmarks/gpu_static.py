@@ -71,13 +71,14 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
     assert plan is not None
     clusters = case.kernel == "cluster"
-    shape = shapes.launch_shape(C, D, clusters)
+    shifted = C > 0 and shapes.is_shifted(C, C, 0, size)
+    shape = shapes.launch_shape(C, D, shifted, clusters)
     if case.kernel in ("first", "second"):
-        shape = shapes.Shape(1, shapes.SEGMENT_WARPS)
+        shape = shapes.segment_shape(shifted)
     pairs, half = case.dtype == BFLOAT, case.dtype == HALF
     x = shapes.tile_of(C, C, 0, size, pairs, shape.lanes) if C else shapes.NOTHING
     h = shapes.tile_of(D, D, 0, size, pairs, shape.lanes) if D else shapes.NOTHING
-    segments = shapes.segments_of(C, x.vec, clusters) if C else (1, 0)
+    segments = shapes.segments_of(C, x.vec, shifted, clusters) if C else (1, 0)
     pointer = {BFLOAT: "*bf16", HALF: "*fp16", FLOAT: "*fp32"}[case.dtype]
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "record_ptr": "*fp32", "x_ptr": pointer, "h_ptr": pointer}
     if case.kernel in ("scores", "cluster"):

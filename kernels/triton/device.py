@@ -318,9 +318,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                 if PLOGP & SUMS:
                     exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, P, SHIFTED), exp_t)
                 if any_row(deep):
-                    second, sum1, sum2, sum3 = rest_from_pivot(
-                        ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W
-                    )
+                    second, sum1, sum2, sum3 = rest_from_pivot(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
                     pivot = tl.where(deep, second, m)
                     rest = tl.where(deep, sum1, rest)
                     squares = tl.where(deep, sum2, squares)
@@ -739,9 +737,7 @@ def scores(
         else:
             base, head = place(row, x_stride, x_offset, X_VEC, X_P, X_SHIFTED)
             w = tl.arange(0, X_W)[None, :]
-            sums = softmax_sums(
-                x_ptr, base, head, w, C, scale.to(tl.float32), C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS
-            )
+            sums = softmax_sums(x_ptr, base, head, w, C, scale.to(tl.float32), C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS)
             parts = one_segment(sums, scale, PEEL & SUMS)
     if len(ORDERS) > 0:
         base, head = place(row, h_stride, h_offset, H_VEC, H_P, H_SHIFTED)
