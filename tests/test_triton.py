@@ -142,6 +142,17 @@ def test_a_row_shared_by_a_cluster(triton_device, monkeypatch, C, dtype):
     truth.assert_close(score, expected, 64 * truth.EPS["float32"] * np.abs(expected), "energy x ||h||_0.3")
 
 
+@pytest.mark.parametrize("C", [100, 1000, 1001, 30_008])
+def test_bad_rows_on_every_branch(triton_device, C):
+    f = torch.zeros(4, C)
+    f[0, C // 2], f[1, 3], f[2] = math.inf, math.nan, -math.inf
+    got = fastood.row_stats(f.to(triton_device), STATS, backend="triton")
+    for name in STATS:
+        expected = [math.inf, math.nan, -math.inf] if name in ("energy", "lse") else [math.nan] * 3
+        assert got[name][:3].cpu().tolist() == pytest.approx(expected, nan_ok=True), name
+    assert got["plogp"][3].item() == pytest.approx(-math.log(C))
+
+
 def test_a_masked_segment_is_no_bad_row(triton_device):
     f = torch.full((2, 40_000), -math.inf)
     f[0, 3], f[0, 39_999] = 2.0, 1.0
@@ -159,11 +170,12 @@ def test_a_row_alone_in_other_memory_has_the_same_bits(triton_device, C, D, dtyp
     torch.manual_seed(0)
     f, h = (3 * torch.randn(9, C)).to(dtype), torch.randn(9, D).to(dtype)
     f[8, 1] = 130  # the rest is summed again
+    f[6, C // 2], f[7, 0] = -math.inf, -math.inf  # so is an entropy, wherever the masked class is
     f, h = f.to(triton_device), h.to(triton_device)
     stats = fastood.row_stats(f, STATS, backend="triton")
     norms = fastood.norms(h, ORDERS, backend="triton")
     scores = fastood.score(f, h, backend="triton")
-    for i in (1, 2, 3, 8):
+    for i in (1, 2, 3, 6, 7, 8):
         alone, alone_h = f[i : i + 1].clone(), h[i : i + 1].clone()
         for name, one in fastood.row_stats(alone, STATS, backend="triton").items():
             assert torch.equal(one, stats[name][i : i + 1]), name
@@ -340,6 +352,7 @@ every = (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2")
 cases = [Case("", t, C, D, every, (0.1, 0.25, 1.5, 100.0), 0, 0) for t, C, D in (
     (BFLOAT, 1001, 257), (HALF, 10, 64), (HALF, 3001, 64), (FLOAT, 100, 17), (FLOAT, 7, 3), (FLOAT, 128256, 4096))]
 cases += [Case("", t, 30001, 0, every, (), 0, 0, kernel) for t in (BFLOAT, FLOAT) for kernel in ("first", "second")]
+cases += [Case("", FLOAT, 100, 0, (stat,), (), 0, 0) for stat in every]
 cases += [Case("", BFLOAT, 1000, 2048, V, GRID, 0, 0), Case("", HALF, 0, 2048, (), GRID, 0, 0)]
 for i, case in enumerate(cases):
     compile_case(case, target, bias=i % 2 == 0, log=i % 3 == 0)

@@ -29,7 +29,7 @@ ROWS = {
     24576: (1, 8),
 }
 ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
-ROWS_OF_FEATS = {4096: (16, 4), 16384: (4, 4)}  # features alone
+ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
 LONG_ROWS = (1, 4)  # beyond either table
 # Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each.
 CLUSTERS = {32768: (2, 4), 65536: (4, 4), 131072: (8, 4), 262144: (8, 8)}
