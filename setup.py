@@ -8,9 +8,9 @@ native = Extension(
     "fastood.kernels.cpu._native",
     sources=[
         f"kernels/cpu/{name}.cpp"
-        for name in ("module", "run", "batchgrad", "state", "rows_base", "rows_avx2", "rows_avx512")
+        for name in ("module", "run", "gradient", "batchgrad", "state", "rows_base", "rows_avx2", "rows_avx512")
     ],
-    depends=[f"kernels/cpu/{name}.h" for name in ("plan", "state", "run", "vectors", "rows", "batchgrad")],
+    depends=[f"kernels/cpu/{name}.h" for name in ("plan", "state", "run", "vectors", "rows", "gradient", "batchgrad")],
     extra_compile_args=[] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"],
     py_limited_api=True,  # one build for Python 3.11 and newer
     optional=True,  # without a compiler fastood runs on the reference backend, and fastood.backends() says why

@@ -19,6 +19,7 @@ STYLES = {
     "eager": ("#D55E00", "s"),
     "torch.compile": ("#009E73", "D"),
     "pytorch-ood": ("#CC79A7", "^"),
+    "torch.func vmap": ("#56B4E9", "P"),
     "autograd": ("#E69F00", "v"),
     LIMIT: ("#555555", "|"),
 }

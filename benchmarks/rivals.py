@@ -63,6 +63,13 @@ def exgrad(f: Tensor, h: Tensor) -> Tensor:
     return 2 * (1 - torch.softmax(f, -1).square().sum(-1)) * h.abs().sum(-1)
 
 
+def expected_l2(f: Tensor, h: Tensor, q: Tensor | None = None) -> Tensor:
+    """E_q of the L2 norm; q is p where it is not given."""
+    p = torch.softmax(f, -1)
+    norms = ((1 - p).square() + p.square().sum(-1, keepdim=True) - p.square()).sqrt()
+    return ((p if q is None else q) * norms).sum(-1) * h.norm(dim=-1)
+
+
 def anchor_gradient(f: Tensor, h: Tensor, labels: Tensor) -> Tensor:
     return (functional.one_hot(labels, f.shape[1]) - torch.softmax(f, -1)).T @ h
 
@@ -112,6 +119,40 @@ def _backward_passes(f: Tensor, h: Tensor, of_row: Callable[..., Tensor]) -> Ten
     with torch.enable_grad():
         layer = (functional.linear(x, weight, b) for x, b in zip(h, f, strict=True))
         return torch.stack([of_row(torch.log_softmax(logits, -1), gradient_of) for logits in layer])
+
+
+# ---- torch.func: the same gradients by vmap, as many samples at a time as fit
+
+_AT_A_TIME = 128 << 20  # bytes of gradients
+
+
+def vmap_gradnorm(f: Tensor, h: Tensor) -> Tensor:
+    return _vmapped(f, h, 1, lambda log_p, gradient_of: gradient_of(torch.full_like(log_p, 1 / len(log_p))).abs().sum())
+
+
+def vmap_exgrad(f: Tensor, h: Tensor) -> Tensor:
+    return _vmapped(f, h, f.shape[1], lambda log_p, gradient_of: log_p.exp() @ _of_classes(log_p, gradient_of, 0))
+
+
+def vmap_batchgrad(f: Tensor, h: Tensor, G: Tensor) -> Tensor:
+    G = G.to(f.dtype)
+    return _vmapped(f, h, f.shape[1], lambda log_p, gradient_of: log_p.exp() @ _of_classes(log_p, gradient_of, G))
+
+
+def _of_classes(log_p: Tensor, gradient_of: Callable[[Tensor], Tensor], G: Tensor | int) -> Tensor:
+    one_hot = torch.eye(len(log_p), dtype=log_p.dtype, device=log_p.device)
+    return torch.func.vmap(lambda e: (gradient_of(e) + G).abs().sum())(one_hot)
+
+
+def _vmapped(f: Tensor, h: Tensor, gradients: int, of_row: Callable[..., Tensor]) -> Tensor:
+    weight = f.new_zeros(f.shape[1], h.shape[1])  # as in _backward_passes
+
+    def one(b: Tensor, x: Tensor) -> Tensor:
+        log_p, pull = torch.func.vjp(lambda w: torch.log_softmax(functional.linear(x, w, b), -1), weight)
+        return of_row(log_p, lambda cotangent: pull(cotangent)[0])
+
+    at_a_time = max(1, _AT_A_TIME // (gradients * weight.nbytes))
+    return torch.func.vmap(one, chunk_size=at_a_time)(f, h)
 
 
 # ---- pytorch-ood

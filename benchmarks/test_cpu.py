@@ -88,6 +88,14 @@ def test_v_alone(compare, method, shape, dtype, threads):
     )
 
 
+def by_gradients(method, passes, **constant):
+    """The rivals that form gradients, where they are not too many."""
+    if passes > 1000:
+        return dict.fromkeys(("torch.func vmap", "autograd"), f"{passes:,} gradients a call")
+    ways = {"torch.func vmap": f"vmap_{method}", "autograd": f"autograd_{method}"}
+    return {name: partial(getattr(rivals, way), **constant) for name, way in ways.items()}
+
+
 @every_thread_count
 @every_dtype
 @pytest.mark.parametrize("shape", [(64, 10, 512), (64, 1000, 2048), (1024, 1000, 2048)], ids=str)
@@ -95,13 +103,34 @@ def test_v_alone(compare, method, shape, dtype, threads):
 def test_gradient_score(compare, method, shape, dtype, threads):
     N, C, D = shape
     passes = N * (C if method == "exgrad" else 1)
-    autograd = {"gradnorm": rivals.autograd_gradnorm, "exgrad": rivals.autograd_exgrad}[method]
     compare(
         method,
         threads,
         backends(partial(fastood.score, method=method, oriented=False)),
         getattr(rivals, method),
-        {"autograd": autograd if passes <= 1000 else f"{passes:,} backward passes a call"},
+        by_gradients(method, passes),
+        logits=logits_of(N, C, dtype),
+        feats=feats_of(N, D, dtype),
+    )
+
+
+@every_thread_count
+@every_dtype
+@pytest.mark.parametrize("shape", [(64, 10, 512), (256, 1000, 2048)], ids=str)
+@pytest.mark.parametrize("labels", ["p", "q"])
+def test_gradient_norm_in_general(compare, labels, shape, dtype, threads):
+    """What no closed form of Table 1 gives: each class's norm has a root. As p, or as a q that is read beside it."""
+    N, C, D = shape
+    q = torch.softmax(logits_of(N, C, "float32").flip(0), -1) if labels == "q" else None
+    compare(
+        f"E_{labels} of L2",
+        threads,
+        backends(
+            partial(
+                fastood.gradient_norm, labels="predicted" if q is None else q, order=2, power=1, expectation="outside"
+            )
+        ),
+        partial(rivals.expected_l2, q=q),
         logits=logits_of(N, C, dtype),
         feats=feats_of(N, D, dtype),
     )
@@ -119,12 +148,7 @@ def test_batchgrad(compare, shape, dtype, threads):
         threads,
         backends(partial(fastood.BatchGrad(G).score, oriented=False)),
         formula,
-        {
-            "eager, row by row": rivals.row_by_row(formula),
-            "autograd": partial(rivals.autograd_batchgrad, G=G)
-            if N * C <= 1000
-            else f"{N * C:,} backward passes a call",
-        },
+        {"eager, row by row": rivals.row_by_row(formula), **by_gradients("batchgrad", N * C, G=G)},
         logits=logits_of(N, C, dtype),
         feats=feats_of(N, D, dtype),
     )

@@ -67,7 +67,9 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
 
 
 def logits_and_feats(logits: Any, feats: Any) -> tuple[Tensor | None, Tensor | None, bool]:
-    """Checked logits [N, C] and feats [N, D], either of them optional."""
+    """Checked logits [N, C] and feats [N, D], one of which may be None."""
+    if logits is None and feats is None:
+        raise TypeError("logits must be a torch tensor or a numpy array, got None")
     (f, h), as_numpy = take(logits=logits, feats=feats)
     if f is not None:
         if f.shape[1] == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import EllipsisType
 from typing import Any
@@ -24,7 +24,7 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood.kernels import STATISTICS, Job, Product, Stat, Want, select
+from fastood.kernels import STATISTICS, Backend, Job, Product, Stat, Want, select
 from fastood.registry import SCORES, RowStats, Score
 
 PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
@@ -106,21 +106,15 @@ def score(
     >>> fastood.score(logits, feats, "exgrad", oriented=False)
     tensor([0.4946, 0.9975])
     """
-    entry = _entry(method)
-    options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key: Any = (entry, norm, norm.__class__, feats is None, options, temperature.__class__)
+    key: Any = (method, norm, feats is None, temperature, bias, log, oriented, backend, type(norm), type(temperature))
     if params:
         key = (key, *_typed(params))
     plan = _known_plan(key)
-    # Where the same arguments went the long way before, plain CPU tensors need not.
-    if plan and plan.short and backend == kernels.DEFAULT == "auto" and plan.chosen_from is kernels.BACKENDS:
-        out = kernels.cpu.score_plain(plan.short, logits, feats)
-        if out is not None:
-            return out
-    f, h, as_numpy = logits_and_feats(logits, feats)
-    plan = plan or _keep(key, _Plan([(entry, _order(entry, norm, h))], *options, params))
-    out = plan(f, h, backend, _rows(f, h), by_row=True)
-    return give(out, as_numpy)
+    if plan is None or plan.scores[0][0] is not SCORES.get(method):
+        entry = _entry(method)
+        order = _order(entry, norm, feats is not None)
+        plan = _keep(key, _Plan([(entry, order)], (-1,), temperature, bias, log, oriented, params))
+    return plan.run(logits, feats, backend)
 
 
 def scores(
@@ -151,26 +145,25 @@ def scores(
     >>> fastood.scores(torch.tensor([[4.0, 0.0]]), methods=["msp", "tv"])
     {'msp': tensor([0.9820]), 'tv': tensor([0.4820])}
     """
-    f, h, as_numpy = logits_and_feats(logits, feats)
-    n: tuple[int] = _rows(f, h)
     entries: list[Score]
     if methods is None:
-        given = {name for name, x in (("logits", f), ("feats", h)) if x is not None}
+        given = {name for name, x in (("logits", logits), ("feats", feats)) if x is not None}
         entries = [e for e in SCORES.values() if given.issuperset(e.needs) and (e.positive or not log)]
         if norm is None:
             entries = [e for e in entries if e.stats]
     else:
         entries = [_entry(m, "methods") for m in _names("methods", methods)]
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (*entries, norm, norm.__class__, h is None, *options, temperature.__class__, *_typed(params))
+    key = (*entries, norm, type(norm), feats is None, *options, backend, type(temperature), *_typed(params))
     plan = _known_plan(key)
     if plan is None:
-        plan = _Plan([(e, _order(e, ... if e.gradient else norm, h)) for e in entries], *options, params)
-        _keep(key, plan)
+        columns = [(e, _order(e, ... if e.gradient else norm, feats is not None)) for e in entries]
+        plan = _keep(key, _Plan(columns, (len(entries), -1), *options, params))
     if not entries:
+        logits_and_feats(logits, feats)
         return {}
-    out = plan(f, h, backend, (len(entries), *n), by_row=False).unbind()
-    return {e.name: give(x, as_numpy) for e, x in zip(entries, out, strict=True)}
+    out = plan.run(logits, feats, backend)
+    return {e.name: x for e, x in zip(entries, out, strict=True)}
 
 
 def sweep(
@@ -204,20 +197,32 @@ def sweep(
     >>> fastood.sweep(torch.randn(5, 10), torch.randn(5, 32)).shape
     torch.Size([5, 4, 12])
     """
-    f, h, as_numpy = logits_and_feats(logits, feats)
     entries: list[Score] = [_entry(name, "v") for name in _names("v", v)]
-    for entry in entries:
-        if entry.gradient or not entry.stats:
-            raise ValueError(f"v must name V terms, which take any norm, got {entry.name!r}")
-    orders: list[float | None] = [norm_of(r, None) for r in _names("norms", norms)]
-    for argument, given in (("v", entries), ("norms", orders)):
-        if not given:
-            raise ValueError(f"{argument} must not be empty")
+    orders: list[Any] = _names("norms", norms)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = ("sweep", *entries, *orders, *options, temperature.__class__, *_typed(params))
-    plan = _known_plan(key) or _keep(key, _Plan([(e, r) for e in entries for r in orders], *options, params))
-    n = _rows(f, h)[0]
-    return give(plan(f, h, backend, (n, len(entries), len(orders)), by_row=True), as_numpy)
+    key = (
+        "sweep",
+        *entries,
+        *orders,
+        *map(type, orders),
+        type(temperature),
+        feats is None,
+        *options,
+        backend,
+        *_typed(params),
+    )
+    plan = _known_plan(key)
+    if plan is None:
+        for entry in entries:
+            if entry.gradient or not entry.stats:
+                raise ValueError(f"v must name V terms, which take any norm, got {entry.name!r}")
+        orders = [None if r is None else order_of("norms", r) for r in orders]
+        for argument, given in (("v", entries), ("norms", orders)):
+            if not given:
+                raise ValueError(f"{argument} must not be empty")
+        columns = [(e, r) for e in entries for r in orders]
+        plan = _keep(key, _Plan(columns, (-1, len(entries), len(orders)), *options, params))
+    return plan.run(logits, feats, backend)
 
 
 def norms(
@@ -276,10 +281,9 @@ def row_stats(
     {'msp': tensor([1.]), 'one_minus_msp': tensor([1.8049e-35])}
     """
     f, _, as_numpy = logits_and_feats(logits, None)
-    if f is None:
-        raise TypeError("logits must be a torch tensor or a numpy array, got None")
+    assert f is not None
     if stats is None:
-        stats = [name for name in STATISTICS if name not in ("power_sum", "gen")]
+        stats = [name for name in STATISTICS if name not in ("power_sum", "gen", "gradient")]
     wanted = tuple(_stat(s) for s in _names("stats", stats))
     want = Want(wanted, temperature=temperature_of(temperature))
     found, _ = select(backend, f.device, f.dtype).row_stats(f, None, want)
@@ -292,6 +296,7 @@ class _Plan:
     def __init__(
         self,
         scores: Sequence[tuple[Score, float | None]],
+        shape: tuple[int, ...],
         temperature: float,
         bias: bool,
         log: bool,
@@ -299,7 +304,7 @@ class _Plan:
         params: Mapping[str, Any],
     ) -> None:
         T = temperature_of(temperature)
-        self.scores, self.oriented = scores, bool(oriented)
+        self.scores, self.shape, self.oriented = scores, shape, bool(oriented)
         self.params = _bind_params([e for e, _ in scores], params)
         for entry, _ in scores:
             if log and not entry.positive:
@@ -307,8 +312,7 @@ class _Plan:
         stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name], log)))
         orders = tuple(dict.fromkeys(r for _, r in scores if r is not None))
         self.want = Want(stats, orders, T, bool(bias), bool(log))
-        self.short: object | None = None  # what score_plain needs, once that is known to do
-        self.chosen_from: object = None
+        self.plain: Callable[[Any, Any], Any] | None = None  # the short way, once a longer one was gone
         self.job = None
         if not log and not any(e.v for e, _ in scores):
             self.job = Job(self.want, tuple(self._product(e, r) for e, r in scores))
@@ -323,22 +327,31 @@ class _Plan:
             entry.divisor(self.want.temperature),
         )
 
-    def __call__(
-        self, f: Tensor | None, h: Tensor | None, backend: str, shape: tuple[int, ...], by_row: bool
-    ) -> Tensor:
-        """All scores, [N, K] where `by_row`, else [K, N], as `shape` and in the result type."""
-        if f is None or h is None:
-            self._check_given(f, h)
+    def run(self, logits: Any, feats: Any, backend: str) -> Any:
+        """All scores as `shape`, in which -1 stands for the rows: it is the first or the last of it."""
+        if self.plain is not None:
+            out = self.plain(logits, feats)
+            if out is not None:
+                return out
+        f, h, as_numpy = logits_and_feats(logits, feats)
         x = f if f is not None else h
         assert x is not None
+        if f is None or h is None:
+            self._check_given(f, h)
         dtype = result_dtype(f, h)
         chosen = select(backend, x.device, dtype)
+        shape = tuple(x.shape[0] if n < 0 else n for n in self.shape)
+        by_row = self.shape[0] < 0
+        out = None
         if self.job is not None:
             out = chosen.products(f, h, self.job, shape, dtype, by_row)
-            if out is not None:
-                if chosen is kernels.cpu and len(self.scores) == 1 and f is not None:
-                    self.short, self.chosen_from = kernels.cpu.prepared(self.job), kernels.BACKENDS
-                return out
+            if out is not None and chosen is kernels.cpu and f is not None:
+                self.plain = kernels.cpu.plain(self.job, self.shape)  # a plan is of one `backend`
+        if out is None:
+            out = self._composed(f, h, chosen, by_row).reshape(shape).to(dtype)
+        return give(out, as_numpy)
+
+    def _composed(self, f: Tensor | None, h: Tensor | None, chosen: Backend, by_row: bool) -> Tensor:
         found, norms = chosen.row_stats(f, h, self.want)
         stats = RowStats(found, f.shape[1] if f is not None else 0, self.want.temperature)
         columns = []
@@ -346,7 +359,7 @@ class _Plan:
             u = None if order is None or norms is None else norms[:, self.want.orders.index(order)]
             params = self.params[entry.name]
             columns.append(entry.compose(stats, u, params=params, log=self.want.log, oriented=self.oriented))
-        return torch.stack(columns, -1 if by_row else 0).reshape(shape).to(dtype)
+        return torch.stack(columns, -1 if by_row else 0)
 
     def _check_given(self, f: Tensor | None, h: Tensor | None) -> None:
         for entry, _ in self.scores:
@@ -382,13 +395,6 @@ def _keep(key: Any, plan: _Plan) -> _Plan:
     return plan
 
 
-def _rows(f: Tensor | None, h: Tensor | None) -> tuple[int]:
-    x = f if f is not None else h
-    if x is None:
-        raise TypeError("logits must be a torch tensor or a numpy array, got None")
-    return (x.shape[0],)
-
-
 def _entry(method: str, argument: str = "method") -> Score:
     entry = SCORES.get(method) if isinstance(method, str) else None
     return entry or SCORES[choice(argument, method, tuple(SCORES))]
@@ -400,13 +406,13 @@ def _names(argument: str, names: Any) -> list[Any]:
     return list(names)
 
 
-def _order(entry: Score, norm: float | EllipsisType | None, feats: Tensor | None) -> float | None:
+def _order(entry: Score, norm: float | EllipsisType | None, with_feats: bool) -> float | None:
     """The order of U: fixed for a gradient score, the caller's for any other."""
     if entry.gradient:
         if norm is not ...:
             raise ValueError(f"norm: {entry.name} = {entry.formula} has a norm of its own, got norm={norm!r}")
         return float(entry.gradient["order"])
-    order = norm_of(norm, BEST_NORM if feats is not None or not entry.stats else None)
+    order = norm_of(norm, BEST_NORM if with_feats or not entry.stats else None)
     if order is None and not entry.stats:
         raise ValueError(f"norm must be an order r >= 0 for {entry.name!r}, got None")
     return order
@@ -440,4 +446,6 @@ def _stat(stat: Any) -> Stat:
         if int(M) != M:
             raise ValueError(f"M must be a whole number of classes, got {M!r}")
         return name, number("gamma", gamma, above=0), int(M)
+    if name == "gradient":
+        raise ValueError("stats: gradient is asked for by fastood.gradient_norm")
     return str(name)

@@ -65,8 +65,7 @@ def gradient_norm(
     expectation : {"inside", "outside"}
         Where the expectation stands.
     temperature, bias, backend
-        As in ``fastood.score``. Table 1's rows come from the backend's row statistics; other combinations, and
-        distributions given by the caller, from plain PyTorch.
+        As in ``fastood.score``.
 
     Notes
     -----
@@ -86,59 +85,39 @@ def gradient_norm(
     f, h, as_numpy = logits_and_feats(logits, feats)
     f, h = _given("logits", f), _given("feats", h)
     T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)
-    q = labels if isinstance(labels, str) else _distribution(labels, f, as_numpy)
+    q = None if isinstance(labels, str) else _label_probabilities(labels, f, as_numpy)
+    kind = str(labels) if q is None else "given"
+    stats, formula = _in_statistics(kind, order, power, expectation, f.shape[1])
     dtype = result_dtype(f, h)
-    rows = select(backend, f.device, dtype)
-    want = Want(orders=(order,), temperature=T, bias=bool(bias))
-    closed = _closed_form(q, order, power, expectation, f.shape[1])
-    if closed is not None:
-        stats, u = rows.row_stats(f, h, want._replace(stats=closed[0]))
-        v = closed[1]({name: stat.double() for name, stat in stats.items()})
-    else:
-        _, u = rows.row_stats(None, h, want)
-        v = _by_classes(f, q, order, power, expectation, T)
+    found, u = select(backend, f.device, dtype).row_stats(f, h, Want(stats, (order,), T, bool(bias)), q)
     assert u is not None
+    v = formula({name: stat.double() for name, stat in found.items()})
     return give((reference.Powers(u[:, 0] / T)(power) * v).to(dtype), as_numpy)
 
 
-def _closed_form(
-    q: str | Tensor, order: float, power: float, expectation: Expectation, C: int
-) -> tuple[tuple[Stat, ...], Callable[[dict[Any, Tensor]], Tensor]] | None:
-    """|| E_q[e_Y - p] ||^power or E_q[ ||e_Y - p||^power ] as a formula over row statistics, where there is one."""
-    if isinstance(q, Tensor):
-        return None
-    if expectation == "inside":
-        if q == "predicted":
+def _in_statistics(
+    q: str, order: float, power: float, expectation: Expectation, C: int
+) -> tuple[tuple[Stat, ...], Callable[[dict[Any, Tensor]], Tensor]]:
+    """|| E_q[e_Y - p] ||^power or E_q[ ||e_Y - p||^power ] as a formula over row statistics, the cheapest that do."""
+    one = order == power == 1  # ||e_y - p||_1 = 2 (1 - p_y)
+    two = order == power == 2  # ||e_y - p||_2^2 = 1 - 2 p_y + S_2
+    match q, expectation:
+        case "predicted", "inside":
             return ("msp",), lambda s: 0 * s["msp"]  # E_p[e_Y - p] = 0, exactly
-        return (("tv",), lambda s: reference.Powers(2 * s["tv"])(power)) if order == 1 else None
-    if order == power == 1:  # ||e_y - p||_1 = 2 (1 - p_y)
-        return {
-            "uniform": (("msp",), lambda s: 0 * s["msp"] + 2 * (C - 1) / C),
-            "predicted": (("one_minus_s2",), lambda s: 2 * s["one_minus_s2"]),
-        }.get(q)
-    if order == power == 2:  # ||e_y - p||_2^2 = 1 - 2 p_y + S_2
-        return {
-            "uniform": (("s2",), lambda s: 1 - 2 / C + s["s2"]),
-            "predicted": (("one_minus_s2",), lambda s: s["one_minus_s2"]),
-            "log_predicted": (
-                ("s2", "sumlogp", "plogp"),
-                lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"],
-            ),
-        }[q]
-    return None
-
-
-def _by_classes(
-    logits: Tensor, q: str | Tensor, order: float, power: float, expectation: Expectation, T: float
-) -> Tensor:
-    """The same in plain PyTorch, for any q, order and power, some rows at a time: no temporary is [N, C]."""
-    n = max(1, (1 << 18) // logits.shape[1])
-    qs = [q] * -(-len(logits) // n) if isinstance(q, str) else list(q.split(n))
-    out = [logits.new_zeros(0, dtype=torch.float64)]
-    for f_n, q_n in zip(logits.split(n), qs, strict=False):
-        rows = reference.Softmax(f_n, T)
-        out.append((rows.gradient_inside if expectation == "inside" else rows.gradient_outside)(q_n, order, power))
-    return torch.cat(out)
+        case "uniform", "inside" if order == 1:
+            return ("tv",), lambda s: reference.Powers(2 * s["tv"])(power)
+        case "uniform", "outside" if one:
+            return ("msp",), lambda s: 0 * s["msp"] + 2 * (C - 1) / C
+        case "predicted", "outside" if one:
+            return ("one_minus_s2",), lambda s: 2 * s["one_minus_s2"]
+        case "uniform", "outside" if two:
+            return ("s2",), lambda s: 1 - 2 / C + s["s2"]
+        case "predicted", "outside" if two:
+            return ("one_minus_s2",), lambda s: s["one_minus_s2"]
+        case "log_predicted", "outside" if two:
+            return ("s2", "sumlogp", "plogp"), lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"]
+    gradient = ("gradient", q, order, power, expectation)
+    return (gradient,), lambda s: s[gradient]
 
 
 def anchor_gradient(
@@ -193,6 +172,10 @@ class BatchGrad:
     temperature, bias
         As in ``fastood.score``, and as G was made with.
 
+    Notes
+    -----
+    ``save`` and ``load`` need safetensors, which ``pip install "fastood[cli]"`` brings.
+
     Examples
     --------
     >>> import torch, fastood
@@ -235,9 +218,11 @@ class BatchGrad:
         wanted = [f.shape[1], h.shape[1] + self.anchors.bias]
         if list(G.shape) != wanted:
             raise ValueError(f"G must be {wanted}, got shape {list(G.shape)}")
-        if G.device != f.device or self._numpy != as_numpy:
-            kind = "ndarray" if self._numpy else "Tensor"
-            raise ValueError(f"G must be of the kind and on the device of logits, got {kind} on {G.device}")
+        if self._numpy != as_numpy:
+            of_logits, of_g = ("numpy array" if x else "torch tensor" for x in (as_numpy, self._numpy))
+            raise TypeError(f"mixed inputs: logits is a {of_logits}, G is a {of_g}")
+        if G.device != f.device:
+            raise ValueError(f"G must be on the device of logits, {f.device}, got {G.device}")
         dtype = result_dtype(f, h, G)
         raw = select(backend, f.device, dtype).batchgrad(f, h, self.anchors)
         return give(((-1 if oriented else 1) * raw).to(dtype), as_numpy)
@@ -252,11 +237,15 @@ class BatchGrad:
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> BatchGrad:
         """What ``save`` wrote, with G as a tensor on `device`."""
-        with library("safetensors").safe_open(path, framework="pt", device=str(device)) as file:
-            options = file.metadata() or {}
-            if options.get("fastood") != "BatchGrad":
-                raise ValueError(f"path must be a file that BatchGrad.save wrote, got {os.fspath(path)!r}")
-            G = file.get_tensor("G")
+        safetensors = library("safetensors")
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                options = file.metadata() or {}
+                G = file.get_tensor("G") if options.get("fastood") == "BatchGrad" else None
+        except safetensors.SafetensorError:
+            G = None
+        if G is None:
+            raise ValueError(f"path must be a file that BatchGrad.save wrote, got {os.fspath(path)!r}")
         return cls(G, temperature=float(options["temperature"]), bias=options["bias"] == "1")
 
 
@@ -454,7 +443,8 @@ def _deep_norms(
     q = None
     if not isinstance(labels, str):
         with torch.no_grad():
-            q = _distribution(labels, model(inputs[:1]).expand(len(inputs), -1), as_numpy=False).double()
+            logits = model(inputs[:1]).expand(len(inputs), -1)
+            q = reference.distribution(_label_probabilities(labels, logits, as_numpy=False)).double()
     batched = torch.func.vmap(lambda x, q: of_one(x, q, at_a_time), in_dims=(0, None if q is None else 0))
     chunks = [slice(i, i + n) for i in range(0, len(inputs), n)]
     norms = [batched(inputs[c], None if q is None else q[c]) for c in chunks]
@@ -495,8 +485,8 @@ def _classes(name: str, labels: Any, n: int, logits: Tensor) -> Tensor:
     return y.long()
 
 
-def _distribution(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
-    """Label probabilities [N, C] beside logits; NaN in place of a row that is not a distribution."""
+def _label_probabilities(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
+    """`labels` [N, C], of the kind and on the device of logits; whether each row is a distribution is not asked."""
     if not isinstance(labels, np.ndarray if as_numpy else Tensor):
         kind = "numpy array" if as_numpy else "torch tensor"
         got = type(labels).__name__
@@ -507,10 +497,7 @@ def _distribution(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
         wanted = f"{list(logits.shape)}, a distribution per row (one-hot for classes)"
         raise ValueError(f"labels must be {wanted}, got {list(q.shape)}")
     same_rows("labels", q, logits)
-    q = q.to(torch.promote_types(logits.dtype, torch.float32))
-    # Probabilities in a half type do not sum to 1 exactly.
-    good = (q >= 0).all(-1) & ((q.sum(-1) - 1).abs() < 1e-2)
-    return torch.where(good[:, None], q, math.nan)
+    return q
 
 
 def _given(name: str, x: Tensor | None) -> Tensor:

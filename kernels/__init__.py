@@ -3,10 +3,12 @@
 Every score of fastood is an O(N) formula over a few numbers per row. A *backend* is a module in
 this folder that computes those numbers; it has four functions:
 
-``row_stats(logits, feats, want) -> (stats, norms)``
+``row_stats(logits, feats, want, labels) -> (stats, norms)``
     ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
     column per order in ``want.orders`` (``None`` where none was asked for). Both come in float32
-    or wider; norms always in float64, so that U * V overflows only where the product does.
+    or wider; norms and gradients always in float64, so that U * V overflows only where the product does.
+    ``labels`` is the q of a gradient whose q is "given", [N, C] of any float type, not yet checked: a row
+    that is no distribution gives NaN.
 ``products(logits, feats, job, shape, dtype, by_row) -> out | None``
     Finished scores in one go: each ``Product`` of the job, [N, K] where `by_row`, else [K, N], as `shape`; or
     None where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # A statistic is named by a string, or by a tuple of a string and its parameters.
-Stat = str | tuple[str, float] | tuple[str, float, int]
+Stat = str | tuple[str, float] | tuple[str, float, int] | tuple[str, str, float, float, str]
 
 STATISTICS: dict[str, str] = {
     "fmax": "max_k f_k",
@@ -51,6 +53,10 @@ STATISTICS: dict[str, str] = {
     "sumlogp": "sum_k log p_k",
     "power_sum": "('power_sum', r): S_r = sum_k p_k^r, r > 0",
     "gen": "('gen', gamma, M): sum over the M largest p of p^gamma (1 - p)^gamma",
+    "gradient": (
+        "('gradient', q, r, power, expectation): || E_q[e_Y - p] ||_r^power ('inside') or E_q[ || e_Y - p ||_r^power ] "
+        "('outside'), q 'uniform', 'predicted', 'log_predicted' (weights log p_y, 'outside' only) or 'given'"
+    ),
 }
 
 
@@ -92,7 +98,7 @@ class Anchors:
 
 class Backend(Protocol):
     def row_stats(
-        self, logits: Tensor | None, feats: Tensor | None, want: Want
+        self, logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
     ) -> tuple[dict[Stat, Tensor], Tensor | None]: ...
 
     def products(

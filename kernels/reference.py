@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fastood.kernels import Anchors, Stat, Want
 
 
+_TILE = 1 << 22  # elements of the largest temporary of what could need far larger ones
+
+
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
@@ -34,13 +37,18 @@ def products(*_: object) -> None:
     """Nothing to gain over row_stats."""
 
 
-def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
+def row_stats(
+    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
+) -> tuple[dict[Stat, Tensor], Tensor | None]:
     stats: dict[Stat, Tensor] = {}
     if want.stats:
         assert logits is not None
         rows = Softmax(logits, want.temperature)
         for stat in want.stats:
-            stats[stat] = getattr(rows, stat) if isinstance(stat, str) else getattr(rows, stat[0])(*stat[1:])
+            if stat[0] == "gradient":
+                stats[stat] = gradient(logits, labels, want.temperature, *stat[1:])
+            else:
+                stats[stat] = getattr(rows, stat) if isinstance(stat, str) else getattr(rows, stat[0])(*stat[1:])
     norms = None
     if want.orders:
         assert feats is not None
@@ -259,7 +267,8 @@ class Softmax:
             others = 1 + self._rows(row_sum(relative.exp()).double()) - relative.exp()
             others = others * (order * (self._rows(self.log_msp) - (-p).log1p())).exp()
             norm = norm * Powers(1 + others)(power / order)
-            others_top = row_sum((order * (self.z - self._rows(self.total.log()))).exp()).double()
+            total = self.total.clamp(min=1)  # 0 where there is one class alone
+            others_top = row_sum((order * (self.z - self._rows(total.log()))).exp()).double()
             norm_top = norm_top * Powers(1 + others_top)(power / order)
         norm = norm.scatter(-1, self.top[:, None], 0)
         if isinstance(q, Tensor):
@@ -274,6 +283,27 @@ class Softmax:
     def _peeled(self, q: Tensor) -> Tensor:
         """q of the peeled maximum, float64."""
         return q.gather(-1, self.top[:, None])[:, 0].double()
+
+
+def gradient(
+    logits: Tensor, labels: Tensor | None, T: float, q: str, order: float, power: float, expectation: str
+) -> Tensor:
+    """|| E_q[e_Y - p] ||_order^power or E_q[ || e_Y - p ||_order^power ], [N] float64, some rows at a time."""
+    n = max(1, _TILE // (16 * logits.shape[1]))
+    chunks = logits.split(n)
+    out = [logits.new_zeros(0, dtype=torch.float64)]
+    for f_n, labels_n in zip(chunks, labels.split(n) if labels is not None else [None] * len(chunks), strict=True):
+        rows = Softmax(f_n, T)
+        q_n = distribution(labels_n).to(rows.f.dtype) if labels_n is not None else q
+        out.append((rows.gradient_inside if expectation == "inside" else rows.gradient_outside)(q_n, order, power))
+    return torch.cat(out)
+
+
+def distribution(labels: Tensor) -> Tensor:
+    """Label probabilities, float32 or wider; NaN in place of a row that is not a distribution."""
+    q = working(labels)
+    good = (q >= 0).all(-1) & ((q.sum(-1) - 1).abs() < 1e-2)  # those in a half type do not sum to 1 exactly
+    return torch.where(good[:, None], q, math.nan)
 
 
 def _exp_quotient(a: Tensor, b: Tensor, T: float) -> Tensor:
@@ -378,8 +408,6 @@ def _split_r_ln2(r: float, bits: int) -> tuple[float, float]:
 
 
 # ---- BatchGrad
-
-_TILE = 1 << 22  # elements of the largest temporary
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:

@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Each tells whether something looks into torch's operations; the C++ backend asks them too.
+MODES = (
+    torch._C._is_tracing,  # torch.jit.trace
+    torch._C._are_functorch_transforms_active,  # vmap, jvp, torch.func.grad
+    torch._C._len_torch_dispatch_stack,  # make_fx, FakeTensorMode and the like
+)
+
 
 def traced(*tensors: Tensor | None) -> bool:
     """Whether plain torch operations are asked for: by a compiler or transform, for autograd, for a subclass."""
-    return torch.compiler.is_compiling() or transformed() or any(x is not None and _grows(x) for x in tensors)
+    return torch.compiler.is_compiling() or _transformed() or any(x is not None and _grows(x) for x in tensors)
 
 
-def transformed() -> bool:
-    return (
-        torch._C._is_tracing()  # torch.jit.trace
-        or torch._C._are_functorch_transforms_active()  # vmap, jvp, torch.func.grad
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FakeTensorMode and the like
-    )
+def _transformed() -> bool:
+    return any(mode() for mode in MODES) or forward_ad._current_level >= 0
 
 
 def _grows(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 import truth
 
 import fastood
+from fastood import api
 
 cpu = pytest.importorskip("fastood.kernels.cpu")
 if cpu._native is None:
@@ -130,6 +131,34 @@ def test_chunk_edges(level, columns, masked):
         truth.assert_close(got, expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
 
 
+@pytest.mark.parametrize("columns", [511, 513, 8192, 8193, 20_000])
+@pytest.mark.parametrize(("order", "power"), [(1, 1), (2, 1), (1.5, 0.5), (math.inf, 2)])
+def test_gradients_at_chunk_edges(level, columns, order, power):
+    """Against the definition in long double; one row's maximum is in its last chunk."""
+    rng = np.random.default_rng(columns)
+    x = rng.standard_normal((2, columns)) * 4
+    x[0, -1] = 30
+    f = torch.from_numpy(x).float()
+    q = torch.from_numpy(rng.dirichlet(np.ones(columns), 2)).float()
+    q[0] = 0
+    q[0, -1] = 1
+    for i, (row, w) in enumerate(zip(truth.widen(f), truth.widen(q), strict=True)):
+        p, not_p, _ = truth.softmax_row(row, 1.0)
+        top, r = int(row.argmax()), truth.LD(order)
+        away = np.abs(w - p)
+        away[top] = abs((w[top] - 1) + not_p[top])
+        if order == math.inf:
+            inside, outside = away.max(), not_p
+        else:
+            inside = (away**r).sum() ** (1 / r)
+            others = (p**r).sum() - p**r
+            others[top] = (np.delete(p, top) ** r).sum()
+            outside = (not_p**r + others) ** (1 / r)
+        for expectation, expected in (("inside", inside**power), ("outside", (w * outside**power).sum())):
+            got = fastood.gradient_norm(f, torch.ones(2, 1), q, order, power, expectation, backend="cpu")[i]
+            assert abs(got.item() - expected) <= 400 * 2**-24 * expected
+
+
 def test_many_orders_and_power_sums_at_once(level):
     h, f = torch.rand(3, 100) + 0.1, torch.randn(3, 40)
     orders = [0.05 * k for k in range(1, 100)]
@@ -151,10 +180,12 @@ def test_bits_do_not_depend_on_threads(N, C, D):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(torch.stack(list(fastood.scores(f, h, backend="cpu").values())))
+        gradients = [fastood.gradient_norm(f, h, "predicted", 3, 0.5, "outside"), fastood.gradient_norm(f, h, order=2)]
+        results.append(torch.stack([*fastood.scores(f, h, backend="cpu").values(), *gradients]))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+    assert torch.equal(fastood.gradient_norm(f.repeat(9, 1), h.repeat(9, 1), order=2)[:N], gradients[1])
 
 
 def test_without_the_extension_it_says_so_once():
@@ -254,6 +285,9 @@ fastood.score(f, h, "gradnorm", backend="cpu")
 fastood.norms(h, [0.1, 0.3, 1, 2], backend="cpu")
 fastood.score(f, h, "exgrad", log=True, backend="cpu")
 fastood.row_stats(f, backend="cpu")
+for q in (torch.full((1, 1000), 0.001), torch.full((1, 1000), 0.001).half()):
+    fastood.gradient_norm(f, h, q.expand(20000, 1000), backend="cpu")
+    fastood.gradient_norm(f, h, q.expand(20000, 1000), 3, 1, "outside", backend="cpu")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -306,18 +340,26 @@ def test_few_classes(level, N, C, dtype):
     assert torch.equal(alone.nan_to_num(7), got["tv"].nan_to_num(7))
 
 
-# ---- the short way of one score of plain tensors
+# ---- the short way of plain tensors
 
 
-def test_short_way_gives_the_same_bits():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
-        for arguments in ((f,), (f, None, "msp"), (f, h), (f, h, "exgrad")):
-            long = fastood.score(*arguments, backend="cpu")
-            for _ in range(2):  # the first call may be the one that finds out that the short way will do
-                short = fastood.score(*arguments)
-                assert short.dtype == torch.float32
-                assert torch.equal(short, long)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_short_way_gives_the_same_bits(dtype):
+    f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
+    for call in (
+        lambda: fastood.score(f),
+        lambda: fastood.score(f, None, "msp"),
+        lambda: fastood.score(f, h),
+        lambda: fastood.score(f, h, "exgrad"),
+        lambda: fastood.sweep(f, h),
+        lambda: fastood.sweep(f, h, ["tv"], [None, 2]),
+        lambda: torch.stack(list(fastood.scores(f, h, ["msp", "tv", "exgrad"]).values())),
+    ):
+        api._PLANS.clear()  # the first call finds out that the short way will do
+        long, short = call(), call()
+        assert next(iter(api._PLANS.values())).plain
+        assert short.dtype == torch.float32
+        assert torch.equal(short, long)
 
 
 def test_what_is_not_plain_goes_the_long_way():
@@ -345,9 +387,14 @@ def test_what_is_not_plain_goes_the_long_way():
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             fastood.score(wrong)
-    with pytest.raises(ValueError, match="feats must have the 5 rows"):
-        fastood.score(f, h[:4])
+    fastood.sweep(f, h)
+    for call in (fastood.score, fastood.sweep):
+        with pytest.raises(ValueError, match="feats must have the 5 rows"):
+            call(f, h[:4])
     assert fastood.score(f[:0], h[:0]).shape == (0,)
+    assert fastood.sweep(f[:0], h[:0]).shape == (0, 4, 12)
+    with pytest.raises(TypeError, match="norms must be a number, got bool"):
+        fastood.sweep(f, h, norms=(0, 0.1, 0.3, 0.5, 0.8, True, 2, 3, 4, 5, 6, math.inf))  # equal to the default
 
 
 # ---- the seam with PyTorch

@@ -1,13 +1,16 @@
 """Closed forms of gradient norms against explicit autograd, class by class, in float64."""
 
+import functools
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import truth
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import fastood
@@ -84,18 +87,27 @@ def test_registry_names_the_same_rows():
     assert recorded == ROWS
 
 
+@functools.lru_cache
+def gradients_of_head(C, T):
+    h, W, f = head(1, C=C)
+    return h, f, per_class_gradients(h, W, T)
+
+
+@pytest.mark.parametrize("C", [5, 60])  # a row a lane in C++, and a lane an element
 @pytest.mark.parametrize("order", [0.5, 1, 1.5, 2, 3, math.inf])
 @pytest.mark.parametrize("power", [0.5, 1, 2])
-def test_gradient_norm_in_general(order, power):
+def test_gradient_norm_in_general(backend, C, order, power):
     T = 0.7
-    h, W, f = head(1)
+    h, f, g = gradients_of_head(C, T)
     q = torch.softmax(torch.randn(f.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64), -1)
-    one_hot = torch.nn.functional.one_hot(f.argmax(-1), f.shape[1]).double()
-    g = per_class_gradients(h, W, T)
-    for labels, expectation in itertools.product(["uniform", "predicted", q, one_hot], ["inside", "outside"]):
+    one_hot = torch.nn.functional.one_hot(f.argmax(-1), C).double()
+    kinds = ["uniform", "predicted", "log_predicted", q, one_hot]
+    for labels, expectation in itertools.product(kinds, ["inside", "outside"]):
+        if isinstance(labels, str) and (labels, expectation) == ("log_predicted", "inside"):
+            continue
         w = weights(labels, f, T) if isinstance(labels, str) else labels
         expected = expected_norm(g, w, order, power, expectation)
-        got = fastood.gradient_norm(f, h, labels, order, power, expectation, temperature=T)
+        got = fastood.gradient_norm(f, h, labels, order, power, expectation, temperature=T, backend=backend)
         if isinstance(labels, str) and (labels, expectation) == ("predicted", "inside"):
             assert (got == 0).all()  # exactly; autograd leaves rounding noise
         else:
@@ -112,36 +124,92 @@ def test_gradient_norm_in_general(order, power):
         ([800.0, 0.0], 1.0, "predicted", 2, 0.5, math.exp(-400) * 2**0.25),
     ],
 )
-def test_orders_and_powers_whose_terms_underflow(f, T, labels, order, power, expected):
-    f = torch.tensor([f], dtype=torch.float64)
-    got = fastood.gradient_norm(f, torch.ones(1, 1).double(), labels, order, power, "outside", temperature=T)
+def test_orders_and_powers_whose_terms_underflow(backend, f, T, labels, order, power, expected):
+    f, options = torch.tensor([f], dtype=torch.float64), {"temperature": T, "backend": backend}
+    got = fastood.gradient_norm(f, torch.ones(1, 1).double(), labels, order, power, "outside", **options)
     assert got.item() == pytest.approx(expected, rel=1e-9)
     if f.max() < 100:
-        got = fastood.gradient_norm(f.float(), torch.ones(1, 1), labels, order, power, "outside", temperature=T)
+        got = fastood.gradient_norm(f.float(), torch.ones(1, 1), labels, order, power, "outside", **options)
         assert got.item() == pytest.approx(expected, rel=1e-5)
 
 
-@given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
-def test_gradient_norm_in_lower_precision(seed, dtype):
-    """float32 arithmetic on any input type, against the long double closed form."""
+def gradient_truth(f, labels, order, power, expectation, T, eps):
+    """|| E_q[e_Y - p] ||^power or E_q[ || e_Y - p ||^power ] in long double, and the error allowed: two [N]."""
+    values, allowed = [], []
+    q = truth.widen(labels) if not isinstance(labels, str) else None
+    r, x = truth.LD(order), truth.LD(power)
+    for i, (row, span) in enumerate(zip(truth.widen(f), truth.span(f) / T, strict=True)):
+        p, not_p, log_p = truth.softmax_row(row, T)
+        w = q[i] if q is not None else {"predicted": p, "log_predicted": log_p}.get(labels, np.full_like(p, 1) / len(p))
+
+        def size(a):
+            return a.max() if order == math.inf else (a**r).sum() ** (1 / r)
+
+        relative = (64 + 8 * min(span, 104)) * eps * max(1, 1 / r) * (1 + x)
+        if expectation == "inside":
+            away = np.abs(w - p)
+            top = int(np.argmax(row))
+            away[top] = abs((w[top] - 1) + not_p[top])
+            # A difference is as good as its terms; a root of a small one is not.
+            of_terms = np.where((np.arange(len(p)) == top) & (w == 1), 0, 4 * eps * np.maximum(w, p))
+            value = size(away) ** x
+            error = size(away + of_terms) ** x - value
+        else:
+            norms = [size(np.append(np.delete(p, y), not_p[y])) ** x for y in range(len(p))]
+            value = sum((a * b for a, b in zip(w, norms, strict=True)), truth.LD(0))
+            error = 0
+        values.append(value)
+        allowed.append(error + relative * abs(value))
+    return np.array(values), np.array(allowed)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    C=st.sampled_from([1, 2, 5, 16, 17, 48, 49, 130, 700]),
+    T=st.sampled_from([0.25, 1.0, 40.0]),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 10.0]),
+    lead=st.sampled_from([0.0, 5.0, 25.0, 60.0]),
+    masked=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    label_dtype=st.sampled_from(DTYPES),
+    labels=st.sampled_from(["uniform", "predicted", "log_predicted", "soft", "one-hot", "columns of a wider tensor"]),
+    order=st.sampled_from([0.5, 1, 1.5, 2, 3, 12, math.inf]),
+    power=st.sampled_from([0.5, 1, 2, 3]),
+    expectation=st.sampled_from(["inside", "outside"]),
+)
+def test_gradient_norm_in_every_type(
+    backend, seed, C, T, spread, lead, masked, dtype, label_dtype, labels, order, power, expectation
+):
+    assume(labels != "log_predicted" or expectation == "outside")
     g = torch.Generator().manual_seed(seed)
-    n, C, D = 2, int(torch.randint(2, 40, (), generator=g)), int(torch.randint(1, 40, (), generator=g))
-    f = (torch.randn(n, C, generator=g) * 5).to(dtype)
-    h = torch.randn(n, D, generator=g).to(dtype)
-    q = torch.softmax(torch.randn(n, C, generator=g), -1)
-    for order, power in [(1, 1), (2, 2), (1.5, 0.5)]:
-        u = truth.norm(h, order) ** power
-        inside, outside = [], []
-        for row, label in zip(truth.widen(f), truth.widen(q), strict=True):
-            p, not_p, _ = truth.softmax_row(row, 1.0)
-            away = np.array([np.r_[not_p[y], np.delete(p, y)] for y in range(C)])
-            outside.append((label * (away**order).sum(1) ** (truth.LD(power) / order)).sum())
-            inside.append((np.abs(label - p) ** order).sum() ** (truth.LD(power) / order))
-        for expectation, v in (("inside", np.array(inside)), ("outside", np.array(outside))):
-            got = fastood.gradient_norm(f, h, q, order, power, expectation)
-            assert got.dtype == torch.float32
-            allowed = 2**-24 * (200 * u * v + 16 * u * max(1, power))
-            truth.assert_close(got, u * v, allowed, f"{expectation} {order} {power}")
+    z = torch.randn(3, C, generator=g, dtype=torch.float64) * spread
+    top = torch.randint(C, (3,), generator=g)
+    z[torch.arange(3), top] = z.amax(-1) + lead
+    if masked:
+        z[:, ::3] = torch.where(z[:, ::3] == z.amax(-1, keepdim=True), z[:, ::3], -math.inf)
+    f = (z * T).to(dtype)
+    if labels == "one-hot":
+        labels = torch.nn.functional.one_hot(top, C).to(label_dtype)
+    elif labels not in ("uniform", "predicted", "log_predicted"):
+        q = torch.zeros(3, C + 2, dtype=label_dtype)[:, 1:-1] if labels != "soft" else torch.zeros(3, C).to(label_dtype)
+        labels = q.copy_(torch.softmax(torch.randn(3, C, generator=g) * 3, -1))
+    h = torch.ones(3, 1, dtype=dtype)
+    got = fastood.gradient_norm(f, h, labels, order, power, expectation, temperature=T, backend=backend)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    eps = truth.EPS[str(dtype).removeprefix("torch.")]
+    with np.errstate(all="ignore"):
+        value, allowed = (x / T**power for x in gradient_truth(f, labels, order, power, expectation, T, eps))
+    if isinstance(labels, str) and (labels, expectation) == ("predicted", "inside"):
+        value = 0 * value
+    truth.assert_close(got, value, allowed, f"{expectation} {order} {power}")
+    alone = fastood.gradient_norm(
+        f[1:2], h[:1], labels if isinstance(labels, str) else labels[1:2], order, power, expectation, temperature=T,
+        backend=backend,
+    )  # fmt: skip
+    assert torch.equal(alone, got[1:2])
 
 
 def test_exgrad_keeps_its_precision_when_the_network_is_sure():
@@ -152,26 +220,39 @@ def test_exgrad_keeps_its_precision_when_the_network_is_sure():
     truth.assert_close(got, expected, 2**-24 * 400 * expected)
 
 
-@given(seed=st.integers(0, 2**31), C=st.integers(1, 30), D=st.integers(1, 30), T=st.sampled_from([0.1, 1.0, 5.0]))
+@given(seed=st.integers(0, 2**31), C=st.integers(1, 90), D=st.integers(1, 30), T=st.sampled_from([0.1, 1.0, 5.0]))
 def test_identities(backend, seed, C, D, T):
     g = torch.Generator().manual_seed(seed)
     f, h = torch.randn(2, C, generator=g) * 10, torch.randn(2, D, generator=g)
+    l1 = fastood.norms(h, [1], backend=backend)[:, 0]
+    # The same identities from distributions that are given, which no closed form knows of.
+    p, uniform = torch.softmax(f.double() / T, -1), torch.full_like(f, 1 / C)
+    nothing = fastood.gradient_norm(f, h, p, temperature=T, backend=backend)
+    assert (nothing <= 2 / T * l1 * (32 + 4 * 104) * 2**-24).all()
+    constant = fastood.gradient_norm(f, h, uniform, expectation="outside", temperature=T, backend=backend)
+    torch.testing.assert_close(constant, 2 / T * (C - 1) / C * l1)
     assert (fastood.gradient_norm(f, h, "predicted", temperature=T, backend=backend) == 0).all()
     assert (fastood.score(f, h, "norm_eg_p_l2sq", temperature=T, backend=backend) == 0).all()
     constant = fastood.score(f, h, "eg_u_l1", temperature=T, backend=backend)
-    torch.testing.assert_close(constant, 2 / T * (C - 1) / C * fastood.norms(h, [1], backend=backend)[:, 0])
+    torch.testing.assert_close(constant, 2 / T * (C - 1) / C * l1)
     torch.testing.assert_close(
         fastood.gradient_norm(f, h, temperature=T), fastood.score(f, h, "gradnorm", temperature=T)
     )
 
 
-def test_a_row_of_labels_that_is_no_distribution_is_nan():
-    h, _, f = head(3, n=4)
+@pytest.mark.parametrize("C", [5, 60])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_row_that_is_no_distribution_is_nan_alone(backend, C, order):
+    h, _, f = head(3, n=7, C=C)
     q = torch.full_like(f, 1 / f.shape[1])
     q[1, 0], q[2, 0], q[3] = -0.1, 0.9, math.nan
+    q[1, 1] += 0.1 + 1 / C  # sums to 1 all the same
+    f[4, 0], f[5], f[6, 1] = math.nan, -math.inf, math.inf
     for expectation in ("inside", "outside"):
-        got = fastood.gradient_norm(f, h, q, expectation=expectation)
-        assert got.isnan().tolist() == [False, True, True, True]
+        got = fastood.gradient_norm(f, h, q, order, expectation=expectation, backend=backend)
+        assert got.isnan().tolist() == [False] + 6 * [True]
+    got = fastood.gradient_norm(f, h, "predicted", order, 0.5, "outside", backend=backend)
+    assert got.isnan().tolist() == 4 * [False] + 3 * [True]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +331,10 @@ def test_batchgrad_arguments():
     assert np.array_equal(fastood.anchor_gradient(f.numpy(), h.numpy(), y.numpy()), G.numpy())
     with pytest.raises(ValueError, match=r"G must be \[3, 3\], got shape \[3, 2\]"):
         fastood.batchgrad(f, h, G, bias=True)
+    with pytest.raises(TypeError, match="mixed inputs: logits is a numpy array, G is a torch tensor"):
+        fastood.BatchGrad(G).score(f.numpy(), h.numpy())
+    with pytest.raises(ValueError, match="G must be on the device of logits, cpu, got meta"):
+        fastood.BatchGrad(G.to("meta")).score(f, h)
     with pytest.raises(ValueError, match=r"labels must be classes 0..2, got 0..3"):
         fastood.anchor_gradient(f, h, torch.arange(4))
     with pytest.raises(TypeError, match=r"labels must be integers, got torch\.float32"):
@@ -355,6 +440,11 @@ def test_batchgrad_is_saved_and_loaded(tmp_path):
     save_file({"G": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"path must be a file that BatchGrad.save wrote, got '.*other"):
         fastood.BatchGrad.load(tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match=r"path must be a file that BatchGrad.save wrote, got '.*text"):
+        fastood.BatchGrad.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        fastood.BatchGrad.load(tmp_path / "missing")
 
 
 # ---- all parameters
@@ -460,3 +550,25 @@ def test_deep_gradient_norm_arguments():
         fastood.deep_gradient_norm(network(), x.numpy())
     with pytest.raises(ValueError, match="model must map inputs"):
         fastood.deep_gradient_norm(torch.nn.Linear(6, 2).double().eval(), x[:, None])
+
+
+def test_deep_rows_take_bounded_memory():
+    """All gradients of 1024 inputs at once would take 830 MiB, and 52 MiB of 64; each call may take about 16."""
+    code = """
+import resource, torch, fastood
+from torch import nn
+torch.set_num_threads(1)
+body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.Flatten())
+net = nn.Sequential(body, nn.Linear(144, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+x, limit = torch.randn(1024, 3, 16, 16), {"max_bytes": 16 << 20}
+def rows(n):
+    fastood.deep_gradient_norm(net, x[:n], **limit)
+    fastood.deep_gradient_norm(net, x[:n], "predicted", expectation="outside", **limit)
+    fastood.deep_batchgrad(net, x[:n], x[:40], torch.arange(40) % 10, **limit)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(rows(1), rows(64), rows(1024))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    one, some, many = (int(kib) / 1024 for kib in out.split())
+    assert some - one < 2 * 16
+    assert many - some < 16

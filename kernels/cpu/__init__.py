@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastood.kernels import reference
-from fastood.kernels.seam import traced, transformed
+from fastood.kernels.seam import MODES, traced
 
 _native: Any = None
 MISSING = ""  # why there is no C++ part
@@ -42,7 +44,9 @@ _STATS = {
     "power_sum": 11,
     "gen": 12,
     "log_one_minus_s2": 13,
+    "gradient": 14,
 }
+_LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call; as many statistics as orders
 
@@ -55,14 +59,17 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if traced(logits, feats):
-        return reference.row_stats(logits, feats, want)
+def row_stats(
+    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
+) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    if traced(logits, feats, labels):
+        return reference.row_stats(logits, feats, want, labels)
     if _prepared(want) is not None:
-        return _run(logits, feats, want)
+        return _run(logits, feats, want, labels)
     stats: dict[Stat, Tensor] = {}  # in parts that fit one call
-    for i in range(0, len(want.stats), _MOST_POWER_SUMS):
-        stats |= _run(logits, None, want._replace(stats=want.stats[i : i + _MOST_POWER_SUMS], orders=()))[0]
+    n = 1 if _gradients(want) else _MOST_POWER_SUMS
+    for i in range(0, len(want.stats), n):
+        stats |= _run(logits, None, want._replace(stats=want.stats[i : i + n], orders=()), labels)[0]
     norms = []
     for i in range(0, len(want.orders), _MOST_ORDERS):
         norms.append(_run(None, feats, want._replace(stats=(), orders=want.orders[i : i + _MOST_ORDERS]))[1])
@@ -91,10 +98,11 @@ def products(
     return out
 
 
-def score_plain(plan: object, logits: Any, feats: Any) -> Any:
-    """One finished score [N] of plain tensors, or None where ``products`` must be asked: without Python's own part,
-    which takes longer than a row of 1000 logits."""
-    return None if transformed() else _native.score_plain(plan, logits, feats)
+def plain(job: Job, shape: tuple[int, ...]) -> Callable[[Any, Any], Any]:
+    """``products`` of a job that it did before, as a function of logits and feats, for Python's part of it takes longer
+    than a row of 1000 logits. Gives float32 of `shape`, -1 standing for the rows; None if they are not plain tensors.
+    """
+    return partial(_native.plain, prepared(job), shape)
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
@@ -104,7 +112,7 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     if torch.float64 in (logits.dtype, feats.dtype, anchors.G.dtype):
         dtype, logits, feats = torch.float64, logits.double(), feats.double()
     if dtype not in anchors.prepared:
-        plan = _native.prepare(anchors.temperature, (_STATS["lse"],), (0.0,), (0,), (), False, False, ())
+        plan = _native.prepare(anchors.temperature, (_STATS["lse"],), (0.0,), (0,), (), False, False, (), ())
         norms = anchors.G.abs().sum(-1, dtype=torch.float64)
         padded = torch.nn.functional.pad(anchors.G.to(dtype), (0, -anchors.G.shape[1] % 16)).contiguous()
         anchors.prepared[dtype] = plan, padded, norms, norms.sum().item()
@@ -121,15 +129,19 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     return out
 
 
-def _run(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
+def _run(
+    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
+) -> tuple[dict[Stat, Tensor], Tensor | None]:
     x = logits if logits is not None else feats
     assert x is not None
     f, f_arguments = _argument(logits if want.stats else None)
     h, h_arguments = _argument(feats if want.orders else None)
+    q, q_arguments = _argument(labels)
     stats = x.new_empty((len(want.stats), len(x)), dtype=torch.float64)
     norms = x.new_empty((len(x), len(want.orders)), dtype=torch.float64)
-    _native.row_stats(_prepared(want), len(x), *f_arguments, *h_arguments, stats.data_ptr(), norms.data_ptr())
-    del f, h
+    out = stats.data_ptr(), norms.data_ptr()
+    _native.row_stats(_prepared(want), len(x), *f_arguments, *h_arguments, *out, *q_arguments)
+    del f, h, q
     return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
 
 
@@ -142,13 +154,23 @@ def prepared(job: Job) -> object | None:
 
 @lru_cache
 def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
-    powers = sum(s[0] == "power_sum" for s in want.stats)
+    powers, gradients = sum(s[0] == "power_sum" for s in want.stats), _gradients(want)
     if max(len(want.orders), len(want.stats)) > _MOST_ORDERS or powers > _MOST_POWER_SUMS:
         return None
+    if gradients and len(want.stats) > 1:
+        return None
     stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
-    exponents = tuple(0.0 if isinstance(s, str) else float(s[1]) for s in want.stats)
+    exponents = tuple(float(s[1]) if s[0] in ("power_sum", "gen") else 0.0 for s in want.stats)
     counts = tuple(min(int(s[2]), 1 << 62) if len(s) == 3 and s[0] == "gen" else 0 for s in want.stats)
-    return _native.prepare(want.temperature, stats, exponents, counts, want.orders, want.bias, want.log, products)
+    gradient: tuple[Any, ...] = ()
+    for _, q, order, power, expectation in gradients:
+        gradient = expectation == "outside", _LABELS[q], order, power
+    options = want.orders, want.bias, want.log, products
+    return _native.prepare(want.temperature, stats, exponents, counts, *options, gradient)
+
+
+def _gradients(want: Want) -> list[Any]:
+    return [s for s in want.stats if s[0] == "gradient"]
 
 
 def _argument(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:
@@ -172,7 +194,7 @@ def _torch_threads() -> int:
 
 
 if _native is not None:
-    _native.use_torch(Tensor, (torch.float16, torch.bfloat16, torch.float32))
+    _native.use_torch(Tensor, {"dtype": torch.float32}, Tensor.__dlpack_c_exchange_api__, MODES, forward_ad)
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))

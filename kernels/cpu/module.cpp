@@ -50,10 +50,11 @@ static const char PLAN[] = "fastood plan";
 
 static void free_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
 
-// prepare(temperature, stats, powers, counts, orders, bias, log, products): stats are numbers of Stat, powers the r or
-// gamma of each and counts the M, 0 where it has none, products tuples of (stat, order, factor, power, divisor).
+// prepare(temperature, stats, powers, counts, orders, bias, log, products, gradient): stats are numbers of Stat, powers
+// the r or gamma of each and counts the M, 0 where it has none, products tuples of (stat, order, factor, power,
+// divisor), gradient (outside, labels, order, power) or ().
 static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8) return PyErr_Format(PyExc_TypeError, "prepare takes 8 arguments");
+  if (count != 9) return PyErr_Format(PyExc_TypeError, "prepare takes 9 arguments");
   std::unique_ptr<Plan> plan(new Plan);
   LogitsPlan& logits = plan->logits;
   const double T = logits.temperature = PyFloat_AsDouble(args[0]);
@@ -87,6 +88,15 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
     plan->products.push_back({int(PyLong_AsLong(PyTuple_GetItem(p, 0))), int(PyLong_AsLong(PyTuple_GetItem(p, 1))),
                               int(PyLong_AsLong(PyTuple_GetItem(p, 3))), PyFloat_AsDouble(PyTuple_GetItem(p, 2)),
                               PyFloat_AsDouble(PyTuple_GetItem(p, 4))});
+  }
+  if (PyTuple_Size(args[8]) == 4) {
+    GradientPlan& g = plan->gradient;
+    g = {true, bool(PyObject_IsTrue(PyTuple_GetItem(args[8], 0))), int(PyLong_AsLong(PyTuple_GetItem(args[8], 1))),
+         PyFloat_AsDouble(PyTuple_GetItem(args[8], 2)), PyFloat_AsDouble(PyTuple_GetItem(args[8], 3))};
+    if (g.outside && g.order == 2) logits.sums |= SQUARES;
+    else if (g.outside && g.order != 1 && g.order != INFINITY) logits.power[logits.power_sums++] = g.order;
+    for (int is_double = 0; is_double < 2; is_double++)
+      plan_norms(&g.order, 1, !is_double, &plan->gradient_norms[is_double], &plan->gradient_order[is_double]);
   }
   if (PyErr_Occurred()) return nullptr;
   return PyCapsule_New(plan.release(), PLAN, free_plan);
@@ -124,14 +134,15 @@ static bool read_matrices(PyObject* const* args, Request* q) {
   return read_matrix(args + 2, &q->logits) && read_matrix(args + 6, &q->feats);
 }
 
-// row_stats(..., address of [stats, rows] double, address of [rows, orders] double)
+// row_stats(..., address of [stats, rows] double, address of [rows, orders] double, labels (4))
 static PyObject* row_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const Plan* plan = read_plan(args, count, COMMON + 2);
+  const Plan* plan = read_plan(args, count, COMMON + 6);
   if (!plan) return nullptr;
   Request q{*plan};
   if (!read_matrices(args, &q)) return nullptr;
   q.stats_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON]));
   q.norms_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 1]));
+  if (!read_matrix(args + COMMON + 2, &q.labels)) return nullptr;
   return run_without_lock(q);
 }
 
@@ -172,99 +183,129 @@ static PyObject* batchgrad_peak(PyObject*, PyObject* steps) {
   return sum < 0 ? PyLong_FromLong(0) : PyLong_FromLong(kernels->float_lanes);  // which it must run to know
 }
 
-// ---- one row at a time: tensors read by their own accessors, without Python code between them
+// ---- plain tensors, read and made without Python code between
 
-static PyObject *tensor_type = nullptr, *dtypes[FLOAT64] = {};  // those whose results are float32
-enum Name { SHAPE, STRIDE, DTYPE, IS_CPU, REQUIRES_GRAD, IS_NEG, DATA_PTR, NEW_EMPTY, NAMES };
+// How DLPack 1.x lends a tensor to C (DLTensor), and the functions behind torch.Tensor.__dlpack_c_exchange_api__.
+struct Borrowed {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct Exchange {
+  uint32_t major, minor;
+  void *older, *allocate, *take, *give;
+  int (*borrow)(void* tensor, Borrowed* out);
+};
+constexpr int32_t CPU = 1;
+constexpr uint8_t FLOAT_CODE = 2, BFLOAT_CODE = 4;
+
+static PyObject *tensor_type = nullptr, *as_float32 = nullptr;
+static const Exchange* exchange = nullptr;
+// Of no arguments: whether something looks into torch's operations.
+constexpr int WATCHERS = 3;
+static PyObject *watchers[WATCHERS] = {}, *forward_ad = nullptr;
+enum Name { REQUIRES_GRAD, IS_NEG, NEW_EMPTY, CURRENT_LEVEL, NAMES };
 static PyObject* names[NAMES] = {};
 
-static bool is(PyObject* value, PyObject* wanted) {  // steals `value`
+static long number(PyObject* value) {  // steals `value`; an error is -1
+  const long n = value ? PyLong_AsLong(value) : -1;
   Py_XDECREF(value);
-  return value == wanted;
+  return n;
 }
 
-static bool two_numbers(PyObject* tuple, int64_t* a, int64_t* b) {  // steals `tuple`
-  const bool two = tuple && PyTuple_Check(tuple) && PyTuple_Size(tuple) == 2;
-  if (two) *a = PyLong_AsLongLong(PyTuple_GetItem(tuple, 0)), *b = PyLong_AsLongLong(PyTuple_GetItem(tuple, 1));
-  Py_XDECREF(tuple);
-  return two && !PyErr_Occurred();
+static bool watched() {
+  for (PyObject* watcher : watchers)
+    if (number(PyObject_CallNoArgs(watcher)) != 0) return true;
+  return number(PyObject_GetAttr(forward_ad, names[CURRENT_LEVEL])) >= 0;
 }
 
-static char* address(PyObject* x) {
-  PyObject* number = PyObject_CallMethodObjArgs(x, names[DATA_PTR], nullptr);
-  char* found = number ? static_cast<char*>(PyLong_AsVoidPtr(number)) : nullptr;
-  Py_XDECREF(number);
-  return found;
+static bool is_false(PyObject* value) {  // steals `value`
+  Py_XDECREF(value);
+  return value == Py_False;
+}
+
+static bool borrow(PyObject* x, Borrowed* out) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(x)) == tensor_type && exchange->borrow(x, out) == 0;
 }
 
 // A matrix that needs nothing done to it before it is read; false for any other, perhaps with an exception.
 static bool read_plain(PyObject* x, int64_t* rows, Matrix* m) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != tensor_type) return false;
-  if (!is(PyObject_GetAttr(x, names[IS_CPU]), Py_True) || !is(PyObject_GetAttr(x, names[REQUIRES_GRAD]), Py_False) ||
-      !is(PyObject_CallMethodObjArgs(x, names[IS_NEG], nullptr), Py_False))
+  Borrowed b;
+  if (!borrow(x, &b) || b.device_type != CPU || b.ndim != 2 || b.shape[1] == 0 || b.lanes != 1) return false;
+  if (b.code == FLOAT_CODE && b.bits == 32) m->type = FLOAT32;
+  else if (b.code == FLOAT_CODE && b.bits == 16) m->type = FLOAT16;
+  else if (b.code == BFLOAT_CODE && b.bits == 16) m->type = BFLOAT16;
+  else return false;
+  if (!is_false(PyObject_GetAttr(x, names[REQUIRES_GRAD])) || !is_false(PyObject_CallMethodObjArgs(x, names[IS_NEG], nullptr)))
     return false;
-  int64_t inner = 0;
-  if (!two_numbers(PyObject_GetAttr(x, names[SHAPE]), rows, &m->columns) ||
-      !two_numbers(PyObject_CallMethodObjArgs(x, names[STRIDE], nullptr), &m->stride, &inner) || inner != 1 || m->columns == 0)
-    return false;
-  PyObject* dtype = PyObject_GetAttr(x, names[DTYPE]);
-  for (m->type = 0; m->type < FLOAT64 && dtypes[m->type] != dtype;) m->type++;
-  Py_XDECREF(dtype);
-  m->data = address(x);
-  return m->type < FLOAT64 && !PyErr_Occurred() && (m->data || *rows == 0);  // a zero tensor has no memory
+  *rows = b.shape[0], m->columns = b.shape[1], m->stride = b.strides[0];
+  m->data = static_cast<char*>(b.data) + b.byte_offset;
+  return (b.strides[1] == 1 || m->columns == 1) && (b.data || *rows == 0);  // a zero tensor has no memory
 }
 
-static PyObject* float32_like(PyObject* logits, int type, int64_t rows) {
-  PyObject* count = PyLong_FromLongLong(rows);
-  PyObject* out = nullptr;
-  if (type == FLOAT32) {
-    out = PyObject_CallMethodObjArgs(logits, names[NEW_EMPTY], count, nullptr);
-  } else {
-    PyObject *method = PyObject_GetAttr(logits, names[NEW_EMPTY]), *args = PyTuple_Pack(1, count), *options = PyDict_New();
-    if (method && args && options && PyDict_SetItem(options, names[DTYPE], dtypes[FLOAT32]) == 0)
-      out = PyObject_Call(method, args, options);
-    Py_XDECREF(method);
-    Py_XDECREF(args);
-    Py_XDECREF(options);
+// An empty float32 tensor beside `logits`, of `shape` with `rows` for its -1.
+static PyObject* result(PyObject* logits, int type, PyObject* shape, int64_t rows) {
+  const Py_ssize_t n = PyTuple_Size(shape);
+  PyObject *method = PyObject_GetAttr(logits, names[NEW_EMPTY]), *sizes = PyTuple_New(n), *out = nullptr;
+  for (Py_ssize_t i = 0; sizes && i < n; i++) {
+    const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
+    PyTuple_SetItem(sizes, i, PyLong_FromLongLong(size < 0 ? rows : size));
   }
-  Py_XDECREF(count);
+  if (method && sizes) out = PyObject_Call(method, sizes, type == FLOAT32 ? nullptr : as_float32);
+  Py_XDECREF(method);
+  Py_XDECREF(sizes);
   return out;
 }
 
-// score_plain(plan of one product, logits, feats or None): the score [N] of plain CPU tensors; None where they are any
-// others, and a longer way must be gone, which can tell what is wrong with them.
-static PyObject* score_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const Plan* plan = read_plan(args, count, 3);
+// plain(plan, shape, logits, feats or None): the products of plain CPU tensors as float32 of `shape`, in which -1 stands
+// for the rows; None where they are any others, and a longer way must be gone, which can tell what is wrong with them.
+static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const Plan* plan = read_plan(args, count, 4);
   if (!plan) return nullptr;
   Request q{*plan};
   int64_t rows = 0;
-  const bool with_feats = args[2] != Py_None;
-  if (!read_plain(args[1], &q.rows, &q.logits) || with_feats == plan->orders[0].empty() ||
-      (with_feats && (!read_plain(args[2], &rows, &q.feats) || rows != q.rows))) {
+  const bool with_feats = args[3] != Py_None;
+  if (!exchange || watched() || !read_plain(args[2], &q.rows, &q.logits) || with_feats == plan->orders[0].empty() ||
+      (with_feats && (!read_plain(args[3], &rows, &q.feats) || rows != q.rows))) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
-  PyObject* out = float32_like(args[1], q.logits.type, q.rows);
-  q.out = out ? address(out) : nullptr;
-  q.row_stride = 1;
-  PyObject* done = out ? run_without_lock(q) : nullptr;
-  if (!done) {
+  PyObject* out = result(args[2], q.logits.type, args[1], q.rows);
+  Borrowed b;
+  if (!out || !borrow(out, &b)) {
     Py_XDECREF(out);
+    return nullptr;
+  }
+  q.out = b.data;
+  const bool by_row = PyLong_AsLong(PyTuple_GetItem(args[1], 0)) < 0;
+  q.row_stride = by_row ? int64_t(plan->products.size()) : 1;
+  q.product_stride = by_row ? 1 : q.rows;
+  PyObject* done = run_without_lock(q);
+  if (!done) {
+    Py_DECREF(out);
     return nullptr;
   }
   Py_DECREF(done);
   return out;
 }
 
-// use_torch(torch.Tensor, (float16, bfloat16, float32))
+// use_torch(torch.Tensor, {"dtype": torch.float32}, its exchange capsule, (watchers), torch.autograd.forward_ad)
 static PyObject* use_torch(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  static const char* spelled[NAMES] = {"shape", "stride", "dtype", "is_cpu", "requires_grad", "is_neg", "data_ptr", "new_empty"};
-  if (count != 2 || !PyTuple_Check(args[1]) || PyTuple_Size(args[1]) != FLOAT64)
-    return PyErr_Format(PyExc_TypeError, "use_torch takes a type and %d dtypes", FLOAT64);
+  static const char* spelled[NAMES] = {"requires_grad", "is_neg", "new_empty", "_current_level"};
+  if (count != 5 || !PyTuple_Check(args[3]) || PyTuple_Size(args[3]) != WATCHERS)
+    return PyErr_Format(PyExc_TypeError, "use_torch takes a type, keywords, a capsule, %d functions and a module", WATCHERS);
+  auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
+  if (!found) return nullptr;
   for (int i = 0; i < NAMES; i++)
     if (!names[i] && !(names[i] = PyUnicode_InternFromString(spelled[i]))) return nullptr;
   Py_INCREF(tensor_type = args[0]);
-  for (int i = 0; i < FLOAT64; i++) Py_INCREF(dtypes[i] = PyTuple_GetItem(args[1], i));
+  Py_INCREF(as_float32 = args[1]);
+  for (int i = 0; i < WATCHERS; i++) Py_INCREF(watchers[i] = PyTuple_GetItem(args[3], i));
+  Py_INCREF(forward_ad = args[4]);
+  exchange = found->major == 1 && found->borrow ? found : nullptr;
   Py_RETURN_NONE;
 }
 
@@ -315,7 +356,7 @@ static PyMethodDef methods[] = {
     {"products", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(products)), METH_FASTCALL, nullptr},
     {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
     {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
-    {"score_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(score_plain)), METH_FASTCALL, nullptr},
+    {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL, nullptr},
     {"use_torch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_torch)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},
     {"level", level, METH_NOARGS, "The one in use."},

@@ -42,17 +42,19 @@ struct LogitsState {
   bool nan;
 };
 
-// y = |h|^order of a normal float h = 2^e m, from tables of 16: 2^(order e) in two factors, and m^order in one, by the
-// leading bits of m, times a polynomial in t = m centre - 1, centre the reciprocal of the middle of m's interval.
+// y = |h|^order of a normal float h = 2^e m, from tables: 2^(order e) by the low five bits of the exponent, right where it
+// is in the window, else times `far`; and m^order by the leading bits of m, times a polynomial in t = m centre - 1,
+// centre the reciprocal of the middle of m's interval.
 struct PowerTable {
   double order;
   int slot;          // where in NormsState.sum
-  float exponent_low[16], exponent_high[16], mantissa[16];
+  float exponent[32], far[16], mantissa[16];
   float t1, t2, t3;  // (1 + t)^order = 1 + t (t1 + t (t2 + t t3)), relative error below 2^-27
 };
+constexpr int WINDOW = 127 - 24;  // the first of its 32 exponents, biased: 2^-24 <= |h| < 2^8
 constexpr int MAX_TABLES = 4;
 
-// An order that is the sum of two that have tables: its power is the product of theirs.
+// An order that is the sum of two: its power is the product of theirs. MAX_TABLES stands for 0.5, a square root.
 struct PowerProduct { int a, b, slot; };
 
 // One base power y = |h|^base costs one exp2; the orders that are whole multiples of it cost multiplications.
@@ -77,6 +79,7 @@ struct NormsPlan {
   // another kind.
   bool tables;
   int table_count, products;
+  int root;  // the slot of order 0.5, or 0
   float centre[16];
   PowerTable table[MAX_TABLES];
   PowerProduct product[MAX_ORDERS];
@@ -86,13 +89,43 @@ struct NormsState {
   double max;        // max |h|; where only sums are asked for, infinite or not is all that it tells
   double reference;  // what scaled sums are relative to: max when they were last rescaled
   double shift, shift_log;  // its log2, whole and fraction
+  double unit;              // 2^shift
   double nonzero;
   double sum[MAX_ORDERS + 7];
   bool nan;
 };
 
-// (Both in state.cpp, with the rest of the scalar code.)
+// A norm of the last layer's gradient, the factor that logits decide: || E_q[e_Y - p] ||_order^power or, outside,
+// E_q[ || e_Y - p ||_order^power ]. LOG_PREDICTED: log p_y for q.
+enum Labels : int { UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN };
+
+struct GradientPlan {
+  bool wanted, outside;
+  int labels;
+  double order, power;
+};
+
+// What is known of a row when it is swept for that.
+struct GradientRow {
+  double max, total;  // total: of the exponentials relative to the maximum
+  double log_total;   // log2
+  double not_p;       // 1 - p_max
+  double uniform;     // 1 / C
+  double power_sum;   // sum of e^(order z); S_2 for order 2
+  double shift;       // log2 of what the norms are divided by, so that no power leaves the range
+};
+
+struct GradientState {
+  double sum;     // outside: of q || e_y - p ||^power below the maximum
+  double top;     // outside: of q at the maximum
+  double labels;  // of q; NaN where one is negative
+  NormsState difference;  // inside: of q - p
+};
+
+// (These three in state.cpp, with the rest of the scalar code.)
 void set_scale(LogitsPlan* plan, double scale, double scale_low);
+// The plan of e^(rz).
+LogitsPlan sharper(const LogitsPlan& plan, double r);
 
 // Rescale the sums so that they are relative to `max`.
 void rescale(const NormsPlan& plan, NormsState* state, double max);
@@ -105,6 +138,9 @@ struct Kernels {
   // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
   double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
                       const void* kept);
+  // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN; kept: as for tv.
+  void (*gradient[TYPES])(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan,
+                          const GradientPlan& gradient, const NormsPlan& norms, const GradientRow& row, GradientState* state);
   double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
                        double gamma, int64_t M);
   // log2 of the exponentials' sum below the maximum, also where it is below the doubles.

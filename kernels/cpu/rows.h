@@ -138,15 +138,9 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   }
 }
 
-static LogitsPlan sharper(const LogitsPlan& plan, int power) {
-  LogitsPlan of_power = plan;
-  set_scale(&of_power, plan.scale * plan.power[power], plan.scale_low * plan.power[power]);
-  return of_power;
-}
-
 template <class T, class In>
 static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int which, LogitsState* state) {
-  const Softmax<T> softmax(all<T>(T(state->max)), sharper(plan, which));
+  const Softmax<T> softmax(all<T>(T(state->max)), sharper(plan, plan.power[which]));
   V<T> exp[4] = {};
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
@@ -358,7 +352,7 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
     V<T> rest = {}, exp = {}, squares = {}, exp_z = {}, z = {}, powers[MAX_POWER_SUMS] = {}, above = {};
     if (plan.sums) {
       for (int r = 0; r < plan.power_sums; r++) {
-        const Softmax<T> softmax(max, sharper(plan, r));
+        const Softmax<T> softmax(max, sharper(plan, plan.power[r]));
         for (int64_t k = 0; k < n; k++) {
           V<T> d, e = softmax.exp(x[k], &d);
           powers[r] = add_where(unequal(x[k], max), powers[r], e);
@@ -530,9 +524,9 @@ template <class T, class In> static void norms_with_care(const In* h, int64_t n,
 }
 
 #if VECTOR_BYTES == 64
-// In one pass over at most SPAN elements: the sums of TABLES fractional powers and of the products of two of them,
-// those of the INTEGERS first integer powers, and, with 6 of those, the extremes. False, and nothing done, where an
-// element is subnormal or not finite, or where an integer power is out of range: then care is needed.
+// In one pass over at most SPAN elements: the sums of TABLES fractional powers, of square roots and of products of two of
+// these, those of the INTEGERS first integer powers, and, with 6 of those, the extremes. False, and nothing done, where
+// an element is subnormal or not finite, or where an integer power is out of range: then care is needed.
 constexpr int64_t SPAN = 2048;
 
 template <int TABLES, int INTEGERS, class In>
@@ -541,15 +535,17 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
   constexpr int W = TABLES < 2 && INTEGERS < 6 ? 2 : 1;
   constexpr int ODD = 0xb9;  // for fpclass: NaN, infinite, subnormal
   const F centre = load(plan.centre);
-  F low[TABLES + 1], high[TABLES + 1], mantissa[TABLES + 1], kept[TABLES + 1];
-  F power[TABLES + 1][W] = {}, product[MAX_ORDERS][W], integer[INTEGERS + 1][W] = {};
-  F all_power[TABLES + 1] = {}, all_product[MAX_ORDERS], all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
+  const int products = plan.products;
+  const bool rooted = plan.root;
+  F low[TABLES + 1], high[TABLES + 1], mantissa[TABLES + 1], kept[MAX_TABLES + 1];
+  F power[TABLES + 1][W] = {}, root[W] = {}, product[MAX_ORDERS][W], integer[INTEGERS + 1][W] = {};
+  F all_power[TABLES + 1] = {}, all_root = {}, all_product[MAX_ORDERS], all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
   UNROLL for (int k = 0; k < TABLES; k++) {
-    low[k] = load(plan.table[k].exponent_low);
-    high[k] = load(plan.table[k].exponent_high);
+    low[k] = load(plan.table[k].exponent);
+    high[k] = load(plan.table[k].exponent + 16);
     mantissa[k] = load(plan.table[k].mantissa);
   }
-  for (int j = 0; j < plan.products; j++) {
+  for (int j = 0; j < products; j++) {
     all_product[j] = F{};
     for (int u = 0; u < W; u++) product[j][u] = F{};
   }
@@ -561,39 +557,50 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
       h, n, 0.0f,
       [&](int u, F v, int64_t i, int64_t) __attribute__((always_inline)) {
         __builtin_prefetch(next + i);
-        odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
-        const I<float> bits = (I<float>)v;
-        if constexpr (TABLES > 0) {
-          const __mmask16 some = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x7fffffff));
+        const I<float> bits = (I<float>)v, magnitude = bits & 0x7fffffff;
+        const F a = (F)magnitude;
+        const __mmask16 some = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x7fffffff));
+        if (rooted) root[u] += kept[MAX_TABLES] = (F)_mm512_sqrt_ps((__m512)a);
+        if constexpr (TABLES == 0) {
+          odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
+        } else {
+          F scale[TABLES];
+          UNROLL for (int k = 0; k < TABLES; k++)
+            scale[k] = (F)_mm512_permutex2var_ps((__m512)low[k], (__m512i)(bits >> 23), (__m512)high[k]);
+          const I<float> above = magnitude - (WINDOW << 23);
+          if (__builtin_expect(_mm512_mask_test_epi32_mask(some, (__m512i)above, _mm512_set1_epi32(int(0xf0000000))), 0)) {
+            odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
+            UNROLL for (int k = 0; k < TABLES; k++) scale[k] *= choose(load(plan.table[k].far), above >> 28);
+          }
           const F m = (F)((bits & 0x007fffff) | 0x3f800000);
           const F t = m * choose(centre, bits >> 19) - 1.0f;
           UNROLL for (int k = 0; k < TABLES; k++) {
             const PowerTable& table = plan.table[k];
-            const F a = choose(low[k], bits >> 23) * choose(high[k], bits >> 27), c = choose(mantissa[k], bits >> 19);
-            const F y = where(some, a * (c * t * (table.t1 + t * (table.t2 + t * table.t3)) + c));
+            const F c = choose(mantissa[k], bits >> 19);
+            const F y = where(some, scale[k] * (c * t * (table.t1 + t * (table.t2 + t * table.t3)) + c));
             power[k][u] += y;
             kept[k] = y;
           }
-          for (int j = 0; j < plan.products; j++) product[j][u] += kept[plan.product[j].a] * kept[plan.product[j].b];
+          for (int j = 0; j < products; j++) product[j][u] += kept[plan.product[j].a] * kept[plan.product[j].b];
         }
         if constexpr (INTEGERS > 0) {
-          const F a = (F)(bits & 0x7fffffff);
           integer[0][u] += a;
           integer[1][u] += a * a;
-          if constexpr (INTEGERS == 6) {
-            const F a2 = a * a, a3 = a2 * a;
-            integer[2][u] += a2 * a;
-            integer[3][u] += a2 * a2;
-            integer[4][u] += a3 * a2;
-            integer[5][u] += a3 * a3;
-            most = larger(a, most);
-            nonzero = add_where(unequal(a, F{}), nonzero, all<float>(1.0f));
-          }
+        }
+        if constexpr (INTEGERS == 6) {
+          const F a2 = a * a, a3 = a2 * a;
+          integer[2][u] += a2 * a;
+          integer[3][u] += a2 * a2;
+          integer[4][u] += a3 * a2;
+          integer[5][u] += a3 * a3;
+          most = larger(a, most);
+          nonzero = add_where(some, nonzero, all<float>(1.0f));
         }
       },
       [&] {
         UNROLL for (int k = 0; k < TABLES; k++) add_up<W, float>(&all_power[k], power[k]);
-        for (int j = 0; j < plan.products; j++) add_up<W, float>(&all_product[j], product[j]);
+        add_up<W, float>(&all_root, root);
+        for (int j = 0; j < products; j++) add_up<W, float>(&all_product[j], product[j]);
         UNROLL for (int p = 0; p < INTEGERS; p++) add_up<W, float>(&all_integer[p], integer[p]);
       });
   if (odd) return false;
@@ -603,14 +610,16 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
     if (sum[0] > 0) {
       // What underflows in the highest power then counts for nothing in its sum.
       if (!(sum[INTEGERS - 1] >= 0x1p-70 && sum[INTEGERS - 1] < __builtin_inf())) return false;
-      if (state->reference < 1) rescale(plan, state, 1);
-      const double unit = __builtin_ldexp(1.0, -int(state->shift) - 1);
+      if (state->reference == 0) state->reference = state->unit = 1;  // as `rescale` would
+      else if (state->reference < 1) rescale(plan, state, 1);
+      const double unit = 0.5 / state->unit;
       double scale = 1;
       for (int p = 0; p < INTEGERS; p++) state->sum[p + 1] += (scale *= unit) * sum[p];
     }
   }
   for (int k = 0; k < TABLES; k++) state->sum[plan.table[k].slot] += sum_of<float>(all_power[k]);
-  for (int j = 0; j < plan.products; j++) state->sum[plan.product[j].slot] += sum_of<float>(all_product[j]);
+  if (rooted) state->sum[plan.root] += sum_of<float>(all_root);
+  for (int j = 0; j < products; j++) state->sum[plan.product[j].slot] += sum_of<float>(all_product[j]);
   if constexpr (INTEGERS == 6) {
     const double max = max_of<float>(most);
     state->max = max > state->max ? max : state->max;
@@ -638,7 +647,7 @@ static void norms(const void* data, int64_t n, const NormsPlan& plan, const void
   const In* h = static_cast<const In*>(data);
 #if VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
-    if (plan.tables && (plan.table_count || plan.integers)) {
+    if (plan.tables && (plan.table_count || plan.root || plan.integers)) {
       const AtOnce<In> at_once = plan.extremes || plan.integers >> 3 ? with_tables<6, In>(plan.table_count)
                                  : plan.integers                     ? with_tables<2, In>(plan.table_count)
                                                                      : with_tables<0, In>(plan.table_count);

@@ -14,6 +14,7 @@
 namespace fastood::avx512 {
 #include "vectors.h"
 #include "rows.h"
+#include "gradient.h"
 #include "batchgrad.h"
 
 extern const Kernels kernels;

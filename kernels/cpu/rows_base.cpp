@@ -5,6 +5,7 @@
 namespace fastood::base {
 #include "vectors.h"
 #include "rows.h"
+#include "gradient.h"
 #include "batchgrad.h"
 
 extern const Kernels kernels;

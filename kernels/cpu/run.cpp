@@ -15,7 +15,7 @@ constexpr int64_t BATCH = 16;
 
 struct Batch {
   LogitsState logits[BATCH];
-  double tv[BATCH];
+  double swept[BATCH];
   NormsState norms[BATCH];
 };
 
@@ -36,19 +36,32 @@ static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const Logit
                                     1.0 / double(q.logits.columns), kept);
 }
 
-static bool needs_tv(const Request& q, const LogitsState& s) {
-  return (q.plan.logits.sums & TV) && !s.nan && std::isfinite(s.max);
+static GradientState gradient_chunk(const Request& q, int64_t row, int64_t chunk, const GradientRow& about, const void* kept) {
+  GradientState state{};
+  const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.logits.columns - start);
+  const void* labels = q.labels.data ? q.labels.at(row, start) : nullptr;
+  kernels->gradient[q.logits.type](q.logits.at(row, start), n, kept, labels, q.labels.type, q.plan.logits, q.plan.gradient,
+                                   q.gradient_norms(), about, &state);
+  return state;
 }
 
-static NormsState norms_chunk(const Request& q, int64_t row, int64_t chunk) {
-  NormsState s{};
+static double gradient_of(const Request& q, int64_t row, const LogitsState& s, const void* kept) {
+  const GradientRow about = gradient_row(q, s);
+  GradientState state = gradient_chunk(q, row, 0, about, kept);
+  for (int64_t c = 1; c < chunks(q.logits.columns); c++) merge(q, &state, gradient_chunk(q, row, c, about, nullptr));
+  return gradient(q, row, s, about, state);
+}
+
+static bool has_softmax(const LogitsState& s) { return !s.nan && std::isfinite(s.max); }
+
+static void norms_chunk(const Request& q, int64_t row, int64_t chunk, NormsState* s) {
+  clear(q.norms_plan(), s);
   const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.feats.columns - start);
   const void* next = start + n < q.feats.columns ? q.feats.at(row, start + n) : q.feats.at(row + 1, 0);
-  kernels->norms[q.feats.type](q.feats.at(row, start), n, q.norms_plan(), next, &s);
-  return s;
+  if (n > 0) kernels->norms[q.feats.type](q.feats.at(row, start), n, q.norms_plan(), next, s);
 }
 
-LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv) {
+LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swept) {
   const int64_t count = chunks(q.logits.columns);
   LogitsState s, next;
   logits_chunk(q, row, 0, kept, &s);
@@ -56,36 +69,42 @@ LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv) 
     logits_chunk(q, row, c, nullptr, &next);
     merge(q.plan.logits, &s, next);
   }
-  if (tv) *tv = 0;
-  if (needs_tv(q, s))
-    for (int64_t c = 0; c < count; c++) *tv += tv_chunk(q, row, c, s, kept);
+  if (swept) *swept = 0;
+  if (!has_softmax(s)) return s;
+  if (q.plan.logits.sums & TV)
+    for (int64_t c = 0; c < count; c++) *swept += tv_chunk(q, row, c, s, kept);
+  if (q.plan.gradient.wanted) *swept = gradient_of(q, row, s, kept);
   return s;
 }
 
-static NormsState norms_row(const Request& q, int64_t row) {
-  const int64_t count = chunks(q.feats.columns);
-  NormsState h = count ? norms_chunk(q, row, 0) : NormsState{};
-  for (int64_t c = 1; c < count; c++) merge(q.norms_plan(), &h, norms_chunk(q, row, c));
-  return h;
+static void norms_row(const Request& q, int64_t row, NormsState* s) {
+  NormsState next;
+  norms_chunk(q, row, 0, s);
+  for (int64_t c = 1; c < chunks(q.feats.columns); c++) {
+    norms_chunk(q, row, c, &next);
+    merge(q.norms_plan(), s, next);
+  }
 }
 
 static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batch) {
   kernels->few_logits[q.logits.type](q.logits.at(row, 0), q.logits.stride, count, q.logits.columns, q.plan.logits,
-                                     batch->logits, batch->tv);
+                                     batch->logits, batch->swept);
+  for (int64_t i = 0; i < count && q.plan.gradient.wanted; i++)
+    if (has_softmax(batch->logits[i])) batch->swept[i] = gradient_of(q, row + i, batch->logits[i], nullptr);
 }
 
 // The j-th statistic of a row: from its sums, or from the row itself, which is read again, where they do not tell.
-static double row_statistic(const Request& q, size_t j, int64_t row, const LogitsState& s, double tv, double log1p) {
+static double row_statistic(const Request& q, size_t j, int64_t row, const LogitsState& s, double swept, double log1p) {
   const int stat = q.plan.stats[j], type = q.logits.type;
   const int64_t C = q.logits.columns;
-  if (!s.nan && std::isfinite(s.max)) {
+  if (has_softmax(s)) {
     const void* f = q.logits.at(row, 0);
     const double r1 = rest(s);
     if (stat == GEN) return kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
     if (stat == LOG_ONE_MINUS_S2 && r1 < 0x1p-900)  // 1 - S_2 = 2 r1
       return 0.6931471805599453 * (1 + kernels->log2_rest[type](f, C, q.plan.logits, s.max));
   }
-  return statistic(stat, q.plan.power_of_stat[j], q.plan.logits, s, C, tv, log1p);
+  return statistic(stat, q.plan.power_of_stat[j], q.plan.logits, s, C, swept, log1p);
 }
 
 static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
@@ -96,7 +115,7 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
   }
   for (size_t j = 0; j < q.plan.stats.size(); j++)
     for (int64_t i = 0; i < count; i++)
-      stats[j][i] = row_statistic(q, j, row + i, batch->logits[i], batch->tv[i], log1p[i]);
+      stats[j][i] = row_statistic(q, j, row + i, batch->logits[i], batch->swept[i], log1p[i]);
 
   if (q.plan.bias && !q.orders().empty()) {
     const double one = 1;
@@ -118,7 +137,7 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
       for (double& x : root) x = std::pow(x, 1 / order.r);
     else if (order.r != 1 && order.slot >= 0)
       kernels->power(root, BATCH, 1 / order.r);
-    for (int64_t i = 0; i < count; i++) norms[j][i] = norm(order, q.norms_plan(), batch->norms[i], root[i]);
+    norms_from_roots(order, q.norms_plan(), batch->norms, count, root, norms[j]);
   }
 
   if (!q.out) {
@@ -129,15 +148,20 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
   }
   for (size_t k = 0; k < q.plan.products.size(); k++) {
     const Product& p = q.plan.products[k];
-    for (int64_t i = 0; i < count; i++) {
-      double score = p.stat < 0 ? p.factor : p.factor * stats[p.stat][i];
-      if (p.order >= 0) {
+    double score[BATCH];
+    for (int64_t i = 0; i < count; i++) score[i] = p.stat < 0 ? p.factor : p.factor * stats[p.stat][i];
+    if (p.order >= 0 && p.divisor == 1 && p.power == 1) {
+      for (int64_t i = 0; i < count; i++) score[i] *= norms[p.order][i];
+    } else if (p.order >= 0) {
+      for (int64_t i = 0; i < count; i++) {
         const double u = norms[p.order][i] / p.divisor;
-        score = p.power == 2 ? u * u * score : u * score;
+        score[i] *= p.power == 2 ? u * u : u;
       }
-      const int64_t at = (row + i) * q.row_stride + int64_t(k) * q.product_stride;
-      if (q.out_double) static_cast<double*>(q.out)[at] = score;
-      else static_cast<float*>(q.out)[at] = float(score);
+    }
+    const int64_t first = row * q.row_stride + int64_t(k) * q.product_stride;
+    for (int64_t i = 0; i < count; i++) {
+      if (q.out_double) static_cast<double*>(q.out)[first + i * q.row_stride] = score[i];
+      else static_cast<float*>(q.out)[first + i * q.row_stride] = float(score[i]);
     }
   }
 }
@@ -148,7 +172,7 @@ static void rows_task(int64_t begin, int64_t end, void* context) {
   const Request& q = *static_cast<const Request*>(context);
   std::unique_ptr<double[]> kept;
   // With a vector's width to spare, for the padding.
-  if ((q.plan.logits.sums & TV) && q.logits.columns > FEW && q.logits.columns <= CHUNK)
+  if (((q.plan.logits.sums & TV) || q.plan.gradient.wanted) && q.logits.columns > FEW && q.logits.columns <= CHUNK)
     kept.reset(new double[q.logits.columns + 16]);
   Batch batch;
   for (int64_t row = begin; row < end; row += BATCH) {
@@ -156,10 +180,10 @@ static void rows_task(int64_t begin, int64_t end, void* context) {
     if (!q.plan.stats.empty()) {
       if (q.logits.columns <= FEW) few_logits(q, row, count, &batch);
       else
-        for (int64_t i = 0; i < count; i++) batch.logits[i] = logits_row(q, row + i, kept.get(), &batch.tv[i]);
+        for (int64_t i = 0; i < count; i++) batch.logits[i] = logits_row(q, row + i, kept.get(), &batch.swept[i]);
     }
     if (!q.orders().empty())
-      for (int64_t i = 0; i < count; i++) batch.norms[i] = norms_row(q, row + i);
+      for (int64_t i = 0; i < count; i++) norms_row(q, row + i, &batch.norms[i]);
     finish(q, row, count, &batch);
   }
 }
@@ -172,7 +196,8 @@ struct Split {
   std::vector<LogitsState> logits;  // [rows, logit_chunks]
   std::vector<NormsState> norms;    // [rows, feat_chunks]
   std::vector<LogitsState> merged;  // [rows]
-  std::vector<double> tv;           // [rows, logit_chunks]
+  std::vector<double> tv;           // [rows, logit_chunks], where it is wanted
+  std::vector<GradientState> gradient;
 };
 
 static void sums_task(int64_t begin, int64_t end, void* context) {
@@ -182,16 +207,18 @@ static void sums_task(int64_t begin, int64_t end, void* context) {
     if (i < first_norm)
       logits_chunk(split.q, i / split.logit_chunks, i % split.logit_chunks, nullptr, &split.logits[i]);
     else
-      split.norms[i - first_norm] =
-          norms_chunk(split.q, (i - first_norm) / split.feat_chunks, (i - first_norm) % split.feat_chunks);
+      norms_chunk(split.q, (i - first_norm) / split.feat_chunks, (i - first_norm) % split.feat_chunks, &split.norms[i - first_norm]);
   }
 }
 
-static void tv_task(int64_t begin, int64_t end, void* context) {
+static void second_task(int64_t begin, int64_t end, void* context) {
   Split& split = *static_cast<Split*>(context);
   for (int64_t i = begin; i < end; i++) {
-    const LogitsState& s = split.merged[i / split.logit_chunks];
-    if (needs_tv(split.q, s)) split.tv[i] = tv_chunk(split.q, i / split.logit_chunks, i % split.logit_chunks, s, nullptr);
+    const int64_t row = i / split.logit_chunks, chunk = i % split.logit_chunks;
+    const LogitsState& s = split.merged[row];
+    if (!has_softmax(s)) continue;
+    if (!split.tv.empty()) split.tv[i] = tv_chunk(split.q, row, chunk, s, nullptr);
+    if (!split.gradient.empty()) split.gradient[i] = gradient_chunk(split.q, row, chunk, gradient_row(split.q, s), nullptr);
   }
 }
 
@@ -202,7 +229,7 @@ void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), 
 static void run_split(const Request& q) {
   Batch batch;
   const bool many = !q.plan.stats.empty() && q.logits.columns > FEW;
-  Split split{q, many ? chunks(q.logits.columns) : 0, q.orders().empty() ? 0 : chunks(q.feats.columns), {}, {}, {}, {}};
+  Split split{q, many ? chunks(q.logits.columns) : 0, q.orders().empty() ? 0 : chunks(q.feats.columns), {}, {}, {}, {}, {}};
   split.logits.resize(q.rows * split.logit_chunks);
   split.norms.resize(q.rows * split.feat_chunks);
   share(split.logits.size() + split.norms.size(), 1, sums_task, &split);
@@ -211,16 +238,20 @@ static void run_split(const Request& q) {
     for (int64_t c = 1; c < split.logit_chunks; c++) merge(q.plan.logits, &s, split.logits[row * split.logit_chunks + c]);
     split.merged.push_back(s);
   }
-  if (q.plan.logits.sums & TV) {
-    split.tv.assign(split.logits.size(), 0);
-    share(split.tv.size(), 1, tv_task, &split);
-  }
+  if (q.plan.logits.sums & TV) split.tv.resize(split.logits.size());
+  if (q.plan.gradient.wanted) split.gradient.resize(split.logits.size());
+  share(std::max(split.tv.size(), split.gradient.size()), 1, second_task, &split);
   if (!q.plan.stats.empty() && !many) few_logits(q, 0, q.rows, &batch);
   for (int64_t row = 0; row < q.rows; row++) {
     if (many) {
       batch.logits[row] = split.merged[row];
-      batch.tv[row] = 0;
-      for (size_t c = 0; c < split.tv.size() / q.rows; c++) batch.tv[row] += split.tv[row * split.logit_chunks + c];
+      batch.swept[row] = 0;
+      for (size_t c = 0; c < split.tv.size() / q.rows; c++) batch.swept[row] += split.tv[row * split.logit_chunks + c];
+      if (!split.gradient.empty() && has_softmax(split.merged[row])) {
+        GradientState* state = &split.gradient[row * split.logit_chunks];
+        for (int64_t c = 1; c < split.logit_chunks; c++) merge(q, state, state[c]);
+        batch.swept[row] = gradient(q, row, split.merged[row], gradient_row(q, split.merged[row]), *state);
+      }
     }
     NormsState h{};
     if (split.feat_chunks) h = split.norms[row * split.feat_chunks];

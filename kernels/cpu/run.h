@@ -34,12 +34,15 @@ struct Plan {
   std::vector<double> gamma;  // of each statistic that is a GEN, as is M
   std::vector<int64_t> M;
   std::vector<Product> products;
+  GradientPlan gradient{};
+  NormsPlan gradient_norms[2]{};  // its order, as above
+  Order gradient_order[2]{};
 };
 
 struct Request {
   const Plan& plan;
   int64_t rows = 0;
-  Matrix logits, feats;
+  Matrix logits, feats, labels;
   // Either the statistics themselves ...
   double* stats_out = nullptr;  // [stats, rows]
   double* norms_out = nullptr;  // [rows, orders]
@@ -50,6 +53,8 @@ struct Request {
 
   const NormsPlan& norms_plan() const { return plan.norms[feats.type == FLOAT64]; }
   const std::vector<Order>& orders() const { return plan.orders[feats.type == FLOAT64]; }
+  const NormsPlan& gradient_norms() const { return plan.gradient_norms[logits.type == FLOAT64]; }
+  const Order& gradient_order() const { return plan.gradient_order[logits.type == FLOAT64]; }
 };
 
 // E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row.
@@ -77,7 +82,13 @@ void run(const BatchGrad& b);
 
 // task(begin, end, context) over 0..tasks, `grain` of them or more to a thread.
 void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
-// The sums over a row, and TV where that is asked for; kept: as many doubles as the row is long and 16, or null.
-LogitsState logits_row(const Request& q, int64_t row, double* kept, double* tv);
+// The sums over a row and, in `swept`, the TV or gradient that is asked for; kept: as many doubles as the row is long
+// and 16, or null.
+LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swept);
+
+// The gradient of a row whose sums are known: what its sweep needs of them, and what comes of the states of all chunks.
+GradientRow gradient_row(const Request& q, const LogitsState& s);
+void merge(const Request& q, GradientState* a, const GradientState& b);
+double gradient(const Request& q, int64_t row, const LogitsState& s, const GradientRow& about, const GradientState& state);
 
 }  // namespace fastood

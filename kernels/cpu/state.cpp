@@ -34,6 +34,12 @@ void set_scale(LogitsPlan* plan, double scale, double scale_low) {
   plan->lowest_double = -std::min((1022 + SCALED_DOUBLE) / scale, most_double);
 }
 
+LogitsPlan sharper(const LogitsPlan& plan, double r) {
+  LogitsPlan of_power = plan;
+  set_scale(&of_power, plan.scale * r, plan.scale_low * r);
+  return of_power;
+}
+
 // The sums of `s` with its maximum no longer at the top, but z = gap below it.
 static void lower(const LogitsPlan& plan, LogitsState* s, double gap) {
   const double w = std::exp(gap), mass = s->ties + s->exp;
@@ -69,7 +75,7 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
 
 double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
 
-double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv, double log1p) {
+double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double swept, double log1p) {
   if (s.nan) return NaN;
   if (!std::isfinite(s.max)) return stat == LSE || stat == ENERGY ? s.max : NaN;
   const double r1 = rest(s), r2 = (s.ties - 1) + s.squares;
@@ -83,7 +89,8 @@ double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState&
     case S2: return (1 + r2) / ((1 + r1) * (1 + r1));
     case ONE_MINUS_S2: return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1));
     case LOG_ONE_MINUS_S2: return std::log(r1) + std::log(2 + r1 - (r1 > 0 ? r2 / r1 : 0)) - 2 * log1p;
-    case TOTAL_VARIATION: return tv;
+    case TOTAL_VARIATION:
+    case GRADIENT: return swept;
     case PLOGP_STAT: return s.exp_z / (1 + r1) - log1p;
     case SUMLOGP_STAT: return s.z - classes * log1p;
     case POWER_SUM: return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);
@@ -107,21 +114,21 @@ static void fill(PowerTable* table, double r, int slot, const float* centre) {
   table->t1 = float((r - b5 * w2 * w2 * 5 / 16) / t0);
   table->t2 = float((b2 + b4 * w2) / t0);
   table->t3 = float((b3 + b5 * w2 * 5 / 4) / t0);
+  for (int i = 0; i < 32; i++) table->exponent[(WINDOW + i) % 32] = float(std::exp2(r * (WINDOW + i - 127)));
   for (int i = 0; i < 16; i++) {
-    table->exponent_low[i] = float(std::exp2(r * i));
-    table->exponent_high[i] = float(std::exp2(r * (16 * i - 127)));
+    table->far[i] = float(std::exp2(r * 32 * (i < 8 ? i : i - 16)));
     table->mantissa[i] = float(t0 * std::pow(double(centre[i]), -r));
   }
 }
 
-// The small fractional orders as tables and as products of two of them.
+// The small fractional orders as tables, a square root, and products of two of these.
 static void plan_tables(const double* orders, int count, const Order* made, NormsPlan* plan) {
   plan->tables = true;
   for (int i = 0; i < 16; i++) plan->centre[i] = float(1 / (1 + (i + 0.5) / 16));
   auto table_of = [&](double r) {
     for (int k = 0; k < plan->table_count; k++)
       if (std::fabs(plan->table[k].order - r) <= 1e-15 * r) return k;
-    return -1;
+    return plan->root && r == 0.5 ? MAX_TABLES : -1;
   };
   std::vector<int> rising(count);
   std::iota(rising.begin(), rising.end(), 0);
@@ -132,6 +139,7 @@ static void plan_tables(const double* orders, int count, const Order* made, Norm
     int a = -1, b = -1;
     for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table[k].order);
     if (r > UNSCALED) plan->tables = false;
+    else if (r == 0.5) plan->root = made[j].slot;
     else if (b >= 0) plan->product[plan->products++] = {a, b, made[j].slot};
     else if (plan->table_count < MAX_TABLES) fill(&plan->table[plan->table_count++], r, made[j].slot, plan->centre);
     else plan->tables = false;
@@ -183,6 +191,13 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
   if (float32) plan_tables(orders, count, out, plan);
 }
 
+void clear(const NormsPlan& plan, NormsState* s) {
+  s->max = s->reference = s->shift = s->shift_log = s->nonzero = 0;
+  s->unit = 1;
+  s->nan = false;
+  for (int slot = 0; slot < plan.slots; slot++) s->sum[slot] = 0;
+}
+
 void rescale(const NormsPlan& plan, NormsState* s, double max) {
   const double shift = std::ilogb(max);
   if (s->reference > 0) {
@@ -192,6 +207,7 @@ void rescale(const NormsPlan& plan, NormsState* s, double max) {
   }
   s->reference = max;
   s->shift = shift;
+  s->unit = std::exp2(shift);
   s->shift_log = std::log2(std::ldexp(max, -int(shift)));
 }
 
@@ -214,8 +230,13 @@ double norm(const Order& order, const NormsPlan& plan, const NormsState& s, doub
   if (s.nan) return NaN;
   if (order.r == 0) return s.nonzero;
   if (order.r == INF || s.max == INF) return s.max;
-  if (integer(order)) return std::ldexp(root, int(s.shift) + 1);
+  if (integer(order)) return 2 * root * s.unit;
   return plan.scaled[order.slot] ? s.reference * root : root;
+}
+
+void norms_from_roots(const Order& order, const NormsPlan& plan, const NormsState* states, int64_t count, const double* root,
+                      double* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = norm(order, plan, states[i], root[i]);
 }
 
 double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) {

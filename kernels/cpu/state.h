@@ -7,7 +7,7 @@ namespace fastood {
 
 // The statistics of kernels/__init__.py, in its order.
 enum Stat : int {
-  FMAX, LSE, ENERGY, MSP, ONE_MINUS_MSP, LOG_MSP, S2, ONE_MINUS_S2, TOTAL_VARIATION, PLOGP_STAT, SUMLOGP_STAT, POWER_SUM, GEN, LOG_ONE_MINUS_S2
+  FMAX, LSE, ENERGY, MSP, ONE_MINUS_MSP, LOG_MSP, S2, ONE_MINUS_S2, TOTAL_VARIATION, PLOGP_STAT, SUMLOGP_STAT, POWER_SUM, GEN, LOG_ONE_MINUS_S2, GRADIENT
 };
 
 // What an order r of a norm is made from.
@@ -18,15 +18,18 @@ struct Order {
 
 int sums_for(int stat);
 void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b);
-// A statistic of one row, log1p being log (1 + r1), r1 = rest(s).
+// A statistic of one row, log1p being log (1 + r1), r1 = rest(s), and swept what a second sweep over it gave.
 double rest(const LogitsState& s);
-double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double tv, double log1p);
+double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double swept, double log1p);
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);
+void clear(const NormsPlan& plan, NormsState* s);
 void merge(const NormsPlan& plan, NormsState* a, const NormsState& b);
-// ||h||_r of one row, from the sum of powers and from its root sum^(1/r).
+// ||h||_r from the sum of powers and from its root sum^(1/r).
 double sum_of_powers(const Order& order, const NormsState& s);
 double norm(const Order& order, const NormsPlan& plan, const NormsState& s, double root);
+void norms_from_roots(const Order& order, const NormsPlan& plan, const NormsState* states, int64_t count, const double* root,
+                      double* out);
 double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s);
 
 }  // namespace fastood

@@ -98,6 +98,19 @@ template <class T> INLINE bool any(I<T> mask) {
   return reduce<S, VECTOR_BYTES>(mask, [](auto a, auto b) __attribute__((always_inline)) { return a | b; }) != 0;
 }
 
+#if VECTOR_BYTES == 64
+INLINE V<float> square_root(V<float> x) { return (V<float>)_mm512_sqrt_ps((__m512)x); }
+INLINE V<double> square_root(V<double> x) { return (V<double>)_mm512_sqrt_pd((__m512d)x); }
+#elif VECTOR_BYTES == 32
+INLINE V<float> square_root(V<float> x) { return (V<float>)_mm256_sqrt_ps((__m256)x); }
+INLINE V<double> square_root(V<double> x) { return (V<double>)_mm256_sqrt_pd((__m256d)x); }
+#else
+template <class X> INLINE X square_root(X x) {
+  for (unsigned k = 0; k < sizeof x / sizeof x[0]; k++) x[k] = __builtin_sqrt(x[k]);
+  return x;
+}
+#endif
+
 // ---- loads: any input type into vectors of its arithmetic type
 
 struct Half { uint16_t bits; };

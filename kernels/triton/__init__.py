@@ -53,18 +53,20 @@ def _unusable_device(device: torch.device) -> str | None:
     return None
 
 
-def row_stats(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
-        return reference.row_stats(logits, feats, want)
-    # gen sorts, power sums and log_one_minus_s2 are other kinds of work: plain PyTorch does them.
+def row_stats(
+    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
+) -> tuple[dict[Stat, Tensor], Tensor | None]:
+    if traced(logits, feats, labels) or (want.orders and feats is not None and feats.shape[1] == 0):
+        return reference.row_stats(logits, feats, want, labels)
+    # gen sorts, power sums and log_one_minus_s2 are other kinds of work: plain PyTorch does them; and gradients.
     ours = want._replace(stats=tuple(s for s in want.stats if s in shapes.STATS))
     plan = shapes.plan_of(ours, None) if ours.stats or ours.orders else None
     if plan is None:
-        return reference.row_stats(logits, feats, want)
+        return reference.row_stats(logits, feats, want, labels)
     x = logits if logits is not None else feats
     assert x is not None
     others = tuple(s for s in want.stats if s not in shapes.STATS)
-    stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()))[0]
+    stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()), labels)[0]
     out = torch.empty(plan.columns, len(x), dtype=torch.float64, device=x.device).T
     _launch().run(logits if ours.stats else None, feats if want.orders else None, plan, want.bias, want.log, out)
     stats |= zip(ours.stats, out.unbind(1), strict=False)

@@ -1,0 +1,170 @@
+// Norms of last-layer gradients for any distribution q of the label, from a second sweep over a row whose softmax is
+// known. Included after rows.h, in the same way.
+
+// n <= BLOCK label probabilities in the arithmetic type: where they lie, or converted to `out`.
+template <class T, class In> static const T* converted(const In* q, int64_t n, T* out) {
+  typedef typename Arithmetic<In>::type From;
+  for_blocks<1, From>(
+      q, n, From(0),
+      [&](int, V<From> v, int64_t i, int64_t first) __attribute__((always_inline)) {
+        if (first == 0)
+          for (int64_t k = 0; k < Vec<From>::lanes; k++) out[i + k] = T(v[k]);
+        else
+          for (int64_t k = first; k < Vec<From>::lanes; k++) out[i + k - first] = T(v[k]);
+      },
+      [] {});
+  return out;
+}
+
+template <class T> static const T* labels_of(const void* q, int type, int64_t start, int64_t n, T* out) {
+  if (type == (sizeof(T) == 8 ? FLOAT64 : FLOAT32)) return static_cast<const T*>(q) + start;
+  switch (type) {
+    case FLOAT16: return converted<T>(static_cast<const Half*>(q) + start, n, out);
+    case BFLOAT16: return converted<T>(static_cast<const BFloat*>(q) + start, n, out);
+    case FLOAT32: return converted<T>(static_cast<const float*>(q) + start, n, out);
+    default: return converted<T>(static_cast<const double*>(q) + start, n, out);
+  }
+}
+
+// What a sweep reads and fills.
+template <class In> struct Sweep {
+  const In* f;
+  int64_t n;
+  const typename Arithmetic<In>::type* kept;  // the exponentials of f, or null
+  const void* q;
+  int q_type;
+  const LogitsPlan& plan;
+  const GradientPlan& gradient;
+  const NormsPlan& norms;
+  const GradientRow& row;
+  GradientState* state;
+};
+
+// Calls step(u, v, e, w, i, first), e and w the exponentials and the q of the elements v, 0 in the padding, and sums up
+// the q: NaN where one is negative. done(n) after each block.
+template <class T, class In, class Step, class Done>
+INLINE void for_labels(const Sweep<In>& s, const Softmax<T>& softmax, Step step, Done done) {
+  T held[BLOCK];
+  const bool given = s.gradient.labels == GIVEN;
+  const V<T> uniform = all<T>(T(s.row.uniform)), nan = all<T>(T(__builtin_nan("")));
+  for (int64_t start = 0; start < s.n; start += BLOCK) {
+    const int64_t m = s.n - start < BLOCK ? s.n - start : BLOCK;
+    const T* kept = s.kept ? s.kept + start : nullptr;
+    const T* q = given ? labels_of<T>(s.q, s.q_type, start, m, held) : nullptr;
+    V<T> sums[2] = {};
+    for_blocks<2, T>(
+        s.f + start, m, minus_inf<T>(),
+        [&](int u, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
+          V<T> w = uniform;
+          if (given) {
+            w = first ? load_last<T>(q + m, m - i, i, T(0)) : load(q + i);
+            sums[u] += w >= 0 ? w : nan;
+          } else if (first) {
+            w = from_lane<T>(first) ? w : V<T>{};
+          }
+          V<T> d, e = kept ? load(kept + i) : softmax.exp(v, &d);
+          step(u, v, e, w, i, first);
+        },
+        [] {});
+    s.state->labels += take<2, T>(sums);
+    done(m);
+  }
+}
+
+// || q - p ||: the differences of a block, then their powers as those of features.
+template <class T, class In> static void gradient_inside(const Sweep<In>& s) {
+  const Softmax<T> softmax(all<T>(T(s.row.max)), s.plan);
+  const T per_total = T(__builtin_ldexp(1 / s.row.total, -Vec<T>::scaled)), not_p = T(s.row.not_p);
+  const bool sure = s.row.total < 2;  // of one class: there q - p = (q - 1) + (1 - p), which keeps 1 - p when q = 1
+  T out[BLOCK];
+  for_labels<T>(
+      s, softmax,
+      [&](int, V<T> v, V<T> e, V<T> w, int64_t i, int64_t) __attribute__((always_inline)) {
+        V<T> difference = w - e * per_total;
+        if (sure) difference = v == softmax.max ? (w - T(1)) + not_p : difference;
+        __builtin_memcpy(out + i, &difference, sizeof difference);
+      },
+      [&](int64_t m) {
+        const int64_t whole = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the padding is 0
+        norms<T>(out, whole, s.norms, out, &s.state->difference);
+      });
+}
+
+// What a class below the maximum, of probability p, has for || e_y - p ||^power, times 2^-row.shift. p <= 1/2 there, so
+// that nothing cancels; the maximum is left to the caller, in double.
+enum Norm { LINEAR, SQUARE, GENERAL };  // orders 1 and infinity, (1 - p)^power times a number; 2; any
+
+template <class T, int NORM> struct ClassNorm {
+  const Softmax<T> powers;  // e^(r z)
+  const T order, exponent, power, sum, log_p, shift;
+  const bool plain, root;
+
+  ClassNorm(const LogitsPlan& plan, const GradientPlan& g, const GradientRow& row)
+      : powers(all<T>(T(row.max)), NORM == GENERAL ? sharper(plan, g.order) : plan), order(T(g.order)),
+        exponent(T(NORM == LINEAR ? g.power : g.power / g.order)), power(T(g.power)), sum(T(row.power_sum)),
+        log_p(T(-g.order * row.log_total)), shift(T(row.shift)), plain(exponent == 1), root(exponent == 0.5) {}
+
+  inline __attribute__((always_inline)) V<T> operator()(V<T> v, V<T> p) const {
+    V<T> x, e, l, log_not_p = {};
+    if constexpr (NORM == LINEAR) x = 1 - p;
+    if constexpr (NORM == SQUARE) x = (1 - 2 * p) + sum;
+    if constexpr (NORM == GENERAL) {
+      // (1 - p) (1 + the others' (p_k / (1 - p))^r)^(1/r): no high order underflows
+      log2_parts<T>(1 - p, &e, &l);
+      log_not_p = e + l;
+      V<T> d, others = sum - powers.exp(v, &d) * T(__builtin_ldexp(1.0, -Vec<T>::scaled));
+      x = 1 + others * exp2_sum<T, true>(log_p - order * log_not_p, V<T>{}, I<T>{});
+    }
+    if (NORM != GENERAL && plain) return x;
+    if (NORM != GENERAL && root) return square_root(x);
+    log2_parts<T>(x, &e, &l);
+    return exp2_sum<T, true>((e + l) * exponent + (log_not_p * power - shift), V<T>{}, I<T>{});
+  }
+};
+
+// Sum of q || e_y - p ||^power over the classes below the maximum; of the maximum, its q alone.
+template <class T, int NORM, class In> static void gradient_outside(const Sweep<In>& s) {
+  const T top = T(s.row.max);
+  const V<T> max = all<T>(top);
+  const bool predicted = s.gradient.labels == PREDICTED, logs = s.gradient.labels == LOG_PREDICTED;
+  // Where float exponentials vanish and are the weights too, they have a pivot of their own.
+  double pivot = s.row.max;
+  if (predicted && s.row.total - 1 < 0x1p-50) pivot = largest_below<T>(s.f, s.n, top);
+  if (pivot == -__builtin_inf()) return;
+  const bool apart = pivot < s.row.max;
+  const double unit = __builtin_exp2((pivot - s.row.max) * s.plan.scale) / s.row.total * __builtin_ldexp(1.0, -Vec<T>::scaled);
+  const Softmax<T> softmax(all<T>(T(pivot)), s.plan);
+  const ClassNorm<T, NORM> norm(s.plan, s.gradient, s.row);
+  const T per_total = T(unit), log_total = T(s.row.log_total);
+  V<T> sums[2] = {}, tops[2] = {};
+  double sum = 0;
+  for_labels<T>(
+      s, softmax,
+      [&](int u, V<T> v, V<T> e, V<T> w, int64_t, int64_t first) __attribute__((always_inline)) {
+        const auto below = unequal(v, max);
+        tops[u] = add_where(~below, tops[u], w);
+        if (apart) {
+          V<T> d;
+          e = softmax.exp(v < max ? v : all<T>(minus_inf<T>()), &d);
+        }
+        if (predicted) w = e;
+        if (logs) {
+          w = (v - max) * softmax.high - log_total;
+          if (first) w = from_lane<T>(first) ? w : V<T>{};
+        }
+        sums[u] = add_where(below, sums[u], w * norm(v, e * per_total));
+      },
+      [&](int64_t) { sum += take<2, T>(sums), s.state->top += take<2, T>(tops); });
+  s.state->sum += predicted ? unit * sum : sum;
+}
+
+template <class In>
+static void gradient(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan, const GradientPlan& gradient,
+                     const NormsPlan& norms, const GradientRow& row, GradientState* state) {
+  typedef typename Arithmetic<In>::type T;
+  const Sweep<In> sweep{static_cast<const In*>(f), n, static_cast<const T*>(kept), q, q_type, plan, gradient, norms, row, state};
+  if (!gradient.outside) gradient_inside<T>(sweep);
+  else if (gradient.order == 1 || gradient.order == __builtin_inf()) gradient_outside<T, LINEAR>(sweep);
+  else if (gradient.order == 2) gradient_outside<T, SQUARE>(sweep);
+  else gradient_outside<T, GENERAL>(sweep);
+}
