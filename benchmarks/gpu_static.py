@@ -306,7 +306,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
 # of the sums and products of those. Rows that begin anywhere add 1 more to keep it out, since places move, and sums of
 # twice as many slots in float64 to keep a row's bits, with half the logits a thread. In twelve norms it adds 3 to count
 # what is not 0 and 1 where orders below 0.25 must see subnormals, and the checks of ranges. The second sweep of
-# segments subtracts before it scales, too. Roots and products are 200 to 400 a thread, which shows where rows are short.
+# segments subtracts before it scales, too. Roots and products are 200 to 400 a thread: it shows where rows are short.
 CASES = [
     Case("energy", BFLOAT, 1000, 0, ("energy",), (), 7.2, 1.1),
     *(Case("4 V terms", t, 1000, 0, V, (), n, 1.1) for t, n in ((BFLOAT, 11), (HALF, 11), (FLOAT, 10.1))),

@@ -224,8 +224,8 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, sum t, sum |2^t - u| with u = (sum 2^t) / n.
 
     The three sums over the rest are relative to the pivot: the maximum, or where they would vanish the next
-    largest logit; last comes whether any row has such a pivot. Without PEEL the rest is what remains of the sum after
-    1 is taken away.
+    largest logit; last comes whether any row may have such a pivot. Without PEEL the rest is what remains of the sum
+    after 1 is taken away.
     """
     A: tl.constexpr = P if SHIFTED else 1  # accumulators: two where an element's place in its word varies
     xs = load_row(ptr, base, head, w, n, N, LEAST, -INF, VEC, P, SHIFTED, W)
@@ -260,7 +260,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                 if (SHIFTED and i < P) or (i // P + 1) * W * P > LEAST:
                     if (PLOGP | SUMLOGP) & SUMS:
                         d = tl.where(is_own(w + i // P * W, i % P, head, n, VEC, P, SHIFTED), d, 0.0)
-                        t = d * scale
+                        t = d * scale  # 0 beyond the row's end, as 2^t is
                 lo = e
                 if PEEL & SUMS:
                     # The largest of a slot is kept out of its sum: if it is the row's, the rest is not drowned.
@@ -274,7 +274,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                 if SQUARES & SUMS:
                     slot2 = tl.fma(lo, lo, slot2)
                 if PLOGP & SUMS:
-                    slot_et = tl.fma(e, t, slot_et)  # NaN where a class is masked
+                    slot_et = tl.fma(e, t, slot_et)  # NaN where a class is masked: summed again below
                 if SUMLOGP & SUMS:
                     slot_d += d
                 if (TV | PLOGP) & SUMS:
