@@ -11,8 +11,12 @@ measurement. Branches are counted as not taken. They serve rare rows (device.py 
 sum at first, which are read again, and for entropies rows with masked classes. "rare" is what the code behind branches
 would add, its loops over rows left out; "total" always reads every element, which is asserted.
 
-The exit status is 1 where a kernel spills, loads rows in less than 128 bits at a time (64 for rows of 100 halves, 32
-for those of ten classes, a thread each), or takes more instructions than its budget.
+BatchGrad, which reads little and computes much, is counted for each of N C D elements, with rows of one kind: its loop
+over features, and all that is outside of loops once. Memory has no part in its figures.
+
+The exit status is 1 where a kernel spills, loads rows in less than 128 bits at a time (64 for rows of 100 halves, and
+for G, two numbers that a whole warp shares; 32 for rows of ten classes, a thread each), or takes more instructions than
+its budget.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastood.kernels import Product, Want
-from fastood.kernels.triton import device, shapes
+from fastood.kernels.triton import device, device_batchgrad, shapes
 
 V = ("energy", "tv", "msp", "s2")
 EVERY_V = (*V, "plogp", "sumlogp", "fmax")
@@ -52,7 +56,8 @@ class Case(NamedTuple):
     orders: tuple[float, ...]
     total: float
     special: float
-    kernel: str = "scores"  # or of a row in segments: "first", "second"; or shared by the programs of a "cluster"
+    # or of a row in segments: "first", "second"; shared by a "cluster"; or BatchGrad of features: "plain", "signed"
+    kernel: str = "scores"
     least_bits: int = 128
 
 
@@ -63,10 +68,15 @@ class Compiled(NamedTuple):
     cubin: bytes
     warps: int  # of all programs of a cluster
     shared: int
-    elements: int  # that they read
+    elements: int  # that one program, or a cluster, reads, or in BatchGrad computes
+
+
+POINTERS = {BFLOAT: "*bf16", HALF: "*fp16", FLOAT: "*fp32"}
 
 
 def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = False) -> Compiled:
+    if case.kernel in ("plain", "signed"):
+        return compile_batchgrad("partial_sums", case.dtype, target)
     C, D, size = case.C, case.D, case.dtype.itemsize
     products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
     plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
@@ -80,7 +90,7 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     x = shapes.tile_of(C, C, 0, size, pairs, shape.lanes) if C else shapes.NOTHING
     h = shapes.tile_of(D, D, 0, size, pairs, shape.lanes) if D else shapes.NOTHING
     segments = shapes.segments_of(C, x.vec, shifted, clusters) if C else (1, 0)
-    pointer = {BFLOAT: "*bf16", HALF: "*fp16", FLOAT: "*fp32"}[case.dtype]
+    pointer = POINTERS[case.dtype]
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "record_ptr": "*fp32", "x_ptr": pointer, "h_ptr": pointer}
     if case.kernel in ("scores", "cluster"):
         kernel = device.scores
@@ -93,10 +103,28 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
         kernel = device.segments
         constants = shapes.segment_constants(plan, C, x, segments, case.kernel == "second")
         elements = segments[1]
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") and name not in constants]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    return _compile(kernel, types, constants, target, shape, elements)
+
+
+def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bool = False) -> Compiled:
+    """A kernel of device_batchgrad.py."""
+    types = {"f_ptr": POINTERS[dtype], "h_ptr": POINTERS[dtype], "scale": "fp32", "inverse": "fp32"}
+    types |= dict.fromkeys(("stats_ptr", "out_ptr"), "*fp64")
+    types |= dict.fromkeys(("x_ptr", "sum_ptr", "g_ptr", "g_sums_ptr", "part_ptr"), "*fp32")
+    constants, warps = shapes.BATCHGRAD, 1
+    if name != "partial_sums":
+        turned = {"BIAS": bias, "ROWS": constants["ROWS"], "FEATS": constants["FEATS"], "SOME": shapes.TURNED_ROWS}
+        constants, warps = turned if name == "turned" else shapes.MERGED, 4
+    kernel = getattr(device_batchgrad, name)
+    return _compile(kernel, types, constants, target, shapes.Shape(1, warps), math.prod(shapes.BATCHGRAD.values()))
+
+
+def _compile(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: GPUTarget, shape: shapes.Shape, elements: int
+) -> Compiled:
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    given = [x for x in kernel.params if x.name.endswith("_ptr") and x.name not in constants]
+    attributes = {(x.num,): [["tt.divisibility", 16]] for x in given if not x.do_not_specialize}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=target, options=dict(shape.options))
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
@@ -221,6 +249,9 @@ class Flow:
         """Loads of logits and features; small tables, which all programs share, are loaded to stay (EL)."""
         return [x for x in self.instructions(blocks) if x.base == "LDG" and ".EL" not in x.opcode]
 
+    def takes_maxima(self, blocks: set[int]) -> bool:
+        return any(x.base.startswith("FMNMX") for x in self.instructions(blocks))
+
 
 # ---- counting
 
@@ -260,20 +291,27 @@ class Report(NamedTuple):
 def analyse(compiled: Compiled, case: Case) -> Report:
     code, labels, registers = disassemble(compiled.cubin)
     flow = Flow(code, labels)
-    usual = flow.usual()
-    loops = flow.loops(usual)
-    assert len(loops) <= 1, "the model knows one loop, over the features"
     threads = 32 * compiled.warps
+    batchgrad = case.kernel in ("plain", "signed")
+    usual = flow.reachable(0) if batchgrad else flow.usual()
+    loops = flow.loops(usual)
+    if batchgrad:
+        usual -= set().union(*loops)
+        loops = [x for x in loops if flow.takes_maxima(x) == (case.kernel == "signed")]
+        usual |= loops[0]
+    assert len(loops) <= 1, "the model knows one loop, over the features"
     runs = dict.fromkeys(usual, 1.0)
     if loops:
         bytes_a_turn = threads * sum(x.bits // 8 for x in flow.loads_rows(loops[0]))
         bytes_in_all = compiled.elements * case.D / (case.C + case.D) * case.dtype.itemsize
-        runs |= dict.fromkeys(loops[0], bytes_in_all / bytes_a_turn)
+        steps = shapes.BATCHGRAD["FEATS"] / device_batchgrad.STEP.value
+        runs |= dict.fromkeys(loops[0], steps if batchgrad else bytes_in_all / bytes_a_turn)
+    rows = flow.loads_rows(loops[0] if batchgrad else usual)
 
     everything = flow.reachable(0)
     rare = everything - usual - set().union(*flow.loops(everything))
     read = threads * sum(times * x.bits // 8 for block, times in runs.items() for x in flow.loads_rows({block}))
-    assert read >= compiled.elements * case.dtype.itemsize, "some elements are read behind a branch"
+    assert batchgrad or read >= compiled.elements * case.dtype.itemsize, "some elements are read behind a branch"
 
     def each(opcodes: set[str] | None, without: bool = False) -> float:
         count = 0.0
@@ -288,12 +326,12 @@ def analyse(compiled: Compiled, case: Case) -> Report:
         registers,
         sum(x.base in ("LDL", "STL") for x in code),
         compiled.shared,
-        Counter(x.bits for x in flow.loads_rows(usual)),
+        Counter(x.bits for x in rows),
         total,
         special,
         fp32,
         sum(1 for _ in flow.instructions(rare)) * threads / compiled.elements,
-        busiest / (case.dtype.itemsize / BYTES_PER_CLOCK),
+        math.nan if batchgrad else busiest / (case.dtype.itemsize / BYTES_PER_CLOCK),
     )
 
 
@@ -332,6 +370,9 @@ CASES = [
     Case("energy x norm 0.3", BFLOAT, 1000, 2048, ("energy",), (0.3,), 6.8, 1.8),
     Case("4 V x norm 0.3", BFLOAT, 1000, 2048, V, (0.3,), 8.2, 1.8),
     Case("4 V x 12 norms", BFLOAT, 1000, 2048, V, GRID, 22.6, 1.8),
+    # 3 and 4 are arithmetic. A load and a multiplication of G serve 4 rows, a load of features serves 8 classes.
+    Case("BatchGrad, h >= 0", FLOAT, 1000, 2048, (), (), 3.7, 0.1, "plain", least_bits=64),
+    Case("BatchGrad, h of any sign", FLOAT, 1000, 2048, (), (), 4.4, 0.1, "signed", least_bits=64),
 ]
 ARCHITECTURES = (80, 90, 100)
 

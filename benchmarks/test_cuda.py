@@ -78,3 +78,17 @@ def test_gradnorm(compare, shape, dtype):
     autograd = rivals.autograd_gradnorm if N <= 64 else f"{N:,} backward passes a call"
     ours = on_gpu(partial(fastood.score, method="gradnorm"), f, h)
     compare("gradnorm", 1, ours, rivals.gradnorm, {"autograd": autograd}, logits=f, feats=h)
+
+
+@every_dtype
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "signed"])
+@pytest.mark.parametrize("shape", [(1, 1000, 2048), (256, 1000, 2048)], ids=str)
+def test_batchgrad(compare, shape, relu, dtype):
+    N, C, D = shape
+    f, h = logits_of(N, C, dtype), feats_of(N, D, dtype)
+    if not relu:
+        h = h - h.mean()
+    G = rivals.anchor_gradient(logits_of(C, C, "float32"), feats_of(C, D, "float32"), torch.arange(C, device="cuda"))
+    ours = on_gpu(partial(fastood.BatchGrad(G).score, oriented=False), f, h)
+    formula = partial(rivals.batchgrad, G=G)
+    compare("BatchGrad", 1, ours, formula, {"eager, row by row": rivals.row_by_row(formula)}, logits=f, feats=h)

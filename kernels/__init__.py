@@ -93,7 +93,7 @@ class Anchors:
 
     def __init__(self, G: Tensor, temperature: float, bias: bool) -> None:
         self.G, self.temperature, self.bias = G, temperature, bias
-        self.prepared: Any = {}  # what the C++ backend made of it, by dtype
+        self.prepared: Any = {}  # what backends made of it
 
 
 class Backend(Protocol):

@@ -290,11 +290,13 @@ def gradient(
 ) -> Tensor:
     """|| E_q[e_Y - p] ||_order^power or E_q[ || e_Y - p ||_order^power ], [N] float64, some rows at a time."""
     n = max(1, _TILE // (16 * logits.shape[1]))
-    chunks = logits.split(n)
     out = [logits.new_zeros(0, dtype=torch.float64)]
-    for f_n, labels_n in zip(chunks, labels.split(n) if labels is not None else [None] * len(chunks), strict=True):
-        rows = Softmax(f_n, T)
-        q_n = distribution(labels_n).to(rows.f.dtype) if labels_n is not None else q
+    for i in range(0, len(logits), n):
+        rows = Softmax(logits[i : i + n], T)
+        q_n: Tensor | str = q
+        if q == "given":
+            assert labels is not None
+            q_n = distribution(labels[i : i + n]).to(rows.f.dtype)
         out.append((rows.gradient_inside if expectation == "inside" else rows.gradient_outside)(q_n, order, power))
     return torch.cat(out)
 

@@ -345,18 +345,6 @@ def test_batchgrad_arguments():
         fastood.anchor_gradient(f, h, y[:3])
 
 
-def equation_6(f, h, G, T):
-    """By the definition, class by class, in long double: [N]."""
-    f, h, G = truth.widen(f), truth.widen(h), truth.widen(G)
-    out = []
-    for row, x in zip(f, h, strict=True):
-        p, not_p, _ = truth.softmax_row(row, T)
-        away = np.abs(G - p[:, None] * x / T).sum(1)
-        towards = np.abs(G + not_p[:, None] * x / T).sum(1)
-        out.append((not_p * away + p * towards).sum())
-    return np.array(out)
-
-
 @given(
     seed=st.integers(0, 2**32 - 1),
     N=st.sampled_from([1, 3, 40]),
@@ -376,12 +364,7 @@ def test_batchgrad_on_every_backend(backend, seed, N, C, D, scale, T, dtype, rel
     detector = fastood.BatchGrad(G, temperature=T, bias=bias)
     got = detector.score(f, h, oriented=False, backend=backend)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    x = torch.cat([h.double(), torch.ones(N, 1, dtype=torch.float64)], 1) if bias else h
-    expected = equation_6(f, x, G, T)
-    with np.errstate(all="ignore"):
-        # p is exact to (32 + 4 |z|) units, which what depends on it by way of h inherits.
-        size = np.abs(truth.widen(G)).sum() + np.abs(truth.widen(x)).sum(1) / T
-        allowed = (64 + 4 * np.minimum(truth.span(f) / T, 104)) * truth.EPS[str(dtype).removeprefix("torch.")] * size
+    expected, allowed = truth.batchgrad(f, h, G, T, bias, truth.EPS[str(dtype).removeprefix("torch.")])
     truth.assert_close(got, expected, allowed, "BatchGrad")
     assert torch.equal(detector.score(f[-1:], h[-1:], oriented=False, backend=backend), got[-1:])
 

@@ -92,6 +92,24 @@ def norm(h, r, bias=False):
     return u
 
 
+def batchgrad(f, h, G, T, bias, eps):
+    """Equation 6 by its definition, class by class, [N]; and the error allowed."""
+    z, h, G = widen(f), widen(h), widen(G)
+    if bias:
+        h = np.concatenate([h, np.ones((len(h), 1), LD)], 1)
+    out = []
+    with np.errstate(all="ignore"):
+        for row, x in zip(z, h, strict=True):
+            p, not_p, _ = softmax_row(row, T)
+            away = np.abs(G - p[:, None] * x / T).sum(1)
+            towards = np.abs(G + not_p[:, None] * x / T).sum(1)
+            out.append((not_p * away + p * towards).sum())
+        # p is exact to (32 + 4 |z|) units, which what depends on it by way of h inherits.
+        size = np.abs(G).sum() + np.abs(h).sum(1) / T
+        allowed = (64 + 4 * np.minimum(span(f) / T, 104)) * eps * size
+    return np.array(out), allowed
+
+
 # ---- tolerances of the numeric contract
 
 

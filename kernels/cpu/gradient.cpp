@@ -54,6 +54,7 @@ static double norm_of_top(const Request& q, int64_t row, const LogitsState& s, c
 
 double gradient(const Request& q, int64_t row, const LogitsState& s, const GradientRow& about, const GradientState& state) {
   const GradientPlan& g = q.plan.gradient;
+  if (g.labels == PREDICTED && !g.outside) return 0;  // E_p[e_Y - p] = 0, exactly
   // Probabilities in a half type do not sum to 1 exactly.
   if (g.labels == GIVEN && !(std::fabs(state.labels - 1) < 1e-2)) return NAN;
   if (!g.outside) {

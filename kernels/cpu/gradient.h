@@ -96,13 +96,13 @@ enum Norm { LINEAR, SQUARE, GENERAL };  // orders 1 and infinity, (1 - p)^power 
 
 template <class T, int NORM> struct ClassNorm {
   const Softmax<T> powers;  // e^(r z)
-  const T order, exponent, power, sum, log_p, shift;
-  const bool plain, root;
+  const double ratio;
+  const T exponent, order, power, sum, log_p, shift;
 
   ClassNorm(const LogitsPlan& plan, const GradientPlan& g, const GradientRow& row)
-      : powers(all<T>(T(row.max)), NORM == GENERAL ? sharper(plan, g.order) : plan), order(T(g.order)),
-        exponent(T(NORM == LINEAR ? g.power : g.power / g.order)), power(T(g.power)), sum(T(row.power_sum)),
-        log_p(T(-g.order * row.log_total)), shift(T(row.shift)), plain(exponent == 1), root(exponent == 0.5) {}
+      : powers(all<T>(T(row.max)), NORM == GENERAL ? sharper(plan, g.order) : plan),
+        ratio(NORM == LINEAR ? g.power : g.power / g.order), exponent(T(ratio)), order(T(g.order)), power(T(g.power)),
+        sum(T(row.power_sum)), log_p(T(-g.order * row.log_total)), shift(T(row.shift)) {}
 
   inline __attribute__((always_inline)) V<T> operator()(V<T> v, V<T> p) const {
     V<T> x, e, l, log_not_p = {};
@@ -115,8 +115,8 @@ template <class T, int NORM> struct ClassNorm {
       V<T> d, others = sum - powers.exp(v, &d) * T(__builtin_ldexp(1.0, -Vec<T>::scaled));
       x = 1 + others * exp2_sum<T, true>(log_p - order * log_not_p, V<T>{}, I<T>{});
     }
-    if (NORM != GENERAL && plain) return x;
-    if (NORM != GENERAL && root) return square_root(x);
+    if (NORM != GENERAL && ratio == 1) return x;
+    if (NORM != GENERAL && ratio == 0.5) return square_root(x);
     log2_parts<T>(x, &e, &l);
     return exp2_sum<T, true>((e + l) * exponent + (log_not_p * power - shift), V<T>{}, I<T>{});
   }
@@ -159,10 +159,11 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
 }
 
 template <class In>
-static void gradient(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan, const GradientPlan& gradient,
-                     const NormsPlan& norms, const GradientRow& row, GradientState* state) {
+static void gradient(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan,
+                     const GradientPlan& gradient, const NormsPlan& norms, const GradientRow& row, GradientState* state) {
   typedef typename Arithmetic<In>::type T;
-  const Sweep<In> sweep{static_cast<const In*>(f), n, static_cast<const T*>(kept), q, q_type, plan, gradient, norms, row, state};
+  const Sweep<In> sweep{static_cast<const In*>(f), n, static_cast<const T*>(kept), q, q_type, plan, gradient, norms, row,
+                        state};
   if (!gradient.outside) gradient_inside<T>(sweep);
   else if (gradient.order == 1 || gradient.order == __builtin_inf()) gradient_outside<T, LINEAR>(sweep);
   else if (gradient.order == 2) gradient_outside<T, SQUARE>(sweep);

@@ -334,7 +334,8 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
                        LogitsState* states, double* tv) {
   typedef typename Arithmetic<In>::type T;
   constexpr int lanes = Vec<T>::lanes;
-  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled), unit_z = unit / plan.temperature;
+  const bool more = plan.sums & (SQUARES | PLOGP | SUMLOGP);
   for (int64_t start = 0; start < rows; start += lanes) {
     const int64_t count = rows - start < lanes ? rows - start : lanes;
     const In* f = static_cast<const In*>(data) + start * stride;
@@ -349,32 +350,26 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
       max = larger(x[k], max);
       nan = add_where(unequal(x[k], x[k]), nan, all<T>(T(1)));
     }
-    V<T> rest = {}, exp = {}, squares = {}, exp_z = {}, z = {}, powers[MAX_POWER_SUMS] = {}, above = {};
-    if (plan.sums) {
-      for (int r = 0; r < plan.power_sums; r++) {
-        const Softmax<T> softmax(max, sharper(plan, plan.power[r]));
-        for (int64_t k = 0; k < n; k++) {
-          V<T> d, e = softmax.exp(x[k], &d);
-          powers[r] = add_where(unequal(x[k], max), powers[r], e);
-        }
-      }
-      const Softmax<T> softmax(max, plan);
+    V<T> e[FEW], rest = {}, exp = {}, squares = {}, exp_z = {}, z = {}, above = {};
+    const Softmax<T> softmax(max, plan);
+    for (int64_t k = 0; k < n && plan.sums; k++) {
+      V<T> d;
+      e[k] = softmax.exp(x[k], &d);
+      const auto below = unequal(x[k], max);
+      rest = add_where(below, rest, all<T>(T(1)));
+      exp = add_where(below, exp, e[k]);
+    }
+    for (int64_t k = 0; k < n && more; k++) {
+      const V<T> d = x[k] - max, held = d < softmax.lowest ? all<T>(softmax.lowest) : d;
+      squares = add_where(unequal(x[k], max), squares, e[k] * e[k]);
+      exp_z += e[k] * held;
+      z += d;
+    }
+    if (plan.sums & TV) {
+      const V<T> scale = 1 / (all<T>(T(n)) - rest + exp * T(unit));
       for (int64_t k = 0; k < n; k++) {
-        V<T> d, e = softmax.exp(x[k], &d);
-        const auto below = unequal(x[k], max);
-        rest = add_where(below, rest, all<T>(T(1)));
-        exp = add_where(below, exp, e);
-        squares = add_where(below, squares, e * e);
-        exp_z += e * d;
-        z += x[k] - max;
-        x[k] = e;
-      }
-      if (plan.sums & TV) {
-        const V<T> scale = 1 / (all<T>(T(n)) - rest + exp * T(unit));
-        for (int64_t k = 0; k < n; k++) {
-          V<T> p = x[k] * T(unit) * scale - T(1.0 / double(n));
-          above += p > 0 ? p : V<T>{};
-        }
+        V<T> p = e[k] * T(unit) * scale - T(1.0 / double(n));
+        above += p > 0 ? p : V<T>{};
       }
     }
     for (int64_t row = 0; row < count; row++) {
@@ -384,13 +379,23 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
       s->nan = nan[row] != 0;
       s->ties = n - rest[row];
       s->exp = unit * exp[row];
-      s->squares = unit * unit * squares[row];
-      s->exp_z = unit / plan.temperature * exp_z[row];
-      s->z = z[row] / plan.temperature;
-      for (int r = 0; r < plan.power_sums; r++) s->powers[r] = unit * powers[r][row];
+      if (more) {
+        s->squares = unit * unit * squares[row];
+        s->exp_z = unit_z * exp_z[row];
+        s->z = z[row] / plan.temperature;
+      }
       if (plan.sums & TV) tv[start + row] = above[row];
       if (sizeof(T) == 4 && plan.sums && s->exp < 0x1p-128 && __builtin_isfinite(s->max) && !s->nan)
         rest_of_row<T>(f + row * stride, n, plan, s);
+    }
+    for (int r = 0; r < plan.power_sums; r++) {
+      const Softmax<T> sharp(max, sharper(plan, plan.power[r]));
+      V<T> power = {};
+      for (int64_t k = 0; k < n; k++) {
+        V<T> d;
+        power = add_where(unequal(x[k], max), power, sharp.exp(x[k], &d));
+      }
+      for (int64_t row = 0; row < count; row++) states[start + row].powers[r] = unit * power[row];
     }
   }
 }

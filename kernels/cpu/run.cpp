@@ -93,18 +93,23 @@ static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batc
     if (has_softmax(batch->logits[i])) batch->swept[i] = gradient_of(q, row + i, batch->logits[i], nullptr);
 }
 
-// The j-th statistic of a row: from its sums, or from the row itself, which is read again, where they do not tell.
-static double row_statistic(const Request& q, size_t j, int64_t row, const LogitsState& s, double swept, double log1p) {
+// The j-th statistic of some rows: from their sums, or from the rows themselves, read again, where those do not tell.
+static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count, const Batch& batch, const double* log1p,
+                          double* out) {
   const int stat = q.plan.stats[j], type = q.logits.type;
   const int64_t C = q.logits.columns;
-  if (has_softmax(s)) {
-    const void* f = q.logits.at(row, 0);
+  statistics(stat, q.plan.power_of_stat[j], q.plan.logits, batch.logits, count, C, batch.swept, log1p, out);
+  if (stat != GEN && stat != LOG_ONE_MINUS_S2) return;
+  for (int64_t i = 0; i < count; i++) {
+    const LogitsState& s = batch.logits[i];
+    const void* f = q.logits.at(row + i, 0);
     const double r1 = rest(s);
-    if (stat == GEN) return kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
-    if (stat == LOG_ONE_MINUS_S2 && r1 < 0x1p-900)  // 1 - S_2 = 2 r1
-      return 0.6931471805599453 * (1 + kernels->log2_rest[type](f, C, q.plan.logits, s.max));
+    if (!has_softmax(s)) continue;
+    if (stat == GEN)
+      out[i] = kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
+    else if (r1 < 0x1p-900)  // 1 - S_2 = 2 r1
+      out[i] = 0.6931471805599453 * (1 + kernels->log2_rest[type](f, C, q.plan.logits, s.max));
   }
-  return statistic(stat, q.plan.power_of_stat[j], q.plan.logits, s, C, swept, log1p);
 }
 
 static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
@@ -113,9 +118,7 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
     for (int64_t i = 0; i < count; i++) log1p[i] = rest(batch->logits[i]);
     kernels->log1p(log1p, BATCH);
   }
-  for (size_t j = 0; j < q.plan.stats.size(); j++)
-    for (int64_t i = 0; i < count; i++)
-      stats[j][i] = row_statistic(q, j, row + i, batch->logits[i], batch->swept[i], log1p[i]);
+  for (size_t j = 0; j < q.plan.stats.size(); j++) statistics_of(q, j, row, count, *batch, log1p, stats[j]);
 
   if (q.plan.bias && !q.orders().empty()) {
     const double one = 1;

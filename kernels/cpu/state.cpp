@@ -73,28 +73,41 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
   a->nan |= other.nan;
 }
 
-double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
-
-double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double swept, double log1p) {
-  if (s.nan) return NaN;
-  if (!std::isfinite(s.max)) return stat == LSE || stat == ENERGY ? s.max : NaN;
-  const double r1 = rest(s), r2 = (s.ties - 1) + s.squares;
+void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
+                const double* swept, const double* log1p, double* out) {
+  const double T = plan.temperature;
+  auto each = [&](auto formula) {
+    for (int64_t i = 0; i < count; i++) {
+      const LogitsState& s = states[i];
+      const double r1 = rest(s), r2 = (s.ties - 1) + s.squares;
+      if (std::isfinite(s.max) && !s.nan) out[i] = formula(s, i, r1, r2);
+      else out[i] = !s.nan && (stat == LSE || stat == ENERGY) ? s.max : NaN;
+    }
+  };
+  typedef const LogitsState& S;
   switch (stat) {
-    case FMAX: return s.max;
-    case LSE: return s.max / plan.temperature + log1p;
-    case ENERGY: return s.max + plan.temperature * log1p;
-    case MSP: return 1 / (1 + r1);
-    case ONE_MINUS_MSP: return r1 / (1 + r1);
-    case LOG_MSP: return -log1p;
-    case S2: return (1 + r2) / ((1 + r1) * (1 + r1));
-    case ONE_MINUS_S2: return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1));
-    case LOG_ONE_MINUS_S2: return std::log(r1) + std::log(2 + r1 - (r1 > 0 ? r2 / r1 : 0)) - 2 * log1p;
+    case FMAX: return each([](S s, int64_t, double, double) { return s.max; });
+    case LSE: return each([&](S s, int64_t i, double, double) { return s.max / T + log1p[i]; });
+    case ENERGY: return each([&](S s, int64_t i, double, double) { return s.max + T * log1p[i]; });
+    case MSP: return each([](S, int64_t, double r1, double) { return 1 / (1 + r1); });
+    case ONE_MINUS_MSP: return each([](S, int64_t, double r1, double) { return r1 / (1 + r1); });
+    case LOG_MSP: return each([&](S, int64_t i, double, double) { return -log1p[i]; });
+    case S2: return each([](S, int64_t, double r1, double r2) { return (1 + r2) / ((1 + r1) * (1 + r1)); });
+    case ONE_MINUS_S2:
+      return each([](S, int64_t, double r1, double r2) { return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1)); });
+    case LOG_ONE_MINUS_S2:
+      return each([&](S, int64_t i, double r1, double r2) {
+        return std::log(r1) + std::log(2 + r1 - (r1 > 0 ? r2 / r1 : 0)) - 2 * log1p[i];
+      });
     case TOTAL_VARIATION:
-    case GRADIENT: return swept;
-    case PLOGP_STAT: return s.exp_z / (1 + r1) - log1p;
-    case SUMLOGP_STAT: return s.z - classes * log1p;
-    case POWER_SUM: return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);
-    default: return NaN;
+    case GRADIENT: return each([&](S, int64_t i, double, double) { return swept[i]; });
+    case PLOGP_STAT: return each([&](S s, int64_t i, double r1, double) { return s.exp_z / (1 + r1) - log1p[i]; });
+    case SUMLOGP_STAT: return each([&](S s, int64_t i, double, double) { return s.z - classes * log1p[i]; });
+    case POWER_SUM:
+      return each([&](S s, int64_t, double r1, double) {
+        return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);
+      });
+    default: return each([](S, int64_t, double, double) { return NaN; });
   }
 }
 

@@ -19,8 +19,9 @@ struct Order {
 int sums_for(int stat);
 void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b);
 // A statistic of one row, log1p being log (1 + r1), r1 = rest(s), and swept what a second sweep over it gave.
-double rest(const LogitsState& s);
-double statistic(int stat, int power, const LogitsPlan& plan, const LogitsState& s, int64_t classes, double swept, double log1p);
+inline double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
+void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
+                const double* swept, const double* log1p, double* out);
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);
 void clear(const NormsPlan& plan, NormsState* s);

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from fastood.kernels import reference
-from fastood.kernels.reference import batchgrad
 from fastood.kernels.seam import traced
 from fastood.kernels.triton import shapes
 
 if TYPE_CHECKING:
-    from fastood.kernels import Job, Stat, Want
-
-__all__ = ["batchgrad", "products", "row_stats", "unusable"]  # BatchGrad in plain PyTorch
+    from fastood.kernels import Anchors, Job, Stat, Want
 
 
 @lru_cache
@@ -91,3 +88,10 @@ def products(
     columns = out.view(len(x), plan.columns) if by_row else out.view(plan.columns, len(x)).T
     _launch().run(logits if want.stats else None, feats if want.orders else None, plan, want.bias, want.log, columns)
     return out
+
+
+def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
+    out = None
+    if not traced(logits, feats, anchors.G) and feats.shape[1] > 0:
+        out = _launch().batchgrad(logits, feats, anchors)
+    return reference.batchgrad(logits, feats, anchors) if out is None else out

@@ -1,4 +1,4 @@
-"""Launches of the kernels in device.py. Imports Triton: only __init__.py imports this, and late."""
+"""Launches of the kernels in device*.py. Imports Triton: only __init__.py imports this, and late."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastood.kernels.triton import device, shapes
+from fastood.kernels import Anchors, Want
+from fastood.kernels.triton import device, device_batchgrad, shapes
 from fastood.kernels.triton.shapes import Plan, Tile
 
 
@@ -75,6 +76,58 @@ def _segments(f: Tensor, x: Matrix, plan: Plan, segments: tuple[int, int], table
             grid = (len(some) * segments[0],)
             device.segments[grid](data, stride, offset + first * stride, some, table, **constants, **shape.options)
     return records
+
+
+def batchgrad(f: Tensor, h: Tensor, anchors: Anchors) -> Tensor | None:
+    """[N] float64, or None for temperatures that the kernels do not do."""
+    plan = shapes.plan_of(Want(("fmax", "msp", "one_minus_msp"), temperature=anchors.temperature), None)
+    if plan is None:
+        return None
+    (N, C), D = f.shape, anchors.G.shape[1]
+    f, h = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (f, h))
+    out = torch.empty(N, dtype=torch.float64, device=f.device)
+    group = shapes.batchgrad_rows(C, D)
+    with _on(out.device):
+        g, g_sums = _prepared(anchors)
+        for first in range(0, N, group):
+            some = slice(first, first + group)
+            _batchgrad(f[some], h[some], g, g_sums, plan, anchors, out[some])
+    return out
+
+
+def _batchgrad(f: Tensor, h: Tensor, g: Tensor, g_sums: Tensor, plan: Plan, anchors: Anchors, out: Tensor) -> None:
+    (N, C), D, T = f.shape, anchors.G.shape[1], anchors.temperature
+    rows, feats = shapes.BATCHGRAD["ROWS"], shapes.BATCHGRAD["FEATS"]
+    class_blocks, feat_blocks = shapes.blocks_of(C, D)
+    row_blocks = math.ceil(N / rows)
+    stats = out.new_empty(plan.columns, N)
+    run(f, None, plan, False, False, stats.T)
+    x = out.new_empty(row_blocks, feat_blocks * feats, rows, dtype=torch.float32)
+    sums = out.new_empty(feat_blocks, row_blocks * rows, dtype=torch.float32)
+    parts = out.new_empty(feat_blocks * class_blocks, row_blocks * rows, dtype=torch.float32)
+    device_batchgrad.turned[(row_blocks * rows // shapes.TURNED_ROWS, feat_blocks)](
+        h, h.stride(0), x, sums, N, h.shape[1], feat_blocks,
+        BIAS=anchors.bias, ROWS=rows, FEATS=feats, SOME=shapes.TURNED_ROWS,
+    )  # fmt: skip
+    steps = math.ceil(D / device_batchgrad.STEP.value)
+    device_batchgrad.partial_sums[(row_blocks * feat_blocks * class_blocks,)](
+        f, f.stride(0), stats, math.log2(math.e) / T, 1 / T, x, sums, g, g_sums, parts, N, C, steps, row_blocks,
+        class_blocks, feat_blocks, **shapes.BATCHGRAD, num_warps=1,
+    )  # fmt: skip
+    grid = (math.ceil(N / shapes.MERGED["SOME"]),)
+    device_batchgrad.merged[grid](parts, out, N, parts.shape[1], len(parts), **shapes.MERGED)
+
+
+def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
+    """G and the sums of its blocks as the kernel reads them, worked out once."""
+    if "triton" not in anchors.prepared:
+        classes, feats = shapes.BATCHGRAD["CLASSES"], shapes.BATCHGRAD["FEATS"]
+        C, D = anchors.G.shape
+        G = torch.nn.functional.pad(anchors.G.float(), (0, -D % feats, 0, -C % classes))
+        G = G.unflatten(1, (-1, feats)).unflatten(0, (-1, classes)).transpose(1, 2)  # by class block and feature block
+        above, below = (x.clamp(min=0).sum(-1, dtype=torch.float64) for x in (G, -G))
+        anchors.prepared["triton"] = G.transpose(2, 3).contiguous(), torch.stack([above, below], -1).float()
+    return anchors.prepared["triton"]
 
 
 def _matrix(x: Tensor | None) -> Matrix:

@@ -129,6 +129,24 @@ def tiles_in_flight(columns: int, tile: Tile) -> int:
 
 NOTHING = Tile(1, 1, False, 1)
 
+# A program of BatchGrad is one warp of 128 rows, four a thread; the registers of a multiprocessor hold 11 of them.
+BATCHGRAD = {"ROWS": 128, "CLASSES": 8, "FEATS": 256}
+TURNED_ROWS = 32  # whose features a program turns
+MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
+TEMPORARY = 1 << 26  # numbers that BatchGrad keeps between its launches
+
+
+def blocks_of(C: int, D: int) -> tuple[int, int]:
+    """Blocks of classes and of features that BatchGrad is split into."""
+    return math.ceil(C / BATCHGRAD["CLASSES"]), math.ceil(D / BATCHGRAD["FEATS"])
+
+
+def batchgrad_rows(C: int, D: int) -> int:
+    """Rows that share BatchGrad's launches: their turned features, and a partial sum for each pair of blocks."""
+    classes, feats = blocks_of(C, D)
+    rows = BATCHGRAD["ROWS"]
+    return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
+
 
 # ---- statistics. The numbers that device.py gives them, and the sums they are made of.
 
