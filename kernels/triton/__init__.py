@@ -55,17 +55,21 @@ def row_stats(
 ) -> tuple[dict[Stat, Tensor], Tensor | None]:
     if traced(logits, feats, labels) or (want.orders and feats is not None and feats.shape[1] == 0):
         return reference.row_stats(logits, feats, want, labels)
-    # gen sorts, power sums and log_one_minus_s2 are other kinds of work: plain PyTorch does them; and gradients.
+    # gen sorts, power sums and log_one_minus_s2 are other kinds of work: plain PyTorch does them.
     ours = want._replace(stats=tuple(s for s in want.stats if s in shapes.STATS))
-    plan = shapes.plan_of(ours, None) if ours.stats or ours.orders else None
+    plan = shapes.plan_of(ours, None)
     if plan is None:
         return reference.row_stats(logits, feats, want, labels)
     x = logits if logits is not None else feats
     assert x is not None
-    others = tuple(s for s in want.stats if s not in shapes.STATS)
+    gradients = [s for s in want.stats if s[0] == "gradient" and s[1::3] != ("predicted", "inside")]
+    others = tuple(s for s in want.stats if s not in shapes.STATS and s not in gradients)
     stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()), labels)[0]
+    for s in gradients:
+        stats[s] = _launch().gradient(logits, labels if s[1] == "given" else None, s, want.temperature)
     out = torch.empty(plan.columns, len(x), dtype=torch.float64, device=x.device).T
-    _launch().run(logits if ours.stats else None, feats if want.orders else None, plan, want.bias, want.log, out)
+    if plan.columns:
+        _launch().run(logits if ours.stats else None, feats if want.orders else None, plan, want.bias, want.log, out)
     stats |= zip(ours.stats, out.unbind(1), strict=False)
     return stats, out[:, len(ours.stats) :] if want.orders else None
 

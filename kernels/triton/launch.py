@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from fastood.kernels import Anchors, Want
-from fastood.kernels.triton import device, device_batchgrad, shapes
+from fastood.kernels.triton import device, device_batchgrad, device_gradient, shapes
 from fastood.kernels.triton.shapes import Plan, Tile
 
 
@@ -84,7 +84,7 @@ def batchgrad(f: Tensor, h: Tensor, anchors: Anchors) -> Tensor | None:
     if plan is None:
         return None
     (N, C), D = f.shape, anchors.G.shape[1]
-    f, h = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (f, h))
+    f, h = _inner(f), _inner(h)
     out = torch.empty(N, dtype=torch.float64, device=f.device)
     group = shapes.batchgrad_rows(C, D)
     with _on(out.device):
@@ -130,11 +130,34 @@ def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
     return anchors.prepared["triton"]
 
 
+def gradient(f: Tensor, q: Tensor | None, stat: tuple[str, str, float, float, str], temperature: float) -> Tensor:
+    """A gradient norm, [N] float64; q for the labels "given"."""
+    _, labels, order, power, expectation = stat
+    N, C = f.shape
+    out = torch.empty(N, dtype=torch.float64, device=f.device)
+    if N == 0:
+        return out
+    x = [_inner(f), *([] if q is None else [_inner(q)])]
+    strides = tuple(y.stride(0) for y in x)
+    itemsize = min(y.element_size() for y in x)
+    constants: dict[str, Any] = shapes.gradient_constants(labels, order, power, expectation, C, strides, itemsize)
+    table = _table((math.log2(math.e) / temperature, order, power), f.device)
+    data = (x[0], strides[0] // constants["V"], *((None, 0) if q is None else (x[1], strides[1] // constants["V"])))
+    with _on(f.device):
+        grid = (math.ceil(N / constants["ROWS"]),)
+        device_gradient.gradient[grid](*data, table, out, N, C // constants["V"], **constants)
+    return out
+
+
+def _inner(x: Tensor) -> Tensor:
+    """`x` with the elements of a row beside each other."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def _matrix(x: Tensor | None) -> Matrix:
     if x is None:
         return Matrix(None, 0, 0, 0)
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous()
+    x = _inner(x)
     if x.data_ptr() % 16 and (x.data_ptr() - x.storage_offset() * x.element_size()) % 16:
         x = x.clone(memory_format=torch.contiguous_format)  # memory of someone else's, which begins anywhere
     offset = x.data_ptr() % 16 // x.element_size()

@@ -148,6 +148,29 @@ def batchgrad_rows(C: int, D: int) -> int:
     return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
 
 
+# The label distributions of gradient norms, and of their orders all but "any", as device_gradient.py numbers them.
+LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
+GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
+
+
+def gradient_constants(
+    labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
+) -> dict[str, Any]:
+    """The compile-time arguments of device_gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
+    W = min(_power_of_2(C), 256 if C <= 8192 else 1024)
+    sweeps = math.ceil(C / (4 * W))  # of four blocks or fewer, whose loads are in flight together
+    return {
+        "LABELS": LABELS[labels],
+        "OUTSIDE": expectation == "outside",
+        "ORDER": GRADIENT_ORDERS.get(order, 3),
+        "PLAIN": expectation == "outside" and power == {1: 1, 2: 2, math.inf: 1}.get(order),
+        "V": math.gcd(C, *strides, 16 // itemsize),
+        "ROWS": 1024 // W,
+        "W": W,
+        "BLOCKS": math.ceil(C / (sweeps * W)),
+    }
+
+
 # ---- statistics. The numbers that device.py gives them, and the sums they are made of.
 
 EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL = 1, 2, 4, 8, 16, 32
