@@ -434,8 +434,8 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
 def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
     """Two rank-one updates of each row of G, weighed: p, not_p [n, c], g [c, D], x [n, D] -> [n]."""
     # Divided by T last: h / T alone may overflow where p h / T is small.
-    away = (g - p[..., None] * x[:, None] / T).abs().sum(-1)
-    towards = (g + not_p[..., None] * x[:, None] / T).abs().sum(-1)
+    away = (g - _weighed(p[..., None], x[:, None]) / T).abs().sum(-1)
+    towards = (g + _weighed(not_p[..., None], x[:, None]) / T).abs().sum(-1)
     return row_sum(_weighed(not_p, away) + _weighed(p, towards))
 
 

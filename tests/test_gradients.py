@@ -342,7 +342,7 @@ def test_batchgrad_on_every_backend(backend, seed, N, C, D, scale, T, dtype, rel
 def test_batchgrad_of_rows_that_are_not_finite(backend):
     f, h, G = torch.randn(6, 20), torch.randn(6, 33), torch.randn(20, 33)
     f[0, 3], f[1, 3], f[2] = math.nan, math.inf, -math.inf
-    f[3, 3], h[4, 5], h[5, 5] = -math.inf, math.nan, math.inf
+    f[3, 3], h[4, 5], f[5, 3], h[5, 5] = -math.inf, math.nan, -math.inf, math.inf
     got = fastood.BatchGrad(G).score(f, h, oriented=False, backend=backend)
     assert got[[0, 1, 2, 4]].isnan().all()
     assert got[3].isfinite()  # a masked class

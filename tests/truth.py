@@ -115,14 +115,14 @@ def gradient(f, labels, order, power, expectation, T, eps):
     values, allowed = [], []
     q = widen(labels) if not isinstance(labels, str) else None
     r, x = LD(order), LD(power)
-    for i, (row, span) in enumerate(zip(widen(f), span(f) / T, strict=True)):
+    for i, (row, spread) in enumerate(zip(widen(f), span(f) / T, strict=True)):
         p, not_p, log_p = softmax_row(row, T)
         w = q[i] if q is not None else {"predicted": p, "log_predicted": log_p}.get(labels, np.full_like(p, 1) / len(p))
 
         def size(a):
             return a.max() if order == math.inf else (a**r).sum() ** (1 / r)
 
-        relative = (64 + 8 * min(span, 104)) * eps * max(1, 1 / r) * (1 + x)
+        relative = (64 + 8 * min(spread, 104)) * eps * max(1, 1 / r) * (1 + x)
         if expectation == "inside":
             away = np.abs(w - p)
             top = int(np.argmax(row))

@@ -339,14 +339,9 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
   for (int64_t start = 0; start < rows; start += lanes) {
     const int64_t count = rows - start < lanes ? rows - start : lanes;
     const In* f = static_cast<const In*>(data) + start * stride;
-    In raw[FEW][lanes];
-    for (int64_t row = 0; row < lanes; row++) {
-      const In* from = f + (row < count ? row : 0) * stride;
-      for (int64_t k = 0; k < n; k++) raw[k][row] = from[k];
-    }
     V<T> x[FEW], max = all<T>(minus_inf<T>()), nan = {};
+    for (int64_t k = 0; k < n; k += lanes) load_columns<T>(f + k, stride, count, n - k < lanes ? n - k : lanes, x + k);
     for (int64_t k = 0; k < n; k++) {
-      x[k] = load(raw[k]);
       max = larger(x[k], max);
       nan = add_where(unequal(x[k], x[k]), nan, all<T>(T(1)));
     }
@@ -691,7 +686,8 @@ static void log2_of(const float* x, float* out, int64_t n) {
 
 static void log1p_of(double* x, int64_t n) {
   for (int64_t i = 0; i < n; i += Vec<double>::lanes) {
-    const V<double> v = load(x + i), u = v + 1.0, lost = (v - (u - 1.0)) / u;
+    // What rounding took from u counts where log u is small, and there 1 / u is near 2 - u.
+    const V<double> v = load(x + i), u = v + 1.0, lost = u < 1.5 ? (v - (u - 1.0)) * (2.0 - u) : V<double>{};
     V<double> e, l;
     log2_parts<double>(u, &e, &l);
     const V<double> y = (e + l) * 0.6931471805599453 + lost;

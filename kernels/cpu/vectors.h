@@ -33,7 +33,7 @@ struct Vec<double> {
 };
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 template <class T> using V = typename Vec<T>::V;
 template <class T> using I = typename Vec<T>::I;
@@ -192,6 +192,42 @@ template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int
     v = load(held);
   }
   return from_lane<T>(lanes - k) ? v : all<T>(padding);
+}
+#endif
+
+// The n <= lanes first columns of some rows, a row a lane; lanes without a row hold the first.
+#if VECTOR_BYTES == 64
+INLINE V<float> pick(V<float> a, I<float> lanes, V<float> b) {
+  return (V<float>)_mm512_permutex2var_ps((__m512)a, (__m512i)lanes, (__m512)b);
+}
+INLINE V<double> pick(V<double> a, I<double> lanes, V<double> b) {
+  return (V<double>)_mm512_permutex2var_pd((__m512d)a, (__m512i)lanes, (__m512d)b);
+}
+
+template <class T, class In> INLINE void load_columns(const In* x, int64_t stride, int64_t rows, int64_t n, V<T>* out) {
+  constexpr int lanes = Vec<T>::lanes;
+  V<T> from[lanes], to[lanes];
+  UNROLL for (int row = 0; row < lanes; row++)
+    from[row] = load_masked(x + (row < rows ? row : 0) * stride, uint32_t((1u << n) - 1));
+  // Rows to columns: the first half of them interleaved with the second, as often as that takes.
+  I<T> low, high;
+  for (int k = 0; k < lanes; k++) low[k] = k / 2 + k % 2 * lanes, high[k] = low[k] + lanes / 2;
+  UNROLL for (int step = 1; step < lanes; step *= 2) {
+    UNROLL for (int i = 0; i < lanes / 2; i++) {
+      to[2 * i] = pick(from[i], low, from[i + lanes / 2]);
+      to[2 * i + 1] = pick(from[i], high, from[i + lanes / 2]);
+    }
+    UNROLL for (int i = 0; i < lanes; i++) from[i] = to[i];
+  }
+  for (int64_t k = 0; k < n; k++) out[k] = from[k];
+}
+#else
+template <class T, class In> INLINE void load_columns(const In* x, int64_t stride, int64_t rows, int64_t n, V<T>* out) {
+  constexpr int lanes = Vec<T>::lanes;
+  In columns[lanes][lanes];
+  for (int64_t row = 0; row < lanes; row++)
+    for (int64_t k = 0; k < n; k++) columns[k][row] = x[(row < rows ? row : 0) * stride + k];
+  for (int64_t k = 0; k < n; k++) out[k] = load(columns[k]);
 }
 #endif
 

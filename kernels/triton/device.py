@@ -55,13 +55,48 @@ def row_max(x):
 
 
 @triton.jit
-def row_sum(x, SHIFTED: tl.constexpr):
-    return tl.sum(x.to(tl.float64) if SHIFTED else x, 1)
+def in_one(sums, SHIFTED: tl.constexpr):
+    """Each sum's tile, of the tuples of one or, if SHIFTED, perhaps two accumulators."""
+    out = ()
+    for i in tl.static_range(len(sums[0])):
+        tile = sums[0][i].to(tl.float64) if SHIFTED else sums[0][i]
+        if len(sums) == 2:
+            tile += sums[1][i].to(tl.float64)
+        out = out + (tile,)
+    return out
 
 
 @triton.jit
-def any_row(flag, ok):
-    return tl.max(tl.max((ok & flag[:, None]).to(tl.int32), 1), 0) > 0
+def row_sums(tiles):
+    """The sums of each row of several tiles: together, they wait once where other warps or programs share the row."""
+    if INTERPRETED:
+        out = ()
+        for i in tl.static_range(len(tiles)):
+            out = out + (tl.sum(tiles[i], 1),)
+        return out
+    elif len(tiles) >= 4:
+        return tl.reduce(tiles[:4], 1, add_4) + row_sums(tiles[4:])
+    elif len(tiles) >= 2:
+        return tl.reduce(tiles[:2], 1, add_2) + row_sums(tiles[2:])
+    elif len(tiles) == 1:
+        return (tl.sum(tiles[0], 1),)
+    else:
+        return ()
+
+
+@triton.jit
+def add_2(a, b, x, y):
+    return a + x, b + y
+
+
+@triton.jit
+def add_4(a, b, c, d, x, y, z, u):
+    return a + x, b + y, c + z, d + u
+
+
+@triton.jit
+def any_row(flag):
+    return tl.max(flag.to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -75,9 +110,11 @@ def log2(x):
 
 @triton.jit
 def log1p(r):
-    """To relative precision, r >= 0."""
-    u = 1.0 + r
-    return tl.log(u) + (r - (u - 1.0)) / u
+    """To relative precision, r >= 0. Where log2 would lose it, the series of 2 artanh(r / (2 + r))."""
+    s = r / (2.0 + r)
+    q = s * s
+    series = tl.fma(tl.fma(tl.fma(q, 1.0 / 7, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
+    return tl.where(r < 0.4, series, log2(1.0 + r) * LN2)
 
 
 @triton.jit
@@ -123,11 +160,11 @@ def words(ptr, P: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, base, head, word, ok, n, FILL: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
+def load(ptr, base, head, word, n, FILL: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
     """The words of rows of n elements. Masked by whole groups of VEC, so that they stay one load each."""
     VW: tl.constexpr = VEC // P
     groups = (head + (n + VEC - 1)) // VEC if SHIFTED else n // VEC
-    inside = ok & ((word // VW) < groups)
+    inside = (word // VW) < groups
     if P == 2:
         other: tl.constexpr = 0xFF80FF80 if FILL == -INF else 0
         return tl.load(words(ptr, P) + base + word, mask=inside, other=other)
@@ -145,19 +182,25 @@ def unpack(u, P: tl.constexpr):
 
 
 @triton.jit
-def is_own(word, j: tl.constexpr, head, n, P: tl.constexpr):
-    """Which elements, the j-th of their word, are the row's own."""
-    return (word * P + j - head).to(tl.uint32) < n
+def is_own(word, j: tl.constexpr, head, n, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
+    """Which elements, the j-th of their word, are the row's own: where it is not SHIFTED, a group is or is not."""
+    if SHIFTED:
+        return (word * P + j - head).to(tl.uint32) < n
+    else:
+        return word // (VEC // P) < n // VEC
 
 
 @triton.jit
-def load_row(ptr, base, head, w, ok, n, N: tl.constexpr, LEAST: tl.constexpr, FILL: tl.constexpr, VEC: tl.constexpr,
+def load_row(ptr, base, head, w, n, N: tl.constexpr, LEAST: tl.constexpr, FILL: tl.constexpr, VEC: tl.constexpr,
              P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """All elements of rows of LEAST <= n <= N elements as a tuple of tiles [ROWS, W], FILL beyond their ends."""
     TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
     raw = ()
     for i in tl.static_range(TILES):
-        raw = raw + (load(ptr, base, head, w + i * W, ok, n, FILL, VEC, P, SHIFTED),)
+        if SHIFTED or (i + 1) * W * P > LEAST:
+            raw = raw + (load(ptr, base, head, w + i * W, n, FILL, VEC, P, SHIFTED),)
+        else:
+            raw = raw + (tl.load(words(ptr, P) + base + (w + i * W)),)
     xs = ()
     for i in tl.static_range(TILES):
         halves = unpack(raw[i], P)
@@ -165,7 +208,7 @@ def load_row(ptr, base, head, w, ok, n, N: tl.constexpr, LEAST: tl.constexpr, FI
             x = halves[j]
             if SHIFTED:
                 if i == 0 or (i + 1) * W * P > LEAST:
-                    x = tl.where(is_own(w + i * W, j, head, n, P), x, FILL)
+                    x = tl.where(is_own(w + i * W, j, head, n, VEC, P, SHIFTED), x, FILL)
             xs = xs + (x,)
     return xs
 
@@ -174,23 +217,28 @@ def load_row(ptr, base, head, w, ok, n, N: tl.constexpr, LEAST: tl.constexpr, FI
 
 
 @triton.jit
-def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.constexpr, VEC: tl.constexpr,
+def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.constexpr, VEC: tl.constexpr,
                  P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Of t = (f - max) log2(e) / T over rows of LEAST <= n <= N logits, `rest` meaning all elements but one maximum:
 
     max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, sum t, sum |2^t - u| with u = (sum 2^t) / n.
 
     The three sums over the rest are relative to the pivot: the maximum, or where they would vanish the next
-    largest logit. Without PEEL the rest is what remains of the sum after 1 is taken away.
+    largest logit; last comes whether any row may have such a pivot. Without PEEL the rest is what remains of the sum
+    after 1 is taken away.
     """
     A: tl.constexpr = P if SHIFTED else 1  # accumulators: two where an element's place in its word varies
-    xs = load_row(ptr, base, head, w, ok, n, N, LEAST, -INF, VEC, P, SHIFTED, W)
+    xs = load_row(ptr, base, head, w, n, N, LEAST, -INF, VEC, P, SHIFTED, W)
     tops = ()
-    for a in tl.static_range(A):
-        top = xs[a]
-        for i in tl.static_range(a + A, len(xs), A):
-            top = larger(top, xs[i])
-        tops = tops + (top,)
+    if PEEL & SUMS and not SHIFTED:
+        xs = largest_first(xs)
+        tops = (xs[0],)
+    else:
+        for a in tl.static_range(A):
+            top = xs[a]
+            for i in tl.static_range(a + A, len(xs), A):
+                top = larger(top, xs[i])
+            tops = tops + (top,)
     m = row_max(tops[0] if A == 1 else larger(tops[0], tops[1]))
     rest = tl.zeros_like(m)
     squares = rest
@@ -198,8 +246,9 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
     sum_t = rest
     deviation = rest
     pivot = m
+    rare = False
     if EXP & SUMS:
-        ties = tl.zeros_like(m)
+        sums = ()
         es = ()
         for a in tl.static_range(A):
             zero = tl.zeros_like(xs[0])
@@ -208,70 +257,117 @@ def softmax_sums(ptr, base, head, w, ok, n, scale, N: tl.constexpr, LEAST: tl.co
                 d = xs[i] - m[:, None]
                 t = d * scale
                 e = tl.exp2(t)
+                if (SHIFTED and i < P) or (i // P + 1) * W * P > LEAST:
+                    if (PLOGP | SUMLOGP) & SUMS:
+                        d = tl.where(is_own(w + i // P * W, i % P, head, n, VEC, P, SHIFTED), d, 0.0)
+                        t = d * scale  # 0 beyond the row's end, as 2^t is
+                lo = e
                 if PEEL & SUMS:
                     # The largest of a slot is kept out of its sum: if it is the row's, the rest is not drowned.
-                    lo = tl.minimum(hi, e)
-                    hi = tl.maximum(hi, e)
-                else:
-                    lo = e
+                    if SHIFTED:
+                        lo = tl.minimum(hi, e)
+                        hi = tl.maximum(hi, e)
+                    elif i == 0:
+                        lo = zero
+                        hi = e
                 slot += lo
                 if SQUARES & SUMS:
                     slot2 = tl.fma(lo, lo, slot2)
                 if PLOGP & SUMS:
-                    slot_et = tl.fma(e, tl.maximum(t, -1e30), slot_et)  # a masked class: 0 times a finite number
+                    slot_et = tl.fma(e, t, slot_et)  # NaN where a class is masked: summed again below
                 if SUMLOGP & SUMS:
-                    if (SHIFTED and i < P) or (i // P + 1) * W * P > LEAST:
-                        d = tl.where(is_own(w + i // P * W, i % P, head, n, P), d, 0.0)
                     slot_d += d
-                if TV & SUMS:
+                if (TV | PLOGP) & SUMS:
                     es = es + (e,)
             if PEEL & SUMS:
                 hot = tops[a] == m[:, None]
-                ties += tl.sum(tl.where(hot, 1.0, 0.0), 1)
                 hi = tl.where(hot, 0.0, hi)
                 slot += hi
                 if SQUARES & SUMS:
                     slot2 = tl.fma(hi, hi, slot2)
-            rest += row_sum(slot, SHIFTED)
+            slots = (slot,)
             if SQUARES & SUMS:
-                squares += row_sum(slot2, SHIFTED)
+                slots = slots + (slot2,)
             if PLOGP & SUMS:
-                exp_t += row_sum(slot_et, SHIFTED)
+                slots = slots + (slot_et,)
             if SUMLOGP & SUMS:
-                sum_t += row_sum(slot_d, SHIFTED)
-        others = ties - 1.0 if PEEL & SUMS else tl.zeros_like(m) - 1.0
-        rest = (rest + others).to(tl.float32)
-        squares = (squares + others).to(tl.float32)
-        exp_t = exp_t.to(tl.float32)
-        sum_t = sum_t.to(tl.float32) * scale
+                slots = slots + (slot_d,)
+            if PEEL & SUMS:
+                slots = slots + (tl.where(hot, 1.0, 0.0),)
+            sums = sums + (slots,)
+        totals = row_sums(in_one(sums, SHIFTED))
+        others = totals[len(totals) - 1] - 1.0 if PEEL & SUMS else tl.zeros_like(m) - 1.0
+        rest = (totals[0] + others).to(tl.float32)
+        totals = totals[1:]
+        if PEEL & SUMS:
+            rest = tl.where(tl.abs(m) < INF, rest, float("nan"))  # inf - inf was kept out of it
+        if SQUARES & SUMS:
+            squares = (totals[0] + others).to(tl.float32)
+            totals = totals[1:]
+        if PLOGP & SUMS:
+            exp_t = totals[0].to(tl.float32)
+            totals = totals[1:]
+        if SUMLOGP & SUMS:
+            sum_t = totals[0].to(tl.float32) * scale
         if TV & SUMS:
-            deviation = deviations(es, (rest + 1.0) / N, w, head, n, LEAST, P, SHIFTED, W)
+            deviation = deviations(es, (rest + 1.0) / N, w, head, n, LEAST, VEC, P, SHIFTED, W)
         if PEEL & SUMS:
             deep = rest < DEEP
-            if any_row(deep, ok):
-                second, sum1, sum2, sum3 = rest_from_pivot(ptr, base, head, w, ok, n, m, scale, N, VEC, P, SHIFTED, W)
-                pivot = tl.where(deep, second, m)
-                rest = tl.where(deep, sum1, rest)
-                squares = tl.where(deep, sum2, squares)
-                exp_t = tl.where(deep, sum3, exp_t)
-    return m, pivot, rest, squares, exp_t, sum_t, deviation
+            rare = any_row(deep | (exp_t != exp_t))
+            if rare:
+                if PLOGP & SUMS:
+                    exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, P, SHIFTED), exp_t)
+                if any_row(deep):
+                    second, sum1, sum2, sum3 = rest_from_pivot(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
+                    pivot = tl.where(deep, second, m)
+                    rest = tl.where(deep, sum1, rest)
+                    squares = tl.where(deep, sum2, squares)
+                    exp_t = tl.where(deep, sum3, exp_t)
+    return m, pivot, rest, squares, exp_t, sum_t, deviation, rare
 
 
 @triton.jit
-def deviations(es, u, w, head, n, LEAST: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
+def largest_first(xs):
+    """The elements of each slot, its largest in front. Those beyond a row's end, -inf all of them, stay in place."""
+    top = xs[0]
+    others = ()
+    for i in tl.static_range(1, len(xs)):
+        others = others + (tl.minimum(top, xs[i]),)
+        top = larger(top, xs[i])
+    return (top,) + others
+
+
+@triton.jit
+def masked_exp_t(es, P: tl.constexpr, SHIFTED: tl.constexpr):
+    """sum t 2^t of rows with masked classes, t from 2^t: log2's error shows near 1 alone, where entropies are large."""
+    A: tl.constexpr = P if SHIFTED else 1
+    TILES: tl.constexpr = len(es) // A
+    slots = ()
+    for a in tl.static_range(A):
+        slot = tl.zeros_like(es[0])
+        for i in tl.static_range(TILES):
+            e = es[a * TILES + i]
+            slot = tl.fma(e, tl.where(e < 2.0**-126, 0.0, log2(e)), slot)
+        slots = slots + ((slot,),)
+    return row_sums(in_one(slots, SHIFTED))[0].to(tl.float32)
+
+
+@triton.jit
+def deviations(es, u, w, head, n, LEAST: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
                W: tl.constexpr):  # fmt: skip
     """sum |e - u| of each row; `es`: its elements, if SHIFTED first those that come first in their words."""
     A: tl.constexpr = P if SHIFTED else 1
     TILES: tl.constexpr = len(es) // P
-    total = tl.zeros_like(u)
+    slots = ()
     for a in tl.static_range(A):
         slot = tl.zeros_like(es[0])
         for i in tl.static_range(len(es) // A):
             deviation = tl.abs(es[a * TILES + i] - u[:, None])
             if SHIFTED and (i == 0 or (i + 1) * W * P > LEAST):
-                deviation = tl.where(is_own(w + i * W, a, head, n, P), deviation, 0.0)
+                deviation = tl.where(is_own(w + i * W, a, head, n, VEC, P, SHIFTED), deviation, 0.0)
             slot += deviation
-        total += row_sum(slot, SHIFTED)
+        slots = slots + ((slot,),)
+    total = row_sums(in_one(slots, SHIFTED))[0]
     if SHIFTED:
         return total.to(tl.float32)
     else:
@@ -279,25 +375,25 @@ def deviations(es, u, w, head, n, LEAST: tl.constexpr, P: tl.constexpr, SHIFTED:
 
 
 @triton.jit
-def rest_from_pivot(ptr, base, head, w, ok, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+def rest_from_pivot(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
                     SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """The rest again, read again (few rows are this certain), relative to the largest logit below the maximum."""
     TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
     top = m[:, None]
     second = tl.full([m.shape[0], W], -INF, tl.float32)
     for i in range(TILES):
-        halves = unpack(load(ptr, base, head, w + i * W, ok, n, -INF, VEC, P, SHIFTED), P)
+        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P)
         for j in tl.static_range(P):
-            below = is_own(w + i * W, j, head, n, P) & (halves[j] < top)
+            below = is_own(w + i * W, j, head, n, VEC, P, SHIFTED) & (halves[j] < top)
             second = tl.maximum(second, tl.where(below, halves[j], -INF))
     pivot = tl.max(second, 1)
     pivot = tl.where(pivot == -INF, m, pivot)  # no other class: any finite pivot does
     sum1 = tl.zeros_like(second).to(tl.float64)  # in which the order of elements is lost, as in row_sum
     sum2, sum3 = sum1, sum1
     for i in range(TILES):
-        halves = unpack(load(ptr, base, head, w + i * W, ok, n, -INF, VEC, P, SHIFTED), P)
+        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P)
         for j in tl.static_range(P):
-            below = is_own(w + i * W, j, head, n, P) & (halves[j] < top)
+            below = is_own(w + i * W, j, head, n, VEC, P, SHIFTED) & (halves[j] < top)
             t = tl.where(below, (halves[j] - pivot[:, None]) * scale, -INF)
             e = tl.exp2(t).to(tl.float64)
             sum1 += e
@@ -340,7 +436,7 @@ def add_powers(sums, a, scaled, SAFE: tl.constexpr, POWERS: tl.constexpr):
             if POWERS[2][i] == b:
                 out = out + (add_power(sums[len(out)], ys, POWERS[3][i]),)
     if POWERS[4][0]:
-        out = out + (sums[len(out)] + tl.where(a != 0.0, 1.0, 0.0),)
+        out = out + (sums[len(out)] + tl.minimum(a.to(tl.int32, bitcast=True), 1),)
     if POWERS[4][1]:
         out = out + (larger(sums[len(out)], a),)
     if POWERS[4][2]:
@@ -360,16 +456,17 @@ def add_power(sum, ys, K: tl.constexpr):
 
 @triton.jit
 def no_powers(zero, SUMS: tl.constexpr, POWERS: tl.constexpr):
+    COUNT: tl.constexpr = SUMS - 2 if POWERS[4][0] else -1  # its sum, before the largest, is one of integers
     sums = ()
-    for _ in tl.static_range(SUMS):
-        sums = sums + (zero,)
+    for i in tl.static_range(SUMS):
+        sums = sums + (zero.to(tl.int32) if i == COUNT else zero,)
     if POWERS[4][2]:
         sums = sums + (zero.to(tl.uint32) - 1,)
     return sums
 
 
 @triton.jit
-def read_powers(sums, ptr, base, head, w, ok, shift, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
+def read_powers(sums, ptr, base, head, w, shift, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
                 P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
                 POWERS: tl.constexpr):  # fmt: skip
     """Adds up whole rows, K tiles in flight; `sums` has one tuple for each half of a word if SHIFTED, else one."""
@@ -382,15 +479,15 @@ def read_powers(sums, ptr, base, head, w, ok, shift, SAFE: tl.constexpr, D: tl.c
         raw = ()
         for k in tl.static_range(K):
             if SPAN % (W * K) == 0 and not SHIFTED:
-                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w), mask=ok, other=0),)
+                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w)),)
             else:
-                raw = raw + (load(ptr, base, head, c + k * W + w, ok, D, 0.0, VEC, P, SHIFTED),)
+                raw = raw + (load(ptr, base, head, c + k * W + w, D, 0.0, VEC, P, SHIFTED),)
         for k in tl.static_range(K):
             halves = unpack(raw[k], P)
             for j in tl.static_range(P):
                 a = tl.abs(halves[j])
                 if SHIFTED:
-                    a = tl.where(is_own(c + k * W + w, j, head, D, P), a, 0.0)
+                    a = tl.where(is_own(c + k * W + w, j, head, D, VEC, P, SHIFTED), a, 0.0)
                 scaled = a * first * second if SAFE else a
                 if SHIFTED and P == 2:
                     if j == 0:
@@ -411,21 +508,20 @@ def exp2_of(n):
 @triton.jit
 def row_powers(sums, SUMS: tl.constexpr, SHIFTED: tl.constexpr, POWERS: tl.constexpr):
     """The sums of slots reduced to rows."""
+    LARGEST: tl.constexpr = SUMS - 1 if POWERS[4][1] else SUMS
+    tiles = (sums[0][:LARGEST],) if len(sums) == 1 else (sums[0][:LARGEST], sums[1][:LARGEST])
+    totals = row_sums(in_one(tiles, SHIFTED))
     out = ()
-    for i in tl.static_range(SUMS):
-        if POWERS[4][1] and i == SUMS - 1:
-            most = row_max(sums[0][i] if len(sums) == 1 else larger(sums[0][i], sums[1][i]))
-            out = out + (most,)
-        else:
-            total = row_sum(sums[0][i], SHIFTED)
-            if len(sums) == 2:
-                total += row_sum(sums[1][i], SHIFTED)
-            out = out + (total.to(tl.float32),)
+    for i in tl.static_range(LARGEST):
+        out = out + (totals[i].to(tl.float32),)
+    if POWERS[4][1]:
+        most = sums[0][LARGEST] if len(sums) == 1 else larger(sums[0][LARGEST], sums[1][LARGEST])
+        out = out + (row_max(most),)
     return out
 
 
 @triton.jit
-def norm_sums(ptr, base, head, w, ok, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
+def norm_sums(ptr, base, head, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
               W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr,
               BIAS: tl.constexpr):  # fmt: skip
     """The sums of POWERS, and the shift of each row: large orders are of |h| / 2^shift.
@@ -438,7 +534,7 @@ def norm_sums(ptr, base, head, w, ok, D: tl.constexpr, VEC: tl.constexpr, P: tl.
     shift = tl.zeros([ROWS], tl.int32)
     start = no_powers(zero, SUMS, POWERS)
     start = (start, start) if SHIFTED and P == 2 else (start,)
-    tiles = read_powers(start, ptr, base, head, w, ok, shift, False, D, VEC, P, SHIFTED, W, K, POWERS)
+    tiles = read_powers(start, ptr, base, head, w, shift, False, D, VEC, P, SHIFTED, W, K, POWERS)
     sums = row_powers(tiles, SUMS, SHIFTED, POWERS)
     doubtful = shift != 0
     for i in tl.static_range(SUMS):
@@ -448,11 +544,11 @@ def norm_sums(ptr, base, head, w, ok, D: tl.constexpr, VEC: tl.constexpr, P: tl.
         for i in tl.static_range(len(tiles)):
             least = tl.min(tiles[i][SUMS], 1)
             doubtful |= least < 0x007FFFFF
-    if any_row(doubtful, ok):
+    if any_row(doubtful):
         MOST: tl.constexpr = ((), (), (), (), (False, True, False))
         most = (no_powers(zero, 1, MOST),)
         most = most + most if SHIFTED and P == 2 else most
-        most = read_powers(most, ptr, base, head, w, ok, shift, False, D, VEC, P, SHIFTED, W, 1, MOST)
+        most = read_powers(most, ptr, base, head, w, shift, False, D, VEC, P, SHIFTED, W, K, MOST)
         most = row_powers(most, 1, SHIFTED, MOST)[0]
         if BIAS:
             most = larger(most, 1.0)
@@ -460,7 +556,7 @@ def norm_sums(ptr, base, head, w, ok, D: tl.constexpr, VEC: tl.constexpr, P: tl.
         exponent = (tl.where(small, most * 2.0**100, most).to(tl.int32, bitcast=True) >> 23) - 127
         exponent = tl.where(small, exponent - 100, exponent)
         shift = tl.where(doubtful & (most > 0.0) & (most < INF), exponent, 0)
-        again = read_powers(start, ptr, base, head, w, ok, shift, True, D, VEC, P, SHIFTED, W, 1, POWERS)
+        again = read_powers(start, ptr, base, head, w, shift, True, D, VEC, P, SHIFTED, W, 1, POWERS)
         again = row_powers(again, SUMS, SHIFTED, POWERS)
         picked = ()
         for i in tl.static_range(SUMS):
@@ -495,17 +591,20 @@ def root(sum, inverse, shift, GENERAL: tl.constexpr, LOG: tl.constexpr):
 @triton.jit
 def one_segment(sums, scale, PEEL_: tl.constexpr):
     """What `statistic` needs of a row that is one segment."""
-    m, pivot, rest, squares, exp_t, sum_t, deviation = sums
+    m, pivot, rest, squares, exp_t, sum_t, deviation, rare = sums
     if PEEL_:
-        gap = (pivot.to(tl.float64) - m.to(tl.float64)) * scale
-        weight = tl.where(pivot < m, exp2_double(gap), 1.0)
-        near = weight.to(tl.float32)
-        some = rest > 0.0
-        ratio = tl.where(some, squares / rest, 0.0) * near
-        cross = tl.where(some, tl.fma(gap.to(tl.float32), rest, exp_t), 0.0)
-        return m, weight, rest, squares * near * near, ratio, cross, sum_t, deviation
+        weight = tl.full(m.shape, 1.0, tl.float64)
+        ratio = tl.where(rest > 0.0, squares / rest, 0.0)
+        if rare:
+            gap = (pivot.to(tl.float64) - m.to(tl.float64)) * scale
+            weight = tl.where(pivot < m, exp2_double(gap), 1.0)
+            near = weight.to(tl.float32)
+            squares *= near * near
+            ratio *= near
+            exp_t = tl.where(rest > 0.0, tl.fma(gap.to(tl.float32), rest, exp_t), 0.0)
+        return m, weight, rest, squares, ratio, exp_t, sum_t, deviation, rare
     else:
-        return m, 1.0, rest, squares, squares, exp_t, sum_t, deviation
+        return m, 1.0, rest, squares, squares, exp_t, sum_t, deviation, False
 
 
 @triton.jit
@@ -521,12 +620,12 @@ def merged_total(ptr, row, scale, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def merged_segments(ptr, row, ok, scale, C: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr):
+def merged_segments(ptr, row, scale, C: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr):
     """The same of a row in several segments: their records merged in float64, in their order."""
     LANES: tl.constexpr = triton.next_power_of_2(SEGMENTS)
     s = tl.arange(0, LANES)[None, :]
     ptr += (row.to(tl.int64) * SEGMENTS)[:, None] * RECORD + s * RECORD
-    given = ok & (s < SEGMENTS)
+    given = s < SEGMENTS
     tops = small(ptr, given, -INF)
     pivots = small(ptr + 1, given, -INF).to(tl.float64)
     m = row_max(tops)
@@ -553,24 +652,26 @@ def merged_segments(ptr, row, ok, scale, C: tl.constexpr, SEGMENTS: tl.constexpr
     ratio = tl.where(rest > 0.0, squares / rest, 0.0)
     cross = tl.sum(exp_t, 1) / weight
     return (m, weight, (rest / weight).to(tl.float32), squares.to(tl.float32), ratio.to(tl.float32),
-            cross.to(tl.float32), sum_t.to(tl.float32), deviation.to(tl.float32))  # fmt: skip
+            cross.to(tl.float32), sum_t.to(tl.float32), deviation.to(tl.float32), True)  # fmt: skip
 
 
 @triton.jit
 def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
     """One statistic of kernels/__init__.py; those that vanish with the rest in units of its weight."""
-    m, weight, rest, squares, ratio, cross, sum_t, deviation = parts
-    if CODE == FMAX:
-        return tl.where(tl.abs(m) < INF, m, float("nan"))
+    m, weight, rest, squares, ratio, cross, sum_t, deviation, _ = parts
     if PEEL_:
-        r = rest * weight.to(tl.float32)
+        near = weight.to(tl.float32)
+        r = rest * near
         total_log = log1p(r)
-        small_log = tl.where(weight < 1.0, rest, total_log)
+        small_log = tl.where(near < 1.0, rest, total_log)
     else:
         r = rest
-        total_log = tl.log(1.0 + r)
+        total_log = log2(1.0 + r) * LN2
+        small_log = total_log
     inverse = 1.0 / (1.0 + r)
-    if CODE == ENERGY:
+    if CODE == FMAX:
+        return tl.where(tl.abs(m) < INF, m, float("nan"))
+    elif CODE == ENERGY:
         return tl.where(tl.abs(m) < INF, tl.fma(temperature, total_log, m), m)
     elif CODE == LSE:
         return tl.where(tl.abs(m) < INF, m / temperature + total_log, m)
@@ -627,23 +728,22 @@ def scores(
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = (row < N)[:, None]
+    row = tl.minimum(row, N - 1)  # whose score is the same
     if len(STATS) > 0:
         scale = small(table_ptr)
         temperature = small(table_ptr + 1).to(tl.float32)
         if SEGMENTS > 1:
-            parts = merged_segments(x_ptr, row, ok, scale, C, SEGMENTS, SEGMENT)
+            parts = merged_segments(x_ptr, row, scale, C, SEGMENTS, SEGMENT)
         else:
             base, head = place(row, x_stride, x_offset, X_VEC, X_P, X_SHIFTED)
             w = tl.arange(0, X_W)[None, :]
-            sums = softmax_sums(
-                x_ptr, base, head, w, ok, C, scale.to(tl.float32), C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS
-            )
+            sums = softmax_sums(x_ptr, base, head, w, C, scale.to(tl.float32), C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS)
             parts = one_segment(sums, scale, PEEL & SUMS)
     if len(ORDERS) > 0:
         base, head = place(row, h_stride, h_offset, H_VEC, H_P, H_SHIFTED)
         w = tl.arange(0, H_W)[None, :]
         powers, shift = norm_sums(
-            h_ptr, base, head, w, ok, D, H_VEC, H_P, H_SHIFTED, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS
+            h_ptr, base, head, w, D, H_VEC, H_P, H_SHIFTED, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS
         )
 
     for first in tl.static_range(0, COLUMNS, BLOCK):
@@ -660,8 +760,9 @@ def scores(
                 v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
             score = score * v
             if PEEL & SUMS:
-                light = small(field + 4 * COLUMNS, within, 0.0) == 1.0
-                score = tl.where(light, score * parts[1][:, None], score)
+                if parts[8]:
+                    light = small(field + 4 * COLUMNS, within, 0.0) == 1.0
+                    score = tl.where(light, score * parts[1][:, None], score)
         if len(ORDERS) > 0:
             which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
             sum = with_bias(powers, shift, SLOTS[0], ORDERS[0], len(RANGES), BIAS)[:, None]
@@ -694,7 +795,6 @@ def segments(
     """
     row = tl.program_id(0) // SEGMENTS + tl.arange(0, 1)
     segment = tl.program_id(0) % SEGMENTS
-    ok = (row >= 0)[:, None]
     start = segment * SEGMENT
     n = tl.minimum(C - start, SEGMENT)
     first = x_offset.to(tl.int64) + (start if SHIFTED else start // VEC)
@@ -706,15 +806,15 @@ def segments(
     if SECOND:
         m, total = merged_total(record_ptr, row, scale.to(tl.float32), SEGMENTS)
         u = total / C
-        xs = load_row(x_ptr, base, head, w, ok, n, SEGMENT, LEAST, -INF, VEC, P, SHIFTED, W)
+        xs = load_row(x_ptr, base, head, w, n, SEGMENT, LEAST, -INF, VEC, P, SHIFTED, W)
         es = ()
         for a in tl.static_range(P if SHIFTED else 1):
             for i in tl.static_range(a, len(xs), P if SHIFTED else 1):
                 es = es + (tl.exp2((xs[i] - m[:, None]) * scale.to(tl.float32)),)
-        tl.store(record + 6, deviations(es, u, w, head, n, LEAST, P, SHIFTED, W))
+        tl.store(record + 6, deviations(es, u, w, head, n, LEAST, VEC, P, SHIFTED, W))
     else:
-        m, pivot, rest, squares, exp_t, sum_t, deviation = softmax_sums(
-            x_ptr, base, head, w, ok, n, scale.to(tl.float32), SEGMENT, LEAST, VEC, P, SHIFTED, W, SUMS
+        m, pivot, rest, squares, exp_t, sum_t, deviation, _ = softmax_sums(
+            x_ptr, base, head, w, n, scale.to(tl.float32), SEGMENT, LEAST, VEC, P, SHIFTED, W, SUMS
         )
         masked = m == -INF  # all of this segment, which is nothing to be NaN about
         tl.store(record, m)

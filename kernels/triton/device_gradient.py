@@ -12,7 +12,7 @@ summed in float64, where the order disappears in the rounding to float32.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device import INF, LN2, larger, log1p, log2, row_max, small
+from fastood.kernels.triton.device import INF, LN2, larger, log2, row_max, small
 
 # Label distributions and orders, as shapes.py numbers them.
 UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -31,13 +31,20 @@ def row_total(slots):
 
 
 @triton.jit
+def log1p(r):
+    """Of float64 r >= 0, to relative precision."""
+    u = 1.0 + r
+    return tl.log(u) + (r - (u - 1.0)) / u
+
+
+@triton.jit
 def column(x):
     return x.to(tl.float32)[:, None]
 
 
 @triton.jit
 def log_p_over(v, pivot):
-    """log2 of p_k over p at the pivot; -inf for a maximum above it. `pivot`: logit, the same but finite, log2(e) / T."""
+    """log2 of p_k over p at the pivot; -inf for a maximum above it. `pivot`: its logit, a finite one, log2(e) / T."""
     return tl.where(v > pivot[0], -INF, (v - pivot[1]) * pivot[2])
 
 
@@ -93,7 +100,7 @@ def gradient(
 
     exps = none
     powers = none
-    RATIOS: tl.constexpr = OUTSIDE and (ORDER == TWO or ORDER == GENERAL)
+    RATIOS: tl.constexpr = OUTSIDE and (ORDER % 2 == 1)  # 2 and general
     for first in range(0, C, BLOCKS * W):
         slot = zero
         slot_r = zero

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fastood.kernels import Anchors, Want
@@ -16,12 +17,26 @@ from fastood.kernels.triton.shapes import Plan, Tile
 
 
 class Matrix(NamedTuple):
-    """A matrix from a 16-byte boundary on; stride and offset of its rows in groups of vec (elements, if shifted)."""
+    """A matrix from a 16-byte boundary on; the stride and the offset of its rows in elements."""
 
     data: Tensor | None
+    columns: int
     stride: int
     offset: int
-    tile: Tile
+
+    @property
+    def shifted(self) -> bool:
+        return self.data is not None and shapes.is_shifted(*self[1:], self.data.element_size())
+
+    def tile(self, lanes: int) -> Tile:
+        if self.data is None:
+            return shapes.NOTHING
+        return shapes.tile_of(*self[1:], self.data.element_size(), self.data.dtype == torch.bfloat16, lanes)
+
+    def arguments(self, tile: Tile) -> tuple[Tensor | None, int, int]:
+        """Of a kernel, which counts in groups of vec, or where they are shifted in elements."""
+        unit = 1 if tile.shifted else tile.vec
+        return self.data, self.stride // unit, self.offset // unit
 
 
 def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, out: Tensor) -> None:
@@ -30,34 +45,36 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     if N == 0:
         return
     C, D = f.shape[1] if f is not None else 0, h.shape[1] if h is not None else 0
-    rows, warps, lanes = shapes.launch_shape(C, D)
     table = _table(plan.table, out.device)
     with _on(out.device):
-        segments = (1, C)
-        x = _matrix(f, lanes)
-        if f is not None and shapes.segments_of(C, 1)[0] > 1:
-            x = _matrix(f, 32 * shapes.SEGMENT_WARPS)
-            segments = shapes.segments_of(C, x.tile.vec)
-            x = x._replace(data=_segments(f, x, plan, segments, table))
-        y = _matrix(h, lanes)
+        x, y, clusters = _matrix(f), _matrix(h), _clusters(out.device)
+        shape = shapes.launch_shape(C, D, x.shifted, clusters)
+        x_tile, y_tile = x.tile(shape.lanes), y.tile(shape.lanes)
+        segments = shapes.segments_of(C, x_tile.vec, x.shifted, clusters)
+        logits = x.arguments(x_tile)
+        if f is not None and segments[0] > 1:
+            logits = _segments(f, x, plan, segments, table), 0, 0
         half = h is not None and h.dtype == torch.float16
-        constants = shapes.constants(plan, C, x.tile, segments, D, y.tile, half, bias, log, rows)
-        matrices = (x.data, x.stride, x.offset, y.data, y.stride, y.offset)
-        device.scores[(math.ceil(N / rows),)](*matrices, table, out, *out.stride(), N, **constants, num_warps=warps)
+        constants = shapes.constants(plan, C, x_tile, segments, D, y_tile, half, bias, log, shape.rows)
+        grid = (math.ceil(N / shape.rows),)
+        arguments = (*logits, *y.arguments(y_tile), table, out, *out.stride(), N)
+        device.scores[grid](*arguments, **constants, **shape.options)
 
 
 def _segments(f: Tensor, x: Matrix, plan: Plan, segments: tuple[int, int], table: Tensor) -> Tensor:
     """The records of all segments of rows too long for one program."""
     N, C = f.shape
+    shape = shapes.segment_shape(x.shifted)
+    tile = x.tile(shape.lanes)
+    data, stride, offset = x.arguments(tile)
     records = torch.empty(N, segments[0], device.RECORD.value, dtype=torch.float32, device=f.device)
     group = max(1, shapes.L2_BYTES // (C * f.element_size()))
     for first in range(0, N, group):
         some = records[first : first + group]
         for second in (False, True) if plan.sums & shapes.TV else (False,):
-            constants: dict[str, Any] = shapes.segment_constants(plan, C, x.tile, segments, second)
-            at = x.offset + first * x.stride
+            constants: dict[str, Any] = shapes.segment_constants(plan, C, tile, segments, second)
             grid = (len(some) * segments[0],)
-            device.segments[grid](x.data, x.stride, at, some, table, **constants, num_warps=shapes.SEGMENT_WARPS)
+            device.segments[grid](data, stride, offset + first * stride, some, table, **constants, **shape.options)
     return records
 
 
@@ -137,17 +154,22 @@ def _inner(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _matrix(x: Tensor | None, lanes: int) -> Matrix:
+def _matrix(x: Tensor | None) -> Matrix:
     if x is None:
-        return Matrix(None, 0, 0, shapes.NOTHING)
+        return Matrix(None, 0, 0, 0)
     x = _inner(x)
     if x.data_ptr() % 16 and (x.data_ptr() - x.storage_offset() * x.element_size()) % 16:
         x = x.clone(memory_format=torch.contiguous_format)  # memory of someone else's, which begins anywhere
     offset = x.data_ptr() % 16 // x.element_size()
-    tile = shapes.tile_of(x.shape[1], x.stride(0), offset, x.element_size(), x.dtype == torch.bfloat16, lanes)
-    unit = 1 if tile.shifted else tile.vec
     data = x.as_strided((1,), (1,), x.storage_offset() - offset) if offset else x
-    return Matrix(data, x.stride(0) // unit, offset // unit, tile)
+    return Matrix(data, x.shape[1], x.stride(0), offset)
+
+
+@lru_cache
+def _clusters(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return shapes.clusters(torch.cuda.get_device_capability(device), triton.__version__)
 
 
 @lru_cache(maxsize=256)

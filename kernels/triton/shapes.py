@@ -16,13 +16,25 @@ if TYPE_CHECKING:
 
 # ---- launch shapes
 
-# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 64 logits a thread stay in registers.
-ROWS = {16: (128, 4), 128: (32, 4), 1024: (8, 4), 2048: (4, 4), 4096: (1, 2), 8192: (1, 4), 24576: (1, 8)}
+# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers,
+# 64 of shifted rows, which take twice the warps: their sums take twice the registers.
+ROWS = {
+    16: (128, 4),
+    128: (32, 2),
+    1024: (8, 2),
+    2048: (4, 2),
+    4096: (1, 1),
+    8192: (1, 2),
+    16384: (1, 4),
+    24576: (1, 8),
+}
 ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
-ROWS_OF_FEATS = {4096: (16, 4), 16384: (4, 4)}  # features alone
+ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
 LONG_ROWS = (1, 4)  # beyond either table
-LONGEST_SEGMENT = 16384  # of more classes than the table holds
-SEGMENT_WARPS = 8
+# Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each.
+CLUSTERS = {32768: (2, 4), 65536: (4, 4), 131072: (8, 4), 262144: (8, 8)}
+LONGEST_SEGMENT = 16384  # of more classes than the tables hold
+SEGMENT_WARPS = 4
 L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
 TILES = 4  # of features in flight
 
@@ -36,16 +48,51 @@ class Tile(NamedTuple):
     w: int
 
 
-def launch_shape(C: int, D: int) -> tuple[int, int, int]:
-    """Rows a program, warps, threads a row: of a call with C classes and D features, 0 for what it does not read."""
+class Shape(NamedTuple):
+    """Rows a program, warps, and how many programs share the row in a cluster."""
+
+    rows: int
+    warps: int
+    ctas: int = 1
+
+    @property
+    def lanes(self) -> int:
+        """Threads a row."""
+        return max(1, 32 * self.warps * self.ctas // self.rows)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told; of clusters only where there is one, since no other processor knows them."""
+        return {"num_warps": self.warps} | ({"num_ctas": self.ctas} if self.ctas > 1 else {})
+
+
+def clusters(capability: tuple[int, int], triton: str) -> bool:
+    """Whether programs can share a row: on Hopper and newer, by a Triton that can.
+
+    Triton 3.7 lowers neither a reduction across a cluster nor the change of layout that could stand in for it; 3.8
+    plans the reduction over more programs than there are.
+    """
+    return capability >= (9, 0) and tuple(int(n) for n in triton.split(".")[:2]) >= (3, 9)
+
+
+def launch_shape(C: int, D: int, shifted: bool, clusters: bool) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read. `shifted`: rows of logits."""
+    if segments_of(C, 1, shifted, clusters)[0] == 1 and max(ROWS) < C:
+        ctas, warps = next(shape for most, shape in CLUSTERS.items() if most >= C)
+        return Shape(1, warps * 2 if shifted else warps, ctas)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
     rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
-    return rows, warps, max(1, 32 * warps // rows)
+    return Shape(rows, warps * 2 if shifted and 128 < C <= 16384 else warps)
 
 
-def segments_of(C: int, vec: int) -> tuple[int, int]:
+def segment_shape(shifted: bool) -> Shape:
+    return Shape(1, SEGMENT_WARPS * 2 if shifted else SEGMENT_WARPS)
+
+
+def segments_of(C: int, vec: int, shifted: bool, clusters: bool) -> tuple[int, int]:
     """How many segments a row has, and their length, a multiple of `vec` (the last may be shorter)."""
-    if max(ROWS) >= C:
+    longest = max(CLUSTERS) // (2 if shifted else 1) if clusters else max(ROWS)
+    if longest >= C:
         return 1, C
     count = math.ceil(C / LONGEST_SEGMENT)
     length = math.ceil(C / count / vec) * vec
@@ -59,12 +106,17 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, pairs: bool, 
         even = pairs and not (columns | stride | offset) % 2
         return Tile(2 if even else 1, 2 if even else 1, False, 1)
     p = 2 if pairs else 1
-    vec = math.gcd(columns, stride, offset, most)
-    shifted = vec * itemsize < (8 if columns <= 128 else 16)  # narrower loads waste nothing where a row is short
-    vec = most if shifted else vec
+    shifted = is_shifted(columns, stride, offset, itemsize)
+    vec = most if shifted else math.gcd(columns, stride, offset, most)
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
     return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
+
+
+def is_shifted(columns: int, stride: int, offset: int, itemsize: int) -> bool:
+    """Whether loads would be too narrow from where the rows begin; short rows waste nothing by narrower ones."""
+    vec = math.gcd(columns, stride, offset, 16 // itemsize)
+    return vec * itemsize < (8 if columns <= 128 else 16)
 
 
 def _power_of_2(n: int) -> int:
