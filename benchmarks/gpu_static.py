@@ -390,7 +390,7 @@ CASES = [
     # 3 and 4 are arithmetic. A load and a multiplication of G serve 4 rows, a load of features serves 8 classes.
     Case("BatchGrad, h >= 0", FLOAT, 1000, 2048, (), (), 3.7, 0.1, "plain", least_bits=64),
     Case("BatchGrad, h of any sign", FLOAT, 1000, 2048, (), (), 4.4, 0.1, "signed", least_bits=64),
-    # Three sweeps of the row, or four; and what a row costs in float64, about half of it, where rows are 1000 long.
+    # Three sweeps of the row, or four; and logarithms and powers in float64 once a row, on every lane.
     *(
         Case(
             f"E_q || e_Y - p ||_{r}^{power}, q {q}",
