@@ -35,15 +35,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @needs_triton
 @only_compiled
-def test_in_the_interpreter():
+def test_in_the_interpreter(interpreter):
     """The parity suite, and the tests below, where no GPU is needed."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    # The largest shapes, which take a minute, have smaller ones of their kind below.
-    command += ["-k", "triton and not 33001 and not 70000 and not 1000003"]
-    command += ["--hypothesis-profile=interpreter", "tests/test_contract.py", "tests/test_triton.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-20_000:]
+    process, log = interpreter
+    assert process.wait() == 0, log.read_text()[-20_000:]
 
 
 @pytest.fixture(scope="module")
