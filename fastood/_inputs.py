@@ -105,7 +105,10 @@ def number(
     """A real number > `above` and >= `at_least`, as float; NaN never, infinity only where `infinite`."""
     if isinstance(x, bool | np.bool_) or not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    x = float(x)
+    try:
+        x = float(x)
+    except OverflowError:  # an integer beyond the floats
+        x = math.inf if x > 0 else -math.inf
     if not (x > above and x >= at_least) or (abs(x) == math.inf and not infinite):
         bound = f" > {above:g}" if above > -math.inf else f" >= {at_least:g}" if at_least > -math.inf else ""
         raise ValueError(f"{name} must be a{'' if infinite else ' finite'} number{bound}, got {x!r}")
@@ -116,8 +119,15 @@ def temperature_of(x: Any) -> float:
     return number("temperature", x, above=0)
 
 
-def order_of(name: str, x: Any) -> float:
-    return number(name, x, at_least=0, infinite=True)
+def order_of(name: str, x: Any, above: float = -math.inf) -> float:
+    r = number(name, x, at_least=0, above=above, infinite=True)
+    return r if r <= 1e18 else math.inf  # between which no float64 can tell
+
+
+def flag(name: str, x: Any) -> bool:
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {x!r}")
+    return bool(x)
 
 
 def choice(name: str, x: Any, known: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from fastood import kernels
 from fastood._inputs import (
     ArrayT,
     choice,
+    flag,
     give,
     logits_and_feats,
     norm_of,
@@ -255,7 +256,9 @@ def norms(
     wanted = tuple(order_of("orders", r) for r in _names("orders", orders))
     if not wanted:
         raise ValueError("orders must not be empty")
-    _, u = select(backend, h.device, h.dtype).row_stats(None, h, Want(orders=wanted, bias=bool(bias), log=bool(log)))
+    _, u = select(backend, h.device, h.dtype).row_stats(
+        None, h, Want(orders=wanted, bias=flag("bias", bias), log=flag("log", log))
+    )
     assert u is not None
     return give(u.to(result_dtype(h)), as_numpy)
 
@@ -304,14 +307,15 @@ class _Plan:
         params: Mapping[str, Any],
     ) -> None:
         T = temperature_of(temperature)
-        self.scores, self.shape, self.oriented = scores, shape, bool(oriented)
+        self.scores, self.shape, self.oriented = scores, shape, flag("oriented", oriented)
+        bias, log = flag("bias", bias), flag("log", log)
         self.params = _bind_params([e for e, _ in scores], params)
         for entry, _ in scores:
             if log and not entry.positive:
                 raise ValueError(f"log: {entry.name} is never above 0, so it has no logarithm")
         stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name], log)))
         orders = tuple(dict.fromkeys(r for _, r in scores if r is not None))
-        self.want = Want(stats, orders, T, bool(bias), bool(log))
+        self.want = Want(stats, orders, T, bias, log)
         self.plain: Callable[[Any, Any], Any] | None = None  # the short way, once a longer one was gone
         self.job = None
         if not log and not any(e.v for e, _ in scores):

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from fastood._inputs import (
     ArrayT,
     choice,
+    flag,
     give,
     logits_and_feats,
     number,
+    order_of,
     result_dtype,
     same_rows,
     take,
@@ -89,7 +91,7 @@ def gradient_norm(
     kind = str(labels) if q is None else "given"
     stats, formula = _in_statistics(kind, order, power, expectation, f.shape[1])
     dtype = result_dtype(f, h)
-    found, u = select(backend, f.device, dtype).row_stats(f, h, Want(stats, (order,), T, bool(bias)), q)
+    found, u = select(backend, f.device, dtype).row_stats(f, h, Want(stats, (order,), T, flag("bias", bias)), q)
     assert u is not None
     v = formula({name: stat.double() for name, stat in found.items()})
     return give((reference.Powers(u[:, 0] / T)(power) * v).to(dtype), as_numpy)
@@ -186,7 +188,7 @@ class BatchGrad:
 
     def __init__(self, G: Tensor | np.ndarray, *, temperature: float = 1.0, bias: bool = False) -> None:
         (g,), self._numpy = take(G=G)
-        self.anchors = Anchors(_given("G", g).clone(), temperature_of(temperature), bool(bias))
+        self.anchors = Anchors(_given("G", g).clone(), temperature_of(temperature), flag("bias", bias))
 
     @classmethod
     def from_anchors(
@@ -215,9 +217,9 @@ class BatchGrad:
         f, h, as_numpy = logits_and_feats(logits, feats)
         f, h = _given("logits", f), _given("feats", h)
         G = self.anchors.G
-        wanted = [f.shape[1], h.shape[1] + self.anchors.bias]
-        if list(G.shape) != wanted:
-            raise ValueError(f"G must be {wanted}, got shape {list(G.shape)}")
+        for name, x, columns in (("logits", f, G.shape[0]), ("feats", h, G.shape[1] - self.anchors.bias)):
+            if x.shape[1] != columns:
+                raise ValueError(f"{name} must have {columns} columns, for G is {list(G.shape)}, got {list(x.shape)}")
         if self._numpy != as_numpy:
             of_logits, of_g = ("numpy array" if x else "torch tensor" for x in (as_numpy, self._numpy))
             raise TypeError(f"mixed inputs: logits is a {of_logits}, G is a {of_g}")
@@ -463,7 +465,7 @@ def _gradient_arguments(
             raise ValueError("labels='log_predicted' weighs the norms of gradients: it needs expectation='outside'")
     return (
         temperature_of(temperature),
-        number("order", order, above=0, infinite=True),
+        order_of("order", order, above=0),
         number("power", power, above=0),
     )
 

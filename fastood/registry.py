@@ -224,7 +224,7 @@ register(
         "the divergence inside Eq. 1",
         "in",
         stats=("sumlogp",),
-        v=lambda s: -math.log(s.C) - s["sumlogp"] / s.C,
+        v=lambda s: (-math.log(s.C) - s["sumlogp"] / s.C).clamp(min=0),
     )
 )
 register(Score(

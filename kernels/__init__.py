@@ -95,6 +95,9 @@ class Anchors:
         self.G, self.temperature, self.bias = G, temperature, bias
         self.prepared: Any = {}  # what backends made of it
 
+    def __reduce__(self) -> Any:
+        return Anchors, (self.G, self.temperature, self.bias)  # copies and pickles prepare their own
+
 
 class Backend(Protocol):
     def row_stats(
@@ -139,7 +142,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         if cpu.MISSING and device.type == "cpu":
             _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})")
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
     if reason := BACKENDS[name].unusable(device, dtype):
         raise RuntimeError(f"backend {name!r} cannot serve {dtype} on {device}: {reason}")

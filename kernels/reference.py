@@ -257,28 +257,29 @@ class Softmax:
 
     def gradient_outside(self, q: Tensor | str, order: float, power: float) -> Tensor:
         """E_q[ || e_Y - p ||_order^power ]; "log_predicted" takes the weights log p_y for q."""
-        p = self.e * self._rows(self.p_2)
+        z, e = self.z.double(), self.e.double()  # a small order's norm is beyond float32
+        p = e * self.p_2[:, None]
         # ||e_y - p||_r = (1 - p_y) (1 + sum over the other classes of (p_k / (1 - p_y))^r)^(1/r): no ratio is
         # above 1, so that a high order does not underflow as a whole.
         norm = Powers(1 - p)(power)
         norm_top = (power * (self.log_r1 + self.log_msp)).exp()
         if order != math.inf:
-            relative = (self.z + self._rows(self.gap)) * order  # log (p_k / p_max)^r
-            others = 1 + self._rows(row_sum(relative.exp()).double()) - relative.exp()
-            others = others * (order * (self._rows(self.log_msp) - (-p).log1p())).exp()
+            relative = (z + self.gap[:, None]) * order  # log (p_k / p_max)^r
+            others = 1 + row_sum(relative.exp())[:, None] - relative.exp()
+            others = others * (order * (self.log_msp[:, None] - (-p).log1p())).exp()
             norm = norm * Powers(1 + others)(power / order)
             total = self.total.clamp(min=1)  # 0 where there is one class alone
-            others_top = row_sum((order * (self.z - self._rows(total.log()))).exp()).double()
+            others_top = row_sum((order * (z - total.log()[:, None])).exp())
             norm_top = norm_top * Powers(1 + others_top)(power / order)
         norm = norm.scatter(-1, self.top[:, None], 0)
         if isinstance(q, Tensor):
-            return self._peeled(q) * norm_top + row_sum(q * norm).double()
+            return _weighed(self._peeled(q), norm_top) + row_sum(_weighed(q.double(), norm))
         if q == "uniform":
-            return (norm_top + row_sum(norm).double()) / self.C
+            return (norm_top + row_sum(norm)) / self.C
         if q == "predicted":
-            return self.msp * norm_top + self.p_2 * row_sum(self.e * norm).double()
-        log_p = self.z.scatter(-1, self.top[:, None], 0) + self._rows(self.gap + self.log_msp)
-        return self.log_msp * norm_top + row_sum(log_p * norm).double()
+            return self.msp * norm_top + self.p_2 * row_sum(_weighed(e, norm))
+        log_p = z.scatter(-1, self.top[:, None], 0) + (self.gap + self.log_msp)[:, None]
+        return self.log_msp * norm_top + row_sum(log_p * norm)
 
     def _peeled(self, q: Tensor) -> Tensor:
         """q of the peeled maximum, float64."""

@@ -26,4 +26,4 @@ def _transformed() -> bool:
 def _grows(x: Tensor) -> bool:
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return True
-    return x.requires_grad and torch.is_grad_enabled()
+    return (x.requires_grad and torch.is_grad_enabled()) or torch._is_functional_tensor(x)

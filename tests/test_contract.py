@@ -414,3 +414,19 @@ def test_offsets_beyond_32_bits(backend):
     got = fastood.score(f, method="msp", backend=backend)
     expected = truth.stat("msp", f)
     truth.assert_close(got, expected, 32 * truth.EPS["float32"] * expected)
+
+
+@pytest.mark.parametrize("r", [4e9, 1e20, 1e39, 1e300])
+def test_orders_that_are_as_good_as_infinite(backend, r):
+    for h in (torch.tensor([[2.2, 1.1, -0.5]]), torch.randn(2, 100)):
+        most = h.abs().amax(-1)
+        torch.testing.assert_close(fastood.norms(h, [r], backend=backend)[:, 0], most)
+
+
+def test_temperatures_whose_sums_leave_float32(backend):
+    for f, T in (([[2e-38, 1e-38]], 1e-38), ([[2e30, 1e30, -3e30]], 1e30)):
+        f = torch.tensor(f)
+        p = torch.softmax(f.double() / T, -1)
+        got = fastood.row_stats(f, ["msp", "plogp"], temperature=T, backend=backend)
+        torch.testing.assert_close(got["msp"], p.amax(-1).float())
+        torch.testing.assert_close(got["plogp"], (p * p.log()).sum(-1).float())

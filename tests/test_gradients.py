@@ -1,8 +1,10 @@
 """Closed forms of gradient norms against explicit autograd, class by class, in float64."""
 
+import copy
 import functools
 import itertools
 import math
+import pickle
 import subprocess
 import sys
 
@@ -299,7 +301,7 @@ def test_batchgrad_arguments():
     assert fastood.batchgrad(f[:0], h[:0], G).shape == (0,)
     assert isinstance(fastood.batchgrad(f.numpy(), h.numpy(), G.numpy()), np.ndarray)
     assert np.array_equal(fastood.anchor_gradient(f.numpy(), h.numpy(), y.numpy()), G.numpy())
-    with pytest.raises(ValueError, match=r"G must be \[3, 3\], got shape \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"feats must have 1 columns, for G is \[3, 2\], got \[4, 2\]"):
         fastood.batchgrad(f, h, G, bias=True)
     with pytest.raises(TypeError, match="mixed inputs: logits is a numpy array, G is a torch tensor"):
         fastood.BatchGrad(G).score(f.numpy(), h.numpy())
@@ -349,6 +351,22 @@ def test_batchgrad_of_rows_that_are_not_finite(backend):
     assert got[5] == math.inf
     confident = torch.tensor([[1e4, 0.0]])
     assert fastood.BatchGrad(torch.ones(2, 1)).score(confident, torch.tensor([[5.0]]), backend=backend).item() == -2
+
+
+def test_batchgrad_copies_and_pickles_after_use():
+    f, h = torch.randn(2, 3), torch.randn(2, 4)
+    detector = fastood.BatchGrad(torch.randn(3, 4))
+    score = detector.score(f, h)
+    for copied in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert torch.equal(copied.score(f, h), score)
+
+
+def test_small_orders_outside_are_beyond_float32(backend):
+    f, h = torch.zeros(2, 300), torch.full((2, 1), 1e-20)
+    f[1, ::2] = -math.inf
+    norms, _ = truth.gradient(f, "predicted", 0.1, 3, "outside", 1.0, truth.EPS["float32"])
+    got = fastood.gradient_norm(f, h, "predicted", 0.1, 3, "outside", backend=backend)
+    np.testing.assert_allclose(got.numpy(), (norms * 1e-60).astype(float), rtol=1e-4)
 
 
 def test_batchgrad_is_never_below_the_norm_of_its_constant(backend):

@@ -59,10 +59,15 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _left(temperature: float) -> bool:
+    """Whether float sums may overflow, which is left to the reference."""
+    return not 2.0**-100 <= temperature <= 2.0**80
+
+
 def row_stats(
     logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
 ) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if traced(logits, feats, labels):
+    if _left(want.temperature) or traced(logits, feats, labels):
         return reference.row_stats(logits, feats, want, labels)
     if _prepared(want) is not None:
         return _run(logits, feats, want, labels)
@@ -85,7 +90,7 @@ def products(
     by_row: bool,
 ) -> Tensor | None:
     plan = prepared(job)
-    if plan is None or traced(logits, feats):
+    if plan is None or _left(job.want.temperature) or traced(logits, feats):
         return None
     f, f_arguments = _argument(logits if job.want.stats else None)
     h, h_arguments = _argument(feats if job.want.orders else None)
@@ -106,7 +111,7 @@ def plain(job: Job, shape: tuple[int, ...]) -> Callable[[Any, Any], Any]:
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    if traced(logits, feats, anchors.G):
+    if _left(anchors.temperature) or traced(logits, feats, anchors.G):
         return reference.batchgrad(logits, feats, anchors)
     dtype = torch.float32
     if torch.float64 in (logits.dtype, feats.dtype, anchors.G.dtype):

@@ -219,7 +219,7 @@ static long number(PyObject* value) {  // steals `value`; an error is -1
 static bool watched() {
   for (PyObject* watcher : watchers)
     if (number(PyObject_CallNoArgs(watcher)) != 0) return true;
-  return number(PyObject_GetAttr(forward_ad, names[CURRENT_LEVEL])) >= 0;
+  return number(PyObject_GetAttr(forward_ad, names[CURRENT_LEVEL])) >= 0 || PyErr_Occurred();
 }
 
 static bool is_false(PyObject* value) {  // steals `value`

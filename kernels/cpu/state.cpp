@@ -167,7 +167,7 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
   for (int j = 0; j < count; j++)
     if (orders[j] > 0 && orders[j] < least && orders[j] <= UNSCALED) least = orders[j];
   for (int j = 0; j < count; j++) {
-    const double r = orders[j];
+    const double r = orders[j] > (float32 ? 1e9 : 1e18) ? INF : orders[j];  // from which no sum can tell it
     if (r == 0 || r == INF) {
       plan->extremes = true;
       plan->count |= r == 0;

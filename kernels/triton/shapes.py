@@ -265,6 +265,8 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         return None
     if len(want.orders) > 32:
         return None
+    # Beyond this no sum of float32 powers can tell an order from infinity.
+    want = want._replace(orders=tuple(r if r <= 1e9 else math.inf for r in want.orders))
     if products is None:
         columns = [(i, 1.0, -1, 1) for i in range(len(want.stats))]
         columns += [(-1, 1.0, j, 1) for j in range(len(want.orders))]
