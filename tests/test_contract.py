@@ -1,5 +1,6 @@
 """The numeric contract of every backend, against truth written independently (truth.py)."""
 
+import itertools
 import math
 
 import numpy as np
@@ -430,3 +431,12 @@ def test_temperatures_whose_sums_leave_float32(backend):
         got = fastood.row_stats(f, ["msp", "plogp"], temperature=T, backend=backend)
         torch.testing.assert_close(got["msp"], p.amax(-1).float())
         torch.testing.assert_close(got["plogp"], (p * p.log()).sum(-1).float())
+
+
+def test_orders_given_twice(backend):
+    h = torch.randn(3, 77)
+    for orders in itertools.product([0.1, 0.3, 0.5, 0.8, 1.5, 2, math.inf], repeat=2):
+        alone = torch.cat([fastood.norms(h, [r], backend=backend) for r in orders], -1)
+        torch.testing.assert_close(
+            fastood.norms(h, [*orders, *orders], backend=backend), alone.repeat(1, 2), rtol=4e-6, atol=0
+        )

@@ -146,9 +146,11 @@ static void plan_tables(const double* orders, int count, const Order* made, Norm
   std::vector<int> rising(count);
   std::iota(rising.begin(), rising.end(), 0);
   std::sort(rising.begin(), rising.end(), [&](int i, int j) { return orders[i] < orders[j]; });
+  int last = -1;  // an order given twice has one slot
   for (int j : rising) {
     const double r = orders[j];
-    if (made[j].slot < FIRST_GROUP_SLOT) continue;
+    if (made[j].slot < FIRST_GROUP_SLOT || made[j].slot == last) continue;
+    last = made[j].slot;
     int a = -1, b = -1;
     for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table[k].order);
     if (r > UNSCALED) plan->tables = false;
@@ -168,6 +170,11 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
     if (orders[j] > 0 && orders[j] < least && orders[j] <= UNSCALED) least = orders[j];
   for (int j = 0; j < count; j++) {
     const double r = orders[j] > (float32 ? 1e9 : 1e18) ? INF : orders[j];  // from which no sum can tell it
+    const int same = int(std::find(orders, orders + j, orders[j]) - orders);
+    if (same < j) {
+      out[j] = out[same];
+      continue;
+    }
     if (r == 0 || r == INF) {
       plan->extremes = true;
       plan->count |= r == 0;
