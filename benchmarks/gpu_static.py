@@ -14,9 +14,9 @@ would add, its loops over rows left out; "total" always reads every element, whi
 BatchGrad, which reads little and computes much, is counted for each of N C D elements, with rows of one kind: its loop
 over features, and all that is outside of loops once. Memory has no part in its figures.
 
-The exit status is 1 where a kernel spills (more than is stated beside it), loads rows in less than 128 bits at a time (64
-for rows of 100 halves, and for G, two numbers that a whole warp shares; 32 for rows of ten classes, a thread each), or
-takes more instructions than its budget.
+The exit status is 1 where a kernel spills (more than is stated beside it), loads rows in less than 128 bits at a time
+(64 for rows of 100 halves, and for G, two numbers that a whole warp shares; 32 for rows of ten classes, a thread each),
+or takes more instructions than its budget.
 """
 
 from __future__ import annotations
