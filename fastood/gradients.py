@@ -28,7 +28,6 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood.files import library
 from fastood.kernels import Anchors, Stat, Want, reference, select
 
 Labels = Literal["uniform", "predicted", "log_predicted"]
@@ -231,6 +230,8 @@ class BatchGrad:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """To a .safetensors file, which ``BatchGrad.load`` reads."""
+        from fastood.files import library  # which `import fastood` need not load
+
         options = {"temperature": repr(self.anchors.temperature), "bias": str(int(self.anchors.bias))}
         library("safetensors.torch").save_file(
             {"G": self.anchors.G.contiguous()}, path, metadata={"fastood": "BatchGrad", **options}
@@ -239,6 +240,8 @@ class BatchGrad:
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> BatchGrad:
         """What ``save`` wrote, with G as a tensor on `device`."""
+        from fastood.files import library
+
         safetensors = library("safetensors")
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
