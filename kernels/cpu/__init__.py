@@ -126,11 +126,11 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     h, h_arguments = _argument(feats)
     out = logits.new_empty(len(logits), dtype=torch.float64)
     arguments = (G.data_ptr(), G.shape[1], norms.data_ptr(), norm, out.data_ptr())
-    _native.batchgrad(plan, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
+    finite = _native.batchgrad(plan, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
     del f, h
-    # What holds, or comes to, an infinity or a NaN is left to the definition.
-    for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
-        out[rows] = reference.batchgrad(logits[rows], feats[rows], anchors)
+    if not finite:  # what holds, or comes to, an infinity or a NaN is left to the definition
+        for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
+            out[rows] = reference.batchgrad(logits[rows], feats[rows], anchors)
     return out
 
 

@@ -94,7 +94,7 @@ template <class T> static void tile_task(int64_t begin, int64_t end, void* conte
   }
 }
 
-void run(const BatchGrad& b) {
+bool run(const BatchGrad& b) {
   const int64_t size = b.feats.type == FLOAT64 ? 8 : 4;
   Work work{b, std::clamp<int64_t>((256 << 10) / std::max<int64_t>(1, b.columns * size), 4, 32),
             (b.logits.columns + SHARE - 1) / SHARE, std::vector<Row>(b.rows), {}};
@@ -102,10 +102,13 @@ void run(const BatchGrad& b) {
   share(b.rows, std::max<int64_t>(1, 32768 / b.logits.columns), softmax_task, &work);
   const int64_t tiles = (b.rows + work.rows_abreast - 1) / work.rows_abreast;
   share(tiles * work.shares, 1, size == 8 ? tile_task<double> : tile_task<float>, &work);
+  bool finite = true;
   for (int64_t row = 0; row < b.rows; row++) {
     b.out[row] = 0;
     for (int64_t s = 0; s < work.shares; s++) b.out[row] += work.partial[s * b.rows + row];
+    finite = finite && std::isfinite(b.out[row]);
   }
+  return finite;
 }
 
 }  // namespace fastood

@@ -161,7 +161,7 @@ static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // batchgrad(plan, rows, logits (4), feats (4), bias, address of G, its columns, address of its rows' norms, their sum,
-// address of [rows] double)
+// address of [rows] double): whether all of these came out finite
 static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, COMMON + 6);
   if (!plan) return nullptr;
@@ -172,7 +172,11 @@ static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
                     static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 3])), PyFloat_AsDouble(args[COMMON + 4]),
                     static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 5]))};
   if (PyErr_Occurred()) return nullptr;
-  return without_lock([&] { if (b.rows) run(b); });
+  bool finite = true;
+  PyObject* done = without_lock([&] { finite = !b.rows || run(b); });
+  if (!done) return nullptr;
+  Py_DECREF(done);
+  return PyBool_FromLong(finite);
 }
 
 // batchgrad_peak(steps): its arithmetic on registers, `steps` vectors of floats; gives their width.

@@ -78,7 +78,7 @@ extern ParallelFor parallel_for;
 extern const Kernels* kernels;
 
 void run(const Request& q);
-void run(const BatchGrad& b);
+bool run(const BatchGrad& b);
 
 // task(begin, end, context) over 0..tasks, `grain` of them or more to a thread.
 void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
