@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from types import EllipsisType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -136,7 +135,16 @@ def choice(name: str, x: Any, known: Sequence[str]) -> str:
     return str(x)
 
 
-def norm_of(norm: float | EllipsisType | None, default: float | None) -> float | None:
-    if norm is ...:
-        return default
-    return None if norm is None else order_of("norm", norm)
+def label_probabilities(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
+    """`labels` [N, C], of the kind and on the device of logits; whether each row is a distribution is not asked."""
+    if not isinstance(labels, np.ndarray if as_numpy else Tensor):
+        kind = "numpy array" if as_numpy else "torch tensor"
+        got = type(labels).__name__
+        raise TypeError(f"labels must be 'uniform', 'predicted', 'log_predicted' or a {kind}, got {got}")
+    (q,), _ = take(labels=labels)
+    assert q is not None
+    if q.shape != logits.shape:
+        wanted = f"{list(logits.shape)}, a distribution per row (one-hot for classes)"
+        raise ValueError(f"labels must be {wanted}, got {list(q.shape)}")
+    same_rows("labels", q, logits)
+    return q

@@ -20,15 +20,18 @@ from fastood._inputs import (
     choice,
     flag,
     give,
+    label_probabilities,
     logits_and_feats,
     number,
     order_of,
     result_dtype,
-    same_rows,
     take,
     temperature_of,
 )
-from fastood.kernels import Anchors, Stat, Want, reference, select
+from fastood._plan import Plan, keep, known_plan
+from fastood.kernels import Anchors, Stat, reference, select
+from fastood.kernels.reference import Powers
+from fastood.registry import RowStats, Score
 
 Labels = Literal["uniform", "predicted", "log_predicted"]
 Expectation = Literal["inside", "outside"]
@@ -83,42 +86,46 @@ def gradient_norm(
     >>> fastood.gradient_norm(logits, feats, "predicted", expectation="outside")  # ExGrad
     tensor([0.4946])
     """
-    f, h, as_numpy = logits_and_feats(logits, feats)
-    f, h = _given("logits", f), _given("feats", h)
-    T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)
-    q = None if isinstance(labels, str) else _label_probabilities(labels, f, as_numpy)
-    kind = str(labels) if q is None else "given"
-    stats, formula = _in_statistics(kind, order, power, expectation, f.shape[1])
-    dtype = result_dtype(f, h)
-    found, u = select(backend, f.device, dtype).row_stats(f, h, Want(stats, (order,), T, flag("bias", bias)), q)
-    assert u is not None
-    v = formula({name: stat.double() for name, stat in found.items()})
-    return give((reference.Powers(u[:, 0] / T)(power) * v).to(dtype), as_numpy)
+    for name, x in (("logits", logits), ("feats", feats), ("labels", labels)):
+        _given(name, x)
+    kind, q = (labels, None) if isinstance(labels, str) else (..., labels)
+    numbers: tuple[Any, ...] = (order, power, temperature)
+    key = ("gradient_norm", kind, expectation, *numbers, *map(type, numbers), bias, backend)
+    plan = known_plan(key)
+    if plan is None:
+        T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)
+        entry = _as_score("given" if kind is ... else kind, order, power, expectation)
+        plan = keep(key, Plan([(entry, order)], (-1,), T, bias, log=False, oriented=False, params={}))
+    return plan.run(logits, feats, backend, q)
 
 
-def _in_statistics(
-    q: str, order: float, power: float, expectation: Expectation, C: int
-) -> tuple[tuple[Stat, ...], Callable[[dict[Any, Tensor]], Tensor]]:
-    """|| E_q[e_Y - p] ||^power or E_q[ ||e_Y - p||^power ] as a formula over row statistics, the cheapest that do."""
+def _as_score(q: str, order: float, power: float, expectation: Expectation) -> Score:
+    """(||h|| / T)^power times || E_q[e_Y - p] ||^power or E_q[ ||e_Y - p||^power ], by the cheapest statistics."""
     one = order == power == 1  # ||e_y - p||_1 = 2 (1 - p_y)
     two = order == power == 2  # ||e_y - p||_2^2 = 1 - 2 p_y + S_2
+
+    def of(*stats: Stat, factor: float = 1.0, v: Callable[[RowStats], Tensor] | None = None) -> Score:
+        gradient = {"labels": q, "order": order, "power": power, "expectation": expectation}
+        return Score("gradient_norm", "(||h|| / T)^power V", "Table 1", "in", stats, factor, v, gradient=gradient)
+
     match q, expectation:
         case "predicted", "inside":
-            return ("msp",), lambda s: 0 * s["msp"]  # E_p[e_Y - p] = 0, exactly
+            return of("msp", factor=0)  # E_p[e_Y - p] = 0, exactly
+        case "uniform", "inside" if one:
+            return of("tv", factor=2)
         case "uniform", "inside" if order == 1:
-            return ("tv",), lambda s: reference.Powers(2 * s["tv"])(power)
+            return of("tv", v=lambda s: Powers(2 * s["tv"])(power))
         case "uniform", "outside" if one:
-            return ("msp",), lambda s: 0 * s["msp"] + 2 * (C - 1) / C
+            return of("msp", v=lambda s: 0 * s["msp"] + 2 * (s.C - 1) / s.C)
         case "predicted", "outside" if one:
-            return ("one_minus_s2",), lambda s: 2 * s["one_minus_s2"]
+            return of("one_minus_s2", factor=2)
         case "uniform", "outside" if two:
-            return ("s2",), lambda s: 1 - 2 / C + s["s2"]
+            return of("s2", v=lambda s: 1 - 2 / s.C + s["s2"])
         case "predicted", "outside" if two:
-            return ("one_minus_s2",), lambda s: s["one_minus_s2"]
+            return of("one_minus_s2")
         case "log_predicted", "outside" if two:
-            return ("s2", "sumlogp", "plogp"), lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"]
-    gradient = ("gradient", q, order, power, expectation)
-    return (gradient,), lambda s: s[gradient]
+            return of("s2", "sumlogp", "plogp", v=lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"])
+    return of(("gradient", q, order, power, expectation))
 
 
 def anchor_gradient(
@@ -449,7 +456,7 @@ def _deep_norms(
     if not isinstance(labels, str):
         with torch.no_grad():
             logits = model(inputs[:1]).expand(len(inputs), -1)
-            q = reference.distribution(_label_probabilities(labels, logits, as_numpy=False)).double()
+            q = reference.distribution(label_probabilities(labels, logits, as_numpy=False)).double()
     batched = torch.func.vmap(lambda x, q: of_one(x, q, at_a_time), in_dims=(0, None if q is None else 0))
     chunks = [slice(i, i + n) for i in range(0, len(inputs), n)]
     norms = [batched(inputs[c], None if q is None else q[c]) for c in chunks]
@@ -490,22 +497,7 @@ def _classes(name: str, labels: Any, n: int, logits: Tensor) -> Tensor:
     return y.long()
 
 
-def _label_probabilities(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
-    """`labels` [N, C], of the kind and on the device of logits; whether each row is a distribution is not asked."""
-    if not isinstance(labels, np.ndarray if as_numpy else Tensor):
-        kind = "numpy array" if as_numpy else "torch tensor"
-        got = type(labels).__name__
-        raise TypeError(f"labels must be 'uniform', 'predicted', 'log_predicted' or a {kind}, got {got}")
-    (q,), _ = take(labels=labels)
-    q = _given("labels", q)
-    if q.shape != logits.shape:
-        wanted = f"{list(logits.shape)}, a distribution per row (one-hot for classes)"
-        raise ValueError(f"labels must be {wanted}, got {list(q.shape)}")
-    same_rows("labels", q, logits)
-    return q
-
-
-def _given(name: str, x: Tensor | None) -> Tensor:
+def _given(name: str, x: Any) -> Any:
     if x is None:
         raise TypeError(f"{name} must be a torch tensor or a numpy array, got None")
     return x

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastood.kernels import STATISTICS, Stat
+from fastood.kernels.reference import Powers
 
 
 class RowStats(dict[Stat, Tensor]):
@@ -90,9 +91,9 @@ class Score:
         return logits + (("feats",) if self.gradient or not self.stats else ())
 
     @property
-    def power(self) -> int:
+    def power(self) -> float:
         """Of U."""
-        return int(self.gradient["power"]) if self.gradient else 1
+        return float(self.gradient["power"]) if self.gradient else 1.0
 
     def divisor(self, T: float) -> float:
         """Of ||h||: a gradient is 1/T times as large as the features."""
@@ -115,8 +116,7 @@ class Score:
         elif log:
             raw = self.power * (u - math.log(self.divisor(s.T))) + v
         else:
-            u = u / self.divisor(s.T)
-            raw = (u if self.power == 1 else u * u) * v  # a power would round by an element's place in the batch
+            raw = Powers(u / self.divisor(s.T))(self.power) * v
         return self.sign(oriented) * raw
 
     def _v(self, s: RowStats, params: Mapping[str, Any], log: bool) -> Any:
@@ -138,7 +138,7 @@ def register(score: Score) -> Score:
     Raises
     ------
     ValueError
-        Where the name is taken, or ``higher``, a statistic or ``gradient`` is not one that fastood knows.
+        Where the name is taken, or ``higher`` or a statistic is not one that fastood knows.
     """
     if not isinstance(score, Score):
         raise TypeError(f"score must be a fastood.Score, got {type(score).__name__}")
@@ -149,8 +149,6 @@ def register(score: Score) -> Score:
     for stat in (*score.stats_for(score.params), *score.log_stats):
         if (stat if isinstance(stat, str) else stat[0]) not in STATISTICS:
             raise ValueError(f"stats: no row statistic {stat!r}; there are {', '.join(STATISTICS)}")
-    if score.gradient and score.gradient["power"] not in (1, 2):
-        raise ValueError(f"gradient: power must be 1 or 2, got {score.gradient['power']!r}")
     SCORES[score.name] = score
     return score
 
@@ -235,7 +233,7 @@ register(Score(
 
 # ---- U alone
 
-register(Score("norm", "||h||_r", "U of Section 4.3, Figure 2", "in"))
+NORM = register(Score("norm", "||h||_r", "U of Section 4.3, Figure 2", "in"))
 
 
 # ---- gradients of the last layer, Table 1 (shallow): (||h||_order / T)^power times V

@@ -9,7 +9,7 @@ this folder that computes those numbers; it has four functions:
     or wider; norms and gradients always in float64, so that U * V overflows only where the product does.
     ``labels`` is the q of a gradient whose q is "given", [N, C] of any float type, not yet checked: a row
     that is no distribution gives NaN.
-``products(logits, feats, job, shape, dtype, by_row) -> out | None``
+``products(logits, feats, job, shape, dtype, by_row, labels) -> out | None``
     Finished scores in one go: each ``Product`` of the job, [N, K] where `by_row`, else [K, N], as `shape`; or
     None where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
 ``batchgrad(logits, feats, anchors) -> out``
@@ -112,6 +112,7 @@ class Backend(Protocol):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         by_row: bool,
+        labels: Tensor | None = None,
     ) -> Tensor | None: ...
 
     def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor: ...

@@ -13,7 +13,7 @@ import torch
 import truth
 
 import fastood
-from fastood import api
+from fastood import _plan
 
 cpu = pytest.importorskip("fastood.kernels.cpu")
 if cpu._native is None:
@@ -346,6 +346,7 @@ def test_few_classes(level, N, C, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_short_way_gives_the_same_bits(dtype):
     f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
+    q = torch.randn(5, 30).softmax(-1)
     for call in (
         lambda: fastood.score(f),
         lambda: fastood.score(f, None, "msp"),
@@ -354,10 +355,15 @@ def test_short_way_gives_the_same_bits(dtype):
         lambda: fastood.sweep(f, h),
         lambda: fastood.sweep(f, h, ["tv"], [None, 2]),
         lambda: torch.stack(list(fastood.scores(f, h, ["msp", "tv", "exgrad"]).values())),
+        lambda: fastood.norms(h, (0.3, 2)),
+        lambda: fastood.gradient_norm(f, h),
+        lambda: fastood.gradient_norm(f, h, "predicted", 3, 1, "outside"),
+        lambda: fastood.gradient_norm(f, h, q, 2, 1, "outside"),
+        lambda: fastood.gradient_norm(f, h, q.to(dtype), 0.5, 2),
     ):
-        api._PLANS.clear()  # the first call finds out that the short way will do
+        _plan._PLANS.clear()  # the first call finds out that the short way will do
         long, short = call(), call()
-        assert next(iter(api._PLANS.values())).plain
+        assert next(iter(_plan._PLANS.values())).plain
         assert short.dtype == torch.float32
         assert torch.equal(short, long)
 
@@ -388,9 +394,24 @@ def test_what_is_not_plain_goes_the_long_way():
         with pytest.raises((TypeError, ValueError), match=words):
             fastood.score(wrong)
     fastood.sweep(f, h)
-    for call in (fastood.score, fastood.sweep):
+    for call in (fastood.score, fastood.sweep, fastood.gradient_norm):
         with pytest.raises(ValueError, match="feats must have the 5 rows"):
             call(f, h[:4])
+    q = f.softmax(-1)
+    for _ in range(2):
+        fastood.gradient_norm(f, h, q)
+        assert fastood.gradient_norm(f, h, q.clone().requires_grad_()).requires_grad
+        for wrong in (q[:4], q[:, :29]):
+            with pytest.raises(ValueError, match=r"labels must be \[5, 30\], a distribution per row"):
+                fastood.gradient_norm(f, h, wrong)
+        for wrong in (None, 1, q.numpy()):
+            with pytest.raises(TypeError, match="labels must be"):
+                fastood.gradient_norm(f, h, wrong)
+        with pytest.raises(ValueError, match=r"labels must be one of 'uniform'.*got 'given'"):
+            fastood.gradient_norm(f, h, "given")
+    assert fastood.gradient_norm(f[:0], h[:0], q[:0]).shape == (0,)
+    with pytest.raises(TypeError, match="feats must be a torch tensor or a numpy array, got None"):
+        fastood.norms(None, (0.3, 2))
     assert fastood.score(f[:0], h[:0]).shape == (0,)
     assert fastood.sweep(f[:0], h[:0]).shape == (0, 4, 12)
     with pytest.raises(TypeError, match="norms must be a number, got bool"):
@@ -433,6 +454,19 @@ def test_compiled_with_a_dynamic_batch():
     for n in (3, 8, 17):
         f, h = torch.randn(n, 12), torch.randn(n, 9)
         torch.testing.assert_close(score(f, h), fastood.score(f, h), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_norms_and_norms_are_traced_whole():
+    f, h = torch.randn(4, 12), torch.randn(4, 9)
+    q = torch.randn(4, 12).softmax(-1)
+    for call in (
+        lambda f, h, q: fastood.gradient_norm(f, h),
+        lambda f, h, q: fastood.gradient_norm(f, h, "predicted", 2, 3.5, "outside"),
+        lambda f, h, q: fastood.gradient_norm(f, h, q, 2, 1, "outside"),
+        lambda f, h, q: fastood.norms(h, [0.3, 2]),
+    ):
+        traced = torch.compile(call, fullgraph=True, backend="eager")  # no compiler: what is asked is whether it traces
+        torch.testing.assert_close(traced(f, h, q), call(f, h, q), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in forward-mode derivatives

@@ -88,24 +88,27 @@ def products(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     by_row: bool,
+    labels: Tensor | None = None,
 ) -> Tensor | None:
     plan = prepared(job)
-    if plan is None or _left(job.want.temperature) or traced(logits, feats):
+    if plan is None or _left(job.want.temperature) or traced(logits, feats, labels):
         return None
     f, f_arguments = _argument(logits if job.want.stats else None)
     h, h_arguments = _argument(feats if job.want.orders else None)
+    q, q_arguments = _argument(labels)
     x = logits if logits is not None else feats
     assert x is not None
     out = x.new_empty(shape, dtype=dtype)  # beside x, whatever the default device
     rows = shape[0 if by_row else 1]
-    _native.products(plan, rows, *f_arguments, *h_arguments, out.data_ptr(), _TYPES[dtype], by_row)
-    del f, h  # their addresses were read: until here they needed a name
+    _native.products(plan, rows, *f_arguments, *h_arguments, out.data_ptr(), _TYPES[dtype], by_row, *q_arguments)
+    del f, h, q  # their addresses were read: until here they needed a name
     return out
 
 
-def plain(job: Job, shape: tuple[int, ...]) -> Callable[[Any, Any], Any]:
-    """``products`` of a job that it did before, as a function of logits and feats, for Python's part of it takes longer
-    than a row of 1000 logits. Gives float32 of `shape`, -1 standing for the rows; None if they are not plain tensors.
+def plain(job: Job, shape: tuple[int, ...]) -> Callable[[Any, Any, Any], Any]:
+    """``products`` of a job that it did before, as a function of logits, feats and labels, for Python's part of it
+    takes longer than a row of 1000 logits. Gives float32 of `shape`, -1 standing for the rows; None if they are not
+    plain tensors.
     """
     return partial(_native.plain, prepared(job), shape)
 

@@ -146,9 +146,9 @@ static PyObject* row_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run_without_lock(q);
 }
 
-// products(..., address of the result, its type, whether it is [rows, products])
+// products(..., address of the result, its type, whether it is [rows, products], labels (4))
 static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const Plan* plan = read_plan(args, count, COMMON + 3);
+  const Plan* plan = read_plan(args, count, COMMON + 7);
   if (!plan) return nullptr;
   Request q{*plan};
   if (!read_matrices(args, &q)) return nullptr;
@@ -157,6 +157,7 @@ static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const bool by_row = PyObject_IsTrue(args[COMMON + 2]);
   q.row_stride = by_row ? int64_t(plan->products.size()) : 1;
   q.product_stride = by_row ? 1 : q.rows;
+  if (!read_matrix(args + COMMON + 3, &q.labels)) return nullptr;
   return run_without_lock(q);
 }
 
@@ -250,10 +251,10 @@ static bool read_plain(PyObject* x, int64_t* rows, Matrix* m) {
   return (b.strides[1] == 1 || m->columns == 1) && (b.data || *rows == 0);  // a zero tensor has no memory
 }
 
-// An empty float32 tensor beside `logits`, of `shape` with `rows` for its -1.
-static PyObject* result(PyObject* logits, int type, PyObject* shape, int64_t rows) {
+// An empty float32 tensor beside `x`, of `shape` with `rows` for its -1.
+static PyObject* result(PyObject* x, int type, PyObject* shape, int64_t rows) {
   const Py_ssize_t n = PyTuple_Size(shape);
-  PyObject *method = PyObject_GetAttr(logits, names[NEW_EMPTY]), *sizes = PyTuple_New(n), *out = nullptr;
+  PyObject *method = PyObject_GetAttr(x, names[NEW_EMPTY]), *sizes = PyTuple_New(n), *out = nullptr;
   for (Py_ssize_t i = 0; sizes && i < n; i++) {
     const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
     PyTuple_SetItem(sizes, i, PyLong_FromLongLong(size < 0 ? rows : size));
@@ -264,20 +265,31 @@ static PyObject* result(PyObject* logits, int type, PyObject* shape, int64_t row
   return out;
 }
 
-// plain(plan, shape, logits, feats or None): the products of plain CPU tensors as float32 of `shape`, in which -1 stands
-// for the rows; None where they are any others, and a longer way must be gone, which can tell what is wrong with them.
+// What a plan needs of logits, feats and labels, where they are plain, are there if they are needed and fit together.
+static bool read_plain(PyObject* const* tensors, Request* q) {
+  const bool logits = !q->plan.stats.empty(), feats = !q->plan.orders[0].empty();
+  const bool labels = q->plan.gradient.wanted && q->plan.gradient.labels == GIVEN;
+  int64_t rows[3] = {-1, -1, -1};
+  if ((tensors[0] != Py_None) != logits || (logits && !read_plain(tensors[0], &rows[0], &q->logits))) return false;
+  if ((tensors[1] != Py_None) != feats || (feats && !read_plain(tensors[1], &rows[1], &q->feats))) return false;
+  if ((tensors[2] != Py_None) != labels || (labels && !read_plain(tensors[2], &rows[2], &q->labels))) return false;
+  q->rows = logits ? rows[0] : rows[1];
+  return (!feats || rows[1] == q->rows) && (!labels || (rows[2] == q->rows && q->labels.columns == q->logits.columns));
+}
+
+// plain(plan, shape, logits, feats, labels), those that are not needed None: the products of plain CPU tensors as
+// float32 of `shape`, in which -1 stands for the rows; None where they are any others, and a longer way must be gone,
+// which can tell what is wrong with them.
 static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const Plan* plan = read_plan(args, count, 4);
+  const Plan* plan = read_plan(args, count, 5);
   if (!plan) return nullptr;
   Request q{*plan};
-  int64_t rows = 0;
-  const bool with_feats = args[3] != Py_None;
-  if (!exchange || watched() || !read_plain(args[2], &q.rows, &q.logits) || with_feats == plan->orders[0].empty() ||
-      (with_feats && (!read_plain(args[3], &rows, &q.feats) || rows != q.rows))) {
+  if (!exchange || watched() || !read_plain(args + 2, &q)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
-  PyObject* out = result(args[2], q.logits.type, args[1], q.rows);
+  const bool with_logits = !plan->stats.empty();
+  PyObject* out = result(args[with_logits ? 2 : 3], with_logits ? q.logits.type : q.feats.type, args[1], q.rows);
   Borrowed b;
   if (!out || !borrow(out, &b)) {
     Py_XDECREF(out);

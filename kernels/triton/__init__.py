@@ -81,6 +81,7 @@ def products(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     by_row: bool,
+    labels: Tensor | None = None,
 ) -> Tensor | None:
     want = job.want
     plan = shapes.plan_of(want, job.products)
