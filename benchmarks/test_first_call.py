@@ -13,9 +13,9 @@ CHILD = Path(__file__).with_name("first_call.py")
 
 
 def _child(*args: str, **environment: str) -> float:
-    done = subprocess.run(
-        [sys.executable, *args], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    # With compiled modules, as pip leaves all packages, even where Python is told not to keep its own.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""} | environment
+    done = subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 
@@ -32,6 +32,7 @@ def test_first_score(compare, rounds, tmp_path):
         cache = tmp_path / str(len(list(tmp_path.iterdir())))
         return _child(str(CHILD), "torch.compile", TORCHINDUCTOR_CACHE_DIR=str(cache))
 
+    _child(str(CHILD), "fastood")
     kept = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kept")}
     _child(str(CHILD), "torch.compile", **kept)
     timers = {
@@ -46,5 +47,7 @@ def test_first_score(compare, rounds, tmp_path):
 
 def test_import(compare, rounds):
     clock = "import time; start = time.perf_counter(); import torch; print(time.perf_counter() - start)"
-    times = in_turn({OURS: partial(_child, str(CHILD), "import"), "torch": partial(_child, "-c", clock)}, rounds)
+    timers = {OURS: partial(_child, str(CHILD), "import"), "torch": partial(_child, "-c", clock)}
+    timers[OURS]()
+    times = in_turn(timers, rounds)
     compare.record("import, fastood's after torch's", times, weighed(times))
