@@ -42,16 +42,17 @@ struct LogitsState {
   bool nan;
 };
 
-// y = |h|^order of a normal float h = 2^e m, from tables: 2^(order e) by the low five bits of the exponent, right where it
-// is in the window, else times `far`; and m^order by the leading bits of m, times a polynomial in t = m centre - 1,
-// centre the reciprocal of the middle of m's interval.
-struct PowerTable {
-  double order;
-  int slot;          // where in NormsState.sum
-  float exponent[32], far[16], mantissa[16];
-  float t1, t2, t3;  // (1 + t)^order = 1 + t (t1 + t (t2 + t t3)), relative error below 2^-27
+// y = |h|^order of a normal float h = 2^e m, from tables as long as a vector, of 16 floats or of 8: 2^(order e) by the low
+// bits of the exponent, right where it is in the window, else times `far`; and m^order by the leading bits of m, times a
+// polynomial in t = m centre - 1, centre the reciprocal of the middle of m's interval.
+template <int LANES> struct PowerTable {
+  static constexpr int BITS = LANES == 16 ? 4 : 3;  // of the mantissa
+  static constexpr int WINDOW_BITS = LANES == 16 ? 5 : 6, WINDOW = 127 - 24 - (LANES == 16 ? 0 : 23);  // of the exponent
+  static constexpr int DEGREE = LANES == 16 ? 3 : 4;
+  float exponent[2][LANES];  // of 16: one table of 32; of 8: two factors, by three bits each
+  float far[LANES], centre[LANES], mantissa[LANES];
+  float t[DEGREE + 1];  // (1 + t)^order = 1 + t (t[1] + t (t[2] + ...)), relative error below 2^-27
 };
-constexpr int WINDOW = 127 - 24;  // the first of its 32 exponents, biased: 2^-24 <= |h| < 2^8
 constexpr int MAX_TABLES = 4;
 
 // An order that is the sum of two: its power is the product of theirs. MAX_TABLES stands for 0.5, a square root.
@@ -75,13 +76,15 @@ struct NormsPlan {
   int slots;        // in use, integers included
   double order[MAX_ORDERS + 7];
   bool scaled[MAX_ORDERS + 7];
-  // The orders again, as a processor with permutations of 16 floats forms them, unless they are too many or of
+  // The orders again, as a processor with permutations of a vector forms them, unless they are too many or of
   // another kind.
   bool tables;
   int table_count, products;
   int root;  // the slot of order 0.5, or 0
-  float centre[16];
-  PowerTable table[MAX_TABLES];
+  double table_order[MAX_TABLES];
+  int table_slot[MAX_TABLES];
+  PowerTable<16> wide[MAX_TABLES];
+  PowerTable<8> narrow[MAX_TABLES];
   PowerProduct product[MAX_ORDERS];
 };
 

@@ -523,61 +523,62 @@ template <class T, class In> static void norms_with_care(const In* h, int64_t n,
   }
 }
 
-#if VECTOR_BYTES == 64
+#if VECTOR_BYTES >= 32
 // In one pass over at most SPAN elements: the sums of TABLES fractional powers, of square roots and of products of two of
 // these, those of the INTEGERS first integer powers, and, with 6 of those, the extremes. False, and nothing done, where
-// an element is subnormal or not finite, or where an integer power is out of range: then care is needed.
+// an element is not finite, or for the tables subnormal, or an integer power out of range: then care is needed.
 constexpr int64_t SPAN = 2048;
 
 template <int TABLES, int INTEGERS, class In>
 static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const In* next, NormsState* state) {
   typedef V<float> F;
+  typedef PowerTable<Vec<float>::lanes> Table;
   constexpr int W = TABLES < 2 && INTEGERS < 6 ? 2 : 1;
-  constexpr int ODD = 0xb9;  // for fpclass: NaN, infinite, subnormal
-  const F centre = load(plan.centre);
+  constexpr int EXPONENT = 23 + Table::WINDOW_BITS, MANTISSA = 23 - Table::BITS;  // the bits above these are a place in a table
+#if VECTOR_BYTES == 64
+  const Table* table = plan.wide;
+#else
+  const Table* table = plan.narrow;
+#endif
+  const F centre = load(table[0].centre);
   const int products = plan.products;
   const bool rooted = plan.root;
   F low[TABLES + 1], high[TABLES + 1], mantissa[TABLES + 1], kept[MAX_TABLES + 1];
   F power[TABLES + 1][W] = {}, root[W] = {}, product[MAX_ORDERS][W], integer[INTEGERS + 1][W] = {};
   F all_power[TABLES + 1] = {}, all_root = {}, all_product[MAX_ORDERS], all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
   UNROLL for (int k = 0; k < TABLES; k++) {
-    low[k] = load(plan.table[k].exponent);
-    high[k] = load(plan.table[k].exponent + 16);
-    mantissa[k] = load(plan.table[k].mantissa);
+    low[k] = load(table[k].exponent[0]);
+    high[k] = load(table[k].exponent[1]);
+    mantissa[k] = load(table[k].mantissa);
   }
   for (int j = 0; j < products; j++) {
     all_product[j] = F{};
     for (int u = 0; u < W; u++) product[j][u] = F{};
   }
-  auto choose = [](F table, I<float> index) __attribute__((always_inline)) {
-    return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)table);  // by the low four bits
-  };
-  __mmask16 odd = 0;
+  typename MaskOf<float>::type odd{};
   for_blocks<W, float, 256 * W>(
       h, n, 0.0f,
       [&](int u, F v, int64_t i, int64_t) __attribute__((always_inline)) {
         __builtin_prefetch(next + i);
         const I<float> bits = (I<float>)v, magnitude = bits & 0x7fffffff;
         const F a = (F)magnitude;
-        const __mmask16 some = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x7fffffff));
-        if (rooted) root[u] += kept[MAX_TABLES] = (F)_mm512_sqrt_ps((__m512)a);
-        if constexpr (TABLES == 0) {
-          odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
-        } else {
+        const auto some = unequal(a, F{});
+        if (rooted) root[u] += kept[MAX_TABLES] = square_root(a);
+        if constexpr (TABLES > 0) {
           F scale[TABLES];
-          UNROLL for (int k = 0; k < TABLES; k++)
-            scale[k] = (F)_mm512_permutex2var_ps((__m512)low[k], (__m512i)(bits >> 23), (__m512)high[k]);
-          const I<float> above = magnitude - (WINDOW << 23);
-          if (__builtin_expect(_mm512_mask_test_epi32_mask(some, (__m512i)above, _mm512_set1_epi32(int(0xf0000000))), 0)) {
-            odd |= _mm512_fpclass_ps_mask((__m512)v, ODD);
-            UNROLL for (int k = 0; k < TABLES; k++) scale[k] *= choose(load(plan.table[k].far), above >> 28);
+          UNROLL for (int k = 0; k < TABLES; k++) scale[k] = exponent_power(low[k], high[k], bits >> 23);
+          const I<float> above = magnitude - (Table::WINDOW << 23);
+          if (__builtin_expect(any_where(some, above, -1u << EXPONENT), 0)) {
+            odd |= odd_numbers(v);
+            UNROLL for (int k = 0; k < TABLES; k++) scale[k] *= choose(load(table[k].far), above >> EXPONENT);
           }
           const F m = (F)((bits & 0x007fffff) | 0x3f800000);
-          const F t = m * choose(centre, bits >> 19) - 1.0f;
+          const F t = m * choose(centre, bits >> MANTISSA) - 1.0f;
           UNROLL for (int k = 0; k < TABLES; k++) {
-            const PowerTable& table = plan.table[k];
-            const F c = choose(mantissa[k], bits >> 19);
-            const F y = where(some, scale[k] * (c * t * (table.t1 + t * (table.t2 + t * table.t3)) + c));
+            const F c = choose(mantissa[k], bits >> MANTISSA);
+            F series = all<float>(table[k].t[Table::DEGREE]);
+            UNROLL for (int d = Table::DEGREE; --d > 0;) series = series * t + table[k].t[d];
+            const F y = where(some, scale[k] * (c * t * series + c));
             power[k][u] += y;
             kept[k] = y;
           }
@@ -603,11 +604,12 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
         for (int j = 0; j < products; j++) add_up<W, float>(&all_product[j], product[j]);
         UNROLL for (int p = 0; p < INTEGERS; p++) add_up<W, float>(&all_integer[p], integer[p]);
       });
-  if (odd) return false;
+  const double roots = sum_of<float>(all_root);
+  if (any<float>(odd) || !(roots < __builtin_inf())) return false;
   if constexpr (INTEGERS > 0) {
     double sum[INTEGERS];
     for (int p = 0; p < INTEGERS; p++) sum[p] = sum_of<float>(all_integer[p]);
-    if (sum[0] > 0) {
+    if (sum[0] != 0) {
       // What underflows in the highest power then counts for nothing in its sum.
       if (!(sum[INTEGERS - 1] >= 0x1p-70 && sum[INTEGERS - 1] < __builtin_inf())) return false;
       if (state->reference == 0) state->reference = state->unit = 1;  // as `rescale` would
@@ -617,8 +619,8 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
       for (int p = 0; p < INTEGERS; p++) state->sum[p + 1] += (scale *= unit) * sum[p];
     }
   }
-  for (int k = 0; k < TABLES; k++) state->sum[plan.table[k].slot] += sum_of<float>(all_power[k]);
-  if (rooted) state->sum[plan.root] += sum_of<float>(all_root);
+  for (int k = 0; k < TABLES; k++) state->sum[plan.table_slot[k]] += sum_of<float>(all_power[k]);
+  if (rooted) state->sum[plan.root] += roots;
   for (int j = 0; j < products; j++) state->sum[plan.product[j].slot] += sum_of<float>(all_product[j]);
   if constexpr (INTEGERS == 6) {
     const double max = max_of<float>(most);
@@ -645,7 +647,7 @@ template <class In>
 static void norms(const void* data, int64_t n, const NormsPlan& plan, const void* next, NormsState* state) {
   typedef typename Arithmetic<In>::type T;
   const In* h = static_cast<const In*>(data);
-#if VECTOR_BYTES == 64
+#if VECTOR_BYTES >= 32
   if constexpr (sizeof(T) == 4) {
     if (plan.tables && (plan.table_count || plan.root || plan.integers)) {
       const AtOnce<In> at_once = plan.extremes || plan.integers >> 3 ? with_tables<6, In>(plan.table_count)

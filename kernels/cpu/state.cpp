@@ -118,29 +118,42 @@ void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* 
 constexpr double UNSCALED = 0.84;
 constexpr int FIRST_GROUP_SLOT = 7;
 
-static void fill(PowerTable* table, double r, int slot, const float* centre) {
-  table->order = r;
-  table->slot = slot;
-  // The binomial series to t^5, its last two terms folded back by Chebyshev polynomials on |t| <= w.
-  const double w2 = 1.0 / (33 * 33), b2 = r * (r - 1) / 2, b3 = b2 * (r - 2) / 3, b4 = b3 * (r - 3) / 4, b5 = b4 * (r - 4) / 5;
-  const double t0 = 1 - b4 * w2 * w2 / 8;
-  table->t1 = float((r - b5 * w2 * w2 * 5 / 16) / t0);
-  table->t2 = float((b2 + b4 * w2) / t0);
-  table->t3 = float((b3 + b5 * w2 * 5 / 4) / t0);
-  for (int i = 0; i < 32; i++) table->exponent[(WINDOW + i) % 32] = float(std::exp2(r * (WINDOW + i - 127)));
-  for (int i = 0; i < 16; i++) {
-    table->far[i] = float(std::exp2(r * 32 * (i < 8 ? i : i - 16)));
-    table->mantissa[i] = float(t0 * std::pow(double(centre[i]), -r));
+template <int LANES> static void fill(PowerTable<LANES>* table, double r) {
+  typedef PowerTable<LANES> Table;
+  // The binomial series to t^5, its last terms folded back by Chebyshev polynomials on |t| <= w.
+  const double w2 = 1.0 / ((2 * LANES + 1) * (2 * LANES + 1));
+  double b[6] = {1};
+  for (int n = 1; n < 6; n++) b[n] = b[n - 1] * (r - n + 1) / n;
+  b[1] -= b[5] * w2 * w2 * 5 / 16;
+  b[3] += b[5] * w2 * 5 / 4;
+  if (Table::DEGREE == 3) {
+    b[0] -= b[4] * w2 * w2 / 8;
+    b[2] += b[4] * w2;
+  }
+  for (int n = 0; n <= Table::DEGREE; n++) table->t[n] = float(b[n] / b[0]);
+  constexpr int window = 1 << Table::WINDOW_BITS, first = Table::WINDOW;
+  for (int i = 0; i < LANES; i++) {
+    const double middle = 1 + (i + 0.5) / LANES;
+    table->centre[i] = float(1 / middle);
+    table->mantissa[i] = float(b[0] * std::pow(double(table->centre[i]), -r));
+    table->far[i] = float(std::exp2(r * window * (i < LANES / 2 ? i : i - LANES)));
+    if (LANES == 8) {
+      table->exponent[0][i] = float(std::exp2(r * i));
+      table->exponent[1][(first / 8 + i) % 8] = float(std::exp2(r * (first + 8 * i - 127)));
+    }
+  }
+  for (int i = 0; LANES == 16 && i < window; i++) {
+    const int place = (first + i) % window;
+    table->exponent[place / LANES][place % LANES] = float(std::exp2(r * (first + i - 127)));
   }
 }
 
 // The small fractional orders as tables, a square root, and products of two of these.
 static void plan_tables(const double* orders, int count, const Order* made, NormsPlan* plan) {
   plan->tables = true;
-  for (int i = 0; i < 16; i++) plan->centre[i] = float(1 / (1 + (i + 0.5) / 16));
   auto table_of = [&](double r) {
     for (int k = 0; k < plan->table_count; k++)
-      if (std::fabs(plan->table[k].order - r) <= 1e-15 * r) return k;
+      if (std::fabs(plan->table_order[k] - r) <= 1e-15 * r) return k;
     return plan->root && r == 0.5 ? MAX_TABLES : -1;
   };
   std::vector<int> rising(count);
@@ -152,12 +165,18 @@ static void plan_tables(const double* orders, int count, const Order* made, Norm
     if (made[j].slot < FIRST_GROUP_SLOT || made[j].slot == last) continue;
     last = made[j].slot;
     int a = -1, b = -1;
-    for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table[k].order);
+    for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table_order[k]);
     if (r > UNSCALED) plan->tables = false;
     else if (r == 0.5) plan->root = made[j].slot;
     else if (b >= 0) plan->product[plan->products++] = {a, b, made[j].slot};
-    else if (plan->table_count < MAX_TABLES) fill(&plan->table[plan->table_count++], r, made[j].slot, plan->centre);
-    else plan->tables = false;
+    else if (plan->table_count == MAX_TABLES) plan->tables = false;
+    else {
+      const int k = plan->table_count++;
+      plan->table_order[k] = r;
+      plan->table_slot[k] = made[j].slot;
+      fill(&plan->wide[k], r);
+      fill(&plan->narrow[k], r);
+    }
   }
 }
 

@@ -111,6 +111,37 @@ template <class X> INLINE X square_root(X x) {
 }
 #endif
 
+// ---- tables of a vector's length
+
+#if VECTOR_BYTES == 64
+INLINE V<float> choose(V<float> table, I<float> place) {  // by its low bits
+  return (V<float>)_mm512_permutexvar_ps((__m512i)place, (__m512)table);
+}
+// See PowerTable.
+INLINE V<float> exponent_power(V<float> low, V<float> high, I<float> exponent) {
+  return (V<float>)_mm512_permutex2var_ps((__m512)low, (__m512i)exponent, (__m512)high);
+}
+INLINE __mmask16 odd_numbers(V<float> x) { return _mm512_fpclass_ps_mask((__m512)x, 0xb9); }  // NaN, infinite, subnormal
+INLINE bool any_where(__mmask16 m, I<float> x, uint32_t bits) {
+  return _mm512_mask_test_epi32_mask(m, (__m512i)x, _mm512_set1_epi32(int(bits)));
+}
+template <class T> INLINE bool any(__mmask16 mask) { return mask != 0; }
+#elif VECTOR_BYTES == 32
+INLINE V<float> choose(V<float> table, I<float> place) {
+  return (V<float>)_mm256_permutevar8x32_ps((__m256)table, (__m256i)place);
+}
+INLINE V<float> exponent_power(V<float> low, V<float> high, I<float> exponent) {
+  return choose(low, exponent) * choose(high, exponent >> 3);
+}
+INLINE I<float> odd_numbers(V<float> x) {
+  const I<float> magnitude = (I<float>)x & 0x7fffffff;
+  return (magnitude >= 0x7f800000) | ((magnitude < 0x00800000) & (magnitude != 0));
+}
+INLINE bool any_where(I<float> m, I<float> x, uint32_t bits) {
+  return !_mm256_testz_si256((__m256i)m, (__m256i)(x & int(bits)));
+}
+#endif
+
 // ---- loads: any input type into vectors of its arithmetic type
 
 struct Half { uint16_t bits; };
