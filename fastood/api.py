@@ -1,4 +1,4 @@
-"""score, scores, sweep, norms, row_stats: check the arguments, ask one backend once, compose."""
+"""score, scores, sweep, norms, row_stats: check the arguments, make a plan of them, run it on one backend."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,9 +29,9 @@ from fastood._inputs import (
     temperature_of,
 )
 from fastood._plan import Plan, keep, known_plan
-from fastood.kernels import Anchors, Stat, reference, select
+from fastood.kernels import Anchors, reference, select
 from fastood.kernels.reference import Powers
-from fastood.registry import RowStats, Score
+from fastood.registry import TABLE_1, Score
 
 Labels = Literal["uniform", "predicted", "log_predicted"]
 Expectation = Literal["inside", "outside"]
@@ -101,31 +101,23 @@ def gradient_norm(
 
 def _as_score(q: str, order: float, power: float, expectation: Expectation) -> Score:
     """(||h|| / T)^power times || E_q[e_Y - p] ||^power or E_q[ ||e_Y - p||^power ], by the cheapest statistics."""
-    one = order == power == 1  # ||e_y - p||_1 = 2 (1 - p_y)
-    two = order == power == 2  # ||e_y - p||_2^2 = 1 - 2 p_y + S_2
-
-    def of(*stats: Stat, factor: float = 1.0, v: Callable[[RowStats], Tensor] | None = None) -> Score:
-        gradient = {"labels": q, "order": order, "power": power, "expectation": expectation}
-        return Score("gradient_norm", "(||h|| / T)^power V", "Table 1", "in", stats, factor, v, gradient=gradient)
-
-    match q, expectation:
-        case "predicted", "inside":
-            return of("msp", factor=0)  # E_p[e_Y - p] = 0, exactly
-        case "uniform", "inside" if one:
-            return of("tv", factor=2)
-        case "uniform", "inside" if order == 1:
-            return of("tv", v=lambda s: Powers(2 * s["tv"])(power))
-        case "uniform", "outside" if one:
-            return of("msp", v=lambda s: 0 * s["msp"] + 2 * (s.C - 1) / s.C)
-        case "predicted", "outside" if one:
-            return of("one_minus_s2", factor=2)
-        case "uniform", "outside" if two:
-            return of("s2", v=lambda s: 1 - 2 / s.C + s["s2"])
-        case "predicted", "outside" if two:
-            return of("one_minus_s2")
-        case "log_predicted", "outside" if two:
-            return of("s2", "sumlogp", "plogp", v=lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"])
-    return of(("gradient", q, order, power, expectation))
+    gradient = {"labels": q, "order": order, "power": power, "expectation": expectation}
+    for entry in TABLE_1:
+        if entry.gradient == gradient:
+            return entry
+    score = Score(
+        "gradient_norm",
+        "(||h|| / T)^power V",
+        "Table 1",
+        "in",
+        (("gradient", q, order, power, expectation),),
+        gradient=gradient,
+    )
+    if (q, expectation) == ("predicted", "inside"):  # E_p[e_Y - p] = 0, exactly
+        return replace(score, stats=("msp",), factor=0.0)
+    if (q, expectation, order) == ("uniform", "inside", 1):  # ||u - p||_1 = 2 TV
+        return replace(score, stats=("tv",), v=lambda s: Powers(2 * s["tv"])(power))
+    return score
 
 
 def anchor_gradient(

@@ -138,7 +138,7 @@ def register(score: Score) -> Score:
     Raises
     ------
     ValueError
-        Where the name is taken, or ``higher`` or a statistic is not one that fastood knows.
+        Where the name is taken, or ``higher``, a statistic or ``gradient`` is not one that fastood knows.
     """
     if not isinstance(score, Score):
         raise TypeError(f"score must be a fastood.Score, got {type(score).__name__}")
@@ -149,6 +149,8 @@ def register(score: Score) -> Score:
     for stat in (*score.stats_for(score.params), *score.log_stats):
         if (stat if isinstance(stat, str) else stat[0]) not in STATISTICS:
             raise ValueError(f"stats: no row statistic {stat!r}; there are {', '.join(STATISTICS)}")
+    if score.gradient and score.gradient["power"] not in (1, 2):
+        raise ValueError(f"gradient: power must be 1 or 2, got {score.gradient['power']!r}")
     SCORES[score.name] = score
     return score
 
@@ -325,3 +327,5 @@ register(
         gradient=_gradient("predicted", 2, 2, "inside"),
     )
 )
+
+TABLE_1 = tuple(e for e in SCORES.values() if e.gradient)  # whatever becomes of SCORES

@@ -432,6 +432,7 @@ def test_a_score_of_ones_own():
     [
         ({"higher": "ood"}, "higher must be 'in' or 'out', got 'ood'"),
         ({"stats": ("entropy",)}, "stats: no row statistic 'entropy'"),
+        ({"gradient": {"order": 1, "power": 3}}, "gradient: power must be 1 or 2, got 3"),
     ],
 )
 def test_a_bad_score_is_refused(change, words):
