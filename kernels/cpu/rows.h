@@ -4,30 +4,25 @@
 
 template <class T> struct Softmax {
   V<T> max;
-  T high, low;  // z log2(e) = (f - max) (high + low)
+  T high, low;  // z log2(e) = (f - max) (high + low); in float the high part will do
   T lowest;     // the difference below which exp is 0
 
   Softmax(V<T> max, const LogitsPlan& plan) : max(max), high(T(sizeof(T) == 4 && plan.scale > 1e38 ? 1e38 : plan.scale)) {
     if (high == 0) high = sizeof(T) == 4 ? T(0x1p-149) : T(0x1p-1074);  // -inf * 0 is no number
-    low = sizeof(T) == 8 ? T(plan.scale_low) : plan.scale > 1e38 ? T(0) : T(plan.scale - double(high));
+    low = T(plan.scale_low);
     lowest = sizeof(T) == 4 ? T(plan.lowest_float) : T(plan.lowest_double);
   }
 
   // 2^SCALED exp(z), z = (f - max) / T; d = f - max is handed out, no less than `lowest`
   inline __attribute__((always_inline)) V<T> exp(V<T> f, V<T>* d) const {
     V<T> exact = f - max;
-    V<T> held = *d = exact < lowest ? all<T>(lowest) : exact;
-#if VECTOR_BYTES == 64
+    V<T> held = *d = larger(all<T>(lowest), exact);
     if constexpr (sizeof(T) == 4) return exp2_nonpositive<Vec<T>::scaled>(exact * high);
-#endif
     V<T> rounded = held * high + Vec<T>::magic;
     V<T> n = rounded - Vec<T>::magic;
-    V<T> fraction = held * low + (held * high - n);
-    if constexpr (sizeof(T) == 8) {  // what the subtraction rounded away grows with |z|
-      V<T> back = exact - f;
-      V<T> lost = (f - (exact - back)) - (max + back);
-      fraction += lost * high;
-    }
+    V<T> back = exact - f;
+    V<T> lost = (f - (exact - back)) - (max + back);  // what the subtraction rounded away grows with |z|
+    V<T> fraction = held * low + (held * high - n) + lost * high;
     return exp2_parts<T, Vec<T>::scaled>(rounded, n, fraction, exact < lowest);
   }
 };
@@ -99,7 +94,8 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   const Softmax<T> softmax(all<T>(T(state->max)), plan);
   const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
   const bool sum_z = plan.sums & SUMLOGP;
-  V<T> rest[W] = {}, exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
+  V<T> exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
+  I<T> others[W] = {};
   double all_exp = 0, all_squares = 0, all_exp_z = 0, all_z = 0;
   for_blocks<W, T, 16 * W * lanes>(
       f, n, minus_inf<T>(),
@@ -108,7 +104,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
         V<T> d, e = softmax.exp(v, &d);
         if constexpr (KEEP) __builtin_memcpy(kept + i, &e, sizeof e);
         const auto below = unequal(v, softmax.max);
-        rest[u] = add_where(below, rest[u], all<T>(T(1)));
+        others[u] = count_where(below, others[u]);
         exp[u] = add_where(below, exp[u], e);
         if constexpr (MORE) {
           e = where(below, e);
@@ -129,7 +125,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
           if (sum_z) all_z += take<W, T>(z);
         }
       });
-  state->ties = double((n + lanes - 1) / lanes * lanes) - take<W, T>(rest);
+  state->ties = double((n + lanes - 1) / lanes * lanes - count_of<T>(others[0] + others[1]));
   state->exp = unit * all_exp;
   if constexpr (MORE) {
     state->squares = unit * unit * all_squares;
@@ -248,10 +244,7 @@ template <class T, class In> static int64_t count_at_least(const In* f, int64_t 
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { below[u] -= v >= level; }, [] {});
-  const I<T> sum = (below[0] + below[1]) + (below[2] + below[3]);
-  int64_t total = 0;
-  for (int k = 0; k < Vec<T>::lanes; k++) total += sum[k];
-  return total;
+  return count_of<T>((below[0] + below[1]) + (below[2] + below[3]));
 }
 
 // The M-th largest of a row of numbers, M <= n: bisection over the floats in their order.
@@ -577,7 +570,7 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
           UNROLL for (int k = 0; k < TABLES; k++) {
             const F c = choose(mantissa[k], bits >> MANTISSA);
             F series = all<float>(table[k].t[Table::DEGREE]);
-            UNROLL for (int d = Table::DEGREE; --d > 0;) series = series * t + table[k].t[d];
+            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = series * t + table[k].t[d];
             const F y = where(some, scale[k] * (c * t * series + c));
             power[k][u] += y;
             kept[k] = y;

@@ -64,7 +64,7 @@ INLINE V<double> larger(V<double> a, V<double> b) { return (V<double>)_mm512_max
 template <class X> INLINE X larger(X a, X b) { return a > b ? a : b; }
 #endif
 
-// What a comparison gives, and x where it holds, else 0.
+// What a comparison gives; x where it holds, else 0; and sums, and counts, of where it does.
 #if VECTOR_BYTES == 64
 template <class T> struct MaskOf { typedef __mmask16 type; };
 template <> struct MaskOf<double> { typedef __mmask8 type; };
@@ -78,11 +78,18 @@ INLINE V<float> add_where(__mmask16 m, V<float> a, V<float> x) {
 INLINE V<double> add_where(__mmask8 m, V<double> a, V<double> x) {
   return (V<double>)_mm512_mask_add_pd((__m512d)a, m, (__m512d)a, (__m512d)x);
 }
+INLINE I<float> count_where(__mmask16 m, I<float> n) {
+  return (I<float>)_mm512_mask_add_epi32((__m512i)n, m, (__m512i)n, _mm512_set1_epi32(1));
+}
+INLINE I<double> count_where(__mmask8 m, I<double> n) {
+  return (I<double>)_mm512_mask_add_epi64((__m512i)n, m, (__m512i)n, _mm512_set1_epi64(1));
+}
 #else
 template <class T> struct MaskOf { typedef I<T> type; };
 template <class X> INLINE auto unequal(X a, X b) { return a != b; }
 template <class M, class X> INLINE X where(M m, X x) { return m ? x : X{}; }
 template <class M, class X> INLINE X add_where(M m, X a, X x) { return a + (m ? x : X{}); }
+template <class M> INLINE M count_where(M m, M n) { return n - m; }
 #endif
 
 template <class T> INLINE T sum_of(V<T> x) {
@@ -91,6 +98,12 @@ template <class T> INLINE T sum_of(V<T> x) {
 
 template <class T> INLINE T max_of(V<T> x) {
   return reduce<T, VECTOR_BYTES>(x, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+template <class T> INLINE int64_t count_of(I<T> n) {
+  int64_t total = 0;
+  for (int k = 0; k < Vec<T>::lanes; k++) total += n[k];
+  return total;
 }
 
 template <class T> INLINE bool any(I<T> mask) {
@@ -290,8 +303,9 @@ template <int SHIFT> INLINE V<double> exp2_fraction(V<double> f) {
   return p * f + UNIT;
 }
 
+// 2^y * 2^SHIFT of any y <= 0, -inf included, or NaN; relative error of the polynomials 2^-26.1 (of y - floor(y)) and
+// 2^-29.0.
 #if VECTOR_BYTES == 64
-// 2^y * 2^SHIFT of any y <= 0, -inf included; relative error of the polynomial in y - floor(y) 2^-26.1.
 template <int SHIFT> INLINE V<float> exp2_nonpositive(V<float> y) {
   constexpr float UNIT = float(int64_t(1) << SHIFT);
   V<float> f = (V<float>)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -302,6 +316,13 @@ template <int SHIFT> INLINE V<float> exp2_nonpositive(V<float> y) {
   p = p * f + 0.6931470632553101f * UNIT;
   p = p * f + UNIT;
   return (V<float>)_mm512_scalef_ps((__m512)p, (__m512)y);
+}
+#else
+template <int SHIFT> INLINE V<float> exp2_nonpositive(V<float> y) {
+  constexpr float bias = Vec<float>::bias + SHIFT, magic = Vec<float>::magic + bias;
+  y = larger(all(-bias), y);
+  V<float> rounded = y + magic;  // the low bits are those of the result's exponent, 0 for y = -bias, which makes it 0
+  return exp2_fraction<0>(y - (rounded - magic)) * (V<float>)((I<float>)rounded << Vec<float>::mantissa);
 }
 #endif
 
