@@ -128,12 +128,13 @@ def compile_gradient(case: Case, label_dtype: torch.dtype, target: GPUTarget) ->
     _, labels, order, power, expectation = case.stats[0]
     dtypes = [case.dtype, label_dtype] if labels == "given" else [case.dtype]
     size = min(x.itemsize for x in dtypes)
-    constants = shapes.gradient_constants(labels, order, power, expectation, case.C, (case.C,) * len(dtypes), size)
+    strides = (case.C,) * len(dtypes)
+    constants, shape = shapes.gradient_constants(labels, order, power, expectation, case.C, strides, size)
     types = {"f_ptr": POINTERS[case.dtype], "q_ptr": POINTERS[label_dtype], "table_ptr": "*fp64", "out_ptr": "*fp64"}
     elements = constants["ROWS"] * case.C
     if labels != "given":
         constants["q_ptr"] = None
-    return _compile(device_gradient.gradient, types, constants, target, shapes.Shape(1, 4), elements)
+    return _compile(device_gradient.gradient, types, constants, target, shape, elements)
 
 
 def _compile(

@@ -1,9 +1,13 @@
 """The gradient norms that no row statistic gives: || E_q[e_Y - p] ||_r^power and E_q[ || e_Y - p ||_r^power ].
 
-A program sweeps its rows three or four times, first from memory and then from the cache: for the maximum and the next
-largest logit, the pivot; for sums of exponentials relative to the pivot; for the terms, formed from the logits where
-they are used. A maximum that no other class shares is left out of the sums, and what it adds is worked out in
-float64 once a row: there 1 - p must keep its relative precision, below it p <= 1/2 and nothing cancels.
+A program goes over its rows three or four times: for the maximum and the next largest logit, the pivot; for sums of
+exponentials relative to the pivot; for the terms. Rows are HELD in registers meanwhile; long ones are read again, from
+the cache. p of the maximum is worked out in float64 once a row: there 1 - p must keep its relative precision. For all
+other classes p <= 1/2, and nothing cancels.
+
+Among those the maximum is kept out of the sums in one of two ways. Given labels could make its term outweigh all
+others, so that it is masked, and its label taken away from it. Other labels leave it in as if it were the pivot, and
+its term, at most half of a sum, is subtracted once a row.
 
 Element k of a row is summed in slot k mod W. Which thread holds a slot depends on the alignment of rows, so slots are
 summed in float64, where the order disappears in the rounding to float32.
@@ -12,7 +16,7 @@ summed in float64, where the order disappears in the rounding to float32.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device import INF, LN2, larger, log2, row_max, small
+from fastood.kernels.triton.device import INF, INTERPRETED, LN2, exp2_double, larger, log1p, log2, small
 
 # Label distributions and orders, as shapes.py numbers them.
 UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -20,209 +24,273 @@ ONE, TWO, INFINITE, GENERAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2),
 
 
 @triton.jit
-def load(ptr, k, rows, V: tl.constexpr, FILL: tl.constexpr):
-    """Elements k of rows: (whether they are there, their length in groups of V). FILL beyond their ends."""
-    return tl.load(ptr + k, mask=rows[0] & (k // V < rows[1]), other=FILL).to(tl.float32)
+def read(f, q, k, C: tl.constexpr, V: tl.constexpr, LABELS: tl.constexpr, WHOLE: tl.constexpr):
+    """Logits k of rows and their given labels. Where a tile is not WHOLE, masked and without labels from C on."""
+    v = load(f, k, C, V, -INF, WHOLE)
+    return v, (load(q, k, C, V, 0.0, WHOLE) if LABELS == GIVEN else v)
 
 
 @triton.jit
-def row_total(slots):
-    return tl.sum(slots.to(tl.float64), 1)
+def load(ptr, k, C: tl.constexpr, V: tl.constexpr, FILL: tl.constexpr, WHOLE: tl.constexpr):
+    x = tl.load(ptr + k) if WHOLE else tl.load(ptr + k, mask=k // V < C // V, other=FILL)
+    return x.to(tl.float32)
 
 
 @triton.jit
-def log1p(r):
-    """Of float64 r >= 0, to relative precision."""
-    u = 1.0 + r
-    return tl.log(u) + (r - (u - 1.0)) / u
-
-
-@triton.jit
-def column(x):
-    return x.to(tl.float32)[:, None]
-
-
-@triton.jit
-def log_p_over(v, pivot):
-    """log2 of p_k over p at the pivot; -inf for a maximum above it. `pivot`: its logit, a finite one, log2(e) / T."""
-    return tl.where(v > pivot[0], -INF, (v - pivot[1]) * pivot[2])
-
-
-@triton.jit
-def difference(v, q, pivot, p_pivot, top):
-    """|q - p|, at a maximum above the pivot |(q - top[0]) - top[1]|."""
-    return tl.abs(tl.where(v > pivot[0], (q - top[0]) - top[1], q - tl.exp2(log_p_over(v, pivot)) * p_pivot))
-
-
-@triton.jit(do_not_specialize=["f_stride", "q_stride", "N", "groups"])
-def gradient(
-    f_ptr, f_stride, q_ptr, q_stride, table_ptr, out_ptr, N, groups, LABELS: tl.constexpr, OUTSIDE: tl.constexpr,
-    ORDER: tl.constexpr, PLAIN: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """[N] float64. Rows and strides count groups of V elements; table: log2(e) / T, order, power.
-
-    PLAIN: the power of orders 1 and infinity is 1, that of order 2 is 2.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, W)[None, :]
-    rows = ((row < N)[:, None], groups)
-    C = groups * V
-    f = f_ptr + row.to(tl.int64)[:, None] * f_stride * V
+def relative(v, q, pivot, LABELS: tl.constexpr):
+    """log2 of p_k over p at the pivot, and the labels. `pivot`: its logit, a finite one, log2(e) / T."""
     if LABELS == GIVEN:
-        given = q_ptr + row.to(tl.int64)[:, None] * q_stride * V
+        top = v > pivot[0]
+        v = tl.where(top, -INF, v)
+        q = tl.where(top, 0.0, q)
+    else:
+        v = tl.minimum(v, pivot[1])
+    return (v - pivot[1]) * pivot[2], q
+
+
+@triton.jit
+def within(x, k, C: tl.constexpr, WHOLE: tl.constexpr):
+    return x if WHOLE else tl.where(k < C, x, 0.0)
+
+
+@triton.jit
+def collected(total, slot, i: tl.constexpr, TILES: tl.constexpr):
+    """Sums in float64, which those in float32 join after 16 elements and after the last."""
+    if i % 16 == 15 or i == TILES - 1:
+        return total + slot.to(tl.float64), tl.full(slot.shape, -0.0, tl.float32)
+    else:
+        return total, slot
+
+
+@triton.jit
+def row_total(x):
+    return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+def two_largest(high, low):
+    """Of each row, from the two largest of its slots; NaN where there is one."""
+    if INTERPRETED:  # its reductions with a function of one's own run element by element
+        m = tl.where(tl.max((high != high).to(tl.int32), 1, keep_dims=True) > 0, float("nan"), tl.max(high, 1, keep_dims=True))
+        hot = high == m
+        ties = tl.sum(hot.to(tl.int32), 1, keep_dims=True) > 1
+        return m, tl.where(ties, m, tl.max(tl.where(hot, low, high), 1, keep_dims=True))
+    else:
+        return tl.reduce((high, low), 1, merged, keep_dims=True)
+
+
+@triton.jit
+def merged(high, low, other_high, other_low):
+    return larger(high, other_high), tl.maximum(tl.maximum(low, other_low), tl.minimum(high, other_high))
+
+
+@triton.jit
+def log2_double(x):
+    """Of float64 x >= 0, to float32's precision."""
+    bits = x.to(tl.int64, bitcast=True)
+    mantissa = ((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    exponent = (bits >> 52).to(tl.int32) - 1023
+    return tl.where(x == 0.0, -INF, exponent.to(tl.float64) + log2(mantissa.to(tl.float32)).to(tl.float64))
+
+
+@triton.jit
+def size(z, e, row, ORDER: tl.constexpr, PLAIN: tl.constexpr):
+    """|| e_y - p ||^power of classes y below the maximum, e = 2^z being their p over p at the pivot; over 2^shift.
+
+    That of order 1 is || e_y - p || / 2. `row`: what `gradient` keeps of each row.
+    """
+    p, s2, near_r, all_r, log_total, r, power, exponent, shift = row
+    log_x = -shift
+    if ORDER == TWO:
+        x = tl.fma(e, -2.0 * p, 1.0 + s2)
+    else:
+        x = tl.fma(e, -p, 1.0)
+    if ORDER == GENERAL:
+        log_not_p = log2(x)
+        x = tl.fma(-near_r, tl.exp2(r * z), all_r)
+        x = tl.fma(x, tl.exp2(-r * (log_total + log_not_p)), 1.0)
+        log_x = tl.fma(log_not_p, power, log_x)
+    return x if PLAIN else tl.exp2(tl.fma(log2(x), exponent, log_x))
+
+
+@triton.jit
+def add_power(sum, d, r, ORDER: tl.constexpr):
+    """sum + d^r"""
+    if ORDER == ONE:
+        return sum + d
+    elif ORDER == TWO:
+        return tl.fma(d, d, sum)
+    else:
+        return sum + tl.exp2(r * log2(d))
+
+
+@triton.jit(do_not_specialize=["f_stride", "q_stride", "N"])
+def gradient(
+    f_ptr, f_stride, q_ptr, q_stride, table_ptr, out_ptr, N, C: tl.constexpr, LABELS: tl.constexpr,
+    OUTSIDE: tl.constexpr, ORDER: tl.constexpr, PLAIN: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+    W: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """[N] float64. Strides count groups of V elements; table: log2(e) / T, order, 1 / order, power.
+
+    TILES of W elements are in registers at a time: a row, if HELD. PLAIN: the power of orders 1 and infinity is 1, that
+    of order 2 is 2.
+    """
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.minimum(place, N - 1).to(tl.int64)  # whose norm is the same
+    lane = tl.arange(0, W)[None, :]
+    f = f_ptr + row * f_stride * V
+    given = q_ptr + row * q_stride * V if LABELS == GIVEN else f
     scale = small(table_ptr)
     order = small(table_ptr + 1)
-    power = small(table_ptr + 2)
+    inverse = small(table_ptr + 2)
+    power = small(table_ptr + 3)
     r = order.to(tl.float32)
-    zero = tl.zeros([ROWS, W], tl.float32)
-    none = tl.zeros([ROWS], tl.float64)
+    zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
+    none = zero.to(tl.float64)
+
+    held = ()
+    if HELD:
+        for i in tl.static_range(TILES):
+            held = held + (read(f, given, i * W + lane, C, V, LABELS, (i + 1) * W <= C),)
 
     high = zero - INF  # the two largest of each slot
     low = high
-    labels = none
-    for first in range(0, C, BLOCKS * W):
-        slot = zero
-        for i in tl.static_range(BLOCKS):
-            v = load(f, first + i * W + lane, rows, V, -INF)
+    labels, slot = none, zero
+    for first in range(0, C, TILES * W):
+        for i in tl.static_range(TILES):
+            v, q = held[i] if HELD else read(f, given, first + i * W + lane, C, V, LABELS, False)
             low = tl.maximum(low, tl.minimum(high, v))
             high = larger(high, v)
             if LABELS == GIVEN:
-                q = load(given, first + i * W + lane, rows, V, 0.0)
-                slot += tl.where(q >= 0.0, q, float("nan"))
-        if LABELS == GIVEN:
-            labels += row_total(slot)
-    m = row_max(high)
-    hot = high == m[:, None]
-    second = tl.where(tl.sum(hot.to(tl.int32), 1) > 1, m, tl.max(tl.where(hot, low, high), 1))
+                labels, slot = collected(labels, slot + tl.where(q >= 0.0, q, float("nan")), i, TILES)
+    m, second = two_largest(high, low)
     finite = tl.where(second == -INF, m, second)  # no other class: any finite pivot does
-    pivot = (second[:, None], finite[:, None], scale.to(tl.float32))
+    pivot = (second, finite, scale.to(tl.float32))
 
-    exps = none
-    powers = none
     RATIOS: tl.constexpr = OUTSIDE and (ORDER % 2 == 1)  # 2 and general
-    for first in range(0, C, BLOCKS * W):
-        slot = zero
-        slot_r = zero
-        for i in tl.static_range(BLOCKS):
-            z = log_p_over(load(f, first + i * W + lane, rows, V, -INF), pivot)
+    exps, slot = none, zero
+    powers, slot_r = none, zero
+    top = zero
+    for first in range(0, C, TILES * W):
+        for i in tl.static_range(TILES):
+            v, q = held[i] if HELD else read(f, given, first + i * W + lane, C, V, LABELS, False)
+            if LABELS == GIVEN:
+                top += tl.where(v > second, q, 0.0)
+            z, _ = relative(v, q, pivot, LABELS)
             e = tl.exp2(z)
-            slot += e
+            exps, slot = collected(exps, slot + e, i, TILES)
             if RATIOS:
                 slot_r = tl.fma(e, e, slot_r) if ORDER == TWO else slot_r + tl.exp2(r * z)
-        exps += row_total(slot)
-        if RATIOS:
-            powers += row_total(slot_r)
-    # Of all classes but one maximum, relative to the pivot.
-    tie = tl.where(second == m, 1.0, 0.0)
-    rest = exps - tie
+                powers, slot_r = collected(powers, slot_r, i, TILES)
+    # Of all classes but one maximum, relative to the pivot: 0, or at least 1.
+    one = tl.where(second == m, 1.0, 0.0) if LABELS == GIVEN else 1.0
+    rest = (row_total(exps) - one).to(tl.float32)
     gap = (finite.to(tl.float64) - m.to(tl.float64)) * scale
-    r1 = tl.exp2(gap) * rest
-    p_pivot = tl.exp2(gap) / (1.0 + r1)
-    p = column(p_pivot)
-    log_total = log1p(r1) / LN2
+    near = exp2_double(gap)
+    r1_double = near * rest.to(tl.float64)
+    r1 = r1_double.to(tl.float32)
+    p_top = 1.0 / (1.0 + r1)
+    label = 1.0 / C
+    # p at the pivot. Without another class nothing is there, only the term that is to be subtracted.
+    p = tl.where(rest > 0.0, near.to(tl.float32) * p_top, 0.0 if OUTSIDE else label)
+    log_total = log2(1.0 + r1)
+    if LABELS == GIVEN:
+        top = row_total(top)
 
     if OUTSIDE:
         # ||e_y - p||^power = (1 - p_y)^power (1 + sum over the others of (p_k / (1 - p_y))^r)^(power / r), in which no
         # high order underflows; all_r is that sum over all classes, of their ratios to the maximum.
-        log_norm = gap + tl.log2(rest) - log_total  # of the maximum
-        exponent = power
-        shift = none  # of exponents, so that no high power overflows where its weight is small
+        log_norm = gap + (log2(rest) - log_total).to(tl.float64)  # of the maximum
+        s2, near_r, all_r, exponent, shift = p, p, p, power.to(tl.float32), p * 0.0
+        log_weight = none
         if RATIOS:
-            rest_r = powers - tie
-            near_r = tl.exp2(order * gap)
+            rest_r = (row_total(powers) - one).to(tl.float32)
+            near_r = tl.exp2((order * gap).to(tl.float32))
             all_r = tl.fma(near_r, rest_r, 1.0)
-            others = tl.where(rest > 0.0, tl.exp2(tl.log2(rest_r) - order * tl.log2(rest)), 0.0)
-            log_norm += tl.log2(1.0 + others) / order
-            exponent = power / order
-            if not PLAIN:
-                shift = exponent * tl.log2(1.0 + all_r * tl.exp2(order * tl.minimum(1.0 - log_total, 0.0)))
-            s2 = column(all_r * tl.exp2(-2.0 * log_total))
-        # What the maximum adds, and what the sum over the others is to be multiplied by.
-        of_top = tl.exp2(power * log_norm)
-        weight = tl.exp2(shift)
-        if LABELS == PREDICTED:
-            of_top *= (1.0 - tie) / (1.0 + r1)
-            weight *= p_pivot
-        elif LABELS == LOG_PREDICTED:
-            of_top *= (1.0 - tie) * -log1p(r1)
-            weight *= LN2
-        elif LABELS == UNIFORM:
-            of_top *= (1.0 - tie) / C.to(tl.float64)
-            weight /= C.to(tl.float64)
-        below = none
-        top = zero
-        for first in range(0, C, BLOCKS * W):
-            slot = zero
-            for i in tl.static_range(BLOCKS):
+            others = tl.where(rest > 0.0, tl.exp2(log2(rest_r) - r * log2(rest)), 0.0)
+            log_norm += log2(1.0 + others).to(tl.float64) * inverse
+            exponent = (power * inverse).to(tl.float32)
+            s2 = all_r * p_top * p_top
+            if not PLAIN:  # of exponents, so that no high power overflows where its weight is small
+                shift = exponent * log2(tl.fma(all_r, tl.exp2(r * tl.minimum(1.0 - log_total, 0.0)), 1.0))
+        kept = (p, s2, near_r, all_r, log_total, r, power.to(tl.float32), exponent, shift)
+        below, slot = none, zero
+        log_top = (gap - log_total.to(tl.float64)).to(tl.float32)  # log2 p at the pivot
+        for first in range(0, C, TILES * W):
+            for i in tl.static_range(TILES):
                 k = first + i * W + lane
-                v = load(f, k, rows, V, -INF)
-                z = log_p_over(v, pivot)
+                v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
+                z, q = relative(v, q, pivot, LABELS)
                 e = tl.exp2(z)
-                not_p = tl.fma(-e, p, 1.0)
-                log_x = -column(shift)
-                if ORDER == TWO:
-                    x = tl.fma(-e, p, not_p) + s2
-                elif ORDER == GENERAL:
-                    log_not_p = log2(not_p)
-                    x = tl.fma(-column(near_r), tl.exp2(r * z), column(all_r))
-                    x = tl.fma(x, tl.exp2(-r * (column(log_total) + log_not_p)), 1.0)
-                    log_x = tl.fma(log_not_p, power.to(tl.float32), log_x)
-                else:
-                    x = not_p
-                if not PLAIN:
-                    x = tl.exp2(tl.fma(log2(x), exponent.to(tl.float32), log_x))
+                x = size(z, e, kept, ORDER, PLAIN)
                 if LABELS == GIVEN:
-                    w = load(given, k, rows, V, 0.0)
-                    top += tl.where(v > pivot[0], w, 0.0)
+                    slot = tl.fma(q, x, slot)
                 elif LABELS == PREDICTED:
-                    w = e
+                    slot = tl.fma(e, x, slot)
                 elif LABELS == LOG_PREDICTED:
-                    w = tl.where(k < C, tl.fma(v - m[:, None], pivot[2], -column(log_total)), 0.0)
+                    slot = tl.fma(within(z + log_top, k, C, HELD and (i + 1) * W <= C), x, slot)
                 else:
-                    w = tl.where(k < C, 1.0, 0.0)
-                slot = tl.where(v > pivot[0], slot, tl.fma(w, x, slot))
-            below += row_total(slot)
-        if LABELS == GIVEN:
-            of_top *= row_total(top)
-        value = of_top + tl.where(below == 0.0, 0.0, below * weight)  # the weight may be infinite
+                    slot += within(x, k, C, HELD and (i + 1) * W <= C)
+                below, slot = collected(below, slot, i, TILES)
+        below = row_total(below)
+        if LABELS != GIVEN:
+            x = size(p * 0.0, p * 0.0 + 1.0, kept, ORDER, PLAIN)
+            below -= (x * log_top if LABELS == LOG_PREDICTED else x).to(tl.float64)
+        # What the maximum adds, and what the sum over the others is to be multiplied by.
         if ORDER == ONE:
-            value *= tl.exp2(power)
+            log_norm += 1.0
+        of_top = exp2_double(power * log_norm)
+        weight = exp2_double(shift.to(tl.float64) + (power if ORDER == ONE else 0.0))
+        if LABELS == GIVEN:
+            of_top *= top.to(tl.float64)
+        elif LABELS == PREDICTED:
+            of_top *= p_top.to(tl.float64)
+            weight *= near * p_top.to(tl.float64)
+        elif LABELS == LOG_PREDICTED:
+            of_top *= -tl.where(r1 < 2.0**-60, r1_double, log1p(r1).to(tl.float64))
+            weight *= LN2
+        else:
+            of_top *= label
+            weight *= label
+        value = of_top + tl.where(below == 0.0, 0.0, below * weight)  # the weight may be infinite
     else:
         sure = r1 < 1.0  # of one class: q - p = (q - 1) + (1 - p) there keeps 1 - p when q = 1
-        top = (column(tl.where(sure, 1.0, 0.0)), column(tl.where(sure, -r1, 1.0) / (1.0 + r1)))
-        uniform = (1.0 / C.to(tl.float64)).to(tl.float32)
-        largest = none.to(tl.float32) + 1.0
+        q_top = top if LABELS == GIVEN else p * 0.0 + label
+        d_top = tl.abs((q_top - tl.where(sure, 1.0, 0.0)) + tl.where(sure, r1, -1.0) * p_top)
+        if LABELS == GIVEN:
+            d_top = tl.where(second == m, 0.0, d_top)
+        unit = p * 0.0 + 1.0
         if ORDER != ONE:
-            slot = zero
-            for first in range(0, C, BLOCKS * W):
-                for i in tl.static_range(BLOCKS):
+            largest = zero
+            for first in range(0, C, TILES * W):
+                for i in tl.static_range(TILES):
                     k = first + i * W + lane
-                    q = load(given, k, rows, V, 0.0) if LABELS == GIVEN else tl.where(k < C, uniform, 0.0)
-                    slot = tl.maximum(slot, difference(load(f, k, rows, V, -INF), q, pivot, p, top))
-            largest = tl.max(slot, 1)
-        if ORDER == INFINITE:
-            log_norm = tl.log2(largest.to(tl.float64))
-        else:
-            unit = tl.maximum(largest, 2.0**-126)
-            sums = none
-            for first in range(0, C, BLOCKS * W):
-                slot = zero
-                for i in tl.static_range(BLOCKS):
+                    v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
+                    z, q = relative(v, q, pivot, LABELS)
+                    q = q if LABELS == GIVEN else within(zero + label, k, C, HELD and (i + 1) * W <= C)
+                    largest = tl.maximum(largest, tl.abs(tl.fma(tl.exp2(z), -p, q)))
+            unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_top)
+        log_norm = log2_double(unit.to(tl.float64))
+        if ORDER != INFINITE:
+            unit = tl.maximum(unit, 2.0**-126)
+            log_norm = log2_double(unit.to(tl.float64))
+            inverse_unit = 1.0 / unit
+            sums, slot = none, zero
+            for first in range(0, C, TILES * W):
+                for i in tl.static_range(TILES):
                     k = first + i * W + lane
-                    q = load(given, k, rows, V, 0.0) if LABELS == GIVEN else tl.where(k < C, uniform, 0.0)
-                    d = difference(load(f, k, rows, V, -INF), q, pivot, p, top) * (1.0 / unit)[:, None]
-                    if ORDER == ONE:
-                        slot += d
-                    elif ORDER == TWO:
-                        slot = tl.fma(d, d, slot)
-                    else:
-                        slot += tl.exp2(r * log2(d))
-                sums += row_total(slot)
-            log_norm = tl.log2(unit.to(tl.float64)) + tl.log2(sums) / order
-        value = tl.exp2(power * log_norm)
+                    v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
+                    z, q = relative(v, q, pivot, LABELS)
+                    q = q if LABELS == GIVEN else within(zero + label, k, C, HELD and (i + 1) * W <= C)
+                    d = tl.abs(tl.fma(tl.exp2(z), -p, q)) * inverse_unit
+                    sums, slot = collected(sums, add_power(slot, d, r, ORDER), i, TILES)
+            sums = row_total(sums) + add_power(0.0, d_top * inverse_unit, r, ORDER).to(tl.float64)
+            if LABELS != GIVEN:
+                sums -= add_power(0.0, tl.abs(label - p) * inverse_unit, r, ORDER).to(tl.float64)
+            log_norm += log2_double(sums) * inverse
+        value = exp2_double(power * log_norm)
 
     if LABELS == GIVEN:
         # Probabilities in a half type do not sum to 1 exactly.
-        value = tl.where(tl.abs(labels - 1.0) < 1e-2, value, float("nan"))
-    tl.store(out_ptr + row, tl.where(tl.abs(m) < INF, value, float("nan")), mask=row < N)
+        value = tl.where(tl.abs(row_total(labels) - 1.0) < 1e-2, value, float("nan"))
+    tl.store(out_ptr + place, tl.where(tl.abs(m) < INF, value, float("nan")), mask=place < N)

@@ -140,12 +140,12 @@ def gradient(f: Tensor, q: Tensor | None, stat: tuple[str, str, float, float, st
     x = [_inner(f), *([] if q is None else [_inner(q)])]
     strides = tuple(y.stride(0) for y in x)
     itemsize = min(y.element_size() for y in x)
-    constants: dict[str, Any] = shapes.gradient_constants(labels, order, power, expectation, C, strides, itemsize)
-    table = _table((math.log2(math.e) / temperature, order, power), f.device)
+    constants, shape = shapes.gradient_constants(labels, order, power, expectation, C, strides, itemsize)
+    table = _table((math.log2(math.e) / temperature, order, 1 / order, power), f.device)
     data = (x[0], strides[0] // constants["V"], *((None, 0) if q is None else (x[1], strides[1] // constants["V"])))
     with _on(f.device):
-        grid = (math.ceil(N / constants["ROWS"]),)
-        device_gradient.gradient[grid](*data, table, out, N, C // constants["V"], **constants)
+        grid = (math.ceil(N / shape.rows),)
+        device_gradient.gradient[grid](*data, table, out, N, **constants, **shape.options)
     return out
 
 

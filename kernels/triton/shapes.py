@@ -151,24 +151,40 @@ def batchgrad_rows(C: int, D: int) -> int:
 # The label distributions of gradient norms, and of their orders all but "any", as device_gradient.py numbers them.
 LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
+HELD_CLASSES = 16384
+HELD_LOGITS = 64
+
+
+def gradient_shape(values: int, C: int) -> Shape:
+    """Of a gradient kernel that holds so many numbers of each of C classes."""
+    if C > HELD_CLASSES // values:
+        return Shape(1, 4)
+    lanes = 1 if C <= 16 else max(2, _power_of_2(math.ceil(C * values / HELD_LOGITS)))
+    return Shape(max(1, 64 // lanes), max(2, lanes // 32))
 
 
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Shape]:
     """The compile-time arguments of device_gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
-    W = min(_power_of_2(C), 256 if C <= 8192 else 1024)
-    sweeps = math.ceil(C / (4 * W))  # of four blocks or fewer, whose loads are in flight together
+    code = GRADIENT_ORDERS.get(order, 3)
+    values = 2 if labels == "given" else 1
+    shape = gradient_shape(values, C)
+    held = C <= HELD_CLASSES // values
+    most = math.gcd(C, 16 // itemsize)
+    W = 1024 if not held else 1 if shape.lanes == 1 else shape.lanes * most
     return {
+        "C": C,
         "LABELS": LABELS[labels],
         "OUTSIDE": expectation == "outside",
-        "ORDER": GRADIENT_ORDERS.get(order, 3),
+        "ORDER": code,
         "PLAIN": expectation == "outside" and power == {1: 1, 2: 2, math.inf: 1}.get(order),
-        "V": math.gcd(C, *strides, 16 // itemsize),
-        "ROWS": 1024 // W,
+        "V": math.gcd(most, *strides),
+        "ROWS": shape.rows,
         "W": W,
-        "BLOCKS": math.ceil(C / (sweeps * W)),
-    }
+        "TILES": math.ceil(C / W) if held else 4,
+        "HELD": held,
+    }, shape
 
 
 # ---- statistics. The numbers that device.py gives them, and the sums they are made of.
