@@ -119,8 +119,8 @@ def log1p(r):
 
 @triton.jit
 def exp2_double(x):
-    """2^x of float64 x <= 0 to float32's precision, over float64's range."""
-    n = tl.floor(tl.maximum(x, -1022.0))
+    """2^x of float64 x to float32's precision, over float64's range."""
+    n = tl.floor(tl.minimum(tl.maximum(x, -1022.0), 1024.0))
     return tl.where(x < -1022.0, 0.0, tl.exp2((x - n).to(tl.float32)).to(tl.float64) * power_of_2(n))
 
 

@@ -16,7 +16,7 @@ summed in float64, where the order disappears in the rounding to float32.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device import INF, INTERPRETED, LN2, exp2_double, larger, log1p, log2, small
+from fastood.kernels.triton.device import INF, INTERPRETED, LN2, exp2_double, larger, log1p, log2, row_max, small
 
 # Label distributions and orders, as shapes.py numbers them.
 UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -71,10 +71,10 @@ def row_total(x):
 def two_largest(high, low):
     """Of each row, from the two largest of its slots; NaN where there is one."""
     if INTERPRETED:  # its reductions with a function of one's own run element by element
-        m = tl.where(tl.max((high != high).to(tl.int32), 1, keep_dims=True) > 0, float("nan"), tl.max(high, 1, keep_dims=True))
+        m = row_max(high)[:, None]
         hot = high == m
-        ties = tl.sum(hot.to(tl.int32), 1, keep_dims=True) > 1
-        return m, tl.where(ties, m, tl.max(tl.where(hot, low, high), 1, keep_dims=True))
+        second = tl.max(tl.where(hot, low, high), 1, keep_dims=True)
+        return m, tl.where(tl.sum(hot.to(tl.int32), 1, keep_dims=True) > 1, m, second)
     else:
         return tl.reduce((high, low), 1, merged, keep_dims=True)
 
@@ -114,14 +114,14 @@ def size(z, e, row, ORDER: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def add_power(sum, d, r, ORDER: tl.constexpr):
-    """sum + d^r"""
+def add_power(sum, d, per_unit, r, ORDER: tl.constexpr):
+    """sum + (d / unit)^r, where the unit of order 1 is 1."""
     if ORDER == ONE:
         return sum + d
     elif ORDER == TWO:
-        return tl.fma(d, d, sum)
+        return tl.fma(d * per_unit, d * per_unit, sum)
     else:
-        return sum + tl.exp2(r * log2(d))
+        return sum + tl.exp2(r * log2(d * per_unit))
 
 
 @triton.jit(do_not_specialize=["f_stride", "q_stride", "N"])
@@ -147,6 +147,7 @@ def gradient(
     r = order.to(tl.float32)
     zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
     none = zero.to(tl.float64)
+    nothing = tl.zeros([ROWS, 1], tl.float32)
 
     held = ()
     if HELD:
@@ -156,13 +157,15 @@ def gradient(
     high = zero - INF  # the two largest of each slot
     low = high
     labels, slot = none, zero
+    least = zero
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
             v, q = held[i] if HELD else read(f, given, first + i * W + lane, C, V, LABELS, False)
             low = tl.maximum(low, tl.minimum(high, v))
             high = larger(high, v)
             if LABELS == GIVEN:
-                labels, slot = collected(labels, slot + tl.where(q >= 0.0, q, float("nan")), i, TILES)
+                labels, slot = collected(labels, slot + q, i, TILES)
+                least = tl.minimum(least, q)
     m, second = two_largest(high, low)
     finite = tl.where(second == -INF, m, second)  # no other class: any finite pivot does
     pivot = (second, finite, scale.to(tl.float32))
@@ -174,9 +177,9 @@ def gradient(
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
             v, q = held[i] if HELD else read(f, given, first + i * W + lane, C, V, LABELS, False)
+            z, others_q = relative(v, q, pivot, LABELS)
             if LABELS == GIVEN:
-                top += tl.where(v > second, q, 0.0)
-            z, _ = relative(v, q, pivot, LABELS)
+                top += q - others_q
             e = tl.exp2(z)
             exps, slot = collected(exps, slot + e, i, TILES)
             if RATIOS:
@@ -201,18 +204,19 @@ def gradient(
         # ||e_y - p||^power = (1 - p_y)^power (1 + sum over the others of (p_k / (1 - p_y))^r)^(power / r), in which no
         # high order underflows; all_r is that sum over all classes, of their ratios to the maximum.
         log_norm = gap + (log2(rest) - log_total).to(tl.float64)  # of the maximum
-        s2, near_r, all_r, exponent, shift = p, p, p, power.to(tl.float32), p * 0.0
-        log_weight = none
+        s2, near_r, all_r, shift, exponent = nothing, nothing, nothing, nothing, power.to(tl.float32)
+        weight = nothing.to(tl.float64) + 1.0  # what the sum over the others is to be multiplied by
         if RATIOS:
             rest_r = (row_total(powers) - one).to(tl.float32)
             near_r = tl.exp2((order * gap).to(tl.float32))
             all_r = tl.fma(near_r, rest_r, 1.0)
-            others = tl.where(rest > 0.0, tl.exp2(log2(rest_r) - r * log2(rest)), 0.0)
-            log_norm += log2(1.0 + others).to(tl.float64) * inverse
+            others = tl.where(rest > 0.0, tl.exp2(tl.fma(-r, log2(rest), log2(rest_r))), 0.0)
+            log_norm = tl.fma(log2(1.0 + others).to(tl.float64), inverse, log_norm)
             exponent = (power * inverse).to(tl.float32)
             s2 = all_r * p_top * p_top
             if not PLAIN:  # of exponents, so that no high power overflows where its weight is small
                 shift = exponent * log2(tl.fma(all_r, tl.exp2(r * tl.minimum(1.0 - log_total, 0.0)), 1.0))
+                weight = exp2_double(shift.to(tl.float64))
         kept = (p, s2, near_r, all_r, log_total, r, power.to(tl.float32), exponent, shift)
         below, slot = none, zero
         log_top = (gap - log_total.to(tl.float64)).to(tl.float32)  # log2 p at the pivot
@@ -234,13 +238,12 @@ def gradient(
                 below, slot = collected(below, slot, i, TILES)
         below = row_total(below)
         if LABELS != GIVEN:
-            x = size(p * 0.0, p * 0.0 + 1.0, kept, ORDER, PLAIN)
+            x = size(nothing, nothing + 1.0, kept, ORDER, PLAIN)
             below -= (x * log_top if LABELS == LOG_PREDICTED else x).to(tl.float64)
-        # What the maximum adds, and what the sum over the others is to be multiplied by.
         if ORDER == ONE:
             log_norm += 1.0
-        of_top = exp2_double(power * log_norm)
-        weight = exp2_double(shift.to(tl.float64) + (power if ORDER == ONE else 0.0))
+            weight = exp2_double(power)
+        of_top = exp2_double(power * log_norm)  # what the maximum adds
         if LABELS == GIVEN:
             of_top *= top.to(tl.float64)
         elif LABELS == PREDICTED:
@@ -255,11 +258,11 @@ def gradient(
         value = of_top + tl.where(below == 0.0, 0.0, below * weight)  # the weight may be infinite
     else:
         sure = r1 < 1.0  # of one class: q - p = (q - 1) + (1 - p) there keeps 1 - p when q = 1
-        q_top = top if LABELS == GIVEN else p * 0.0 + label
-        d_top = tl.abs((q_top - tl.where(sure, 1.0, 0.0)) + tl.where(sure, r1, -1.0) * p_top)
+        q_top = (top if LABELS == GIVEN else label) - tl.where(sure, 1.0, 0.0)
+        d_top = tl.abs(tl.fma(tl.where(sure, r1, -1.0), p_top, q_top))
         if LABELS == GIVEN:
             d_top = tl.where(second == m, 0.0, d_top)
-        unit = p * 0.0 + 1.0
+        unit = nothing + 1.0
         if ORDER != ONE:
             largest = zero
             for first in range(0, C, TILES * W):
@@ -270,11 +273,11 @@ def gradient(
                     q = q if LABELS == GIVEN else within(zero + label, k, C, HELD and (i + 1) * W <= C)
                     largest = tl.maximum(largest, tl.abs(tl.fma(tl.exp2(z), -p, q)))
             unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_top)
-        log_norm = log2_double(unit.to(tl.float64))
         if ORDER != INFINITE:
             unit = tl.maximum(unit, 2.0**-126)
-            log_norm = log2_double(unit.to(tl.float64))
-            inverse_unit = 1.0 / unit
+        log_norm = log2_double(unit.to(tl.float64))
+        if ORDER != INFINITE:
+            per_unit = 1.0 / unit
             sums, slot = none, zero
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
@@ -282,15 +285,16 @@ def gradient(
                     v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
                     z, q = relative(v, q, pivot, LABELS)
                     q = q if LABELS == GIVEN else within(zero + label, k, C, HELD and (i + 1) * W <= C)
-                    d = tl.abs(tl.fma(tl.exp2(z), -p, q)) * inverse_unit
-                    sums, slot = collected(sums, add_power(slot, d, r, ORDER), i, TILES)
-            sums = row_total(sums) + add_power(0.0, d_top * inverse_unit, r, ORDER).to(tl.float64)
+                    d = tl.abs(tl.fma(tl.exp2(z), -p, q))
+                    sums, slot = collected(sums, add_power(slot, d, per_unit, r, ORDER), i, TILES)
+            sums = row_total(sums) + add_power(nothing, d_top, per_unit, r, ORDER).to(tl.float64)
             if LABELS != GIVEN:
-                sums -= add_power(0.0, tl.abs(label - p) * inverse_unit, r, ORDER).to(tl.float64)
-            log_norm += log2_double(sums) * inverse
+                sums -= add_power(nothing, tl.abs(label - p), per_unit, r, ORDER).to(tl.float64)
+            log_norm = tl.fma(log2_double(sums), inverse, log_norm)
         value = exp2_double(power * log_norm)
 
     if LABELS == GIVEN:
         # Probabilities in a half type do not sum to 1 exactly.
-        value = tl.where(tl.abs(row_total(labels) - 1.0) < 1e-2, value, float("nan"))
+        valid = (tl.abs(row_total(labels) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
+        value = tl.where(valid, value, float("nan"))
     tl.store(out_ptr + place, tl.where(tl.abs(m) < INF, value, float("nan")), mask=place < N)

@@ -151,38 +151,32 @@ def batchgrad_rows(C: int, D: int) -> int:
 # The label distributions of gradient norms, and of their orders all but "any", as device_gradient.py numbers them.
 LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
-HELD_CLASSES = 16384
-HELD_LOGITS = 64
-
-
-def gradient_shape(values: int, C: int) -> Shape:
-    """Of a gradient kernel that holds so many numbers of each of C classes."""
-    if C > HELD_CLASSES // values:
-        return Shape(1, 4)
-    lanes = 1 if C <= 16 else max(2, _power_of_2(math.ceil(C * values / HELD_LOGITS)))
-    return Shape(max(1, 64 // lanes), max(2, lanes // 32))
+HELD_CLASSES = 16384  # of a row in registers, half of them where four numbers of a class are held
+HELD_A_THREAD = 64  # half of them where two or three numbers of a class are held
 
 
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
     """The compile-time arguments of device_gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
-    code = GRADIENT_ORDERS.get(order, 3)
-    values = 2 if labels == "given" else 1
-    shape = gradient_shape(values, C)
-    held = C <= HELD_CLASSES // values
-    most = math.gcd(C, 16 // itemsize)
-    W = 1024 if not held else 1 if shape.lanes == 1 else shape.lanes * most
+    code, given = GRADIENT_ORDERS.get(order, 3), labels == "given"
+    general = code == 3 and expectation == "outside"  # which keeps p^r too
+    held = C <= (HELD_CLASSES // 2 if given and general else HELD_CLASSES)
+    pairs = given or (general and labels == "log_predicted")
+    lanes = 1 if C <= 16 else max(2, _power_of_2(math.ceil(C / (HELD_A_THREAD // 2 if pairs else HELD_A_THREAD))))
+    shape = Shape(max(1, 64 // lanes), max(2, lanes // 32)) if held else Shape(*LONG_ROWS)
+    vec = math.gcd(C, 16 // itemsize)
+    W = 1024 if not held else lanes * vec if lanes > 1 else 1
     return {
         "C": C,
         "LABELS": LABELS[labels],
         "OUTSIDE": expectation == "outside",
         "ORDER": code,
         "PLAIN": expectation == "outside" and power == {1: 1, 2: 2, math.inf: 1}.get(order),
-        "V": math.gcd(most, *strides),
+        "V": math.gcd(vec, *strides),
         "ROWS": shape.rows,
         "W": W,
-        "TILES": math.ceil(C / W) if held else 4,
+        "TILES": math.ceil(C / W) if held else 4,  # in flight, of a row that is swept
         "HELD": held,
     }, shape
 
