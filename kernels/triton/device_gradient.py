@@ -167,6 +167,9 @@ def gradient(
                 labels, slot = collected(labels, slot + q, i, TILES)
                 least = tl.minimum(least, q)
     m, second = two_largest(high, low)
+    valid = tl.abs(m) < INF
+    if LABELS == GIVEN:  # probabilities, which in a half type do not sum to 1 exactly
+        valid &= (tl.abs(row_total(labels) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
     finite = tl.where(second == -INF, m, second)  # no other class: any finite pivot does
     pivot = (second, finite, scale.to(tl.float32))
 
@@ -293,8 +296,4 @@ def gradient(
             log_norm = tl.fma(log2_double(sums), inverse, log_norm)
         value = exp2_double(power * log_norm)
 
-    if LABELS == GIVEN:
-        # Probabilities in a half type do not sum to 1 exactly.
-        valid = (tl.abs(row_total(labels) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
-        value = tl.where(valid, value, float("nan"))
-    tl.store(out_ptr + place, tl.where(tl.abs(m) < INF, value, float("nan")), mask=place < N)
+    tl.store(out_ptr + place, tl.where(valid, value, float("nan")), mask=place < N)
