@@ -151,7 +151,7 @@ def batchgrad_rows(C: int, D: int) -> int:
 # The label distributions of gradient norms, and of their orders all but "any", as device_gradient.py numbers them.
 LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
-HELD_CLASSES = 16384  # of a row in registers, half of them where four numbers of a class are held
+HELD_CLASSES, HELD_PAIRS = 16384, 12288  # of a row in registers; of a row and its given labels
 HELD_A_THREAD = 64  # half of them where two or three numbers of a class are held
 
 
@@ -161,10 +161,10 @@ def gradient_constants(
     """The compile-time arguments of device_gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
     code, given = GRADIENT_ORDERS.get(order, 3), labels == "given"
     general = code == 3 and expectation == "outside"  # which keeps p^r too
-    held = C <= (HELD_CLASSES // 2 if given and general else HELD_CLASSES)
+    held = C <= (HELD_PAIRS if given else HELD_CLASSES)
     pairs = given or (general and labels == "log_predicted")
     lanes = 1 if C <= 16 else max(2, _power_of_2(math.ceil(C / (HELD_A_THREAD // 2 if pairs else HELD_A_THREAD))))
-    shape = Shape(max(1, 64 // lanes), max(2, lanes // 32)) if held else Shape(*LONG_ROWS)
+    shape = Shape(max(1, 32 // lanes), max(1, lanes // 32)) if held else Shape(*LONG_ROWS)
     vec = math.gcd(C, 16 // itemsize)
     W = 1024 if not held else lanes * vec if lanes > 1 else 1
     return {
