@@ -182,10 +182,16 @@ def test_a_row_alone_in_other_memory_has_the_same_bits(triton_device, C, D, dtyp
         assert torch.equal(fastood.score(alone, alone_h, backend="triton"), scores[i : i + 1])
 
 
-# A row in one sweep of one block, of several, in several sweeps, and of long blocks.
-@pytest.mark.parametrize("C", [1, 2, 7, 300, 1030, 8200])
+# A row in a thread, in several, in a warp, and in several; and swept, in one turn of four tiles or two.
+@pytest.mark.parametrize(
+    ("C", "held"),
+    [(1, True), (2, True), (7, True), (300, True), (1030, True), (8200, True), (300, False), (4100, False)],
+)
 @pytest.mark.parametrize("labels", ["uniform", "predicted", "log_predicted", "soft", "one-hot"])
-def test_gradients_on_every_branch(triton_device, C, labels):
+def test_gradients_on_every_branch(triton_device, monkeypatch, C, held, labels):
+    if not held:
+        monkeypatch.setattr(shapes, "HELD_CLASSES", 0)
+        monkeypatch.setattr(shapes, "HELD_PAIRS", 0)
     g = torch.Generator().manual_seed(C)
     lead = torch.tensor([[0.0], [5.0], [20.0]])  # twice that in z: float32 still holds 1 - p
     f = torch.randn(3, C, generator=g) * torch.tensor([[0.0], [3.0], [6.0]])
@@ -200,7 +206,7 @@ def test_gradients_on_every_branch(triton_device, C, labels):
         labels = torch.zeros(3, C + 2, dtype=torch.bfloat16)[:, 1:-1].scatter_(1, top, 1.0)
     orders, powers = ([0.5, 1, 2, 3, math.inf], [0.5, 1, 2]) if C < 100 else ([0.5, 2, math.inf], [1])
     there = labels if isinstance(labels, str) else labels.to(triton_device)
-    sides = ("inside", "outside") if C < 8000 else ("inside",)  # truth takes C^2 powers outside
+    sides = ("inside", "outside") if C < 4000 else ("inside",)  # truth takes C^2 powers outside
     for order, power, expectation in itertools.product(orders, powers, sides):
         if expectation == "outside" or labels not in ("predicted", "log_predicted"):
             stat = "gradient", labels if isinstance(labels, str) else "given", order, power, expectation
@@ -209,6 +215,45 @@ def test_gradients_on_every_branch(triton_device, C, labels):
             got = triton.row_stats(f.to(triton_device), None, want, q)[0][stat]
             expected, allowed = truth.gradient(f, labels, order, power, expectation, 0.5, truth.EPS["float32"])
             truth.assert_close(got.cpu(), expected, allowed + 1e-37, stat)
+
+
+@pytest.mark.parametrize(("order", "power"), [(0.02, 1), (0.02, 2), (60, 1), (60, 30), (2, 100), (1, 100)])
+@pytest.mark.parametrize("labels", ["uniform", "predicted", "log_predicted", "soft"])
+@pytest.mark.parametrize("T", [0.02, 1.0, 50.0])
+def test_gradients_of_far_orders_and_powers(triton_device, labels, order, power, T):
+    """Norms from 1e-100 to 1e200, of rows with a certain class, a masked one, two that are equal, and no other."""
+    f = torch.tensor([[4.0, 1.0, 3.5, -2.0], [0.0, -math.inf, 2.0, 2.0], [-math.inf, 1.0, -math.inf, -math.inf]])
+    q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.5, 0.5], [0.25, 0.25, 0.5, 0.0]]) if labels == "soft" else None
+    for expectation in ("inside", "outside"):
+        if expectation == "outside" or labels in ("uniform", "soft"):
+            stat = "gradient", labels if q is None else "given", order, power, expectation
+            here = None if q is None else q.to(triton_device)
+            got = triton.row_stats(f.to(triton_device), None, Want((stat,), temperature=T), here)[0][stat]
+            expected, allowed = truth.gradient(f, labels if q is None else q, *stat[2:], T, truth.EPS["float32"])
+            truth.assert_close(got.cpu(), expected, allowed + 1e-300, stat)
+
+
+@pytest.mark.parametrize(
+    ("C", "dtype"),
+    [(7, torch.bfloat16), (100, torch.float32), (1000, torch.float16), (1000, torch.float32), (12_300, torch.bfloat16)],
+)
+def test_a_gradient_has_the_same_bits_in_other_memory(triton_device, C, dtype):
+    """Alone or in a batch, in rows that begin at 16-byte boundaries or anywhere, of logits and of labels."""
+    torch.manual_seed(0)
+    wide, q = (3 * torch.randn(5, C + 1)).to(dtype).to(triton_device), torch.rand(5, C).to(triton_device)
+    q /= q.sum(-1, keepdim=True)
+    f = wide[:, 1:]
+    for labels, order, expectation in (("given", 2, "outside"), ("given", 3, "inside"), ("uniform", 3, "outside")):
+        want = Want((("gradient", labels, order, 1.5, expectation),))
+        given = q if labels == "given" else None
+        (whole,) = triton.row_stats(f, None, want, given)[0].values()
+        (other,) = triton.row_stats(f.contiguous(), None, want, given)[0].values()
+        assert torch.equal(other, whole)
+        apart = None if given is None else torch.nn.functional.pad(q, (1, 2))[:, 1:-2]
+        for i in (1, 4):
+            row = slice(i, i + 1)
+            (one,) = triton.row_stats(f[row].clone(), None, want, None if apart is None else apart[row])[0].values()
+            assert torch.equal(one, whole[row])
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, math.inf])
@@ -416,6 +461,25 @@ def test_tiles(itemsize, pairs):
             )  # 128-bit loads, whatever the stride
             elements = -(-columns // tile.w // tile.p) if lanes > 1 else columns
             assert elements * tile.w * tile.p // max(lanes, 1) <= 128  # of a thread, in registers
+
+
+@pytest.mark.parametrize("labels", ["uniform", "log_predicted", "given"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_of_gradients(itemsize, labels):
+    for C, order in itertools.product([*range(1, 140), 1000, 1001, 1024, 8200, 12288, 16384, 16385, 128256], (2, 3)):
+        of = [shapes.gradient_constants(labels, order, 1, "outside", C, s, itemsize) for s in ((C, C), (C, C + 1))]
+        (tiles, shape), (apart, _) = of
+        assert apart | {"V": 0} == tiles | {"V": 0}  # the same sums, wherever rows begin
+        assert tiles["V"] * itemsize <= 16
+        assert C % tiles["V"] == 0
+        assert tiles["W"] & (tiles["W"] - 1) == 0
+        assert tiles["HELD"] == (C <= (12288 if labels == "given" else 16384))
+        if tiles["HELD"]:
+            assert shape.rows * shape.lanes == 32 * shape.warps
+            assert (tiles["TILES"] - 1) * tiles["W"] < C <= tiles["TILES"] * tiles["W"]
+            of_thread = tiles["TILES"] * tiles["W"] / shape.lanes
+            pairs = labels == "given" or (labels, order) == ("log_predicted", 3)
+            assert of_thread <= (32 if pairs and C > 16 else 64)  # in registers
 
 
 def test_only_a_cluster_shares_a_row():
