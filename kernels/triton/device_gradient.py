@@ -1,13 +1,13 @@
 """The gradient norms that no row statistic gives: || E_q[e_Y - p] ||_r^power and E_q[ || e_Y - p ||_r^power ].
 
 A program goes over its rows three or four times: for the maximum and the next largest logit, the pivot; for sums of
-exponentials relative to the pivot; for the terms. Rows are HELD in registers meanwhile; long ones are read again, from
-the cache. p of the maximum is worked out in float64 once a row: there 1 - p must keep its relative precision. For all
-other classes p <= 1/2, and nothing cancels.
+exponentials relative to the pivot; for the terms. Rows are HELD in registers meanwhile, so that each byte is read once;
+long ones are read again, from the cache. The maximum's term is worked out once a row, with float32's precision in the
+range of float64, since 1 - p keeps its relative precision there. All other classes have p <= 1/2, and nothing cancels.
 
-Among those the maximum is kept out of the sums in one of two ways. Given labels could make its term outweigh all
-others, so that it is masked, and its label taken away from it. Other labels leave it in as if it were the pivot, and
-its term, at most half of a sum, is subtracted once a row.
+The maximum is kept out of their sums in one of two ways. Given labels, of which it may have any part, are taken from it
+and its logit masked. Otherwise it stands in as if it were the pivot, and what that adds, at most half of a sum, is
+subtracted once a row.
 
 Element k of a row is summed in slot k mod W. Which thread holds a slot depends on the alignment of rows, so slots are
 summed in float64, where the order disappears in the rounding to float32.
@@ -50,6 +50,7 @@ def relative(v, q, pivot, LABELS: tl.constexpr):
 
 @triton.jit
 def within(x, k, C: tl.constexpr, WHOLE: tl.constexpr):
+    """0 from the row's end on."""
     return x if WHOLE else tl.where(k < C, x, 0.0)
 
 
@@ -101,16 +102,21 @@ def size(z, e, row, ORDER: tl.constexpr, PLAIN: tl.constexpr):
     """
     p, s2, near_r, all_r, log_total, r, power, exponent, shift = row
     log_x = -shift
-    if ORDER == TWO:
-        x = tl.fma(e, -2.0 * p, 1.0 + s2)
-    else:
-        x = tl.fma(e, -p, 1.0)
+    x = tl.fma(e, -2.0 * p, 1.0 + s2) if ORDER == TWO else tl.fma(e, -p, 1.0)
     if ORDER == GENERAL:
         log_not_p = log2(x)
         x = tl.fma(-near_r, tl.exp2(r * z), all_r)
         x = tl.fma(x, tl.exp2(-r * (log_total + log_not_p)), 1.0)
         log_x = tl.fma(log_not_p, power, log_x)
     return x if PLAIN else tl.exp2(tl.fma(log2(x), exponent, log_x))
+
+
+@triton.jit
+def difference(z, q, k, p, C: tl.constexpr, LABELS: tl.constexpr, WHOLE: tl.constexpr):
+    """|q - p_k| of classes below the maximum."""
+    if LABELS == UNIFORM:
+        q = within(tl.zeros_like(z) + 1.0 / C, k, C, WHOLE)
+    return tl.abs(tl.fma(tl.exp2(z), -p, q))
 
 
 @triton.jit
@@ -197,7 +203,7 @@ def gradient(
     r1 = r1_double.to(tl.float32)
     p_top = 1.0 / (1.0 + r1)
     label = 1.0 / C
-    # p at the pivot. Without another class nothing is there, only the term that is to be subtracted.
+    # p at the pivot; without another class one whose term, to be subtracted, is finite, and inside 0.
     p = tl.where(rest > 0.0, near.to(tl.float32) * p_top, 0.0 if OUTSIDE else label)
     log_total = log2(1.0 + r1)
     if LABELS == GIVEN:
@@ -273,8 +279,8 @@ def gradient(
                     k = first + i * W + lane
                     v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
                     z, q = relative(v, q, pivot, LABELS)
-                    q = q if LABELS == GIVEN else within(zero + label, k, C, HELD and (i + 1) * W <= C)
-                    largest = tl.maximum(largest, tl.abs(tl.fma(tl.exp2(z), -p, q)))
+                    d = difference(z, q, k, p, C, LABELS, HELD and (i + 1) * W <= C)
+                    largest = tl.maximum(largest, d)
             unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_top)
         if ORDER != INFINITE:
             unit = tl.maximum(unit, 2.0**-126)
@@ -287,8 +293,7 @@ def gradient(
                     k = first + i * W + lane
                     v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
                     z, q = relative(v, q, pivot, LABELS)
-                    q = q if LABELS == GIVEN else within(zero + label, k, C, HELD and (i + 1) * W <= C)
-                    d = tl.abs(tl.fma(tl.exp2(z), -p, q))
+                    d = difference(z, q, k, p, C, LABELS, HELD and (i + 1) * W <= C)
                     sums, slot = collected(sums, add_power(slot, d, per_unit, r, ORDER), i, TILES)
             sums = row_total(sums) + add_power(nothing, d_top, per_unit, r, ORDER).to(tl.float64)
             if LABELS != GIVEN:

@@ -151,8 +151,9 @@ def batchgrad_rows(C: int, D: int) -> int:
 # The label distributions of gradient norms, and of their orders all but "any", as device_gradient.py numbers them.
 LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
-HELD_CLASSES, HELD_PAIRS = 16384, 12288  # of a row in registers; of a row and its given labels
-HELD_A_THREAD = 64  # half of them where two or three numbers of a class are held
+# Most classes of a row that stays in registers, and of one with its given labels, where 16 warps have 128 a thread.
+HELD_CLASSES, HELD_PAIRS = 16384, 12288
+HELD_A_THREAD = 64  # classes; half of them where two or three numbers of each are held
 
 
 def gradient_constants(
@@ -161,9 +162,10 @@ def gradient_constants(
     """The compile-time arguments of device_gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
     code, given = GRADIENT_ORDERS.get(order, 3), labels == "given"
     general = code == 3 and expectation == "outside"  # which keeps p^r too
-    held = C <= (HELD_PAIRS if given else HELD_CLASSES)
-    pairs = given or (general and labels == "log_predicted")
-    lanes = 1 if C <= 16 else max(2, _power_of_2(math.ceil(C / (HELD_A_THREAD // 2 if pairs else HELD_A_THREAD))))
+    longest = HELD_PAIRS if given else HELD_CLASSES
+    held = longest >= C
+    a_thread = HELD_A_THREAD // 2 if given or (general and labels == "log_predicted") else HELD_A_THREAD
+    lanes = 1 if C <= 16 else max(2, _power_of_2(math.ceil(C / a_thread)))
     shape = Shape(max(1, 32 // lanes), max(1, lanes // 32)) if held else Shape(*LONG_ROWS)
     vec = math.gcd(C, 16 // itemsize)
     W = 1024 if not held else lanes * vec if lanes > 1 else 1
