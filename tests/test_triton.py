@@ -78,6 +78,42 @@ def test_statistics_on_every_branch(triton_device, C, dtype):
         truth.assert_close(got[name].cpu(), expected, allowed, name)
 
 
+@pytest.mark.parametrize(("C", "dtype"), of_every_type([1, 101, 1000, 1001, 24577], 500), ids=str)
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e30])
+def test_statistics_far_from_zero(triton_device, C, dtype, temperature):
+    """Maxima of which the step is coarse beside the temperature, where float32 cannot hold m / T; equal ones, masked
+    ones; beside rows near 0, whose bits that leaves alone.
+    """
+    rng = np.random.default_rng(C)
+    x = rng.standard_normal((8, C)) * temperature
+    x[1] += 3e4 * temperature
+    x[2] -= 3e4 * temperature
+    x[3] = 60000
+    x[3, : C // 3] -= 64
+    x[4] = x[3]
+    x[4, C // 2] += 32
+    x[5] = np.where(rng.random(C) < 0.5, -math.inf, x[1])
+    x[5, 0] = 3e4 * temperature
+    x[6] = -60000 - 500 * temperature * (np.arange(C) != C // 2)
+    x[7] += 5e3 * temperature
+    limit = torch.finfo(dtype).max
+    f = torch.from_numpy(np.where(np.isinf(x), x, np.clip(x, -limit, limit))).to(dtype)
+    got = fastood.row_stats(f.to(triton_device), STATS, temperature=temperature, backend="triton")
+    for name in STATS:
+        expected = truth.stat(name, f, temperature)
+        allowed = truth.tolerance(name, expected, f, temperature, truth.EPS["float32"])
+        truth.assert_close(got[name].cpu(), expected, allowed, name)
+    near = fastood.row_stats(f[:1].to(triton_device), STATS, temperature=temperature, backend="triton")
+    for name in STATS:
+        assert torch.equal(near[name], got[name][:1]), name
+    names = ["msp", "s2", "tv", "energy"]
+    got = fastood.row_stats(f.to(triton_device), names, temperature=temperature, backend="triton")
+    for name in names:
+        expected = truth.stat(name, f, temperature)
+        allowed = truth.tolerance(name, expected, f, temperature, truth.EPS["float32"])
+        truth.assert_close(got[name].cpu(), expected, allowed, name)
+
+
 @pytest.mark.parametrize(("D", "dtype"), of_every_type([1, 7, 64, 2049, 5000, 17001], 1000), ids=str)
 def test_norms_on_every_branch(triton_device, D, dtype):
     rng = np.random.default_rng(D)
@@ -438,20 +474,17 @@ def test_import_does_not_load_triton():
 # ---- the launch table
 
 
-@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles(itemsize, pairs):
-    if pairs and itemsize == 4:
-        pytest.skip("needs a type that comes in pairs")
+def test_tiles(itemsize):
     for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24577, 50257, 131072, 262144]:
         for stride in (columns, columns + 1, 0):
             shifted = shapes.is_shifted(columns, stride, 0, itemsize)
-            rows, warps, _ = shape = shapes.launch_shape(columns, 0, shifted, clusters=True)
+            rows, warps, _ = shape = shapes.launch_shape(columns, 0, shifted, itemsize == 2, clusters=True)
             if shapes.segments_of(columns, 1, shifted, True)[0] > 1:
                 continue
             lanes = shape.lanes
             assert rows * lanes in (32 * warps * shape.ctas, rows)
-            tile = shapes.tile_of(columns, stride, 0, itemsize, pairs, lanes)
+            tile = shapes.tile_of(columns, stride, 0, itemsize, lanes)
             assert tile.vec * itemsize <= 16
             assert tile.vec % tile.p == 0
             assert tile.w & (tile.w - 1) == 0
@@ -485,11 +518,11 @@ def test_tiles_of_gradients(itemsize, labels):
 
 def test_only_a_cluster_shares_a_row():
     for C in (1, 1000, 24576, 262145):
-        assert shapes.launch_shape(C, 0, False, True) == shapes.launch_shape(C, 0, False, False)
-        assert shapes.launch_shape(C, 0, False, True).options.keys() == {"num_warps"}
-    assert shapes.launch_shape(24577, 4096, False, True).options == {"num_warps": 4, "num_ctas": 2}
-    assert shapes.launch_shape(24577, 4096, False, False).options == {"num_warps": 4}
-    assert shapes.launch_shape(262144, 0, False, True).options == {"num_warps": 8, "num_ctas": 8}
+        assert shapes.launch_shape(C, 0, False, False, True) == shapes.launch_shape(C, 0, False, False, False)
+        assert shapes.launch_shape(C, 0, False, False, True).options.keys() == {"num_warps"}
+    assert shapes.launch_shape(24577, 4096, False, False, True).options == {"num_warps": 4, "num_ctas": 2}
+    assert shapes.launch_shape(24577, 4096, False, False, False).options == {"num_warps": 4}
+    assert shapes.launch_shape(262144, 0, False, False, True).options == {"num_warps": 8, "num_ctas": 8}
     assert [shapes.segments_of(C, 8, False, True)[0] for C in (24577, 262144, 262152)] == [1, 1, 17]
 
 

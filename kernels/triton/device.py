@@ -1,6 +1,6 @@
 """The kernels. Imported only where a CUDA tensor (or the interpreter) asks for them: see __init__.py.
 
-A row is read as *words*: bfloat16 in pairs, which unpack with one instruction each, other types one by one. A
+A row is read as *words*: halves in pairs, which unpack with one instruction each, float32 one by one. A
 program holds ROWS rows as tiles [ROWS, W] of words, `xs` being the tuple of the tiles that make up a row; a place
 in such a tile is a *slot*, with sums of its own until the row is reduced. Every multiplication that feeds an
 addition is an explicit fma, so that results do not hang on the compiler's contraction.
@@ -34,6 +34,8 @@ S2, TOTAL_VARIATION, SUMLOGP_STAT = tl.constexpr(4), tl.constexpr(5), tl.constex
 ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 
 DEEP = tl.constexpr(2.0**-80)  # a rest below this is summed again from a pivot of its own
+FAR = tl.constexpr(16384.0)  # rows with a maximum beyond this times T / log2(e) are summed again
+SHORT = tl.constexpr(128)  # rows in which that would cost more than it saves
 RECORD = tl.constexpr(8)  # numbers that one segment of a row is reduced to
 
 
@@ -56,12 +58,12 @@ def row_max(x):
 
 @triton.jit
 def in_one(sums, SHIFTED: tl.constexpr):
-    """Each sum's tile, of the tuples of one or, if SHIFTED, perhaps two accumulators."""
+    """Each sum's tile, of the tuples of one or two accumulators."""
     out = ()
     for i in tl.static_range(len(sums[0])):
         tile = sums[0][i].to(tl.float64) if SHIFTED else sums[0][i]
         if len(sums) == 2:
-            tile += sums[1][i].to(tl.float64)
+            tile += sums[1][i]
         out = out + (tile,)
     return out
 
@@ -85,6 +87,14 @@ def row_sums(tiles):
 
 
 @triton.jit
+def in_float32(totals):
+    out = ()
+    for i in tl.static_range(len(totals)):
+        out = out + (totals[i].to(tl.float32),)
+    return out
+
+
+@triton.jit
 def add_2(a, b, x, y):
     return a + x, b + y
 
@@ -100,12 +110,36 @@ def any_row(flag):
 
 
 @triton.jit
+def fused(x, y, z):
+    """x y + z, rounded once, which the interpreter's own fma is not."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
 def log2(x):
     """One instruction where the processor has one; absolute error 2^-22.6 near 1, else relative. Flushes subnormals."""
     if INTERPRETED or not NVIDIA:
         return tl.log2(x)
     else:
         return libdevice.fast_log2f(x)  # tl.log2 would be a polynomial
+
+
+@triton.jit
+def above(e, u):
+    """max(e - u, 0) of 0 <= u and e <= 1, in one instruction."""
+    if INTERPRETED or not NVIDIA:
+        return tl.maximum(e - u, 0.0)
+    else:
+        return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=r,r,r", [e, u], tl.float32, True, 1)
+
+
+@triton.jit
+def inverse_power(x):
+    """2^-x of x so near 0 that three terms of the series do."""
+    return tl.fma(tl.fma(x, LN2 * LN2 / 2, -LN2), x, 1.0)
 
 
 @triton.jit
@@ -165,20 +199,62 @@ def load(ptr, base, head, word, n, FILL: tl.constexpr, VEC: tl.constexpr, P: tl.
     VW: tl.constexpr = VEC // P
     groups = (head + (n + VEC - 1)) // VEC if SHIFTED else n // VEC
     inside = (word // VW) < groups
-    if P == 2:
-        other: tl.constexpr = 0xFF80FF80 if FILL == -INF else 0
-        return tl.load(words(ptr, P) + base + word, mask=inside, other=other)
-    else:
-        return tl.load(ptr + base + word, mask=inside, other=FILL)
+    return tl.load(words(ptr, P) + base + word, mask=inside, other=filler(FILL, P, ptr.dtype.element_ty))
+
+
+@triton.constexpr_function
+def filler(FILL, P, TYPE):
+    """A word of 0 or -inf."""
+    if P == 1:
+        return FILL
+    minus_inf = 0xFC00FC00 if tl.float16 == TYPE else 0xFF80FF80
+    return 0 if FILL == 0 else minus_inf
 
 
 @triton.jit
-def unpack(u, P: tl.constexpr):
-    if P == 2:
+def unpack(u, P: tl.constexpr, TYPE: tl.constexpr):
+    """The elements of words as float32: a tuple of P tiles."""
+    if P == 1:
+        return (u.to(tl.float32),)
+    elif tl.float16 == TYPE:
+        low, high = (u & 0xFFFF).to(tl.uint16), (u >> 16).to(tl.uint16)
+        return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
         low = (u << 16).to(tl.float32, bitcast=True)
         return (low, (u & 0xFFFF0000).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def pack(low, high, TYPE: tl.constexpr):
+    """The pairs of which these are the elements."""
+    low, high = low.to(TYPE).to(tl.uint16, bitcast=True), high.to(TYPE).to(tl.uint16, bitcast=True)
+    return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+
+
+@triton.jit
+def larger_words(a, b, P: tl.constexpr, TYPE: tl.constexpr):
+    """The larger of each two elements, NaN where there is one: of pairs in one instruction."""
+    if P == 1:
+        return larger(a, b)
+    elif INTERPRETED or not NVIDIA:
+        x, y = unpack(a, P, TYPE), unpack(b, P, TYPE)
+        return pack(larger(x[0], y[0]), larger(x[1], y[1]), TYPE)
     else:
-        return (u.to(tl.float32),)
+        PTX: tl.constexpr = "max.NaN.f16x2 $0, $1, $2;" if tl.float16 == TYPE else "max.NaN.bf16x2 $0, $1, $2;"
+        return tl.inline_asm_elementwise(PTX, "=r,r,r", [a, b], tl.uint32, True, 1)
+
+
+@triton.jit
+def smaller_words(a, b, P: tl.constexpr, TYPE: tl.constexpr):
+    """The smaller of each two elements; the other of a NaN."""
+    if P == 1:
+        return tl.minimum(a, b)
+    elif INTERPRETED or not NVIDIA:
+        x, y = unpack(a, P, TYPE), unpack(b, P, TYPE)
+        return pack(tl.minimum(x[0], y[0]), tl.minimum(x[1], y[1]), TYPE)
+    else:
+        PTX: tl.constexpr = "min.f16x2 $0, $1, $2;" if tl.float16 == TYPE else "min.bf16x2 $0, $1, $2;"
+        return tl.inline_asm_elementwise(PTX, "=r,r,r", [a, b], tl.uint32, True, 1)
 
 
 @triton.jit
@@ -191,26 +267,48 @@ def is_own(word, j: tl.constexpr, head, n, VEC: tl.constexpr, P: tl.constexpr, S
 
 
 @triton.jit
-def load_row(ptr, base, head, w, n, N: tl.constexpr, LEAST: tl.constexpr, FILL: tl.constexpr, VEC: tl.constexpr,
-             P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """All elements of rows of LEAST <= n <= N elements as a tuple of tiles [ROWS, W], FILL beyond their ends."""
+def only_own(x, other, i: tl.constexpr, j: tl.constexpr, w, head, n, LEAST: tl.constexpr, VEC: tl.constexpr,
+             P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SORTED: tl.constexpr):  # fmt: skip
+    """x, of the j-th elements of the words of tile i, but `other` where they are not the row's own.
+
+    SORTED by largest_first, what precedes a row is in the second tile.
+    """
+    if SORTED and SHIFTED and i < 2:
+        own = is_own(w, j, head, n, VEC, P, SHIFTED)
+        if 2 * W * P > LEAST:
+            next = is_own(w + W, j, head, n, VEC, P, SHIFTED)
+            own = own | next if i == 0 else own & next
+        elif i == 0:
+            own = True
+    elif (SHIFTED and i == 0) or (i + 1) * W * P > LEAST:
+        own = is_own(w + i * W, j, head, n, VEC, P, SHIFTED)
+    else:
+        own = True
+    return tl.where(own, x, other)
+
+
+@triton.jit
+def load_row(ptr, base, head, w, n, N: tl.constexpr, LEAST: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+             SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """All words of rows of LEAST <= n <= N logits as a tuple of tiles [ROWS, W], -inf beyond their ends."""
     TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
     raw = ()
     for i in tl.static_range(TILES):
         if SHIFTED or (i + 1) * W * P > LEAST:
-            raw = raw + (load(ptr, base, head, w + i * W, n, FILL, VEC, P, SHIFTED),)
+            raw = raw + (load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED),)
         else:
             raw = raw + (tl.load(words(ptr, P) + base + (w + i * W)),)
-    xs = ()
+    FILL: tl.constexpr = filler(-INF, P, ptr.dtype.element_ty)
+    us = ()
     for i in tl.static_range(TILES):
-        halves = unpack(raw[i], P)
-        for j in tl.static_range(P):
-            x = halves[j]
-            if SHIFTED:
-                if i == 0 or (i + 1) * W * P > LEAST:
-                    x = tl.where(is_own(w + i * W, j, head, n, VEC, P, SHIFTED), x, FILL)
-            xs = xs + (x,)
-    return xs
+        u = raw[i] if P == 2 else raw[i].to(tl.float32)
+        if SHIFTED and P == 2:
+            u = only_own(u, (u & 0xFFFF0000) | (FILL & 0xFFFF), i, 0, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
+            u = only_own(u, (u & 0xFFFF) | (FILL & 0xFFFF0000), i, 1, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
+        elif SHIFTED:
+            u = only_own(u, FILL, i, 0, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
+        us = us + (u,)
+    return us
 
 
 # ---- logits
@@ -228,17 +326,18 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     after 1 is taken away.
     """
     A: tl.constexpr = P if SHIFTED else 1  # accumulators: two where an element's place in its word varies
-    xs = load_row(ptr, base, head, w, n, N, LEAST, -INF, VEC, P, SHIFTED, W)
-    tops = ()
-    if PEEL & SUMS and not SHIFTED:
-        xs = largest_first(xs)
-        tops = (xs[0],)
+    TYPE: tl.constexpr = ptr.dtype.element_ty
+    us = load_row(ptr, base, head, w, n, N, LEAST, VEC, P, SHIFTED, W)
+    if PEEL & SUMS:
+        us = largest_first(us, P, TYPE)
+        top = us[0]
     else:
-        for a in tl.static_range(A):
-            top = xs[a]
-            for i in tl.static_range(a + A, len(xs), A):
-                top = larger(top, xs[i])
-            tops = tops + (top,)
+        top = us[0]
+        for i in tl.static_range(1, len(us)):
+            top = larger_words(top, us[i], P, TYPE)
+    tops = unpack(top, P, TYPE)
+    if P > A:
+        tops = (larger(tops[0], tops[1]),)
     m = row_max(tops[0] if A == 1 else larger(tops[0], tops[1]))
     rest = tl.zeros_like(m)
     squares = rest
@@ -248,159 +347,208 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     pivot = m
     rare = False
     if EXP & SUMS:
-        sums = ()
-        es = ()
-        for a in tl.static_range(A):
-            zero = tl.zeros_like(xs[0])
-            slot, slot2, slot_et, slot_d, hi = zero, zero, zero, zero, zero
-            for i in tl.static_range(a, len(xs), A):
-                d = xs[i] - m[:, None]
-                t = d * scale
-                e = tl.exp2(t)
-                if (SHIFTED and i < P) or (i // P + 1) * W * P > LEAST:
-                    if (PLOGP | SUMLOGP) & SUMS:
-                        d = tl.where(is_own(w + i // P * W, i % P, head, n, VEC, P, SHIFTED), d, 0.0)
-                        t = d * scale  # 0 beyond the row's end, as 2^t is
-                lo = e
-                if PEEL & SUMS:
-                    # The largest of a slot is kept out of its sum: if it is the row's, the rest is not drowned.
-                    if SHIFTED:
-                        lo = tl.minimum(hi, e)
-                        hi = tl.maximum(hi, e)
-                    elif i == 0:
-                        lo = zero
-                        hi = e
-                slot += lo
-                if SQUARES & SUMS:
-                    slot2 = tl.fma(lo, lo, slot2)
-                if PLOGP & SUMS:
-                    slot_et = tl.fma(e, t, slot_et)  # NaN where a class is masked: summed again below
-                if SUMLOGP & SUMS:
-                    slot_d += d
-                if (TV | PLOGP) & SUMS:
-                    es = es + (e,)
-            if PEEL & SUMS:
+        xs = ()
+        for i in tl.static_range(len(us)):
+            xs = xs + unpack(us[i], P, TYPE)
+        if PEEL & SUMS and P > A:
+            xs = (tops[0], tl.minimum(xs[0], xs[1])) + xs[2:]
+        ONCE: tl.constexpr = PEEL & SUMS and N > SHORT
+        c, excess, far = centre(m, scale, ONCE)
+        unit = tl.exp2(excess)  # 2^t of the maximum, as the sums have it
+        back = inverse_power(excess)
+        hots = tl.zeros_like(tops[0])
+        sums = no_exp(hots, SUMS)
+        sums = (sums, sums) if A == 2 else (sums,)
+        es, ts = (), ()
+        for i in tl.static_range(len(xs)):
+            t = scaled(xs[i], scale, c, ONCE)
+            e = tl.exp2(t)
+            if (PLOGP | SUMLOGP) & SUMS:  # 0 beyond the row's end, as 2^t is
+                t = only_own(t, 0.0, i // P, i % P, w, head, n, LEAST, VEC, P, SHIFTED, W, PEEL & SUMS)
+            es, ts = es + (e,), ts + (t,)
+            if i >= A or not PEEL & SUMS:
+                sums = sums[: i % A] + (add_exp(sums[i % A], e, t, SUMS),) + sums[i % A + 1 :]
+        if PEEL & SUMS:
+            # The largest of a slot comes last, or is kept out: if it is the row's, the rest is not drowned.
+            for a in tl.static_range(A):
                 hot = tops[a] == m[:, None]
-                hi = tl.where(hot, 0.0, hi)
-                slot += hi
-                if SQUARES & SUMS:
-                    slot2 = tl.fma(hi, hi, slot2)
-            slots = (slot,)
-            if SQUARES & SUMS:
-                slots = slots + (slot2,)
-            if PLOGP & SUMS:
-                slots = slots + (slot_et,)
-            if SUMLOGP & SUMS:
-                slots = slots + (slot_d,)
-            if PEEL & SUMS:
-                slots = slots + (tl.where(hot, 1.0, 0.0),)
-            sums = sums + (slots,)
-        totals = row_sums(in_one(sums, SHIFTED))
-        others = totals[len(totals) - 1] - 1.0 if PEEL & SUMS else tl.zeros_like(m) - 1.0
-        rest = (totals[0] + others).to(tl.float32)
+                hots += tl.where(hot, 1.0, 0.0)
+                slots = add_exp(sums[a], tl.where(hot, 0.0, es[a]), ts[a], SUMS)
+                sums = sums[:a] + (slots,) + sums[a + 1 :]
+            totals = in_float32(row_sums(in_one(sums, SHIFTED) + (hots,)))
+        else:
+            totals = in_float32(row_sums(in_one(sums, SHIFTED)))
+        # A maximum that was kept out counts 1; one that was not is taken away as it was added.
+        others = totals[len(totals) - 1] - 1.0 if PEEL & SUMS else tl.zeros_like(m)
+        kept = 0.0 if PEEL & SUMS else 1.0
+        part = (totals[0] - kept) * back
+        rest = part + others
         totals = totals[1:]
         if PEEL & SUMS:
             rest = tl.where(tl.abs(m) < INF, rest, float("nan"))  # inf - inf was kept out of it
         if SQUARES & SUMS:
-            squares = (totals[0] + others).to(tl.float32)
+            squares = tl.fma((totals[0] - kept * kept) * back, back, others)
             totals = totals[1:]
         if PLOGP & SUMS:
-            exp_t = totals[0].to(tl.float32)
+            exp_t = tl.fma(totals[0], back, -(excess * part))
             totals = totals[1:]
         if SUMLOGP & SUMS:
-            sum_t = totals[0].to(tl.float32) * scale
+            sum_t = tl.fma(excess, -1.0 * n, totals[0])
         if TV & SUMS:
-            deviation = deviations(es, (rest + 1.0) / N, w, head, n, LEAST, VEC, P, SHIFTED, W)
+            u = (rest + 1.0) * unit / N
+            deviation = deviations(es, u, SHIFTED, P) * back
         if PEEL & SUMS:
-            deep = rest < DEEP
-            rare = any_row(deep | (exp_t != exp_t))
+            again = far | (rest < DEEP)
+            rare = any_row(again | (exp_t != exp_t))
             if rare:
                 if PLOGP & SUMS:
-                    exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, P, SHIFTED), exp_t)
-                if any_row(deep):
-                    second, sum1, sum2, sum3 = rest_from_pivot(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
-                    pivot = tl.where(deep, second, m)
-                    rest = tl.where(deep, sum1, rest)
-                    squares = tl.where(deep, sum2, squares)
-                    exp_t = tl.where(deep, sum3, exp_t)
+                    if any_row(exp_t != exp_t):
+                        exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, unit, excess, P, SHIFTED) * back, exp_t)
+                if any_row(again):
+                    other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
+                    pivot = tl.where(again, other, m)
+                    rest = tl.where(again, sum1, rest)
+                    squares = tl.where(again, sum2, squares)
+                    exp_t = tl.where(again, sum3, exp_t)
+                    sum_t = tl.where(again, sum4, sum_t)
+                    if TV & SUMS:
+                        u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / N
+                        other = deviations_again(ptr, base, head, w, n, m, scale, u, N, VEC, P, SHIFTED, W)
+                        deviation = tl.where(again, other, deviation)
     return m, pivot, rest, squares, exp_t, sum_t, deviation, rare
 
 
 @triton.jit
-def largest_first(xs):
-    """The elements of each slot, its largest in front. Those beyond a row's end, -inf all of them, stay in place."""
-    top = xs[0]
+def no_exp(zero, SUMS: tl.constexpr):
+    sums = (zero,)
+    for kind in tl.static_range(3):
+        if (SQUARES, PLOGP, SUMLOGP)[kind] & SUMS:
+            sums = sums + (zero,)
+    return sums
+
+
+@triton.jit
+def add_exp(sums, e, t, SUMS: tl.constexpr):
+    """Adds what e = 2^t contributes to sum e and, as wanted, sum e^2, sum t e and sum t."""
+    out = (sums[0] + e,)
+    if SQUARES & SUMS:
+        out = out + (tl.fma(e, e, sums[len(out)]),)
+    if PLOGP & SUMS:
+        out = out + (tl.fma(e, t, sums[len(out)]),)  # NaN where a class is masked: summed again
+    if SUMLOGP & SUMS:
+        out = out + (sums[len(out)] + t,)
+    return out
+
+
+@triton.jit
+def largest_first(us, P: tl.constexpr, TYPE: tl.constexpr):
+    """The words of each slot, their largest elements in front: what is -inf before a row comes second then, what is
+    -inf after it stays in place.
+    """
+    top = us[0]
     others = ()
-    for i in tl.static_range(1, len(xs)):
-        others = others + (tl.minimum(top, xs[i]),)
-        top = larger(top, xs[i])
+    for i in tl.static_range(1, len(us)):
+        others = others + (smaller_words(top, us[i], P, TYPE),)
+        top = larger_words(top, us[i], P, TYPE)
     return (top,) + others
 
 
 @triton.jit
-def masked_exp_t(es, P: tl.constexpr, SHIFTED: tl.constexpr):
+def centre(m, scale, ONCE: tl.constexpr):
+    """c, and by how much t = fma(logit, scale, c) exceeds (logit - m) scale in each row, the rounding error of c.
+
+    Last: which rows have so large a maximum that this is not next to 0, and are summed again. Not ONCE, in short rows
+    and where none are summed again otherwise, m is subtracted first.
+    """
+    if ONCE:
+        c = -(m * scale)
+        c = tl.fma(tl.abs(c), -(2.0**-23), c)  # so that no t is above 0
+        return c[:, None], fused(m, scale, c), (tl.abs(c) > FAR) & (tl.abs(m) < INF)
+    else:
+        return -m[:, None], tl.zeros_like(m), m < m
+
+
+@triton.jit
+def scaled(x, scale, c, ONCE: tl.constexpr):
+    """t of logits; see centre."""
+    return fused(x, scale, c) if ONCE else (x + c) * scale
+
+
+@triton.jit
+def masked_exp_t(es, unit, excess, P: tl.constexpr, SHIFTED: tl.constexpr):
     """sum t 2^t of rows with masked classes, t from 2^t: log2's error shows near 1 alone, where entropies are large."""
     A: tl.constexpr = P if SHIFTED else 1
-    TILES: tl.constexpr = len(es) // A
     slots = ()
     for a in tl.static_range(A):
         slot = tl.zeros_like(es[0])
-        for i in tl.static_range(TILES):
-            e = es[a * TILES + i]
-            slot = tl.fma(e, tl.where(e < 2.0**-126, 0.0, log2(e)), slot)
+        for i in tl.static_range(a, len(es), A):
+            t = tl.where(es[i] < unit[:, None], log2(es[i]) - excess[:, None], 0.0)
+            slot = tl.fma(es[i], tl.where(es[i] < 2.0**-126, 0.0, t), slot)
         slots = slots + ((slot,),)
     return row_sums(in_one(slots, SHIFTED))[0].to(tl.float32)
 
 
 @triton.jit
-def deviations(es, u, w, head, n, LEAST: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
-               W: tl.constexpr):  # fmt: skip
-    """sum |e - u| of each row; `es`: its elements, if SHIFTED first those that come first in their words."""
-    A: tl.constexpr = P if SHIFTED else 1
-    TILES: tl.constexpr = len(es) // P
+def deviations(es, u, SHIFTED: tl.constexpr, P: tl.constexpr):
+    """sum |e - u| of each row of which u is the mean: twice what is above it. Nothing is beyond a row's end."""
     slots = ()
-    for a in tl.static_range(A):
+    for j in tl.static_range(P):
         slot = tl.zeros_like(es[0])
-        for i in tl.static_range(len(es) // A):
-            deviation = tl.abs(es[a * TILES + i] - u[:, None])
-            if SHIFTED and (i == 0 or (i + 1) * W * P > LEAST):
-                deviation = tl.where(is_own(w + i * W, a, head, n, VEC, P, SHIFTED), deviation, 0.0)
-            slot += deviation
+        for i in tl.static_range(j, len(es), P):
+            slot += above(es[i], u[:, None])
         slots = slots + ((slot,),)
-    total = row_sums(in_one(slots, SHIFTED))[0]
-    if SHIFTED:
-        return total.to(tl.float32)
-    else:
-        return tl.fma(u, 1.0 * (n - len(es) * W), total)  # beyond its end e = 0
+    return row_sums(in_one(slots, SHIFTED))[0].to(tl.float32) * 2.0
 
 
 @triton.jit
-def rest_from_pivot(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-                    SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """The rest again, read again (few rows are this certain), relative to the largest logit below the maximum."""
+def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+               SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """The three sums over the rest, and sum t, of rows read again: few are this certain, or this far from 0.
+
+    They are relative to the pivot, in front: where it is far below the maximum, the largest of the other logits.
+    """
     TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
     top = m[:, None]
     second = tl.full([m.shape[0], W], -INF, tl.float32)
+    zero = tl.zeros_like(second).to(tl.float64)  # in which the order of elements is lost
+    ties = zero
     for i in range(TILES):
-        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P)
+        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
         for j in tl.static_range(P):
-            below = is_own(w + i * W, j, head, n, VEC, P, SHIFTED) & (halves[j] < top)
-            second = tl.maximum(second, tl.where(below, halves[j], -INF))
-    pivot = tl.max(second, 1)
-    pivot = tl.where(pivot == -INF, m, pivot)  # no other class: any finite pivot does
-    sum1 = tl.zeros_like(second).to(tl.float64)  # in which the order of elements is lost, as in row_sum
-    sum2, sum3 = sum1, sum1
+            own = is_own(w + i * W, j, head, n, VEC, P, SHIFTED)
+            ties += tl.where(own & (halves[j] == top), 1.0, 0.0)
+            second = tl.maximum(second, tl.where(own & (halves[j] < top), halves[j], -INF))
+    ties = tl.sum(ties, 1) - 1.0
+    second = tl.max(second, 1)
+    # Where it is near, `statistic` does not take the logarithm of 1 + rest for the rest; no other class: any does.
+    pivot = tl.where((ties > 0.0) | (second == -INF) | ((second - m) * scale > -60.0), m, second)
+    sum1, sum2, sum3, sum4 = zero, zero, zero, zero
     for i in range(TILES):
-        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P)
+        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
         for j in tl.static_range(P):
-            below = is_own(w + i * W, j, head, n, VEC, P, SHIFTED) & (halves[j] < top)
-            t = tl.where(below, (halves[j] - pivot[:, None]) * scale, -INF)
+            own = is_own(w + i * W, j, head, n, VEC, P, SHIFTED)
+            t = tl.where(own & (halves[j] < top), (halves[j] - pivot[:, None]) * scale, -INF)
             e = tl.exp2(t).to(tl.float64)
             sum1 += e
             sum2 = tl.fma(e, e, sum2)
             sum3 = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), sum3)
-    sum1, sum2, sum3 = tl.sum(sum1, 1), tl.sum(sum2, 1), tl.sum(sum3, 1)
-    return pivot, sum1.to(tl.float32), sum2.to(tl.float32), sum3.to(tl.float32)
+            sum4 += tl.where(own, (halves[j] - top) * scale, 0.0)
+    sum1, sum2 = tl.sum(sum1, 1) + ties, tl.sum(sum2, 1) + ties
+    return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1), tl.sum(sum4, 1)))
+
+
+@triton.jit
+def deviations_again(ptr, base, head, w, n, m, scale, u, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+                     SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """sum |2^t - u| of rows read again."""
+    TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
+    slot = tl.zeros([m.shape[0], W], tl.float64)
+    for i in range(TILES):
+        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
+        for j in tl.static_range(P):
+            above = tl.maximum(tl.exp2((halves[j] - m[:, None]) * scale) - u[:, None], 0.0)
+            slot += tl.where(is_own(w + i * W, j, head, n, VEC, P, SHIFTED), above, 0.0)
+    return tl.sum(slot, 1).to(tl.float32) * 2.0
 
 
 # ---- norms. POWERS says which sums are kept, as shapes.py lays them out:
@@ -483,7 +631,7 @@ def read_powers(sums, ptr, base, head, w, shift, SAFE: tl.constexpr, D: tl.const
             else:
                 raw = raw + (load(ptr, base, head, c + k * W + w, D, 0.0, VEC, P, SHIFTED),)
         for k in tl.static_range(K):
-            halves = unpack(raw[k], P)
+            halves = unpack(raw[k], P, ptr.dtype.element_ty)
             for j in tl.static_range(P):
                 a = tl.abs(halves[j])
                 if SHIFTED:
@@ -510,10 +658,7 @@ def row_powers(sums, SUMS: tl.constexpr, SHIFTED: tl.constexpr, POWERS: tl.const
     """The sums of slots reduced to rows."""
     LARGEST: tl.constexpr = SUMS - 1 if POWERS[4][1] else SUMS
     tiles = (sums[0][:LARGEST],) if len(sums) == 1 else (sums[0][:LARGEST], sums[1][:LARGEST])
-    totals = row_sums(in_one(tiles, SHIFTED))
-    out = ()
-    for i in tl.static_range(LARGEST):
-        out = out + (totals[i].to(tl.float32),)
+    out = in_float32(row_sums(in_one(tiles, SHIFTED)))
     if POWERS[4][1]:
         most = sums[0][LARGEST] if len(sums) == 1 else larger(sums[0][LARGEST], sums[1][LARGEST])
         out = out + (row_max(most),)
@@ -616,11 +761,14 @@ def merged_total(ptr, row, scale, SEGMENTS: tl.constexpr):
     tops = small(ptr, given, -INF)
     rests = small(ptr + 2, given, 0.0) * tl.exp2((small(ptr + 1, given, -INF) - tops) * scale)
     m = row_max(tops)
-    return m, tl.sum(tl.where(tops == -INF, 0.0, tl.exp2((tops - m[:, None]) * scale) * (1.0 + rests)), 1)
+    total = tl.sum(tl.where(tops == -INF, 0.0, tl.exp2((tops - m[:, None]) * scale) * (1.0 + rests)), 1)
+    # Of scalars, which have no layout that logits would be brought into.
+    return tl.full([1], tl.sum(m, 0), tl.float32), tl.full([1], tl.sum(total, 0), tl.float32)
 
 
 @triton.jit
-def merged_segments(ptr, row, scale, C: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr):
+def merged_segments(ptr, row, scale, C: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
+                    PEEL_: tl.constexpr):  # fmt: skip
     """The same of a row in several segments: their records merged in float64, in their order."""
     LANES: tl.constexpr = triton.next_power_of_2(SEGMENTS)
     s = tl.arange(0, LANES)[None, :]
@@ -648,7 +796,7 @@ def merged_segments(ptr, row, scale, C: tl.constexpr, SEGMENTS: tl.constexpr, SE
     deviation = tl.sum(small(ptr + 6, given, 0.0).to(tl.float64), 1)
 
     rest = tl.where(tl.abs(m) < INF, rest, float("nan"))
-    weight = tl.where((rest < DEEP) & (rest > 0.0), rest, 1.0)
+    weight = tl.where((rest < DEEP) & (rest > 0.0), rest, 1.0) if PEEL_ else tl.full(m.shape, 1.0, tl.float64)
     ratio = tl.where(rest > 0.0, squares / rest, 0.0)
     cross = tl.sum(exp_t, 1) / weight
     return (m, weight, (rest / weight).to(tl.float32), squares.to(tl.float32), ratio.to(tl.float32),
@@ -733,7 +881,7 @@ def scores(
         scale = small(table_ptr)
         temperature = small(table_ptr + 1).to(tl.float32)
         if SEGMENTS > 1:
-            parts = merged_segments(x_ptr, row, scale, C, SEGMENTS, SEGMENT)
+            parts = merged_segments(x_ptr, row, scale, C, SEGMENTS, SEGMENT, PEEL & SUMS)
         else:
             base, head = place(row, x_stride, x_offset, X_VEC, X_P, X_SHIFTED)
             w = tl.arange(0, X_W)[None, :]
@@ -800,21 +948,21 @@ def segments(
     first = x_offset.to(tl.int64) + (start if SHIFTED else start // VEC)
     base, head = place(row, x_stride, first, VEC, P, SHIFTED)
     w = tl.arange(0, W)[None, :]
-    scale = small(table_ptr)
+    scale = small(table_ptr).to(tl.float32)
     record = record_ptr + tl.program_id(0).to(tl.int64) * RECORD + tl.arange(0, 1)
     LEAST: tl.constexpr = C - (SEGMENTS - 1) * SEGMENT
     if SECOND:
-        m, total = merged_total(record_ptr, row, scale.to(tl.float32), SEGMENTS)
-        u = total / C
-        xs = load_row(x_ptr, base, head, w, n, SEGMENT, LEAST, -INF, VEC, P, SHIFTED, W)
+        m, total = merged_total(record_ptr, row, scale, SEGMENTS)
+        us = load_row(x_ptr, base, head, w, n, SEGMENT, LEAST, VEC, P, SHIFTED, W)
         es = ()
-        for a in tl.static_range(P if SHIFTED else 1):
-            for i in tl.static_range(a, len(xs), P if SHIFTED else 1):
-                es = es + (tl.exp2((xs[i] - m[:, None]) * scale.to(tl.float32)),)
-        tl.store(record + 6, deviations(es, u, w, head, n, LEAST, VEC, P, SHIFTED, W))
+        for i in tl.static_range(len(us)):
+            xs = unpack(us[i], P, x_ptr.dtype.element_ty)
+            for j in tl.static_range(P):
+                es = es + (tl.exp2((xs[j] - m[:, None]) * scale),)
+        tl.store(record + 6, deviations(es, total / C, SHIFTED, P))
     else:
         m, pivot, rest, squares, exp_t, sum_t, deviation, _ = softmax_sums(
-            x_ptr, base, head, w, n, scale.to(tl.float32), SEGMENT, LEAST, VEC, P, SHIFTED, W, SUMS
+            x_ptr, base, head, w, n, scale, SEGMENT, LEAST, VEC, P, SHIFTED, W, SUMS
         )
         masked = m == -INF  # all of this segment, which is nothing to be NaN about
         tl.store(record, m)

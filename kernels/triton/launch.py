@@ -31,7 +31,7 @@ class Matrix(NamedTuple):
     def tile(self, lanes: int) -> Tile:
         if self.data is None:
             return shapes.NOTHING
-        return shapes.tile_of(*self[1:], self.data.element_size(), self.data.dtype == torch.bfloat16, lanes)
+        return shapes.tile_of(*self[1:], self.data.element_size(), lanes)
 
     def arguments(self, tile: Tile) -> tuple[Tensor | None, int, int]:
         """Of a kernel, which counts in groups of vec, or where they are shifted in elements."""
@@ -48,7 +48,7 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     table = _table(plan.table, out.device)
     with _on(out.device):
         x, y, clusters = _matrix(f), _matrix(h), _clusters(out.device)
-        shape = shapes.launch_shape(C, D, x.shifted, clusters)
+        shape = shapes.launch_shape(C, D, x.shifted, f is not None and f.element_size() == 2, clusters)
         x_tile, y_tile = x.tile(shape.lanes), y.tile(shape.lanes)
         segments = shapes.segments_of(C, x_tile.vec, x.shifted, clusters)
         logits = x.arguments(x_tile)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 # ---- launch shapes
 
 # Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers,
-# 64 of shifted rows, which take twice the warps: their sums take twice the registers.
+# 64 of shifted rows of halves, each in the half of a word that its row's alignment says: they have twice the sums.
 ROWS = {
     16: (128, 4),
-    128: (32, 2),
-    1024: (8, 2),
-    2048: (4, 2),
+    128: (16, 1),
+    1024: (4, 1),
+    2048: (2, 1),
     4096: (1, 1),
     8192: (1, 2),
     16384: (1, 4),
@@ -75,14 +75,16 @@ def clusters(capability: tuple[int, int], triton: str) -> bool:
     return capability >= (9, 0) and tuple(int(n) for n in triton.split(".")[:2]) >= (3, 9)
 
 
-def launch_shape(C: int, D: int, shifted: bool, clusters: bool) -> Shape:
-    """Of a call with C classes and D features, 0 for what it does not read. `shifted`: rows of logits."""
+def launch_shape(C: int, D: int, shifted: bool, halves: bool, clusters: bool) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read. `shifted`, `halves`: logits."""
     if segments_of(C, 1, shifted, clusters)[0] == 1 and max(ROWS) < C:
         ctas, warps = next(shape for most, shape in CLUSTERS.items() if most >= C)
         return Shape(1, warps * 2 if shifted else warps, ctas)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
     rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
-    return Shape(rows, warps * 2 if shifted and 128 < C <= 16384 else warps)
+    if shifted and halves and 128 < C <= 16384:
+        return Shape(rows // 2, warps) if rows > 1 else Shape(rows, warps * 2)
+    return Shape(rows, warps)
 
 
 def segment_shape(shifted: bool) -> Shape:
@@ -99,13 +101,13 @@ def segments_of(C: int, vec: int, shifted: bool, clusters: bool) -> tuple[int, i
     return math.ceil(C / length), length
 
 
-def tile_of(columns: int, stride: int, offset: int, itemsize: int, pairs: bool, lanes: int) -> Tile:
-    """`offset`: elements from a 16-byte boundary to the first row; `pairs`: bfloat16; `lanes`: threads of a row."""
+def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
+    """`offset`: elements from a 16-byte boundary to the first row; `lanes`: threads of a row."""
     most = 16 // itemsize
+    p = 4 // itemsize
     if lanes == 1:  # a thread a row, which its neighbours' loads bring into the cache
-        even = pairs and not (columns | stride | offset) % 2
-        return Tile(2 if even else 1, 2 if even else 1, False, 1)
-    p = 2 if pairs else 1
+        p = math.gcd(columns, stride, offset, p)
+        return Tile(p, p, False, 1)
     shifted = is_shifted(columns, stride, offset, itemsize)
     vec = most if shifted else math.gcd(columns, stride, offset, most)
     words = vec // p
