@@ -370,10 +370,10 @@ def analyse(compiled: Compiled, case: Case) -> Report:
 # (16 where rows begin anywhere), does without the numeric contract. Of all V terms, C=1000, that adds: the smaller of
 # two logits, to keep the largest of a slot out of its sum, so that the rest is exact near p_max = 1 (halves in pairs,
 # one instruction for two); and some 300 instructions a thread of 125 logits to make statistics of the sums and products
-# of those. Rows that begin anywhere add sums of slots in float64 to keep a row's bits, and of halves, whose slots are
-# twice as many, there are 63 logits a thread, or registers would spill: half of what is once a thread, on top. Where no rest is summed, and in
-# the second sweep of segments, the maximum is subtracted before scaling, 1 more, which any temperature survives. In
-# twelve norms it adds 3 to count what is not 0 and 1 where orders below 0.25 must see subnormals, and the checks of
+# of those. Rows that begin anywhere add sums of slots in float64 to keep a row's bits; those of halves, with twice the
+# slots, have 63 logits a thread, or registers would spill, and so twice what is once a thread. Where no rest is summed,
+# and in the second sweep of segments, the maximum is subtracted before scaling, 1 more, which any temperature survives.
+# In twelve norms it adds 3 to count what is not 0 and 1 where orders below 0.25 must see subnormals, and the checks of
 # ranges. Roots and products are 200 to 400 a thread: it shows where rows are short.
 CASES = [
     Case("energy", BFLOAT, 1000, 0, ("energy",), (), 6.6, 1.1),
