@@ -55,7 +55,7 @@ def parameters(item):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter(request, tmp_path_factory):
-    """What test_in_the_interpreter waits for, which takes minutes: begun at once, to run beside the other tests."""
+    """The processes that test_in_the_interpreter waits for: begun at once, to run beside the other tests."""
     wanted = any(item.name == "test_in_the_interpreter" for item in request.session.items)
     if not wanted or os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None:
         yield
@@ -63,14 +63,24 @@ def interpreter(request, tmp_path_factory):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     # The largest shapes, which take a minute, have smaller ones of their kind.
     command += ["-k", "triton and not 33001 and not 70000 and not 1000003"]
-    command += ["--hypothesis-profile=interpreter", "tests/test_contract.py", "tests/test_triton.py"]
+    command += ["--hypothesis-profile=interpreter"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
-    log = tmp_path_factory.mktemp("interpreter") / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=Path(__file__).parent.parent, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-        yield process, log
+    started = {}
+    for name in ("test_contract.py", "test_triton.py"):  # of about the same length
+        log = tmp_path_factory.mktemp("interpreter") / "log"
+        with log.open("w") as file:
+            started[name] = (
+                log,
+                subprocess.Popen(
+                    [*command, f"tests/{name}"],
+                    cwd=Path(__file__).parent.parent,
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                ),
+            )
+    yield started
+    for _, process in started.values():
         process.kill()
         process.wait()
 

@@ -1,7 +1,7 @@
 """The Triton kernels: every launch branch against truth, what the launch table promises, and that all of it compiles.
 
-With a GPU all of this runs there. Without one, `test_in_the_interpreter` runs it in Triton's interpreter, in a process
-of its own: with TRITON_INTERPRET=1 a process interprets everything and can compile nothing.
+With a GPU all of this runs there. Without one, `test_in_the_interpreter` runs it in Triton's interpreter, in processes
+of their own: with TRITON_INTERPRET=1 a process interprets everything and can compile nothing.
 """
 
 import importlib.util
@@ -37,8 +37,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @only_compiled
 def test_in_the_interpreter(interpreter):
     """The parity suite, and the tests below, where no GPU is needed."""
-    process, log = interpreter
-    assert process.wait() == 0, log.read_text()[-20_000:]
+    for log, process in interpreter.values():
+        assert process.wait() == 0, log.read_text()[-20_000:]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_statistics_on_every_branch(triton_device, C, dtype):
         truth.assert_close(got[name].cpu(), expected, allowed, name)
 
 
-@pytest.mark.parametrize(("C", "dtype"), of_every_type([1, 101, 1000, 1001, 24577], 500), ids=str)
+@pytest.mark.parametrize(("C", "dtype"), of_every_type([1, 101, 1001, 24577], 500), ids=str)
 @pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e30])
 def test_statistics_far_from_zero(triton_device, C, dtype, temperature):
     """Maxima of which the step is coarse beside the temperature, where float32 cannot hold m / T; equal ones, masked
