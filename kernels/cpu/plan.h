@@ -22,7 +22,7 @@ enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16 };
 struct LogitsPlan {
   double temperature;
   double scale, scale_low;  // log2(e) / T in two parts
-  float lowest_float;       // the difference to the maximum below which exp is 0, in either arithmetic
+  float lowest_float;       // the difference to the maximum that is held in its stead below it, where exp is 0 or next to it
   double lowest_double;
   int sums;         // of Sums; 0 is the maximum alone
   int power_sums;   // how many S_r

@@ -5,7 +5,7 @@
 template <class T> struct Softmax {
   V<T> max;
   T high, low;  // z log2(e) = (f - max) (high + low); in float the high part will do
-  T lowest;     // the difference below which exp is 0
+  T lowest;     // see plan.h
 
   Softmax(V<T> max, const LogitsPlan& plan) : max(max), high(T(sizeof(T) == 4 && plan.scale > 1e38 ? 1e38 : plan.scale)) {
     if (high == 0) high = sizeof(T) == 4 ? T(0x1p-149) : T(0x1p-1074);  // -inf * 0 is no number

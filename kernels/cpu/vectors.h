@@ -89,7 +89,7 @@ template <class T> struct MaskOf { typedef I<T> type; };
 template <class X> INLINE auto unequal(X a, X b) { return a != b; }
 template <class M, class X> INLINE X where(M m, X x) { return m ? x : X{}; }
 template <class M, class X> INLINE X add_where(M m, X a, X x) { return a + (m ? x : X{}); }
-template <class M> INLINE M count_where(M m, M n) { return n - m; }
+template <class M, class N> INLINE N count_where(M m, N n) { return n - (N)m; }
 #endif
 
 template <class T> INLINE T sum_of(V<T> x) {

@@ -55,14 +55,18 @@ def row_stats(
 ) -> tuple[dict[Stat, Tensor], Tensor | None]:
     if traced(logits, feats, labels) or (want.orders and feats is not None and feats.shape[1] == 0):
         return reference.row_stats(logits, feats, want, labels)
-    # gen sorts, power sums and log_one_minus_s2 are other kinds of work: plain PyTorch does them.
+    # gen sorts, power sums, log_one_minus_s2 and high powers are other kinds of work: plain PyTorch does them.
     ours = want._replace(stats=tuple(s for s in want.stats if s in shapes.STATS))
     plan = shapes.plan_of(ours, None)
     if plan is None:
         return reference.row_stats(logits, feats, want, labels)
     x = logits if logits is not None else feats
     assert x is not None
-    gradients = [s for s in want.stats if s[0] == "gradient" and s[1::3] != ("predicted", "inside")]
+    gradients = [
+        s
+        for s in want.stats
+        if s[0] == "gradient" and s[1::3] != ("predicted", "inside") and s[3] <= shapes.MOST_POWER
+    ]
     others = tuple(s for s in want.stats if s not in shapes.STATS and s not in gradients)
     stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()), labels)[0]
     for s in gradients:

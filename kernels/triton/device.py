@@ -382,7 +382,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         others = totals[len(totals) - 1] - 1.0 if PEEL & SUMS else tl.zeros_like(m)
         kept = 0.0 if PEEL & SUMS else 1.0
         part = (totals[0] - kept) * back
-        rest = part + others
+        rest = tl.fma(totals[0] - kept, back, others)
         totals = totals[1:]
         if PEEL & SUMS:
             rest = tl.where(tl.abs(m) < INF, rest, float("nan"))  # inf - inf was kept out of it
@@ -546,8 +546,8 @@ def deviations_again(ptr, base, head, w, n, m, scale, u, N: tl.constexpr, VEC: t
     for i in range(TILES):
         halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
         for j in tl.static_range(P):
-            above = tl.maximum(tl.exp2((halves[j] - m[:, None]) * scale) - u[:, None], 0.0)
-            slot += tl.where(is_own(w + i * W, j, head, n, VEC, P, SHIFTED), above, 0.0)
+            more = tl.maximum(tl.exp2((halves[j] - m[:, None]) * scale) - u[:, None], 0.0)
+            slot += tl.where(is_own(w + i * W, j, head, n, VEC, P, SHIFTED), more, 0.0)
     return tl.sum(slot, 1).to(tl.float32) * 2.0
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # ---- launch shapes
 
 # Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers,
-# 64 of shifted rows of halves, each in the half of a word that its row's alignment says: they have twice the sums.
+# 64 of shifted rows of halves up to 16384, each in the half of a word that its row's alignment says: twice the sums.
 ROWS = {
     16: (128, 4),
     128: (16, 1),
@@ -155,6 +155,7 @@ LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
 # Most classes of a row that stays in registers, and of one with its given labels, where 16 warps have 128 a thread.
 HELD_CLASSES, HELD_PAIRS = 16384, 12288
+MOST_POWER = 100.0  # beyond which float32 loses powers of norms below 1
 HELD_A_THREAD = 64  # classes; half of them where two or three numbers of each are held
 
 
