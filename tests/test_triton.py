@@ -253,7 +253,7 @@ def test_gradients_on_every_branch(triton_device, monkeypatch, C, held, labels):
             truth.assert_close(got.cpu(), expected, allowed + 1e-37, stat)
 
 
-@pytest.mark.parametrize(("order", "power"), [(0.02, 1), (0.02, 2), (60, 1), (60, 30), (2, 100), (1, 100), (1, 200)])
+@pytest.mark.parametrize(("order", "power"), [(0.02, 1), (0.02, 2), (60, 1), (60, 30), (2, 100), (1, 100)])
 @pytest.mark.parametrize("labels", ["uniform", "predicted", "log_predicted", "soft"])
 @pytest.mark.parametrize("T", [0.02, 1.0, 50.0])
 def test_gradients_of_far_orders_and_powers(triton_device, labels, order, power, T):
@@ -267,6 +267,13 @@ def test_gradients_of_far_orders_and_powers(triton_device, labels, order, power,
             got = triton.row_stats(f.to(triton_device), None, Want((stat,), temperature=T), here)[0][stat]
             expected, allowed = truth.gradient(f, labels if q is None else q, *stat[2:], T, truth.EPS["float32"])
             truth.assert_close(got.cpu(), expected, allowed + 1e-300, stat)
+
+
+@pytest.mark.parametrize("labels", ["uniform", "predicted"])
+def test_a_power_beyond_float32(triton_device, labels):
+    want = Want((("gradient", labels, 1, 200, "outside"),))  # (2 (1 - p))^200, p = 1/2
+    (got,) = triton.row_stats(torch.zeros(1, 2, device=triton_device), None, want)[0].values()
+    assert got.item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
