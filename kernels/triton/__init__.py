@@ -62,9 +62,7 @@ def row_stats(
         return reference.row_stats(logits, feats, want, labels)
     x = logits if logits is not None else feats
     assert x is not None
-    gradients = [
-        s for s in want.stats if s[0] == "gradient" and s[1::3] != ("predicted", "inside") and s[3] <= shapes.MOST_POWER
-    ]
+    gradients = [s for s in want.stats if shapes.takes_gradient(s)]
     others = tuple(s for s in want.stats if s not in shapes.STATS and s not in gradients)
     stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()), labels)[0]
     for s in gradients:

@@ -159,6 +159,11 @@ MOST_POWER = 100.0  # beyond which float32 loses powers of norms below 1
 HELD_A_THREAD = 64  # classes; half of them where two or three numbers of each are held
 
 
+def takes_gradient(stat: Any) -> bool:
+    """Whether the kernel computes this gradient norm. E_p[e_Y - p] = 0 needs none."""
+    return stat[0] == "gradient" and stat[1::3] != ("predicted", "inside") and stat[3] <= MOST_POWER
+
+
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
