@@ -62,25 +62,22 @@ def interpreter(request, tmp_path_factory):
         return
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     # The largest shapes, which take a minute, have smaller ones of their kind.
-    command += ["-k", "triton and not 33001 and not 70000 and not 1000003"]
-    command += ["--hypothesis-profile=interpreter"]
+    command += ["-k", "triton and not 33001 and not 70000 and not 1000003", "--hypothesis-profile=interpreter"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
-    started = {}
+    started = []
     for name in ("test_contract.py", "test_triton.py"):  # of about the same length
         log = tmp_path_factory.mktemp("interpreter") / "log"
         with log.open("w") as file:
-            started[name] = (
-                log,
-                subprocess.Popen(
-                    [*command, f"tests/{name}"],
-                    cwd=Path(__file__).parent.parent,
-                    env=environment,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                ),
+            process = subprocess.Popen(
+                [*command, f"tests/{name}"],
+                cwd=Path(__file__).parent.parent,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
+        started.append((process, log))
     yield started
-    for _, process in started.values():
+    for process, _ in started:
         process.kill()
         process.wait()
 

@@ -348,7 +348,7 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
       exp = add_where(below, exp, e[k]);
     }
     for (int64_t k = 0; k < n && more; k++) {
-      const V<T> d = x[k] - max, held = d < softmax.lowest ? all<T>(softmax.lowest) : d;
+      const V<T> d = x[k] - max, held = larger(all<T>(softmax.lowest), d);
       squares = add_where(unequal(x[k], max), squares, e[k] * e[k]);
       exp_z += e[k] * held;
       z += d;

@@ -387,7 +387,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         if PEEL & SUMS:
             rest = tl.where(tl.abs(m) < INF, rest, float("nan"))  # inf - inf was kept out of it
         if SQUARES & SUMS:
-            squares = tl.fma((totals[0] - kept * kept) * back, back, others)
+            squares = tl.fma((totals[0] - kept) * back, back, others)
             totals = totals[1:]
         if PLOGP & SUMS:
             exp_t = tl.fma(totals[0], back, -(excess * part))

@@ -28,6 +28,10 @@ class Matrix(NamedTuple):
     def shifted(self) -> bool:
         return self.data is not None and shapes.is_shifted(*self[1:], self.data.element_size())
 
+    @property
+    def halves(self) -> bool:
+        return self.data is not None and self.data.element_size() == 2
+
     def tile(self, lanes: int) -> Tile:
         if self.data is None:
             return shapes.NOTHING
@@ -48,7 +52,7 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     table = _table(plan.table, out.device)
     with _on(out.device):
         x, y, clusters = _matrix(f), _matrix(h), _clusters(out.device)
-        shape = shapes.launch_shape(C, D, x.shifted, f is not None and f.element_size() == 2, clusters)
+        shape = shapes.launch_shape(C, D, x.shifted, x.halves, clusters)
         x_tile, y_tile = x.tile(shape.lanes), y.tile(shape.lanes)
         segments = shapes.segments_of(C, x_tile.vec, x.shifted, clusters)
         logits = x.arguments(x_tile)

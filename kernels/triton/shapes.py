@@ -155,8 +155,8 @@ LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
 # Most classes of a row that stays in registers, and of one with its given labels, where 16 warps have 128 a thread.
 HELD_CLASSES, HELD_PAIRS = 16384, 12288
-MOST_POWER = 100.0  # beyond which float32 loses powers of norms below 1
 HELD_A_THREAD = 64  # classes; half of them where two or three numbers of each are held
+MOST_POWER = 100.0  # beyond which float32 loses powers of norms below 1
 
 
 def takes_gradient(stat: Any) -> bool:
