@@ -17,7 +17,13 @@ native = Extension(
 )
 
 setup(
-    packages=["fastood", "fastood.kernels", "fastood.kernels.cpu", "fastood.kernels.triton"],
+    packages=[
+        "fastood",
+        "fastood.kernels",
+        "fastood.kernels.cpu",
+        "fastood.kernels.triton",
+        "fastood.kernels.triton.device",
+    ],
     package_dir={"fastood": "fastood", "fastood.kernels": "kernels"},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

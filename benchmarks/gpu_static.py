@@ -7,7 +7,7 @@ the time that memory needs to read each tensor once.
 
 The model: 3.0 TB/s, 132 multiprocessors at 1.755 GHz, each of which does 16 special functions, 128 FP32 operations and
 4 warp instructions per clock; 64 integer and logical ones; all of them overlap perfectly. It is a bound, not a
-measurement. Branches are counted as not taken. They serve rare rows (device.py says which): those that float32 cannot
+measurement. Branches are counted as not taken. They serve rare rows (device/ says which): those that float32 cannot
 sum at first, which are read again, and for entropies rows with masked classes. "rare" is what the code behind branches
 would add, its loops over rows left out; "total" always reads every element, which is asserted, and of what a gradient
 norm holds in registers reads none twice.
@@ -38,7 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastood.kernels import Product, Stat, Want
-from fastood.kernels.triton import device, device_batchgrad, device_gradient, shapes
+from fastood.kernels.triton import device, shapes
 
 V = ("energy", "tv", "msp", "s2")
 EVERY_V = (*V, "plogp", "sumlogp", "fmax")
@@ -98,21 +98,21 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     pointer = POINTERS[case.dtype]
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "record_ptr": "*fp32", "x_ptr": pointer, "h_ptr": pointer}
     if case.kernel in ("scores", "cluster"):
-        kernel = device.scores
+        kernel = device.scores.scores
         if segments[0] > 1:
             types["x_ptr"] = types["record_ptr"]  # which is what it then reads
         constants = shapes.constants(plan, C, x, segments, D, h, case.dtype == HALF, bias, log, shape.rows)
         constants |= {name: None for name, n in (("x_ptr", C), ("h_ptr", D)) if not n}
         elements = shape.rows * (C + D)
     else:
-        kernel = device.segments
+        kernel = device.scores.segments
         constants = shapes.segment_constants(plan, C, x, segments, case.kernel == "second")
         elements = segments[1]
     return _compile(kernel, types, constants, target, shape, elements, size)
 
 
 def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bool = False) -> Compiled:
-    """A kernel of device_batchgrad.py."""
+    """A kernel of device.batchgrad.py."""
     types = {"f_ptr": POINTERS[dtype], "h_ptr": POINTERS[dtype], "scale": "fp32", "inverse": "fp32"}
     types |= dict.fromkeys(("stats_ptr", "out_ptr"), "*fp64")
     types |= dict.fromkeys(("x_ptr", "sum_ptr", "g_ptr", "g_sums_ptr", "part_ptr"), "*fp32")
@@ -120,13 +120,13 @@ def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bo
     if name != "partial_sums":
         turned = {"BIAS": bias, "ROWS": constants["ROWS"], "FEATS": constants["FEATS"], "SOME": shapes.TURNED_ROWS}
         constants, warps = turned if name == "turned" else shapes.MERGED, 4
-    kernel = getattr(device_batchgrad, name)
+    kernel = getattr(device.batchgrad, name)
     elements = math.prod(shapes.BATCHGRAD.values())
     return _compile(kernel, types, constants, target, shapes.Shape(1, warps), elements, dtype.itemsize)
 
 
 def compile_gradient(case: Case, label_dtype: torch.dtype, target: GPUTarget) -> Compiled:
-    """The kernel of device_gradient.py, for labels of `label_dtype` where they are given."""
+    """The kernel of device/gradient.py, for labels of `label_dtype` where they are given."""
     _, labels, order, power, expectation = case.stats[0]
     dtypes = [case.dtype, label_dtype] if labels == "given" else [case.dtype]
     size = min(x.itemsize for x in dtypes)
@@ -136,7 +136,7 @@ def compile_gradient(case: Case, label_dtype: torch.dtype, target: GPUTarget) ->
     if labels != "given":
         constants["q_ptr"] = None
     itemsize = sum(x.itemsize for x in dtypes)
-    compiled = _compile(device_gradient.gradient, types, constants, target, shape, shape.rows * case.C, itemsize)
+    compiled = _compile(device.gradient.gradient, types, constants, target, shape, shape.rows * case.C, itemsize)
     tiles = shape.rows * constants["TILES"] * constants["W"]
     return compiled._replace(held=tiles * itemsize if constants["HELD"] else 0)
 
@@ -332,7 +332,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
     if loops:
         bytes_a_turn = threads * sum(x.bits // 8 for x in flow.loads_rows(loops[0]))
         bytes_in_all = compiled.elements * case.D / (case.C + case.D) * compiled.itemsize
-        steps = shapes.BATCHGRAD["FEATS"] / device_batchgrad.STEP.value
+        steps = shapes.BATCHGRAD["FEATS"] / device.batchgrad.STEP.value
         runs |= dict.fromkeys(loops[0], steps if batchgrad else bytes_in_all / bytes_a_turn)
     rows = flow.loads_rows(loops[0] if batchgrad else usual)
 

@@ -1,4 +1,4 @@
-"""Launches of the kernels in device*.py. Imports Triton: only __init__.py imports this, and late."""
+"""Launches of the kernels in device/. Imports Triton: only __init__.py imports this, and late."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from fastood.kernels import Anchors, Want
-from fastood.kernels.triton import device, device_batchgrad, device_gradient, shapes
+from fastood.kernels.triton import device, shapes
 from fastood.kernels.triton.shapes import Plan, Tile
 
 
@@ -62,7 +62,7 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
         constants = shapes.constants(plan, C, x_tile, segments, D, y_tile, half, bias, log, shape.rows)
         grid = (math.ceil(N / shape.rows),)
         arguments = (*logits, *y.arguments(y_tile), table, out, *out.stride(), N)
-        device.scores[grid](*arguments, **constants, **shape.options)
+        device.scores.scores[grid](*arguments, **constants, **shape.options)
 
 
 def _segments(f: Tensor, x: Matrix, plan: Plan, segments: tuple[int, int], table: Tensor) -> Tensor:
@@ -71,14 +71,16 @@ def _segments(f: Tensor, x: Matrix, plan: Plan, segments: tuple[int, int], table
     shape = shapes.segment_shape(x.shifted)
     tile = x.tile(shape.lanes)
     data, stride, offset = x.arguments(tile)
-    records = torch.empty(N, segments[0], device.RECORD.value, dtype=torch.float32, device=f.device)
+    records = torch.empty(N, segments[0], device.scores.RECORD.value, dtype=torch.float32, device=f.device)
     group = max(1, shapes.L2_BYTES // (C * f.element_size()))
     for first in range(0, N, group):
         some = records[first : first + group]
         for second in (False, True) if plan.sums & shapes.TV else (False,):
-            constants: dict[str, Any] = shapes.segment_constants(plan, C, tile, segments, second)
+            constants = shapes.segment_constants(plan, C, tile, segments, second)
             grid = (len(some) * segments[0],)
-            device.segments[grid](data, stride, offset + first * stride, some, table, **constants, **shape.options)
+            device.scores.segments[grid](
+                data, stride, offset + first * stride, some, table, **constants, **shape.options
+            )
     return records
 
 
@@ -109,17 +111,17 @@ def _batchgrad(f: Tensor, h: Tensor, g: Tensor, g_sums: Tensor, plan: Plan, anch
     x = out.new_empty(row_blocks, feat_blocks * feats, rows, dtype=torch.float32)
     sums = out.new_empty(feat_blocks, row_blocks * rows, dtype=torch.float32)
     parts = out.new_empty(feat_blocks * class_blocks, row_blocks * rows, dtype=torch.float32)
-    device_batchgrad.turned[(row_blocks * rows // shapes.TURNED_ROWS, feat_blocks)](
+    device.batchgrad.turned[(row_blocks * rows // shapes.TURNED_ROWS, feat_blocks)](
         h, h.stride(0), x, sums, N, h.shape[1], feat_blocks,
         BIAS=anchors.bias, ROWS=rows, FEATS=feats, SOME=shapes.TURNED_ROWS,
     )  # fmt: skip
-    steps = math.ceil(D / device_batchgrad.STEP.value)
-    device_batchgrad.partial_sums[(row_blocks * feat_blocks * class_blocks,)](
+    steps = math.ceil(D / device.batchgrad.STEP.value)
+    device.batchgrad.partial_sums[(row_blocks * feat_blocks * class_blocks,)](
         f, f.stride(0), stats, math.log2(math.e) / T, 1 / T, x, sums, g, g_sums, parts, N, C, steps, row_blocks,
         class_blocks, feat_blocks, **shapes.BATCHGRAD, num_warps=1,
     )  # fmt: skip
     grid = (math.ceil(N / shapes.MERGED["SOME"]),)
-    device_batchgrad.merged[grid](parts, out, N, parts.shape[1], len(parts), **shapes.MERGED)
+    device.batchgrad.merged[grid](parts, out, N, parts.shape[1], len(parts), **shapes.MERGED)
 
 
 def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,7 @@ def gradient(f: Tensor, q: Tensor | None, stat: tuple[str, str, float, float, st
     data = (x[0], strides[0] // constants["V"], *((None, 0) if q is None else (x[1], strides[1] // constants["V"])))
     with _on(f.device):
         grid = (math.ceil(N / shape.rows),)
-        device_gradient.gradient[grid](*data, table, out, N, **constants, **shape.options)
+        device.gradient.gradient[grid](*data, table, out, N, **constants, **shape.options)
     return out
 
 

@@ -150,7 +150,7 @@ def batchgrad_rows(C: int, D: int) -> int:
     return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
 
 
-# The label distributions of gradient norms, and of their orders all but "any", as device_gradient.py numbers them.
+# The label distributions of gradient norms, and of their orders all but "any", as device/gradient.py numbers them.
 LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
 # Most classes of a row that stays in registers, and of one with its given labels, where 16 warps have 128 a thread.
@@ -167,7 +167,7 @@ def takes_gradient(stat: Any) -> bool:
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
-    """The compile-time arguments of device_gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
+    """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
     code, given = GRADIENT_ORDERS.get(order, 3), labels == "given"
     general = code == 3 and expectation == "outside"  # which keeps p^r too
     longest = HELD_PAIRS if given else HELD_CLASSES
@@ -191,7 +191,7 @@ def gradient_constants(
     }, shape
 
 
-# ---- statistics. The numbers that device.py gives them, and the sums they are made of.
+# ---- statistics. The numbers that device/scores.py gives them, and the sums they are made of.
 
 EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL = 1, 2, 4, 8, 16, 32
 

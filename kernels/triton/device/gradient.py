@@ -16,7 +16,7 @@ summed in float64, where the order disappears in the rounding to float32.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device import INF, INTERPRETED, LN2, exp2_double, larger, log1p, log2, row_max, small
+from fastood.kernels.triton.device.words import INF, INTERPRETED, LN2, exp2_double, larger, log1p, log2, row_max, small
 
 # Label distributions and orders, as shapes.py numbers them.
 UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)

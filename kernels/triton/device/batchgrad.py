@@ -1,4 +1,4 @@
-"""The kernels of BatchGrad (Eq. 6), which arithmetic bounds, not memory. Imported as device.py is.
+"""The kernels of BatchGrad (Eq. 6), which arithmetic bounds, not memory.
 
 A class of probability p adds for each feature h, with turn = p - 1/2 and pull = p (1 - p) / T,
 
@@ -19,7 +19,7 @@ a row's bits would then depend.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device import INF
+from fastood.kernels.triton.device.words import INF
 
 STEP = tl.constexpr(8)  # features of a turn of the loop
 LARGEST = tl.constexpr(3.4028234663852886e38)

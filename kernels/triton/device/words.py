@@ -1,0 +1,292 @@
+"""Reading rows, and the arithmetic that all kernels share.
+
+A row is read as *words*: halves in pairs, which unpack with one instruction each, float32 one by one. A
+program holds ROWS rows as tiles [ROWS, W] of words, `xs` being the tuple of the tiles that make up a row; a place
+in such a tile is a *slot*, with sums of its own until the row is reduced. Every multiplication that feeds an
+addition is an explicit fma, so that results do not hang on the compiler's contraction.
+
+A row that begins anywhere is read from the 16-byte group that holds its first element (SHIFTED): `head` elements
+of the first group are not its own. The slots then hold the same elements in the same order as for any other head,
+in other places; summing them in float64 makes the order of places disappear in the rounding to float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+NVIDIA = tl.constexpr(torch.version.hip is None)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+# ---- arithmetic
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_max(x):
+    """Maximum of each row, NaN where there is one."""
+    if INTERPRETED:  # its reductions with a function of one's own run element by element
+        return tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
+    else:
+        return tl.reduce(x, 1, larger)
+
+
+@triton.jit
+def in_one(sums, SHIFTED: tl.constexpr):
+    """Each sum's tile, of the tuples of one or two accumulators."""
+    out = ()
+    for i in tl.static_range(len(sums[0])):
+        tile = sums[0][i].to(tl.float64) if SHIFTED else sums[0][i]
+        if len(sums) == 2:
+            tile += sums[1][i]
+        out = out + (tile,)
+    return out
+
+
+@triton.jit
+def row_sums(tiles):
+    """The sums of each row of several tiles: together, they wait once where other warps or programs share the row."""
+    if INTERPRETED:
+        out = ()
+        for i in tl.static_range(len(tiles)):
+            out = out + (tl.sum(tiles[i], 1),)
+        return out
+    elif len(tiles) >= 4:
+        return tl.reduce(tiles[:4], 1, add_4) + row_sums(tiles[4:])
+    elif len(tiles) >= 2:
+        return tl.reduce(tiles[:2], 1, add_2) + row_sums(tiles[2:])
+    elif len(tiles) == 1:
+        return (tl.sum(tiles[0], 1),)
+    else:
+        return ()
+
+
+@triton.jit
+def in_float32(totals):
+    out = ()
+    for i in tl.static_range(len(totals)):
+        out = out + (totals[i].to(tl.float32),)
+    return out
+
+
+@triton.jit
+def add_2(a, b, x, y):
+    return a + x, b + y
+
+
+@triton.jit
+def add_4(a, b, c, d, x, y, z, u):
+    return a + x, b + y, c + z, d + u
+
+
+@triton.jit
+def any_row(flag):
+    return tl.max(flag.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def fused(x, y, z):
+    """x y + z, rounded once, which the interpreter's own fma is not."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def log2(x):
+    """One instruction where the processor has one; absolute error 2^-22.6 near 1, else relative. Flushes subnormals."""
+    if INTERPRETED or not NVIDIA:
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)  # tl.log2 would be a polynomial
+
+
+@triton.jit
+def above(e, u):
+    """max(e - u, 0) of 0 <= u and e <= 1, in one instruction."""
+    if INTERPRETED or not NVIDIA:
+        return tl.maximum(e - u, 0.0)
+    else:
+        return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=r,r,r", [e, u], tl.float32, True, 1)
+
+
+@triton.jit
+def inverse_power(x):
+    """2^-x of x so near 0 that three terms of the series do."""
+    return tl.fma(tl.fma(x, LN2 * LN2 / 2, -LN2), x, 1.0)
+
+
+@triton.jit
+def log1p(r):
+    """To relative precision, r >= 0. Where log2 would lose it, the series of 2 artanh(r / (2 + r))."""
+    s = r / (2.0 + r)
+    q = s * s
+    series = tl.fma(tl.fma(tl.fma(q, 1.0 / 7, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
+    return tl.where(r < 0.4, series, log2(1.0 + r) * LN2)
+
+
+@triton.jit
+def exp2_double(x):
+    """2^x of float64 x to float32's precision, over float64's range."""
+    n = tl.floor(tl.minimum(tl.maximum(x, -1022.0), 1024.0))
+    return tl.where(x < -1022.0, 0.0, tl.exp2((x - n).to(tl.float32)).to(tl.float64) * power_of_2(n))
+
+
+@triton.jit
+def power_of_2(n):
+    """2^n in float64 of whole numbers -1022 <= n <= 1024, the last of which is infinity."""
+    return ((n.to(tl.int32) + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+# ---- reading
+
+
+@triton.jit
+def small(ptr, mask=None, other=None):
+    """A load of what many programs read, worth keeping in the cache."""
+    return tl.load(ptr, mask=mask, other=other, eviction_policy="evict_last")
+
+
+@triton.jit
+def place(row, stride, offset, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
+    """Word at which each row begins [ROWS, 1], and its head. `stride` counts groups of VEC, but elements if SHIFTED."""
+    if SHIFTED:
+        start = row.to(tl.int64) * stride + offset
+        base = start // VEC * (VEC // P)
+        return base[:, None], (start % VEC).to(tl.int32)[:, None]
+    else:
+        base = (row.to(tl.int64) * stride + offset) * (VEC // P)
+        return base[:, None], tl.zeros_like(row)[:, None]
+
+
+@triton.jit
+def words(ptr, P: tl.constexpr):
+    if P == 2:
+        return ptr.to(tl.pointer_type(tl.uint32))
+    else:
+        return ptr
+
+
+@triton.jit
+def load(ptr, base, head, word, n, FILL: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
+    """The words of rows of n elements. Masked by whole groups of VEC, so that they stay one load each."""
+    VW: tl.constexpr = VEC // P
+    groups = (head + (n + VEC - 1)) // VEC if SHIFTED else n // VEC
+    inside = (word // VW) < groups
+    return tl.load(words(ptr, P) + base + word, mask=inside, other=filler(FILL, P, ptr.dtype.element_ty))
+
+
+@triton.constexpr_function
+def filler(FILL, P, TYPE):
+    """A word of 0 or -inf."""
+    if P == 1:
+        return FILL
+    minus_inf = 0xFC00FC00 if tl.float16 == TYPE else 0xFF80FF80
+    return 0 if FILL == 0 else minus_inf
+
+
+@triton.jit
+def unpack(u, P: tl.constexpr, TYPE: tl.constexpr):
+    """The elements of words as float32: a tuple of P tiles."""
+    if P == 1:
+        return (u.to(tl.float32),)
+    elif tl.float16 == TYPE:
+        low, high = (u & 0xFFFF).to(tl.uint16), (u >> 16).to(tl.uint16)
+        return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        low = (u << 16).to(tl.float32, bitcast=True)
+        return (low, (u & 0xFFFF0000).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def pack(low, high, TYPE: tl.constexpr):
+    """The pairs of which these are the elements."""
+    low, high = low.to(TYPE).to(tl.uint16, bitcast=True), high.to(TYPE).to(tl.uint16, bitcast=True)
+    return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+
+
+@triton.jit
+def larger_words(a, b, P: tl.constexpr, TYPE: tl.constexpr):
+    """The larger of each two elements, NaN where there is one: of pairs in one instruction."""
+    if P == 1:
+        return larger(a, b)
+    elif INTERPRETED or not NVIDIA:
+        x, y = unpack(a, P, TYPE), unpack(b, P, TYPE)
+        return pack(larger(x[0], y[0]), larger(x[1], y[1]), TYPE)
+    else:
+        PTX: tl.constexpr = "max.NaN.f16x2 $0, $1, $2;" if tl.float16 == TYPE else "max.NaN.bf16x2 $0, $1, $2;"
+        return tl.inline_asm_elementwise(PTX, "=r,r,r", [a, b], tl.uint32, True, 1)
+
+
+@triton.jit
+def smaller_words(a, b, P: tl.constexpr, TYPE: tl.constexpr):
+    """The smaller of each two elements; the other of a NaN."""
+    if P == 1:
+        return tl.minimum(a, b)
+    elif INTERPRETED or not NVIDIA:
+        x, y = unpack(a, P, TYPE), unpack(b, P, TYPE)
+        return pack(tl.minimum(x[0], y[0]), tl.minimum(x[1], y[1]), TYPE)
+    else:
+        PTX: tl.constexpr = "min.f16x2 $0, $1, $2;" if tl.float16 == TYPE else "min.bf16x2 $0, $1, $2;"
+        return tl.inline_asm_elementwise(PTX, "=r,r,r", [a, b], tl.uint32, True, 1)
+
+
+@triton.jit
+def is_own(word, j: tl.constexpr, head, n, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
+    """Which elements, the j-th of their word, are the row's own: where it is not SHIFTED, a group is or is not."""
+    if SHIFTED:
+        return (word * P + j - head).to(tl.uint32) < n
+    else:
+        return word // (VEC // P) < n // VEC
+
+
+@triton.jit
+def only_own(x, other, i: tl.constexpr, j: tl.constexpr, w, head, n, LEAST: tl.constexpr, VEC: tl.constexpr,
+             P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SORTED: tl.constexpr):  # fmt: skip
+    """x, of the j-th elements of the words of tile i, but `other` where they are not the row's own.
+
+    SORTED by largest_first, what precedes a row is in the second tile.
+    """
+    if SORTED and SHIFTED and i < 2:
+        own = is_own(w, j, head, n, VEC, P, SHIFTED)
+        if 2 * W * P > LEAST:
+            next = is_own(w + W, j, head, n, VEC, P, SHIFTED)
+            own = own | next if i == 0 else own & next
+        elif i == 0:
+            own = True
+    elif (SHIFTED and i == 0) or (i + 1) * W * P > LEAST:
+        own = is_own(w + i * W, j, head, n, VEC, P, SHIFTED)
+    else:
+        own = True
+    return tl.where(own, x, other)
+
+
+@triton.jit
+def load_row(ptr, base, head, w, n, N: tl.constexpr, LEAST: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+             SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """All words of rows of LEAST <= n <= N logits as a tuple of tiles [ROWS, W], -inf beyond their ends."""
+    TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
+    raw = ()
+    for i in tl.static_range(TILES):
+        if SHIFTED or (i + 1) * W * P > LEAST:
+            raw = raw + (load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED),)
+        else:
+            raw = raw + (tl.load(words(ptr, P) + base + (w + i * W)),)
+    FILL: tl.constexpr = filler(-INF, P, ptr.dtype.element_ty)
+    us = ()
+    for i in tl.static_range(TILES):
+        u = raw[i] if P == 2 else raw[i].to(tl.float32)
+        if SHIFTED and P == 2:
+            u = only_own(u, (u & 0xFFFF0000) | (FILL & 0xFFFF), i, 0, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
+            u = only_own(u, (u & 0xFFFF) | (FILL & 0xFFFF0000), i, 1, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
+        elif SHIFTED:
+            u = only_own(u, FILL, i, 0, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
+        us = us + (u,)
+    return us
