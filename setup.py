@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: kernels/ is installed as fastood.kernels, and has a part in C++."""
+"""What pyproject.toml cannot say: kernels/ (fastood.kernels, by the link fastood/kernels) has a part in C++."""
 
 import sys
 
@@ -24,7 +24,6 @@ setup(
         "fastood.kernels.triton",
         "fastood.kernels.triton.device",
     ],
-    package_dir={"fastood": "fastood", "fastood.kernels": "kernels"},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )
