@@ -126,7 +126,7 @@ def row_powers(sums, SUMS: tl.constexpr, SHIFTED: tl.constexpr, POWERS: tl.const
     """The sums of slots reduced to rows."""
     LARGEST: tl.constexpr = SUMS - 1 if POWERS[4][1] else SUMS
     tiles = (sums[0][:LARGEST],) if len(sums) == 1 else (sums[0][:LARGEST], sums[1][:LARGEST])
-    out = in_float32(row_sums(in_one(tiles, SHIFTED)))
+    out = in_float32(row_sums(in_one(tiles, len(tiles), SHIFTED)))
     if POWERS[4][1]:
         most = sums[0][LARGEST] if len(sums) == 1 else larger(sums[0][LARGEST], sums[1][LARGEST])
         out = out + (row_max(most),)

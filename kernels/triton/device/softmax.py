@@ -98,9 +98,9 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                 hots += tl.where(hot, 1.0, 0.0)
                 slots = add_exp(sums[a], tl.where(hot, 0.0, es[a]), ts[a], SUMS)
                 sums = sums[:a] + (slots,) + sums[a + 1 :]
-            totals = in_float32(row_sums(in_one(sums, SHIFTED) + (hots,)))
+            totals = in_float32(row_sums(in_one(sums, A, SHIFTED) + (hots,)))
         else:
-            totals = in_float32(row_sums(in_one(sums, SHIFTED)))
+            totals = in_float32(row_sums(in_one(sums, A, SHIFTED)))
         # A maximum that was kept out counts 1; one that was not is taken away as it was added.
         others = totals[len(totals) - 1] - 1.0 if PEEL & SUMS else tl.zeros_like(m)
         kept = 0.0 if PEEL & SUMS else 1.0
@@ -208,7 +208,7 @@ def masked_exp_t(es, unit, excess, P: tl.constexpr, SHIFTED: tl.constexpr):
             t = tl.where(es[i] < unit[:, None], log2(es[i]) - excess[:, None], 0.0)
             slot = tl.fma(es[i], tl.where(es[i] < 2.0**-126, 0.0, t), slot)
         slots = slots + ((slot,),)
-    return row_sums(in_one(slots, SHIFTED))[0].to(tl.float32)
+    return row_sums(in_one(slots, A, SHIFTED))[0].to(tl.float32)
 
 
 @triton.jit
@@ -220,7 +220,7 @@ def deviations(es, u, SHIFTED: tl.constexpr, P: tl.constexpr):
         for i in tl.static_range(j, len(es), P):
             slot += above(es[i], u[:, None])
         slots = slots + ((slot,),)
-    return row_sums(in_one(slots, SHIFTED))[0].to(tl.float32) * 2.0
+    return row_sums(in_one(slots, P, SHIFTED))[0].to(tl.float32) * 2.0
 
 
 @triton.jit
