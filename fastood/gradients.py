@@ -153,7 +153,7 @@ def anchor_gradient(
     y = y[:, None]
     off = (-p).scatter(-1, y, not_p.gather(-1, y))  # e_y - p
     with torch.autocast(f.device.type, enabled=False):
-        G = off.T @ reference.extended(h.to(dtype), bias) / T
+        G = (off.T @ reference.extended(h.to(dtype), bias)).double() / T
     return give(G.to(dtype), as_numpy)
 
 

@@ -424,6 +424,8 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     dtype = torch.promote_types(
         torch.promote_types(logits.dtype, feats.dtype), torch.promote_types(G.dtype, torch.float32)
     )
+    if not 2.0**-100 <= T <= 2.0**100:  # of which float32 may not hold the reciprocal, which is what CUDA multiplies by
+        dtype = torch.float64
     p, not_p = (x.to(dtype) for x in Softmax(logits, T).probabilities())
     G, x = G.to(dtype), extended(feats.to(dtype), anchors.bias)
     # c does not depend on N, so that a row's sum does not depend on its batch.

