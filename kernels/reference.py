@@ -436,19 +436,23 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), G.split(c), strict=True)
         nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
         sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
-    return torch.cat(sums)
+    if x.shape[1] == 0:
+        return torch.cat(sums)
+    # Infinite or NaN where a feature is, even if p has rounded to 0 and 1: 0 times such a feature is not nothing.
+    largest = x.abs().amax(-1).double()
+    return torch.where(largest.isfinite(), torch.cat(sums), largest + 0 * p[:, 0])
 
 
 def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
     """Two rank-one updates of each row of G, weighed: p, not_p [n, c], g [c, D], x [n, D] -> [n]."""
     # Divided by T last: h / T alone may overflow where p h / T is small.
-    away = (g - _weighed(p[..., None], x[:, None]) / T).abs().sum(-1)
-    towards = (g + _weighed(not_p[..., None], x[:, None]) / T).abs().sum(-1)
+    away = (g - p[..., None] * x[:, None] / T).abs().sum(-1)
+    towards = (g + not_p[..., None] * x[:, None] / T).abs().sum(-1)
     return row_sum(_weighed(not_p, away) + _weighed(p, towards))
 
 
 def _weighed(p: Tensor, x: Tensor) -> Tensor:
-    """p x, where what has no probability does not count even if it is infinite."""
+    """p x, where what has no probability does not count even if it has overflowed."""
     return torch.where(p == 0, 0.0, p * x)
 
 

@@ -398,6 +398,38 @@ def test_bad_rows_are_nan_alone(backend, dtype):
         assert got.isnan().tolist() == [False, True] + [False] * 5, name
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([1, 2, 5, 20, 130]),
+    D=st.sampled_from([1, 3, 40, 1025]),
+    kind=st.sampled_from(["any", "certain", "one class is not masked", "flat"]),
+    T=st.sampled_from([1e-10, 0.1, 1.0, 1e10]),
+    norm=st.sampled_from([0.3, 0.5, 1, 2, 3, math.inf]),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_no_weight_of_0_hides_a_feature(backend, seed, C, D, kind, T, norm, bad, dtype):
+    """A V of 0 makes no number of a norm that is NaN or infinite."""
+    g = torch.Generator().manual_seed(seed)
+    f, h = torch.randn(3, C, generator=g), torch.randn(3, D, generator=g)
+    if kind == "certain":
+        f[:, 0] += 1e3
+    elif kind == "one class is not masked":
+        f[:, 1:] = -math.inf
+    elif kind == "flat":
+        f.zero_()
+    f, h = f.to(dtype), h.to(dtype)
+    names = list(fastood.SCORES)
+    good = fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend)
+    h[1, seed % D] = bad
+    for name, got in fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend).items():
+        assert torch.equal(got[::2].nan_to_num(7), good[name][::2].nan_to_num(7)), name
+        assert got[1].isnan() if math.isnan(bad) else not got[1].isfinite(), name
+    f[1, seed % C] = math.nan
+    for name, got in fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend).items():
+        assert got[1].isnan() or name == "norm", name
+
+
 def test_one_class(backend):
     f = torch.tensor([[3.0], [-1e4]])
     got = fastood.row_stats(f, STATS, backend=backend)

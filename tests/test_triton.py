@@ -427,6 +427,36 @@ def test_batchgrad_of_rows_that_are_not_finite(triton_device, signed):
     assert batchgrad(triton_device, sure, huge, torch.ones(2, 2), temperature=1e-10).item() == 4
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([1, 2, 9]),
+    D=st.sampled_from([1, 3, 257]),
+    kind=st.sampled_from(["any", "certain", "one class is not masked", "flat"]),
+    T=st.sampled_from([1e-10, 1.0, 1e10, 1e-40]),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    signed=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_batchgrad_is_infinite_where_a_feature_is(triton_device, seed, C, D, kind, T, bad, signed, dtype):
+    g = torch.Generator().manual_seed(seed)
+    f, h, G = torch.randn(4, C, generator=g), torch.randn(4, D, generator=g), torch.randn(C, D, generator=g)
+    if kind == "certain":
+        f[:, 0] += 1e3
+    elif kind == "one class is not masked":
+        f[:, 1:] = -math.inf
+    elif kind == "flat":
+        f.zero_()
+    f, h = f.to(dtype), (h if signed else h.abs()).to(dtype)
+    good = batchgrad(triton_device, f, h, G, temperature=T)
+    assert not good.isnan().any()
+    h[1, seed % D], h[2, seed % D] = bad, bad
+    h[2, -1], f[3, seed % C] = math.nan, math.nan
+    got = batchgrad(triton_device, f, h, G, temperature=T)
+    assert torch.equal(got[0], good[0])
+    assert got[1].isnan() if math.isnan(bad) else got[1] == math.inf
+    assert got[2:].isnan().all()
+
+
 def test_what_it_leaves_to_the_reference(triton_device):
     f, h = torch.randn(3, 10, device=triton_device), torch.randn(3, 4, device=triton_device)
     anchors = fastood.BatchGrad(torch.randn(10, 4, device=triton_device), temperature=1e-40)
