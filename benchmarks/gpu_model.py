@@ -69,6 +69,11 @@ def measured() -> Measured:
     return Measured(**json.loads(MEASURED.read_text()))
 
 
+def write(of: Measured) -> None:
+    kernels = ",\n".join("  " + json.dumps(kernel, ensure_ascii=False) for kernel in of.kernels)
+    MEASURED.write_text(f'{{\n "on": {json.dumps(of.on)},\n "kernels": [\n{kernels}\n ]\n}}\n')
+
+
 def errors(model: Sequence[float], of: Measured) -> list[float]:
     """The logarithm of predicted over measured, of each kernel."""
     shares = (Model(*model).share(Warp(**k["warp"]), of.bytes_per_clock) for k in of.kernels)
@@ -78,7 +83,8 @@ def errors(model: Sequence[float], of: Measured) -> list[float]:
 def fit(of: Measured) -> Model:
     from scipy.optimize import least_squares
 
-    return Model(*map(float, least_squares(errors, FITTED, x_scale=FITTED, args=(of,)).x))
+    found = least_squares(errors, FITTED, bounds=((0, 0, 1), (math.inf,) * 3), x_scale=FITTED, args=(of,))
+    return Model(*map(float, found.x))
 
 
 def rms(of: Sequence[float]) -> float:

@@ -19,7 +19,7 @@ VERSIONS = ("driver", "CUDA", "torch", "Triton", "fastood", "commit")
 
 
 def machine(commit: str | None, rehearsal: bool) -> dict[str, Any]:
-    """What it ran on, and the most FP32 instructions a second."""
+    """What it ran on."""
     commit = commit or os.environ.get("FASTOOD_COMMIT") or _says("git", "describe", "--always", "--dirty", "--abbrev=7")
     known = {"card": "no GPU", "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
     known |= {"torch": torch.__version__, "Triton": version("triton"), "fastood": fastood.__version__}
@@ -28,8 +28,8 @@ def machine(commit: str | None, rehearsal: bool) -> dict[str, Any]:
         return known
     smi = _says("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader,nounits", "-i", "0")
     driver, _, mhz = smi.partition(", ")
-    lanes = 128 * torch.cuda.get_device_properties(0).multi_processor_count
-    known |= {"driver": driver, "CUDA": torch.version.cuda, "fp32_peak": lanes * float(mhz or "nan") * 1e6}
+    known |= {"driver": driver, "CUDA": torch.version.cuda, "clock": float(mhz or "nan") * 1e6}
+    known |= {"multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count}
     return known | {"card": torch.cuda.get_device_name(0)}
 
 
@@ -85,7 +85,8 @@ def markdown(whole: dict[str, Any]) -> str:
         text = f"{row['bytes'] / t / ceilings.get('read', math.nan):.0%}"
         if row["operations"]:
             rate = row["operations"] / t
-            text = f"{rate / 1e12:.1f} T op/s, {rate / known['fp32_peak']:.0%}"
+            peak = 128 * known["multiprocessors"] * known["clock"]  # FP32 instructions of all lanes
+            text = f"{rate / 1e12:.1f} T op/s, {rate / peak:.0%}"
         others = [rivals.get((what, dtype, name), {}).get("seconds") for name in ("eager", "torch.compile")]
         ratios = ["–" if x is None else f"{x / t:.0f}" if x / t > 9.95 else f"{x / t:#.2g}" for x in others]
         return f"{text} ({' / '.join(ratios)})" if any(others) else text

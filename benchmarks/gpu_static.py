@@ -3,9 +3,9 @@
 Every kernel is compiled at representative shapes and types, and the disassembler that comes with Triton shows what
 sm_90 would run. Printed per kernel: registers, shared memory, how many warps a multiprocessor then holds and how many
 kilobytes they have loaded before they use any; the width of the loads of logits and features; special-function, FP32
-and total instructions for each element read; and the share of the read ceiling that gpu_model.py predicts from all that,
-for an H200, fitted to what other kernels measured there. A prediction is no measurement; there is none for kernels that
-are made of several launches or programs.
+and total instructions for each element read; and the share of the read ceiling that gpu_model.py predicts from all
+that, for an H200, fitted to what other kernels measured there. A prediction is no measurement; there is none for
+kernels that are made of several launches or programs.
 
 Branches are counted as not taken. They serve rare rows (device/ says which): those that float32 cannot sum at first,
 which are read again, and for entropies rows with masked classes. "rare" is what the code behind branches would add, its
@@ -19,11 +19,14 @@ The exit status is 1 where a kernel does not compile, spills (there, or for sm_8
 128 bits at a time (64 for rows of 100 halves, and for G, two numbers that a whole warp shares; 32 for rows of ten
 classes, a thread each), takes more instructions than its budget, or is predicted a smaller share.
 
---fit fits the model's constants anew, and prints measured shares beside predicted ones.
+--fit                     fits the model's constants anew, and prints measured shares beside predicted ones
+--measured GPU_DAY_JSON   does so for what gpu_day.py measured of these kernels, and keeps that in gpu_measured.json
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import multiprocessing
 import os
@@ -323,6 +326,7 @@ class Report(NamedTuple):
     special: float
     fp32: float
     rare: float  # instructions behind branches, for each element
+    warp: gpu_model.Warp
     share: float  # of the read ceiling, predicted
 
 
@@ -382,6 +386,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
         special,
         each(FP32),
         sum(1 for _ in flow.instructions(rare)) * threads / compiled.elements,
+        warp,
         gpu_model.FITTED.share(warp, gpu_model.measured().bytes_per_clock) if known else math.nan,
     )
 
@@ -454,7 +459,27 @@ CASES = [
 # a point or two below what is reached.
 SHARES = {
     ("energy", 1000, 0): (91,),
+    ("4 V terms", 1000, 0): (73, 93),
+    ("all V terms", 1000, 0): (63, 89),
+    ("4 V terms", 1001, 0): (75, 93),
+    ("all V terms", 1001, 0): (44, 88),
+    ("4 V terms", 21841, 0): (70, 93),
+    ("4 V terms", 100, 0): (77, 92),
+    ("4 V terms", 10, 0): (44, 65),
+    ("norms 1, 2", 0, 2048): (97, 98),
+    ("norm 0.3", 0, 2048): (76, 94),
+    ("12 norms", 0, 2048): (36, 73),
+    ("4 V x norms 1, 2", 1000, 2048): (89,),
+    ("energy x norm 0.3", 1000, 2048): (82,),
+    ("4 V x norm 0.3", 1000, 2048): (75,),
+    ("4 V x 12 norms", 1000, 2048): (41,),
+    ("E_q || e_Y - p ||_2, q given", 1000, 0): (66, 82),
+    ("E_q || e_Y - p ||_2, q given", 12288, 0): (62,),
+    ("E_q || e_Y - p ||_1^2, q predicted", 1000, 0): (47,),
+    ("E_q || e_Y - p ||_3, q uniform", 1000, 0): (22,),
+    ("|| q - p ||_2, q given", 1000, 0): (82,),
 }
+assert SHARES.keys() <= {(case.what, case.C, case.D) for case in CASES}
 
 
 def least_share(case: Case) -> int:
@@ -463,7 +488,7 @@ def least_share(case: Case) -> int:
 
 
 def examined(job: tuple[int, Case]) -> tuple[Report | None, list[str]]:
-    """What a kernel costs, on sm_90, and what is wrong with it."""
+    """What a kernel of sm_90 costs, and what is wrong with it there or elsewhere."""
     architecture, case = job
     try:
         compiled = compile_case(case, GPUTarget("cuda", architecture, 32))
@@ -483,8 +508,53 @@ def examined(job: tuple[int, Case]) -> tuple[Report | None, list[str]]:
     return report, [what for what, is_wrong in wrong.items() if is_wrong]
 
 
+# The kernels that the model is fitted to, as gpu_day.py calls them. Of longer rows than ROWS has, there are more.
+MEASURED: dict[str, tuple[tuple[Stat, ...], tuple[float, ...]]] = {
+    "energy": (("energy",), ()),
+    "MSP": (("msp",), ()),
+    "TV": (("tv",), ()),
+    "4 V": (V, ()),
+    "7 statistics": (EVERY_V, ()),
+    "norms {1, 2}": ((), (1.0, 2.0)),
+    "norm 0.3": ((), (0.3,)),
+    "12 norms": ((), GRID),
+    "energy × norm 0.3": (("energy",), (0.3,)),
+    "sweep, 4 V × 12 norms": (V, GRID),
+    "GradNorm": (("tv",), (1.0,)),
+    "E_q of L2, q given": ((("gradient", "given", 2.0, 1.0, "outside"),), ()),
+    "E_p of L3": ((("gradient", "predicted", 3.0, 1.0, "outside"),), ()),
+}
+
+
+def keep_measured(day: dict[str, Any]) -> None:
+    """Writes gpu_measured.json: what gpu_day.py measured, and what a warp of the kernel, as it is now, does."""
+    assert not day["rehearsal"], "a rehearsal measures nothing"
+    rows = day["figures"]["kernels"]
+    (ceiling,) = (row["read"] for row in rows if "read" in row)
+    known = day["machine"] | {"read_ceiling": ceiling}
+    kernels = []
+    for row in rows:
+        name, _, sizes = row.get("what", "").rpartition(", ")
+        C, D = (int((re.findall(rf"{size}=(\d+)", sizes) or [0])[0]) for size in "CD")
+        if name not in MEASURED or "seconds" not in row or max(shapes.ROWS) < C:
+            continue
+        stats, orders = MEASURED[name]
+        gradient = bool(stats) and stats[0][0] == "gradient"
+        case = Case(name, getattr(torch, row["dtype"]), C, D, stats, orders, 0, 0, "gradient" if gradient else "scores")
+        warp = analyse(compile_case(case, GPUTarget("cuda", 90, 32)), case).warp
+        share = round(100 * row["bytes"] / row["seconds"] / ceiling)
+        kernels.append({"what": name, "dtype": row["dtype"], "C": C, "D": D, "share": share, "warp": warp._asdict()})
+    gpu_model.write(gpu_model.Measured(known, kernels))
+
+
 def main() -> int:
-    if "--fit" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--measured", type=Path)
+    given = parser.parse_args()
+    if given.measured:
+        keep_measured(json.loads(given.measured.read_text()))
+    if given.fit or given.measured:
         print(gpu_model.report(gpu_model.measured()))
         return 0
     print(__doc__.split("\n\n")[0])

@@ -73,7 +73,7 @@ def test_table_of_a_gpu():
         "calls": [{"key": "MSP", "seconds": 11.9e-6, "graph_seconds": 2e-6}],
         "tests": [{"key": "tests-0.log", "summary": "1 failed, 9 passed in 3s", "failed": ["FAILED tests/a.py::b"]}],
     }
-    machine = known | {"fastood": "0.1", "commit": "abc1234", "fp32_peak": 33e12}
+    machine = known | {"fastood": "0.1", "commit": "abc1234", "multiprocessors": 129, "clock": 2e9}
     table = gpu_report.markdown({"rehearsal": False, "machine": machine, "phases": {}, "figures": figures})
     for line in (
         "By `python -m benchmarks.gpu_day` on A Card, 2026-01-01: driver 1, CUDA 13, torch 2.13, Triton 3.7.1, "
