@@ -251,7 +251,7 @@ class Route:
     def __call__(self, f: Tensor | None, h: Tensor | None, q: Tensor | None = None) -> Tensor:
         f, h, q = (None if x is None else _readable(x) for x in (f, h, q))
         x = next(x for x in (f, h, q) if x is not None)
-        if self.native and has_driver(x.device):
+        if self.native and len(x) and has_driver(x.device):
             out = _native.launch(self.native, f, h, q)
             if out is None and self._add(x.device, f, h, q):
                 out = _native.launch(self.native, f, h, q)
