@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from types import EllipsisType
 from typing import Any
 
+import torch
+
 from fastood._inputs import ArrayT, choice, give, logits_and_feats, order_of, result_dtype, temperature_of
 from fastood._plan import Plan, keep, known_plan, stat_of, typed
 from fastood.kernels import STATISTICS, Stat, Want, select
@@ -275,6 +277,52 @@ def row_stats(
     want = Want(wanted, temperature=temperature_of(temperature))
     found, _ = select(backend, f.device, f.dtype).row_stats(f, None, want)
     return {s: give(found[s].to(result_dtype(f)), as_numpy) for s in wanted}
+
+
+def warm_up(
+    C: int,
+    D: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    methods: Iterable[str] = ("energy",),
+    *,
+    device: str | torch.device = "cuda",
+    backend: str = "auto",
+    norm: float | EllipsisType | None = ...,
+    **options: Any,
+) -> None:
+    """Compile and load ahead what ``score(logits [N, C], feats [N, D], method)`` needs of a GPU, for any N.
+
+    The first call of a kind compiles for some seconds. Compiled kernels stay in Triton's cache directory
+    (``TRITON_CACHE_DIR``), which can be shipped with a container that was warmed up on a GPU of the same kind.
+
+    Parameters
+    ----------
+    C, D : int
+        Classes and features; None for scores without features.
+    dtype : torch.dtype
+        Of logits and features.
+    methods : iterable of str
+        Names in ``fastood.SCORES``, each scored by itself.
+    device, backend
+        Where the tensors will be, and who will score them.
+    norm, **options
+        As ``fastood.score`` will be given them. Another temperature compiles nothing new.
+
+    Notes
+    -----
+    For ``scores``, ``sweep``, ``norms`` and ``BatchGrad`` one call on a row of zeros does the same: nothing that is
+    compiled depends on the number of rows.
+
+    Examples
+    --------
+    >>> import fastood, torch
+    >>> fastood.warm_up(1000, 2048, torch.bfloat16, ["energy", "gradnorm"], device="cpu")
+    """
+    logits = torch.zeros(1, C, dtype=dtype, device=device)
+    feats = None if D is None else torch.zeros(1, D, dtype=dtype, device=device)
+    for name in _names("methods", methods):
+        of_norm = ... if _entry(name, "methods").gradient else norm
+        score(logits, feats, name, norm=of_norm, backend=backend, **options)
 
 
 def _entry(method: str, argument: str = "method") -> Score:

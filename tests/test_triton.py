@@ -602,6 +602,20 @@ def test_launches_of_the_native_part(driver, name, dtype):
         assert len(driver.grids) > before[1] or not len(f)
 
 
+def test_warmed_up(driver):
+    """No later call of the same kind compiles anything, of any number of rows or at another temperature."""
+    fastood.warm_up(10, 4, torch.bfloat16, ["energy", "gradnorm"], device="cpu", backend="triton", norm=2)
+    compiled = len(driver.compiled)
+    assert compiled == 2
+    f, h = torch.randn(70, 10).bfloat16(), torch.randn(70, 4).bfloat16()
+    for rows in (1, 70):
+        fastood.score(f[:rows], h[:rows], norm=2, backend="triton")
+        fastood.score(f[:rows], h[:rows], "gradnorm", backend="triton")
+    assert len(driver.compiled) == compiled
+    with pytest.raises(ValueError, match="methods"):
+        fastood.warm_up(10, methods=["enrgy"], device="cpu")
+
+
 def test_batchgrad_in_groups_of_rows(driver, monkeypatch):
     monkeypatch.setattr(shapes, "TEMPORARY", 1)
     torch.manual_seed(0)
