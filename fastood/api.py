@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import EllipsisType
 from typing import Any
 
@@ -139,7 +140,7 @@ def scores(
         if norm is None:
             entries = [e for e in entries if e.stats]
     else:
-        entries = [_entry(m, "methods") for m in _names("methods", methods)]
+        entries = _entries("methods", methods)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = (*entries, norm, type(norm), feats is None, *options, backend, type(temperature), *typed(params))
     plan = known_plan(key)
@@ -184,20 +185,10 @@ def sweep(
     >>> fastood.sweep(torch.randn(5, 10), torch.randn(5, 32)).shape
     torch.Size([5, 4, 12])
     """
-    entries: list[Score] = [_entry(name, "v") for name in _names("v", v)]
-    orders: list[Any] = _names("norms", norms)
+    entries, orders = _entries("v", v), _names("norms", norms)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (
-        "sweep",
-        *entries,
-        *orders,
-        *map(type, orders),
-        type(temperature),
-        feats is None,
-        *options,
-        backend,
-        *typed(params),
-    )
+    of_call = (*options, type(temperature), feats is None, backend, *typed(params))
+    key = ("sweep", *entries, *orders, *map(type, orders), *of_call)
     plan = known_plan(key)
     if plan is None:
         for entry in entries:
@@ -328,6 +319,15 @@ def warm_up(
 def _entry(method: str, argument: str = "method") -> Score:
     entry = SCORES.get(method) if isinstance(method, str) else None
     return entry or SCORES[choice(argument, method, tuple(SCORES))]
+
+
+def _entries(argument: str, methods: Any) -> list[Score]:
+    names = _names(argument, methods)
+    with suppress(TypeError):  # no hash: let it be refused
+        found = [*map(SCORES.get, names)]
+        if None not in found:
+            return found  # type: ignore[return-value]
+    return [_entry(name, argument) for name in names]
 
 
 def _names(argument: str, names: Any) -> list[Any]:
