@@ -185,9 +185,10 @@ def sweep(
     >>> fastood.sweep(torch.randn(5, 10), torch.randn(5, 32)).shape
     torch.Size([5, 4, 12])
     """
-    entries, orders = _entries("v", v), _names("norms", norms)
+    entries: list[Score] = _entries("v", v)
+    orders: list[Any] = _names("norms", norms)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    of_call = (*options, type(temperature), feats is None, backend, *typed(params))
+    of_call: tuple[Any, ...] = (*options, type(temperature), feats is None, backend, *typed(params))
     key = ("sweep", *entries, *orders, *map(type, orders), *of_call)
     plan = known_plan(key)
     if plan is None:
