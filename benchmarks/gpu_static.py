@@ -123,8 +123,8 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
 
 def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bool = False) -> Compiled:
     """A kernel of device.batchgrad.py."""
-    types = {"f_ptr": POINTERS[dtype], "h_ptr": POINTERS[dtype], "scale": "fp32", "inverse": "fp32"}
-    types |= dict.fromkeys(("stats_ptr", "out_ptr"), "*fp64")
+    types = {"f_ptr": POINTERS[dtype], "h_ptr": POINTERS[dtype], "scale": "fp32", "inverse": "fp32", "sign": "fp32"}
+    types |= {"stats_ptr": "*fp64", "out_ptr": "*fp32"}
     types |= dict.fromkeys(("x_ptr", "sum_ptr", "g_ptr", "g_sums_ptr", "part_ptr"), "*fp32")
     constants, warps = shapes.BATCHGRAD, 1
     if name != "partial_sums":

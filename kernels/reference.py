@@ -33,6 +33,10 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def plain(*_: object) -> None:
+    return None
+
+
 def products(*_: object) -> None:
     """Nothing to gain over row_stats."""
 
@@ -414,7 +418,7 @@ def _split_r_ln2(r: float, bits: int) -> tuple[float, float]:
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    """E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N] float64, in tiles [n, c, D]."""
+    """anchors.sign times E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N] float64, in tiles [n, c, D]."""
     T, G = anchors.temperature, anchors.G
     dtype = torch.promote_types(
         torch.promote_types(logits.dtype, feats.dtype), torch.promote_types(G.dtype, torch.float32)
@@ -429,7 +433,7 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), G.split(c), strict=True)
         nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
         sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
-    return torch.cat(sums)
+    return anchors.sign * torch.cat(sums)
 
 
 def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:

@@ -147,12 +147,12 @@ def partial_sums(
 
 
 @triton.jit(do_not_specialize=["N", "rows", "parts"])
-def merged(part_ptr, out_ptr, N, rows, parts, SOME: tl.constexpr, PARTS: tl.constexpr):
-    """The sums over `parts` of part [parts, rows], in float64 and always in the same order."""
+def merged(part_ptr, out_ptr, N, rows, parts, sign, SOME: tl.constexpr, PARTS: tl.constexpr):
+    """`sign` times the sums over `parts` of part [parts, rows], in float64 and always in the same order."""
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)[None, :]
     total = tl.zeros([PARTS, SOME], tl.float64)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         total += tl.load(part_ptr + part.to(tl.int64) * rows + n, mask=(part < parts) & (n < N), other=0.0)
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)
-    tl.store(out_ptr + n, tl.sum(total, 0), mask=n < N)
+    tl.store(out_ptr + n, sign * tl.sum(total, 0), mask=n < N)
