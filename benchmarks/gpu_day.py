@@ -113,11 +113,13 @@ def works() -> Iterator[Work]:
 
 def every_work(part: slice) -> Iterator[tuple[str, Work, str]]:
     """With a name that says what and where, and each type; in a rehearsal they take turns."""
-    for i, work in [*enumerate(works())][part]:
+    pairs = [(work, dtype) for work in works() for dtype in DTYPES]
+    if REHEARSED:
+        pairs = [pair for i, pair in enumerate(pairs) if i % 4 in (0, 3)]
+    for work, dtype in pairs[part]:
         sizes = " ".join(f"{name}={size}" for name, size in zip("NCD", work[1:4], strict=True) if size)
         here = work._replace(N=3, C=min(work.C, 40), D=min(work.D, 48)) if REHEARSED else work
-        for dtype in [*DTYPES][i % 2 :: 2] if REHEARSED else DTYPES:
-            yield f"{work.what}, {sizes}", here, dtype
+        yield f"{work.what}, {sizes}", here, dtype
 
 
 def tensors(work: Work, dtype: str) -> dict[str, Tensor]:
