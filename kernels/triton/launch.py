@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastood.kernels import Anchors, Want
@@ -51,37 +50,16 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     C, D = f.shape[1] if f is not None else 0, h.shape[1] if h is not None else 0
     table = _table(plan.table, out.device)
     with _on(out.device):
-        x, y, clusters = _matrix(f), _matrix(h), _clusters(out.device)
-        shape = shapes.launch_shape(C, D, x.shifted, x.halves, clusters)
-        x_tile, y_tile = x.tile(shape.lanes), y.tile(shape.lanes)
-        segments = shapes.segments_of(C, x_tile.vec, x.shifted, clusters)
-        logits = x.arguments(x_tile)
-        if f is not None and segments[0] > 1:
-            logits = _segments(f, x, plan, segments, table), 0, 0
+        x, y = _matrix(f), _matrix(h)
+        shape = shapes.launch_shape(C, D, x.shifted, x.halves)
+        x_tile, y_tile, x_tiles = x.tile(shape.lanes), y.tile(shape.lanes), 0
+        if shapes.is_streamed(C):
+            x_tile, x_tiles = shapes.streamed(C, x_tile, shape.lanes)
         half = h is not None and h.dtype == torch.float16
-        constants = shapes.constants(plan, C, x_tile, segments, D, y_tile, half, bias, log, shape.rows)
+        constants = shapes.constants(plan, C, x_tile, x_tiles, D, y_tile, half, bias, log, shape.rows)
         grid = (math.ceil(N / shape.rows),)
-        arguments = (*logits, *y.arguments(y_tile), table, out, *out.stride(), N)
+        arguments = (*x.arguments(x_tile), *y.arguments(y_tile), table, out, *out.stride(), N)
         device.scores.scores[grid](*arguments, **constants, **shape.options)
-
-
-def _segments(f: Tensor, x: Matrix, plan: Plan, segments: tuple[int, int], table: Tensor) -> Tensor:
-    """The records of all segments of rows too long for one program."""
-    N, C = f.shape
-    shape = shapes.segment_shape(x.shifted)
-    tile = x.tile(shape.lanes)
-    data, stride, offset = x.arguments(tile)
-    records = torch.empty(N, segments[0], device.scores.RECORD.value, dtype=torch.float32, device=f.device)
-    group = max(1, shapes.L2_BYTES // (C * f.element_size()))
-    for first in range(0, N, group):
-        some = records[first : first + group]
-        for second in (False, True) if plan.sums & shapes.TV else (False,):
-            constants = shapes.segment_constants(plan, C, tile, segments, second)
-            grid = (len(some) * segments[0],)
-            device.scores.segments[grid](
-                data, stride, offset + first * stride, some, table, **constants, **shape.options
-            )
-    return records
 
 
 def batchgrad(f: Tensor, h: Tensor, anchors: Anchors) -> Tensor | None:
@@ -169,13 +147,6 @@ def _matrix(x: Tensor | None) -> Matrix:
     offset = x.data_ptr() % 16 // x.element_size()
     data = x.as_strided((1,), (1,), x.storage_offset() - offset) if offset else x
     return Matrix(data, x.shape[1], x.stride(0), offset)
-
-
-@lru_cache
-def _clusters(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return shapes.clusters(torch.cuda.get_device_capability(device), triton.__version__)
 
 
 @lru_cache(maxsize=256)
