@@ -34,7 +34,7 @@ LONG_ROWS = (1, 4)  # of features, beyond that table
 # Of logits beyond ROWS: a program reads its row in tiles of 16 bytes a thread, or where rows begin anywhere of an
 # element a thread, so many of them in flight.
 STREAM = (1, 16)
-STREAM_TILES, STREAM_ELEMENTS = 8, 32
+STREAM_TILES, STREAM_ELEMENTS = 8, 24
 TILES = 4  # of features in flight
 
 
