@@ -56,7 +56,7 @@ def triton_device():
 # ---- every branch of a launch
 
 # Both sides of the ends of lines in shapes.ROWS: a thread a row (1, 10, 16), a few threads (17, 101), words in pairs or
-# not, whole and shifted rows (1000, 1001, 1002), a program a row (from 3000 on), and rows in segments (from 24577 on).
+# not, whole and shifted rows (1000, 1001, 1002), a program a row (from 3000 on), read tile by tile (from 24577 on).
 CLASSES = [1, 10, 16, 17, 101, 129, 1000, 1001, 1002, 3000, 10001, 24576, 24577, 30008]
 
 
@@ -154,28 +154,69 @@ def test_a_sweep_is_made_of_its_scores(triton_device, C, dtype):
         torch.testing.assert_close(one, grid[:, i, j], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("C", "dtype"), [(30_008, torch.float32), (33_001, torch.bfloat16)], ids=str)
-def test_a_row_shared_by_a_cluster(triton_device, monkeypatch, new_programs, C, dtype):
-    """The interpreter knows no clusters, but runs what their launch makes of a row."""
+@pytest.fixture
+def short_rows_as_long_ones(monkeypatch, new_programs):
+    """Rows of more than 16 classes are read tile by tile, by few warps, in groups of few tiles."""
+    monkeypatch.setattr(shapes, "ROWS", {16: shapes.ROWS[16]})
+    monkeypatch.setattr(shapes, "STREAM", (1, 4))
+    monkeypatch.setattr(shapes, "STREAM_TILES", 2)
+    monkeypatch.setattr(shapes, "STREAM_ELEMENTS", 3)
+
+
+# One group of tiles, two, and many; full and partial tiles; 16-byte loads or, in 1001 and 802, an element each.
+@pytest.mark.parametrize(
+    ("C", "dtype"),
+    [
+        (1032, torch.float16),
+        (1032, torch.float32),
+        (3000, torch.bfloat16),
+        (4096, torch.float16),
+        (3000, torch.float32),
+        (1001, torch.float16),
+        (1001, torch.float32),
+        (802, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("short_rows_as_long_ones")
+def test_a_row_read_tile_by_tile(triton_device, C, dtype):
+    """Maxima that come first, last, everywhere, and one after another; masked classes; certain rows and far ones."""
+    rng = np.random.default_rng(C)
+    x = 3 * rng.standard_normal((11, C))
+    x[0].sort()
+    x[1] = np.sort(x[1])[::-1]
+    x[2] = 0
+    x[3, -1] += 60
+    x[4, 0] += 150
+    x[5, : C // 2] = -math.inf
+    x[6, C // 3 :] = -math.inf
+    x[7, rng.random(C) < 0.5] = -math.inf
+    x[8] += 3e4
+    x[9] = np.linspace(-100, 100, C)
+    x[10] -= 2e4
+    f = torch.from_numpy(x).to(dtype)
+    for names, rows in ((["energy", "tv", "msp", "s2", "sumlogp"], f), (["plogp"], f[5:8]), (STATS, f)):
+        got = fastood.row_stats(rows.to(triton_device), names, backend="triton")
+        for name in names:
+            expected = truth.stat(name, rows)
+            allowed = truth.tolerance(name, expected, rows, 1.0, truth.EPS["float32"])
+            truth.assert_close(got[name].cpu(), expected, allowed, name)
+    memory = torch.empty(C + 8, dtype=dtype, device=triton_device)
+    alone = memory[8:] if C % 8 == 0 else memory[3 : C + 3]
+    alone.copy_(f[7])
+    for name, one in fastood.row_stats(alone[None], STATS, backend="triton").items():
+        assert torch.equal(one, got[name][7:8]), name
+
+
+@pytest.mark.parametrize("C", [1000, 50_257])
+@needs_triton
+def test_rows_take_one_launch_of_any_number(C):
     from fastood.kernels.triton import launch
 
-    if triton_device == "cuda" and not launch._clusters(torch.device("cuda", 0)):
-        pytest.skip("needs compute capability 9.0 and Triton 3.9")
-    monkeypatch.setattr(launch, "_clusters", lambda device: True)
-    monkeypatch.setattr(launch, "_segments", None)  # which is not called
-    rng = np.random.default_rng(C)
-    x = rng.standard_normal((3, C)) * [[1.0], [4.0], [3.0]]
-    x[1, C // 2] += 100
-    x[2, rng.random(C) < 0.5] = -math.inf
-    f, h = torch.from_numpy(x).to(dtype), torch.from_numpy(rng.standard_normal((3, 100))).to(dtype)
-    got = fastood.row_stats(f.to(triton_device), STATS, backend="triton")
-    for name in STATS:
-        expected = truth.stat(name, f)
-        allowed = truth.tolerance(name, expected, f, 1.0, truth.EPS["float32"])
-        truth.assert_close(got[name].cpu(), expected, allowed, name)
-    score = fastood.score(f.to(triton_device), h.to(triton_device), backend="triton").cpu()
-    expected = truth.stat("energy", f) * truth.norm(h, 0.3)
-    truth.assert_close(score, expected, 64 * truth.EPS["float32"] * np.abs(expected), "energy x ||h||_0.3")
+    f, h = (launch.Layout(torch.bfloat16, n, n, 0) for n in (C, 20))
+    plan = shapes.plan_of(Want(("energy", "tv"), (1.0, 2.0)), None)
+    program = launch.scores(torch.device("cpu"), f, h, None, plan, bias=False, log=False, by_row=True)
+    assert (len(program.launches), program.buffers, program.group) == (1, (), 0)
 
 
 @pytest.mark.parametrize("C", [100, 1000, 1001, 30_008])
@@ -189,7 +230,7 @@ def test_bad_rows_on_every_branch(triton_device, C):
     assert got["plogp"][3].item() == pytest.approx(-math.log(C))
 
 
-def test_a_masked_segment_is_no_bad_row(triton_device):
+def test_a_thread_of_masked_classes_is_no_bad_row(triton_device):
     f = torch.full((2, 40_000), -math.inf)
     f[0, 3], f[0, 39_999] = 2.0, 1.0
     got = fastood.row_stats(f.to(triton_device), ["msp", "energy", "tv", "sumlogp"], backend="triton")
@@ -539,7 +580,7 @@ def new_programs():
     from fastood.kernels.triton import launch
 
     caches = [triton._columns.cache_clear, triton._gradient.cache_clear, _plan._PLANS.clear]
-    caches += [launch.scores.cache_clear, launch.gradient.cache_clear, launch._clusters.cache_clear]
+    caches += [launch.scores.cache_clear, launch.gradient.cache_clear]
     for clear in caches:
         clear()
     yield
@@ -718,14 +759,12 @@ def test_on_another_device_than_the_current_one():
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles(itemsize):
-    for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24577, 50257, 131072, 262144]:
+    for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24576]:
         for stride in (columns, columns + 1, 0):
             shifted = shapes.is_shifted(columns, stride, 0, itemsize)
-            rows, warps, _ = shape = shapes.launch_shape(columns, 0, shifted, itemsize == 2, clusters=True)
-            if shapes.segments_of(columns, 1, shifted, True)[0] > 1:
-                continue
+            rows, warps = shape = shapes.launch_shape(columns, 0, shifted, itemsize == 2)
             lanes = shape.lanes
-            assert rows * lanes in (32 * warps * shape.ctas, rows)
+            assert rows * lanes in (32 * warps, rows)
             tile = shapes.tile_of(columns, stride, 0, itemsize, lanes)
             assert tile.vec * itemsize <= 16
             assert tile.vec % tile.p == 0
@@ -758,42 +797,20 @@ def test_tiles_of_gradients(itemsize, labels):
             assert of_thread <= (32 if pairs and C > 16 else 64)  # in registers
 
 
-def test_only_a_cluster_shares_a_row():
-    for C in (1, 1000, 24576, 262145):
-        assert shapes.launch_shape(C, 0, False, False, True) == shapes.launch_shape(C, 0, False, False, False)
-        assert shapes.launch_shape(C, 0, False, False, True).options.keys() == {"num_warps"}
-    assert shapes.launch_shape(24577, 4096, False, False, True).options == {"num_warps": 4, "num_ctas": 2}
-    assert shapes.launch_shape(24577, 4096, False, False, False).options == {"num_warps": 4}
-    assert shapes.launch_shape(262144, 0, False, False, True).options == {"num_warps": 8, "num_ctas": 8}
-    assert [shapes.segments_of(C, 8, False, True)[0] for C in (24577, 262144, 262152)] == [1, 1, 17]
-
-
-def test_which_processors_have_clusters():
-    assert [shapes.clusters(c, "3.9.0") for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == [False, False, True, True]
-    assert [shapes.clusters((9, 0), t) for t in ("3.7.1", "3.8.0", "3.9.0", "3.10.1+git", "4.0")] == [False] * 2 + [
-        True
-    ] * 3
-
-
-@needs_triton
-def test_a_processor_of_amd_has_no_clusters(monkeypatch):
-    from fastood.kernels.triton import launch
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    launch._clusters.cache_clear()
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not launch._clusters(torch.device("cuda"))
-    launch._clusters.cache_clear()
-    assert not launch._clusters(torch.device("cpu"))
-
-
-def test_segments_cover_a_row():
-    for C in (24577, 50257, 128256, 1_000_003):
-        for vec in (1, 4, 8):
-            count, length = shapes.segments_of(C, vec, False, False)
-            assert length % vec == 0
-            assert 0 < C - (count - 1) * length <= length <= shapes.LONGEST_SEGMENT + vec
-    assert shapes.segments_of(24576, 8, False, False) == (1, 24576)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_of_long_rows(itemsize):
+    assert [shapes.is_streamed(C) for C in (0, 1000, 24576, 24577)] == [False, False, False, True]
+    for C in (24577, 24584, 50257, 128256, 262144, 1_000_003):
+        for stride in (C, C + 1):
+            shifted = shapes.is_shifted(C, stride, 0, itemsize)
+            shape = shapes.launch_shape(C, 0, shifted, itemsize == 2)
+            assert shape.rows == 1
+            tile, count = shapes.streamed(C, shapes.tile_of(C, stride, 0, itemsize, shape.lanes), shape.lanes)
+            assert not tile.shifted
+            assert tile.w == shape.lanes * tile.vec // tile.p
+            assert tile.vec * itemsize == (itemsize if shifted else 16)
+            assert C % tile.vec == stride % tile.vec == 0
+            assert 2 <= count <= (shapes.STREAM_ELEMENTS if shifted else shapes.STREAM_TILES)
 
 
 def test_every_order_finds_its_sum():
@@ -822,28 +839,6 @@ def test_compiles_ahead_of_time(architecture):
     assert run.returncode == 0, run.stderr[-20_000:]
 
 
-@needs_triton
-@only_compiled
-def test_clusters_compile_ahead_of_time():
-    import triton
-
-    if not shapes.clusters((9, 0), triton.__version__):
-        pytest.skip("needs Triton 3.9")
-    run = subprocess.run([sys.executable, "-c", CLUSTERS], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-20_000:]
-
-
-CLUSTERS = """
-from benchmarks.gpu_static import *
-every = (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2")
-for architecture in (90, 100):
-    for t, C, D, orders in ((FLOAT, 24577, 64, (0.1, 2.0)), (HALF, 50257, 0, ()), (BFLOAT, 262144, 0, ())):
-        case = Case("", t, C, D, every, orders, 0, 0, "cluster")
-        compiled = compile_case(case, GPUTarget("cuda", architecture, 32))
-        assert not any(x.base in ("LDL", "STL") for x in disassemble(compiled.cubin)[0]), case
-"""
-
-
 AHEAD_OF_TIME = """
 import sys, torch
 amd = sys.argv[1] == "gfx942"
@@ -854,7 +849,7 @@ target = GPUTarget("hip", "gfx942", 64) if amd else GPUTarget("cuda", 90, 32)
 every = (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2")
 cases = [Case("", t, C, D, every, (0.1, 0.25, 1.5, 100.0), 0, 0) for t, C, D in (
     (BFLOAT, 1001, 257), (HALF, 10, 64), (HALF, 3001, 64), (FLOAT, 100, 17), (FLOAT, 7, 3), (FLOAT, 128256, 4096))]
-cases += [Case("", t, 30001, 0, every, (), 0, 0, kernel) for t in (BFLOAT, FLOAT) for kernel in ("first", "second")]
+cases += [Case("", BFLOAT, 30001, 0, every, (), 0, 0), Case("", HALF, 30008, 64, every, (2.0,), 0, 0)]
 cases += [Case("", FLOAT, 100, 0, (stat,), (), 0, 0) for stat in every]
 cases += [Case("", BFLOAT, 1000, 2048, V, GRID, 0, 0), Case("", HALF, 0, 2048, (), GRID, 0, 0)]
 for i, case in enumerate(cases):

@@ -20,7 +20,6 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastood.kernels import Anchors, Want
@@ -103,40 +102,22 @@ def scores(
 ) -> Program:
     """The columns of a plan, [N, columns], or [columns, N] where not `by_row`."""
     C, D = f.columns if f else 0, h.columns if h else 0
-    table, clusters = _table(plan.table, on), _clusters(on)
-    shape = shapes.launch_shape(C, D, f is not None and f.shifted, f is not None and f.itemsize == 2, clusters)
+    shape = shapes.launch_shape(C, D, f is not None and f.shifted, f is not None and f.itemsize == 2)
     x_tile = shapes.tile_of(*f[1:], f.itemsize, shape.lanes) if f else shapes.NOTHING
     y_tile = shapes.tile_of(*h[1:], h.itemsize, shape.lanes) if h else shapes.NOTHING
-    segments = shapes.segments_of(C, x_tile.vec, x_tile.shifted, clusters)
+    x_tiles = 0
+    if shapes.is_streamed(C):
+        x_tile, x_tiles = shapes.streamed(C, x_tile, shape.lanes)
     nothing = None, Argument(NUMBER), Argument(NUMBER)
-    logits: tuple[Any, ...] = f.arguments(LOGITS, x_tile) if f else nothing
+    logits = f.arguments(LOGITS, x_tile) if f else nothing
     feats = h.arguments(FEATS, y_tile) if h else nothing
-    launches: tuple[Launch, ...] = ()
-    buffers: tuple[Buffer, ...] = ()
-    if f and segments[0] > 1:
-        launches, buffers = _segments(f, plan, segments, table)
-        logits = (Argument(BUFFER), *nothing[1:])
     half = h is not None and h.dtype == torch.float16
-    constants = shapes.constants(plan, C, x_tile, segments, D, y_tile, half, bias, log, shape.rows)
+    constants = shapes.constants(plan, C, x_tile, x_tiles, D, y_tile, half, bias, log, shape.rows)
     strides = (Argument(NUMBER, plan.columns), Argument(NUMBER, 1))
     if not by_row:
         strides = (Argument(NUMBER, 1), Argument(NUMBER, 0, 1))
-    arguments = (*logits, *feats, table, Argument(OUT), *strides, Argument(NUMBER, 0, 1))
-    return Program((*launches, Launch(device.scores.scores, arguments, constants, shape)), buffers)
-
-
-def _segments(
-    f: Layout, plan: Plan, segments: tuple[int, int], table: Tensor
-) -> tuple[tuple[Launch, ...], tuple[Buffer, ...]]:
-    """The records of all segments of rows too long for one program."""
-    shape = shapes.segment_shape(f.shifted)
-    tile = shapes.tile_of(*f[1:], f.itemsize, shape.lanes)
-    arguments = (*f.arguments(LOGITS, tile), Argument(BUFFER), table)
-    launches = []
-    for second in (False, True) if plan.sums & shapes.TV else (False,):
-        constants = shapes.segment_constants(plan, f.columns, tile, segments, second)
-        launches.append(Launch(device.scores.segments, arguments, constants, shape, (segments[0], 1)))
-    return tuple(launches), (Buffer(torch.float32, segments[0] * device.scores.RECORD.value),)
+    arguments = (*logits, *feats, _table(plan.table, on), Argument(OUT), *strides, Argument(NUMBER, 0, 1))
+    return Program((Launch(device.scores.scores, arguments, constants, shape),))
 
 
 @lru_cache(maxsize=1024)
@@ -335,7 +316,7 @@ def compiled_kernel(launch: Launch, examples: tuple[Any, ...]) -> Compiled | Non
     about = kernel.metadata
     header = re.search(r"\.entry\s+\w+\((.*?)\)", kernel.asm["ptx"], re.S)
     scratch = getattr(about, "global_scratch_size", 0) or getattr(about, "profile_scratch_size", 0)
-    if header is None or scratch or launch.shape.ctas > 1:
+    if header is None or scratch:
         return None
     sizes = tuple(int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)", header[1]))
     return Compiled(kernel.function, 32 * about.num_warps, about.shared, sizes, kernel)
@@ -377,13 +358,6 @@ def _readable(x: Tensor) -> Tensor:
     if x.data_ptr() % 16 and (x.data_ptr() - x.storage_offset() * x.element_size()) % 16:
         x = x.clone(memory_format=torch.contiguous_format)  # memory of someone else's, which begins anywhere
     return x
-
-
-@lru_cache
-def _clusters(on: torch.device) -> bool:
-    if on.type != "cuda" or torch.version.hip:
-        return False
-    return shapes.clusters(torch.cuda.get_device_capability(on), triton.__version__)
 
 
 @lru_cache(maxsize=1024)

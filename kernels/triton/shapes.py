@@ -30,12 +30,11 @@ ROWS = {
 }
 ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
 ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
-LONG_ROWS = (1, 4)  # beyond either table
-# Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each.
-CLUSTERS = {32768: (2, 4), 65536: (4, 4), 131072: (8, 4), 262144: (8, 8)}
-LONGEST_SEGMENT = 16384  # of more classes than the tables hold
-SEGMENT_WARPS = 4
-L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
+LONG_ROWS = (1, 4)  # of features, beyond that table
+# Of logits beyond ROWS: a program reads its row in tiles of 16 bytes a thread, or where rows begin anywhere of an
+# element a thread, so many of them in flight.
+STREAM = (1, 16)
+STREAM_TILES, STREAM_ELEMENTS = 8, 24
 TILES = 4  # of features in flight
 
 
@@ -49,37 +48,26 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Rows a program, warps, and how many programs share the row in a cluster."""
+    """Rows a program, and its warps."""
 
     rows: int
     warps: int
-    ctas: int = 1
 
     @property
     def lanes(self) -> int:
         """Threads a row."""
-        return max(1, 32 * self.warps * self.ctas // self.rows)
+        return max(1, 32 * self.warps // self.rows)
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton is told; of clusters only where there is one, since no other processor knows them."""
-        return {"num_warps": self.warps} | ({"num_ctas": self.ctas} if self.ctas > 1 else {})
+        """What Triton is told."""
+        return {"num_warps": self.warps}
 
 
-def clusters(capability: tuple[int, int], triton: str) -> bool:
-    """Whether programs can share a row: on Hopper and newer, by a Triton that can.
-
-    Triton 3.7 lowers neither a reduction across a cluster nor the change of layout that could stand in for it; 3.8
-    plans the reduction over more programs than there are.
-    """
-    return capability >= (9, 0) and tuple(int(n) for n in triton.split(".")[:2]) >= (3, 9)
-
-
-def launch_shape(C: int, D: int, shifted: bool, halves: bool, clusters: bool) -> Shape:
+def launch_shape(C: int, D: int, shifted: bool, halves: bool) -> Shape:
     """Of a call with C classes and D features, 0 for what it does not read. `shifted`, `halves`: logits."""
-    if segments_of(C, 1, shifted, clusters)[0] == 1 and max(ROWS) < C:
-        ctas, warps = next(shape for most, shape in CLUSTERS.items() if most >= C)
-        return Shape(1, warps * 2 if shifted else warps, ctas)
+    if is_streamed(C):
+        return Shape(*STREAM)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
     rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
     if shifted and halves and 128 < C <= 16384:
@@ -87,18 +75,21 @@ def launch_shape(C: int, D: int, shifted: bool, halves: bool, clusters: bool) ->
     return Shape(rows, warps)
 
 
-def segment_shape(shifted: bool) -> Shape:
-    return Shape(1, SEGMENT_WARPS * 2 if shifted else SEGMENT_WARPS)
+def is_streamed(C: int) -> bool:
+    """Whether a row of so many logits is read tile by tile, since no program's registers hold it."""
+    return max(ROWS) < C
 
 
-def segments_of(C: int, vec: int, shifted: bool, clusters: bool) -> tuple[int, int]:
-    """How many segments a row has, and their length, a multiple of `vec` (the last may be shorter)."""
-    longest = max(CLUSTERS) // (2 if shifted else 1) if clusters else max(ROWS)
-    if longest >= C:
-        return 1, C
-    count = math.ceil(C / LONGEST_SEGMENT)
-    length = math.ceil(C / count / vec) * vec
-    return math.ceil(C / length), length
+def streamed(C: int, tile: Tile, lanes: int) -> tuple[Tile, int]:
+    """How a long row is read that other kernels would read as `tile` says: its tiles, and how many are in flight.
+
+    Where rows begin anywhere, element by element: then a thread has the same ones wherever that is.
+    """
+    most = STREAM_ELEMENTS if tile.shifted else STREAM_TILES
+    if tile.shifted:
+        tile = Tile(1, 1, False, lanes)
+    count = math.ceil(C / (tile.w * tile.p))
+    return tile, math.ceil(count / math.ceil(count / most))
 
 
 def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
@@ -324,7 +315,7 @@ def constants(
     plan: Plan,
     C: int,
     x: Tile,
-    segments: tuple[int, int],
+    x_tiles: int,
     D: int,
     h: Tile,
     half: bool,
@@ -342,8 +333,7 @@ def constants(
         "X_W": x.w,
         "SUMS": plan.sums,
         "STATS": plan.stats,
-        "SEGMENTS": segments[0],
-        "SEGMENT": segments[1],
+        "X_TILES": x_tiles,
         "D": D,
         "H_VEC": h.vec,
         "H_P": h.p,
@@ -363,19 +353,4 @@ def constants(
         "COLUMNS": plan.columns,
         "BLOCK": min(64, _power_of_2(plan.columns)),
         "ROWS": rows,
-    }
-
-
-def segment_constants(plan: Plan, C: int, x: Tile, segments: tuple[int, int], second: bool) -> dict[str, Any]:
-    """The compile-time arguments of device.segments."""
-    return {
-        "C": C,
-        "VEC": x.vec,
-        "P": x.p,
-        "SHIFTED": x.shifted,
-        "W": x.w,
-        "SUMS": plan.sums & ~TV,
-        "SEGMENTS": segments[0],
-        "SEGMENT": segments[1],
-        "SECOND": second,
     }
