@@ -37,6 +37,7 @@ LONGEST_SEGMENT = 16384  # of more classes than the tables hold
 SEGMENT_WARPS = 4
 L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
 TILES = 4  # of features in flight
+FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
 
 class Tile(NamedTuple):
@@ -275,6 +276,7 @@ class Plan(NamedTuple):
     all_v: bool  # every column has a statistic
     all_u: bool  # and a norm
     square: bool  # some column squares its norm
+    few: tuple[tuple[int, int, int, int], ...]  # of each column: statistic, order, power, and its factor if 1 or -1
 
 
 @lru_cache
@@ -317,6 +319,7 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         all(i >= 0 for i, *_ in columns),
         all(j >= 0 for _, _, j, _ in columns),
         any(power == 2 for *_, power in columns),
+        tuple((i, j, power, int(f) if abs(f) == 1 else 0) for i, f, j, power in columns) if len(columns) <= FEW else (),
     )
 
 
@@ -360,6 +363,7 @@ def constants(
         "ALL_V": plan.all_v,
         "ALL_U": plan.all_u,
         "SQUARE": plan.square,
+        "FEW": plan.few,
         "COLUMNS": plan.columns,
         "BLOCK": min(64, _power_of_2(plan.columns)),
         "ROWS": rows,
