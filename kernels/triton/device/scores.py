@@ -15,6 +15,7 @@ from fastood.kernels.triton.device.words import (
     log2,
     place,
     power_of_2,
+    reciprocal,
     row_max,
     small,
     unpack,
@@ -134,7 +135,7 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
         r = rest
         total_log = log2(1.0 + r) * LN2
         small_log = total_log
-    inverse = 1.0 / (1.0 + r)
+    inverse = reciprocal(1.0 + r)
     if CODE == FMAX:
         return tl.where(tl.abs(m) < INF, m, float("nan"))
     elif CODE == ENERGY:

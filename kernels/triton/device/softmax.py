@@ -80,8 +80,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         unit = tl.exp2(excess)  # 2^t of the maximum, as the sums have it
         back = inverse_power(excess)
         hots = tl.zeros_like(tops[0])
-        sums = no_exp(hots, SUMS)
-        sums = (sums, sums) if A == 2 else (sums,)
+        sums = ((), ()) if A == 2 else ((),)
         es, ts = (), ()
         for i in tl.static_range(len(xs)):
             t = scaled(xs[i], scale, c, ONCE)
@@ -142,24 +141,16 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
 
 
 @triton.jit
-def no_exp(zero, SUMS: tl.constexpr):
-    sums = (zero,)
-    for kind in tl.static_range(3):
-        if (SQUARES, PLOGP, SUMLOGP)[kind] & SUMS:
-            sums = sums + (zero,)
-    return sums
-
-
-@triton.jit
 def add_exp(sums, e, t, SUMS: tl.constexpr):
-    """Adds what e = 2^t contributes to sum e and, as wanted, sum e^2, sum t e and sum t."""
-    out = (sums[0] + e,)
+    """Adds what e = 2^t contributes to sum e and, as wanted, sum e^2, sum t e and sum t; () is no sums yet."""
+    FIRST: tl.constexpr = len(sums) == 0
+    out = (e if FIRST else sums[0] + e,)
     if SQUARES & SUMS:
-        out = out + (tl.fma(e, e, sums[len(out)]),)
+        out = out + (e * e if FIRST else tl.fma(e, e, sums[len(out)]),)
     if PLOGP & SUMS:
-        out = out + (tl.fma(e, t, sums[len(out)]),)  # NaN where a class is masked: summed again
+        out = out + (e * t if FIRST else tl.fma(e, t, sums[len(out)]),)  # NaN where a class is masked: summed again
     if SUMLOGP & SUMS:
-        out = out + (sums[len(out)] + t,)
+        out = out + (t if FIRST else sums[len(out)] + t,)
     return out
 
 

@@ -109,6 +109,15 @@ def log2(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x of normal numbers, in one instruction."""
+    if INTERPRETED or not NVIDIA:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def above(e, u):
     """max(e - u, 0) of 0 <= u and e <= 1, in one instruction."""
     if INTERPRETED or not NVIDIA:
@@ -126,7 +135,7 @@ def inverse_power(x):
 @triton.jit
 def log1p(r):
     """To relative precision, r >= 0. Where log2 would lose it, the series of 2 artanh(r / (2 + r))."""
-    s = r / (2.0 + r)
+    s = r * reciprocal(2.0 + r)
     q = s * s
     series = tl.fma(tl.fma(tl.fma(q, 1.0 / 7, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
     return tl.where(r < 0.4, series, log2(1.0 + r) * LN2)
