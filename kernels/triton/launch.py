@@ -37,6 +37,11 @@ class Matrix(NamedTuple):
             return shapes.NOTHING
         return shapes.tile_of(*self[1:], self.data.element_size(), lanes)
 
+    def logits_tile(self, lanes: int) -> Tile:
+        if self.data is None:
+            return shapes.NOTHING
+        return shapes.logits_tile(*self[1:], self.data.element_size(), lanes)
+
     def arguments(self, tile: Tile) -> tuple[Tensor | None, int, int]:
         """Of a kernel, which counts in groups of vec, or where they are shifted in elements."""
         unit = 1 if tile.shifted else tile.vec
@@ -53,7 +58,7 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     with _on(out.device):
         x, y, clusters = _matrix(f), _matrix(h), _clusters(out.device)
         shape = shapes.launch_shape(C, D, x.shifted, x.halves, clusters)
-        x_tile, y_tile = x.tile(shape.lanes), y.tile(shape.lanes)
+        x_tile, y_tile = x.logits_tile(shape.lanes), y.tile(shape.lanes)
         segments = shapes.segments_of(C, x_tile.vec, x.shifted, clusters)
         logits = x.arguments(x_tile)
         if f is not None and segments[0] > 1:
@@ -69,7 +74,7 @@ def _segments(f: Tensor, x: Matrix, plan: Plan, segments: tuple[int, int], table
     """The records of all segments of rows too long for one program."""
     N, C = f.shape
     shape = shapes.segment_shape(x.shifted)
-    tile = x.tile(shape.lanes)
+    tile = x.logits_tile(shape.lanes)
     data, stride, offset = x.arguments(tile)
     records = torch.empty(N, segments[0], device.scores.RECORD.value, dtype=torch.float32, device=f.device)
     group = max(1, shapes.L2_BYTES // (C * f.element_size()))

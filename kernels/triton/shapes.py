@@ -83,8 +83,6 @@ def launch_shape(C: int, D: int, shifted: bool, halves: bool, clusters: bool) ->
         return Shape(1, warps * 2 if shifted else warps, ctas)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
     rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
-    if shifted and halves and 128 < C <= 16384:
-        return Shape(rows // 2, warps) if rows > 1 else Shape(rows, warps * 2)
     return Shape(rows, warps)
 
 
@@ -114,6 +112,21 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
     return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
+
+
+def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
+    """The same of logits, of which `w` hangs on `columns` and the lanes alone: wherever rows begin, sums are the same.
+
+    Rows of odd length are read word by word, with whole lines a warp, and SHIFTED are those of halves that may begin
+    in the middle of a word.
+    """
+    most, p = 16 // itemsize, 4 // itemsize
+    if lanes == 1:
+        return tile_of(columns, stride, offset, itemsize, lanes)
+    words = max(1, math.gcd(columns, most) // p)
+    vec = max(p, math.gcd(columns, stride, offset, most))
+    shifted = math.gcd(stride, offset, p) < p
+    return Tile(vec, p, shifted, words * min(lanes, _power_of_2(math.ceil(columns / (words * p)))))
 
 
 def is_shifted(columns: int, stride: int, offset: int, itemsize: int) -> bool:

@@ -305,7 +305,7 @@ def segments(
             xs = unpack(us[i], P, x_ptr.dtype.element_ty)
             for j in tl.static_range(P):
                 es = es + (tl.exp2((xs[j] - m[:, None]) * scale),)
-        tl.store(record + 6, deviations(es, total / C, SHIFTED, P))
+        tl.store(record + 6, deviations(es, total / C))
     else:
         m, pivot, rest, squares, exp_t, sum_t, deviation, _ = softmax_sums(
             x_ptr, base, head, w, n, scale, SEGMENT, LEAST, VEC, P, SHIFTED, W, SUMS
