@@ -28,10 +28,6 @@ class Matrix(NamedTuple):
     def shifted(self) -> bool:
         return self.data is not None and shapes.is_shifted(*self[1:], self.data.element_size())
 
-    @property
-    def halves(self) -> bool:
-        return self.data is not None and self.data.element_size() == 2
-
     def tile(self, lanes: int) -> Tile:
         if self.data is None:
             return shapes.NOTHING
@@ -57,7 +53,7 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     table = _table(plan.table, out.device)
     with _on(out.device):
         x, y, clusters = _matrix(f), _matrix(h), _clusters(out.device)
-        shape = shapes.launch_shape(C, D, x.shifted, x.halves, clusters)
+        shape = shapes.launch_shape(C, D, x.shifted, clusters)
         x_tile, y_tile = x.logits_tile(shape.lanes), y.tile(shape.lanes)
         segments = shapes.segments_of(C, x_tile.vec, x.shifted, clusters)
         logits = x.arguments(x_tile)

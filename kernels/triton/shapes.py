@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 # ---- launch shapes
 
-# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers,
-# 64 of shifted rows of halves up to 16384, each in the half of a word that its row's alignment says: twice the sums.
+# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers, 64
+# where rows are as short, so that more warps have a place.
 ROWS = {
-    16: (128, 4),
-    128: (16, 1),
-    1024: (4, 1),
+    16: (256, 4),
+    128: (8, 1),
+    1024: (2, 1),
     2048: (2, 1),
     4096: (1, 1),
     8192: (1, 2),
     16384: (1, 4),
     24576: (1, 8),
 }
-ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
+ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4), 1024: (4, 1)}
 ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
 LONG_ROWS = (1, 4)  # beyond either table
 # Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each.
@@ -76,14 +76,13 @@ def clusters(capability: tuple[int, int], triton: str) -> bool:
     return capability >= (9, 0) and tuple(int(n) for n in triton.split(".")[:2]) >= (3, 9)
 
 
-def launch_shape(C: int, D: int, shifted: bool, halves: bool, clusters: bool) -> Shape:
-    """Of a call with C classes and D features, 0 for what it does not read. `shifted`, `halves`: logits."""
+def launch_shape(C: int, D: int, shifted: bool, clusters: bool) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read. `shifted`: logits."""
     if segments_of(C, 1, shifted, clusters)[0] == 1 and max(ROWS) < C:
         ctas, warps = next(shape for most, shape in CLUSTERS.items() if most >= C)
         return Shape(1, warps * 2 if shifted else warps, ctas)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
-    rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
-    return Shape(rows, warps)
+    return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
 
 
 def segment_shape(shifted: bool) -> Shape:

@@ -181,8 +181,8 @@ def with_bias(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.c
 def norm(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr,
          LOG: tl.constexpr):  # fmt: skip
     """The norm of one order, or its logarithm."""
-    REGULAR: tl.constexpr = 0.0 < ORDER and ORDER < INF
-    SCALED: tl.constexpr = 0.84 < ORDER and ORDER < INF
+    REGULAR: tl.constexpr = ORDER > 0.0 and ORDER < INF
+    SCALED: tl.constexpr = ORDER > 0.84 and ORDER < INF
     sum = with_bias(powers, shift, SLOT, ORDER, SUMS, BIAS)
     inverse = tl.full(sum.shape, 1.0 / ORDER if REGULAR else 1.0, tl.float64)
     scaled = shift if SCALED else tl.zeros_like(shift)

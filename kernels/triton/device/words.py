@@ -5,9 +5,10 @@ program holds ROWS rows as tiles [ROWS, W] of words, `xs` being the tuple of the
 in such a tile is a *slot*, with sums of its own until the row is reduced. Every multiplication that feeds an
 addition is an explicit fma, so that results do not hang on the compiler's contraction.
 
-A row that begins anywhere is read from the 16-byte group that holds its first element (SHIFTED): `head` elements
-of the first group are not its own. The slots then hold the same elements in the same order as for any other head,
-in other places; summing them in float64 makes the order of places disappear in the rounding to float32.
+A row of features that begins anywhere is read from the 16-byte group that holds its first element (SHIFTED): `head`
+elements of the first group are not its own. The slots then hold the same elements in the same order as for any other
+head, in other places; summing them in float64 makes the order of places disappear in the rounding to float32. Rows of
+logits are moved into place as they are read: load_tile.
 """
 
 import torch
@@ -256,7 +257,7 @@ def is_own(word, j: tl.constexpr, head, n, VEC: tl.constexpr, P: tl.constexpr, S
         return word // (VEC // P) < n // VEC
 
 
-# ---- rows of logits, which are kept
+# ---- reading rows of logits
 
 
 @triton.jit
@@ -281,21 +282,16 @@ def only_own(x, other, i: tl.constexpr, j: tl.constexpr, w, n, LEAST: tl.constex
 @triton.jit
 def load_tile(ptr, base, head, word, n, INSIDE: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
               SHIFTED: tl.constexpr):  # fmt: skip
-    """The words of rows of n logits; INSIDE: all of them, and a word more, are. What is beyond the end is -inf, or in
-    its last word anything.
+    """Words of rows of n logits. Those beyond the end are -inf, but for halves in the last word that is read; INSIDE:
+    the end is further on.
 
     Rows of halves that may begin in the middle of a word (SHIFTED) are read twice, one word apart, and moved into
-    place: so their sums are those of any other row.
+    place: a slot then holds the same logits wherever the row begins.
     """
-    if INSIDE:
-        u = tl.load(words(ptr, P) + base + word)
-    else:
-        u = load(ptr, base, head, word, n, -INF, VEC, P, SHIFTED)
+    u = tl.load(words(ptr, P) + base + word) if INSIDE else load(ptr, base, head, word, n, -INF, VEC, P, SHIFTED)
     if SHIFTED and P == 2:
-        if INSIDE:
-            next = tl.load(words(ptr, P) + base + (word + 1))
-        else:
-            next = load(ptr, base, head, word + 1, n, -INF, VEC, P, SHIFTED)
+        word += 1
+        next = tl.load(words(ptr, P) + base + word) if INSIDE else load(ptr, base, head, word, n, -INF, VEC, P, SHIFTED)
         u = (((next.to(tl.uint64) << 32) | u.to(tl.uint64)) >> (head * 16).to(tl.uint64)).to(tl.uint32)
     return u
 
