@@ -99,10 +99,10 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     assert plan is not None
     clusters = case.kernel == "cluster"
     shifted = C > 0 and shapes.is_shifted(C, C, 0, size)
-    shape = shapes.launch_shape(C, D, shifted, size == 2, clusters)
+    shape = shapes.launch_shape(C, D, shifted, clusters)
     if case.kernel in ("first", "second"):
         shape = shapes.segment_shape(shifted)
-    x = shapes.tile_of(C, C, 0, size, shape.lanes) if C else shapes.NOTHING
+    x = shapes.logits_tile(C, C, 0, size, shape.lanes) if C else shapes.NOTHING
     h = shapes.tile_of(D, D, 0, size, shape.lanes) if D else shapes.NOTHING
     segments = shapes.segments_of(C, x.vec, shifted, clusters) if C else (1, 0)
     pointer = POINTERS[case.dtype]

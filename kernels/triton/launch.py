@@ -79,10 +79,6 @@ class Layout(NamedTuple):
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
-    @property
-    def shifted(self) -> bool:
-        return shapes.is_shifted(*self[1:], self.itemsize)
-
     def arguments(self, base: int, tile: shapes.Tile) -> tuple[Argument, Argument, Argument]:
         """Of a kernel that reads from a 16-byte boundary on, and counts in groups of vec or, shifted, in elements."""
         unit = 1 if tile.shifted else tile.vec
@@ -102,12 +98,9 @@ def scores(
 ) -> Program:
     """The columns of a plan, [N, columns], or [columns, N] where not `by_row`."""
     C, D = f.columns if f else 0, h.columns if h else 0
-    shape = shapes.launch_shape(C, D, f is not None and f.shifted, f is not None and f.itemsize == 2)
-    x_tile = shapes.tile_of(*f[1:], f.itemsize, shape.lanes) if f else shapes.NOTHING
+    shape = shapes.launch_shape(C, D)
+    x_tile, x_tiles = shapes.logits_tile(*f[1:], f.itemsize, shape.lanes) if f else (shapes.NOTHING, 0)
     y_tile = shapes.tile_of(*h[1:], h.itemsize, shape.lanes) if h else shapes.NOTHING
-    x_tiles = 0
-    if shapes.is_streamed(C):
-        x_tile, x_tiles = shapes.streamed(C, x_tile, shape.lanes)
     nothing = None, Argument(NUMBER), Argument(NUMBER)
     logits = f.arguments(LOGITS, x_tile) if f else nothing
     feats = h.arguments(FEATS, y_tile) if h else nothing

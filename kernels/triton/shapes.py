@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 # ---- launch shapes
 
-# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers,
-# 64 of shifted rows of halves up to 16384, each in the half of a word that its row's alignment says: twice the sums.
+# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers, 64
+# where rows are as short, so that more warps have a place.
 ROWS = {
-    16: (128, 4),
-    128: (16, 1),
-    1024: (4, 1),
+    16: (256, 4),
+    128: (8, 1),
+    1024: (2, 1),
     2048: (2, 1),
     4096: (1, 1),
     8192: (1, 2),
     16384: (1, 4),
     24576: (1, 8),
 }
-ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
+ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4), 1024: (4, 1)}
 ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
 LONG_ROWS = (1, 4)  # of features, beyond that table
 # Of logits beyond ROWS: a program reads its row in tiles of 16 bytes a thread, or where rows begin anywhere of an
@@ -36,6 +36,7 @@ LONG_ROWS = (1, 4)  # of features, beyond that table
 STREAM = (1, 16)
 STREAM_TILES, STREAM_ELEMENTS = 8, 24
 TILES = 4  # of features in flight
+FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
 
 class Tile(NamedTuple):
@@ -64,15 +65,12 @@ class Shape(NamedTuple):
         return {"num_warps": self.warps}
 
 
-def launch_shape(C: int, D: int, shifted: bool, halves: bool) -> Shape:
-    """Of a call with C classes and D features, 0 for what it does not read. `shifted`, `halves`: logits."""
+def launch_shape(C: int, D: int) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read."""
     if is_streamed(C):
         return Shape(*STREAM)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
-    rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
-    if shifted and halves and 128 < C <= 16384:
-        return Shape(rows // 2, warps) if rows > 1 else Shape(rows, warps * 2)
-    return Shape(rows, warps)
+    return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
 
 
 def is_streamed(C: int) -> bool:
@@ -104,6 +102,23 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
     return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
+
+
+def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> tuple[Tile, int]:
+    """The same of logits, and of rows that are read tile by tile how many tiles are in flight, else 0.
+
+    `w` hangs on `columns` and the lanes alone: wherever rows begin, sums are the same. Rows of odd length are read word
+    by word, with whole lines a warp, and SHIFTED are those of halves that may begin in the middle of a word.
+    """
+    if is_streamed(columns):
+        return streamed(columns, tile_of(columns, stride, offset, itemsize, lanes), lanes)
+    if lanes == 1:
+        return tile_of(columns, stride, offset, itemsize, lanes), 0
+    most, p = 16 // itemsize, 4 // itemsize
+    words = max(1, math.gcd(columns, most) // p)
+    vec = max(p, math.gcd(columns, stride, offset, most))
+    shifted = math.gcd(stride, offset, p) < p
+    return Tile(vec, p, shifted, words * min(lanes, _power_of_2(math.ceil(columns / (words * p))))), 0
 
 
 def is_shifted(columns: int, stride: int, offset: int, itemsize: int) -> bool:
@@ -266,6 +281,7 @@ class Plan(NamedTuple):
     all_v: bool  # every column has a statistic
     all_u: bool  # and a norm
     square: bool  # some column squares its norm
+    few: tuple[tuple[int, int, int, int], ...]  # of each column: statistic, order, power, and its factor if 1 or -1
 
 
 @lru_cache
@@ -308,6 +324,7 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         all(i >= 0 for i, *_ in columns),
         all(j >= 0 for _, _, j, _ in columns),
         any(power == 2 for *_, power in columns),
+        tuple((i, j, power, int(f) if abs(f) == 1 else 0) for i, f, j, power in columns) if len(columns) <= FEW else (),
     )
 
 
@@ -350,6 +367,7 @@ def constants(
         "ALL_V": plan.all_v,
         "ALL_U": plan.all_u,
         "SQUARE": plan.square,
+        "FEW": plan.few,
         "COLUMNS": plan.columns,
         "BLOCK": min(64, _power_of_2(plan.columns)),
         "ROWS": rows,

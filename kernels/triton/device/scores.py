@@ -15,6 +15,7 @@ from fastood.kernels.triton.device.words import (
     log2,
     place,
     power_of_2,
+    reciprocal,
     small,
 )
 
@@ -79,7 +80,7 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
         r = rest
         total_log = log2(1.0 + r) * LN2
         small_log = total_log
-    inverse = 1.0 / (1.0 + r)
+    inverse = reciprocal(1.0 + r)
     if CODE == FMAX:
         return tl.where(tl.abs(m) < INF, m, float("nan"))
     elif CODE == ENERGY:
@@ -121,6 +122,18 @@ def with_bias(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.c
         return sum + 1.0
 
 
+@triton.jit
+def norm(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr,
+         LOG: tl.constexpr):  # fmt: skip
+    """The norm of one order, or its logarithm."""
+    REGULAR: tl.constexpr = ORDER > 0.0 and ORDER < INF
+    SCALED: tl.constexpr = ORDER > 0.84 and ORDER < INF
+    sum = with_bias(powers, shift, SLOT, ORDER, SUMS, BIAS)
+    inverse = tl.full(sum.shape, 1.0 / ORDER if REGULAR else 1.0, tl.float64)
+    scaled = shift if SCALED else tl.zeros_like(shift)
+    return root(sum, inverse, scaled.to(tl.float64), REGULAR and ORDER != 1.0 and ORDER != 2.0, LOG)
+
+
 @triton.jit(do_not_specialize=["x_stride", "x_offset", "h_stride", "h_offset", "out_row", "out_column", "N"])
 def scores(
     x_ptr, x_stride, x_offset, h_ptr, h_stride, h_offset, table_ptr, out_ptr, out_row, out_column, N,
@@ -129,7 +142,7 @@ def scores(
     D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_SHIFTED: tl.constexpr, H_W: tl.constexpr,
     H_TILES: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
     BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr, ALL_V: tl.constexpr, ALL_U: tl.constexpr,
-    SQUARE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SQUARE: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of logits (or one, read X_TILES tiles at a time where that is not 0) and of features to COLUMNS scores:
 
@@ -138,7 +151,7 @@ def scores(
     whether the order's sum comes scaled, and power.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ok = (row < N)[:, None]
+    ok = row < N
     row = tl.minimum(row, N - 1)  # whose score is the same
     if len(STATS) > 0:
         scale = small(table_ptr)
@@ -158,39 +171,54 @@ def scores(
             h_ptr, base, head, w, D, H_VEC, H_P, H_SHIFTED, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS
         )
 
-    for first in tl.static_range(0, COLUMNS, BLOCK):
-        column = first + tl.arange(0, BLOCK)[None, :]
-        field = table_ptr + 2 + column
-        within = column < COLUMNS
-        score = small(field + COLUMNS, within, 0.0)
-        if len(STATS) > 0:
-            which = small(field, within, -1.0).to(tl.int32)
-            v = statistic(STATS[0], parts, temperature, C, PEEL & SUMS)[:, None]
-            if not ALL_V:
-                v = tl.where(which == 0, v, 1.0)
-            for i in tl.static_range(1, len(STATS)):
-                v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
-            score = score * v
-            if PEEL & SUMS:
-                if parts[8]:
-                    light = small(field + 4 * COLUMNS, within, 0.0) == 1.0
-                    score = tl.where(light, score * parts[1][:, None], score)
-        if len(ORDERS) > 0:
-            which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
-            sum = with_bias(powers, shift, SLOTS[0], ORDERS[0], len(RANGES), BIAS)[:, None]
-            if not ALL_U:
-                sum = tl.where(which == 0, sum, 1.0)
-            for i in tl.static_range(1, len(ORDERS)):
-                sum = tl.where(
-                    which == i, with_bias(powers, shift, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum
-                )
-            inverse = small(field + 3 * COLUMNS, within, 1.0)
-            scaled = small(field + 5 * COLUMNS, within, 0.0)
-            u = root(sum, inverse, shift.to(tl.float64)[:, None] * scaled, GENERAL, LOG)
-            if LOG and not ALL_U:
-                u = tl.where(which >= 0, u, 1.0)
-            if SQUARE and not LOG:
-                u = tl.where(small(field + 6 * COLUMNS, within, 1.0) == 2.0, u * u, u)
-            score = score * u
-        out = out_ptr + row.to(tl.int64)[:, None] * out_row + column.to(tl.int64) * out_column
-        tl.store(out, score.to(out_ptr.dtype.element_ty), mask=ok & within)
+    if len(FEW) > 0:
+        out_ptr += row.to(tl.int64) * out_row
+        for k in tl.static_range(COLUMNS):
+            score = FEW[k][3] * 1.0 if FEW[k][3] != 0 else small(table_ptr + 2 + COLUMNS + k)
+            if FEW[k][0] >= 0:
+                score *= statistic(STATS[FEW[k][0]], parts, temperature, C, PEEL & SUMS)
+                if PEEL & SUMS and STATS[FEW[k][0]] >= ONE_MINUS_MSP:
+                    score = score.to(tl.float64)
+                    if parts[8]:
+                        score *= parts[1]
+            if FEW[k][1] >= 0:
+                u = norm(powers, shift, SLOTS[FEW[k][1]], ORDERS[FEW[k][1]], len(RANGES), BIAS, LOG)
+                score *= u * u if FEW[k][2] == 2 and not LOG else u
+            tl.store(out_ptr + out_column.to(tl.int64) * k, score.to(out_ptr.dtype.element_ty), mask=ok)
+    else:
+        for first in tl.static_range(0, COLUMNS, BLOCK):
+            column = first + tl.arange(0, BLOCK)[None, :]
+            field = table_ptr + 2 + column
+            within = column < COLUMNS
+            score = small(field + COLUMNS, within, 0.0)
+            if len(STATS) > 0:
+                which = small(field, within, -1.0).to(tl.int32)
+                v = statistic(STATS[0], parts, temperature, C, PEEL & SUMS)[:, None]
+                if not ALL_V:
+                    v = tl.where(which == 0, v, 1.0)
+                for i in tl.static_range(1, len(STATS)):
+                    v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
+                score = score * v
+                if PEEL & SUMS:
+                    if parts[8]:
+                        light = small(field + 4 * COLUMNS, within, 0.0) == 1.0
+                        score = tl.where(light, score * parts[1][:, None], score)
+            if len(ORDERS) > 0:
+                which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
+                sum = with_bias(powers, shift, SLOTS[0], ORDERS[0], len(RANGES), BIAS)[:, None]
+                if not ALL_U:
+                    sum = tl.where(which == 0, sum, 1.0)
+                for i in tl.static_range(1, len(ORDERS)):
+                    sum = tl.where(
+                        which == i, with_bias(powers, shift, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum
+                    )
+                inverse = small(field + 3 * COLUMNS, within, 1.0)
+                scaled = small(field + 5 * COLUMNS, within, 0.0)
+                u = root(sum, inverse, shift.to(tl.float64)[:, None] * scaled, GENERAL, LOG)
+                if LOG and not ALL_U:
+                    u = tl.where(which >= 0, u, 1.0)
+                if SQUARE and not LOG:
+                    u = tl.where(small(field + 6 * COLUMNS, within, 1.0) == 2.0, u * u, u)
+                score = score * u
+            out = out_ptr + row.to(tl.int64)[:, None] * out_row + column.to(tl.int64) * out_column
+            tl.store(out, score.to(out_ptr.dtype.element_ty), mask=ok[:, None] & within)

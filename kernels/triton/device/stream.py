@@ -21,7 +21,6 @@ from fastood.kernels.triton.device.softmax import (
     TV,
     deviations_again,
     largest_first,
-    no_exp,
     sums_again,
 )
 from fastood.kernels.triton.device.words import (
@@ -133,6 +132,15 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                 other = deviations_again(ptr, base, head, w, C, m, scale, u, C, VEC, P, False, W)
                 deviation = tl.where(again, other, deviation)
     return m, pivot, rest, squares, exp_t, sum_t, deviation, rare
+
+
+@triton.jit
+def no_exp(zero, SUMS: tl.constexpr):
+    sums = (zero,)
+    for kind in tl.static_range(3):
+        if (SQUARES, PLOGP, SUMLOGP)[kind] & SUMS:
+            sums = sums + (zero,)
+    return sums
 
 
 @triton.jit
