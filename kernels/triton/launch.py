@@ -115,10 +115,10 @@ def _batchgrad(f: Tensor, h: Tensor, g: Tensor, g_sums: Tensor, plan: Plan, anch
         h, h.stride(0), x, sums, N, h.shape[1], feat_blocks,
         BIAS=anchors.bias, ROWS=rows, FEATS=feats, SOME=shapes.TURNED_ROWS,
     )  # fmt: skip
-    steps = math.ceil(D / device.batchgrad.STEP.value)
+    steps = math.ceil(D / shapes.BATCHGRAD["STEP"])
     device.batchgrad.partial_sums[(row_blocks * feat_blocks * class_blocks,)](
         f, f.stride(0), stats, math.log2(math.e) / T, 1 / T, x, sums, g, g_sums, parts, N, C, steps, row_blocks,
-        class_blocks, feat_blocks, **shapes.BATCHGRAD, num_warps=1,
+        class_blocks, feat_blocks, **shapes.BATCHGRAD, num_warps=shapes.BATCHGRAD["WARPS"],
     )  # fmt: skip
     grid = (math.ceil(N / shapes.MERGED["SOME"]),)
     device.batchgrad.merged[grid](parts, out, N, parts.shape[1], len(parts), **shapes.MERGED)
@@ -147,7 +147,7 @@ def gradient(f: Tensor, q: Tensor | None, stat: tuple[str, str, float, float, st
     strides = tuple(y.stride(0) for y in x)
     itemsize = min(y.element_size() for y in x)
     constants, shape = shapes.gradient_constants(labels, order, power, expectation, C, strides, itemsize)
-    table = _table((math.log2(math.e) / temperature, order, 1 / order, power), f.device)
+    table = _table(shapes.gradient_table(order, power, temperature), f.device)
     data = (x[0], strides[0] // constants["V"], *((None, 0) if q is None else (x[1], strides[1] // constants["V"])))
     with _on(f.device):
         grid = (math.ceil(N / shape.rows),)
