@@ -346,7 +346,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
     if loops:
         bytes_a_turn = threads * sum(x.bits // 8 for x in flow.loads_rows(loops[0]))
         bytes_in_all = compiled.elements * case.D / (case.C + case.D) * compiled.itemsize
-        steps = shapes.BATCHGRAD["FEATS"] / device.batchgrad.STEP.value
+        steps = shapes.BATCHGRAD["FEATS"] / shapes.BATCHGRAD["STEP"]
         runs |= dict.fromkeys(loops[0], steps if batchgrad else bytes_in_all / bytes_a_turn)
     rows = flow.loads_rows(loops[0] if batchgrad else usual)
 

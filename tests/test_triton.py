@@ -776,7 +776,6 @@ def test_on_another_device_than_the_current_one():
 def test_tiles(itemsize):
     for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24576]:
         for stride in (columns, columns + 1, 0):
-            shifted = shapes.is_shifted(columns, stride, 0, itemsize)
             rows, warps = shape = shapes.launch_shape(columns, 0)
             lanes = shape.lanes
             assert rows * lanes in (32 * warps, rows)

@@ -159,7 +159,7 @@ def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors,
         shapes.Shape(rows, 4),
         (rows // shapes.TURNED_ROWS, feat_blocks),
     )
-    steps = _number(math.ceil(D / device.batchgrad.STEP.value))
+    steps = _number(math.ceil(D / shapes.BATCHGRAD["STEP"]))
     counts = (N, _number(C), steps, blocks, _number(class_blocks), _number(feat_blocks))
     summed = Launch(
         device.batchgrad.partial_sums,
@@ -177,7 +177,7 @@ def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors,
             *counts,
         ),
         dict(shapes.BATCHGRAD),
-        shapes.Shape(rows, 1),
+        shapes.Shape(rows, shapes.BATCHGRAD["WARPS"], shapes.BATCHGRAD_REGISTERS),
         (feat_blocks * class_blocks, 1),
     )
     merged = Launch(

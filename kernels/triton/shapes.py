@@ -49,10 +49,11 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Rows a program, and its warps."""
+    """Rows a program, its warps, and the most registers that a thread may have, where the compiler takes too many."""
 
     rows: int
     warps: int
+    registers: int = 0
 
     @property
     def lanes(self) -> int:
@@ -62,7 +63,7 @@ class Shape(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """What Triton is told."""
-        return {"num_warps": self.warps}
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def launch_shape(C: int, D: int) -> Shape:
@@ -138,7 +139,8 @@ def tiles_in_flight(columns: int, tile: Tile) -> int:
 NOTHING = Tile(1, 1, False, 1)
 
 # A program of BatchGrad is one warp of 128 rows, four a thread; the registers of a multiprocessor hold 11 of them.
-BATCHGRAD = {"ROWS": 128, "CLASSES": 8, "FEATS": 256}
+BATCHGRAD = {"ROWS": 128, "CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2, "AHEAD": False}
+BATCHGRAD_REGISTERS = 168
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
 TEMPORARY = 1 << 26  # numbers that BatchGrad keeps between its launches
@@ -156,26 +158,45 @@ def batchgrad_rows(C: int, D: int) -> int:
     return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
 
 
-# The label distributions of gradient norms, and of their orders all but "any", as device/gradient.py numbers them.
+# The label distributions of gradient norms, and of their orders all but whole ones up to 6, as device/gradient.py
+# numbers them.
 LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
-GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
+GRADIENT_ORDERS = {**{float(r): r for r in range(1, 7)}, math.inf: 0}
 # Most classes of a row that stays in registers, and of one with its given labels, where 16 warps have 128 a thread.
 HELD_CLASSES, HELD_PAIRS = 16384, 12288
 HELD_A_THREAD = 64  # classes; half of them where two or three numbers of each are held
-MOST_POWER = 100.0  # beyond which float32 loses powers of norms below 1
+# || e_y - p ||_r^power is within a factor of 2^(power max(1, 1 / r)) for all y but the maximum, and has to stay in
+# float32 with any weight.
+MOST_POWER = 100.0
+CLOSED = 0.5, 1, 2  # exponents that need neither logarithm nor power of two
 
 
 def takes_gradient(stat: Any) -> bool:
     """Whether the kernel computes this gradient norm. E_p[e_Y - p] = 0 needs none."""
-    return stat[0] == "gradient" and stat[1::3] != ("predicted", "inside") and stat[3] <= MOST_POWER
+    if stat[0] != "gradient":
+        return False
+    _, labels, order, power, expectation = stat
+    return power * max(1.0, 1.0 / order) <= MOST_POWER if expectation == "outside" else labels != "predicted"
+
+
+def gradient_exponent(order: float, power: float) -> float:
+    """Of sums of order-th powers; of norms themselves in orders 1 and infinity."""
+    return power / order if 1 < order < math.inf else power
+
+
+def gradient_table(order: float, power: float, temperature: float) -> tuple[float, ...]:
+    """What device.gradient.gradient reads: see there."""
+    exponent = gradient_exponent(order, power)
+    unit = 0.0 if order == math.inf or (order != 1 and exponent in CLOSED) else min(exponent, 1000.0)
+    return math.log2(math.e) / temperature, order, 1 / order, power, 2.0**unit
 
 
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
     """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
-    code, given = GRADIENT_ORDERS.get(order, 3), labels == "given"
-    general = code == 3 and expectation == "outside"  # which keeps p^r too
+    code, given = GRADIENT_ORDERS.get(order, -1), labels == "given"
+    general = code == -1 and expectation == "outside"  # which keeps p^r too
     longest = HELD_PAIRS if given else HELD_CLASSES
     held = longest >= C
     a_thread = HELD_A_THREAD // 2 if given or (general and labels == "log_predicted") else HELD_A_THREAD
@@ -183,15 +204,17 @@ def gradient_constants(
     shape = Shape(max(1, 32 // lanes), max(1, lanes // 32)) if held else Shape(*LONG_ROWS)
     vec = math.gcd(C, 16 // itemsize)
     W = 1024 if not held else lanes * vec if lanes > 1 else 1
+    exponent = gradient_exponent(order, power)
     return {
         "C": C,
         "LABELS": LABELS[labels],
         "OUTSIDE": expectation == "outside",
         "ORDER": code,
-        "PLAIN": expectation == "outside" and power == {1: 1, 2: 2, math.inf: 1}.get(order),
+        "EXPONENT": exponent if expectation == "outside" and code != -1 and exponent in CLOSED else 0,
         "V": math.gcd(vec, *strides),
         "ROWS": shape.rows,
         "W": W,
+        "EACH": vec if held and lanes > 1 else 1,
         "TILES": math.ceil(C / W) if held else 4,  # in flight, of a row that is swept
         "HELD": held,
     }, shape
