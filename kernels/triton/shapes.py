@@ -317,7 +317,7 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
     slots = tuple(kept.index(r) for r in orders)
     left, right = (tuple(x[i] for x in products) for i in (0, 1))
     first, second = tuple(x[0] for x in sums), tuple(x[1] if len(x) == 2 else -1 for x in sums)
-    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals))
+    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals, False))
     return Norms(powers, tuple(ranges), slots)
 
 

@@ -10,8 +10,6 @@ import triton.language as tl
 
 from fastood.kernels.triton.device.words import (
     INF,
-    INTERPRETED,
-    NVIDIA,
     any_row,
     in_float32,
     in_one,
@@ -99,51 +97,78 @@ def read_powers(ptr, base, head, w, largest, ROWS: tl.constexpr, SAFE: tl.conste
     The sums have a tuple for each half of a word if SHIFTED.
     """
     SPAN: tl.constexpr = (D + (VEC - 1 if SHIFTED else 0) + P - 1) // P
-    A: tl.constexpr = P if SHIFTED else 1
     TYPE: tl.constexpr = ptr.dtype.element_ty
-    zero = tl.zeros([ROWS, W], tl.float32)
+    FOLD: tl.constexpr = 1 if SHIFTED else VEC // P
+    zero = tl.zeros([ROWS, W // FOLD], tl.float32)
     totals = ()
     for i in tl.static_range(len(POWERS[3])):
         totals = totals + (zero,)
-    totals = (totals, totals) if A == 2 else (totals,)
+    totals = (totals, totals) if SHIFTED and P == 2 else (totals,)
     count = zero.to(tl.int32)
     most = zero.to(tl.uint32) if P == 2 else zero
     least = zero.to(tl.uint32) - 1  # which makes 0 the largest
+    PIPE: tl.constexpr = POWERS[5][3]
+    raw = load_tiles(ptr, base, head, 0, w, D, VEC, P, SHIFTED, W, K, SPAN, False)
     for c in range(0, SPAN, W * K):
-        raw = ()
-        for k in tl.static_range(K):
-            if SPAN % (W * K) == 0 and not SHIFTED:
-                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w)),)
-            else:
-                raw = raw + (load(ptr, base, head, c + k * W + w, D, 0.0, VEC, P, SHIFTED),)
-        parts = ((), ()) if A == 2 else ((),)
-        counts = zero.to(tl.uint32)
+        if PIPE:
+            following = load_tiles(ptr, base, head, c + W * K, w, D, VEC, P, SHIFTED, W, K, SPAN, True)
+        else:
+            raw = load_tiles(ptr, base, head, c, w, D, VEC, P, SHIFTED, W, K, SPAN, False)
+        us = ()
         for k in tl.static_range(K):
             u = magnitudes(raw[k], P)
             if SHIFTED:
                 u = own_words(u, c + k * W + w, head, D, VEC, P)
+            us = us + apart(u, FOLD)
+        parts = totals if SHIFTED else ((),)
+        counts = zero.to(tl.uint32)
+        for i in tl.static_range(len(us)):
             if POWERS[5][0]:
-                counts += not_zero(u, P, TYPE)
+                counts += not_zero(us[i], P, TYPE)
             if POWERS[5][1]:
-                most = larger_words(most, u, P, TYPE)
-            halves = unpack(u, P, TYPE)
+                most = larger_words(most, us[i], P, TYPE)
+            halves = unpack(us[i], P, TYPE)
             for j in tl.static_range(P):
                 if POWERS[5][2]:
                     least = tl.minimum(least, halves[j].to(tl.uint32, bitcast=True) - 1)
                 ys = powers_of(halves[j], largest, SAFE, POWERS)
-                if A == 2 and j == 1:
+                if len(parts) == 2 and j == 1:
                     parts = (parts[0], add_powers(parts[1], ys, POWERS))
-                elif A == 2:
+                elif len(parts) == 2:
                     parts = (add_powers(parts[0], ys, POWERS), parts[1])
                 else:
                     parts = (add_powers(parts[0], ys, POWERS),)
-        if A == 2:
-            totals = (add_each(totals[0], parts[0]), add_each(totals[1], parts[1]))
-        else:
-            totals = (add_each(totals[0], parts[0]),)
+        totals = parts if SHIFTED else (add_each(totals[0], parts[0]),)
         if POWERS[5][0]:
             count += ((counts & 0xFFFF) + (counts >> 16)).to(tl.int32) if P == 2 else counts.to(tl.int32)
+        if PIPE:
+            raw = following
     return totals, count, most, least
+
+
+@triton.jit
+def load_tiles(ptr, base, head, c, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
+               W: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, MAYBE: tl.constexpr):  # fmt: skip
+    raw = ()
+    for k in tl.static_range(K):
+        if SPAN % (W * K) == 0 and not SHIFTED:
+            if MAYBE:
+                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w), mask=c < SPAN, other=0.0),)
+            else:
+                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w)),)
+        else:
+            raw = raw + (load(ptr, base, head, c + k * W + w, D, 0.0, VEC, P, SHIFTED),)
+    return raw
+
+
+@triton.jit
+def apart(u, N: tl.constexpr):
+    """The N words beside each other that a thread has loaded: tiles of every N-th."""
+    if N == 1:
+        return (u,)
+    else:
+        left, right = tl.split(tl.reshape(u, [u.shape[0], u.shape[1] // 2, 2]))
+        return apart(left, N // 2) + apart(right, N // 2)
 
 
 @triton.jit
@@ -164,9 +189,7 @@ def own_words(u, word, head, n, VEC: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def not_zero(u, P: tl.constexpr, TYPE: tl.constexpr):
     """1 for each element that is not 0, of pairs in the two halves."""
-    if P == 2 and (INTERPRETED or not NVIDIA):
-        return tl.minimum(u & 0xFFFF, 1) | (tl.minimum(u >> 16, 1) << 16)
-    elif P == 2:
+    if P == 2:
         return smaller_words(u, tl.full(u.shape, 0x00010001, tl.uint32), P, TYPE)
     else:
         return tl.minimum(u.to(tl.uint32, bitcast=True), 1)
@@ -213,7 +236,7 @@ def norm_sums(ptr, base, head, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.cons
         if POWERS[5][1]:
             largest = sums[SUMS - 1]
         else:
-            MOST: tl.constexpr = ((), (), (), (), (), (False, True, False))
+            MOST: tl.constexpr = ((), (), (), (), (), (False, True, False, False))
             _, none, most, _ = read_powers(ptr, base, head, w, one, ROWS, False, D, VEC, P, SHIFTED, W, K, MOST)
             largest = row_powers(((),), none, most, P, SHIFTED, MOST, TYPE)[0]
         # Sums that hold infinity or nothing are right as they are.
