@@ -31,16 +31,28 @@ RECORD = tl.constexpr(8)  # numbers that one segment of a row is reduced to
 def root(sum, inverse, unit, GENERAL: tl.constexpr, LOG: tl.constexpr):
     """sum^inverse unit in float64, or its logarithm. GENERAL: there are orders beside 1 and 2, which are exact."""
     regular = (sum > 0.0) & (sum < INF)
+    if LOG:
+        x = tl.fma(log(sum), inverse, log(unit))
+        return tl.where(regular, x, tl.where(sum == 0.0, -INF, sum).to(tl.float64))
     u = tl.where(inverse == 0.5, tl.sqrt_rn(sum), sum).to(tl.float64)
-    if GENERAL or LOG:
+    if GENERAL:
         mantissa, exponent = split(sum)
         x = (exponent.to(tl.float64) + log2(mantissa).to(tl.float64)) * inverse
-        if LOG:
-            mantissa, exponent = split(unit)
-            x += tl.where(unit == 1.0, 0.0, exponent.to(tl.float64) + log2(mantissa).to(tl.float64))
-            return tl.where(regular, x * LN2, tl.where(sum == 0.0, -INF, sum).to(tl.float64))
         u = tl.where((inverse != 1.0) & (inverse != 0.5) & regular, exp2_double(x), u)
     return u * unit
+
+
+@triton.jit
+def log(x):
+    """ln x in float64 of x > 0, to float32's relative precision, which log2 has not near 1."""
+    mantissa, exponent = split(x)
+    above = mantissa > 1.4142135
+    mantissa = tl.where(above, mantissa * 0.5, mantissa)
+    s = (mantissa - 1.0) / (mantissa + 1.0)  # the series of 2 artanh s
+    q = s * s
+    series = tl.fma(tl.fma(tl.fma(tl.fma(q, 1.0 / 9, 1.0 / 7), q, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
+    exponent = tl.where(above, exponent + 1, exponent).to(tl.float64)
+    return tl.fma(exponent, tl.full(exponent.shape, LN2, tl.float64), series.to(tl.float64))
 
 
 # ---- statistics and scores
