@@ -142,6 +142,68 @@ def test_norms_on_every_branch(triton_device, D, dtype):
             truth.assert_close(got[:, j], expected, relative, f"||h||_{r}, log={log}")
 
 
+def approximation(exact, worst):
+    """What a GPU makes of `exact`: subnormals are 0, and the error is as bad as it may be, always in one direction."""
+
+    def flushed(x):
+        return np.where(np.abs(x) < 2.0**-126, np.float32(0), np.float32(x))
+
+    def approximate(handle):
+        x = handle.data
+        if x.dtype != np.float32:
+            return exact(x)
+        x = flushed(x).astype(np.float64)
+        return flushed(worst(x, exact(x)))
+
+    return lambda self, handle: type(handle)(approximate(handle), handle.dtype.scalar)
+
+
+@pytest.fixture(params=[None, (1, 1), (1, -1), (-1, 1), (-1, -1)], ids=str)
+def approximations(request, monkeypatch):
+    """Of the logarithm and of roots, by PTX's documentation; None for what the processor at hand does."""
+    if request.param is None:
+        return
+    if not INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    log, power = request.param
+    near, far = log * 2.0**-22.6, 1 + log * 2.0**-22.6
+    worst = lambda x, y: np.where((x > 0.5) & (x < 2), y + near, y * far)  # noqa: E731
+    monkeypatch.setattr(InterpreterBuilder, "create_log2", approximation(np.log2, worst))
+    worst_power, worst_root = (lambda x, y, e=e: y * (1 + power * e) for e in (2.0**-22, 2.0**-23))
+    monkeypatch.setattr(InterpreterBuilder, "create_exp2", approximation(np.exp2, worst_power))
+    monkeypatch.setattr(InterpreterBuilder, "create_sqrt", approximation(np.sqrt, worst_root))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_of_every_order_and_size(triton_device, approximations, dtype):
+    """The largest orders of ordinary features, and all orders of the largest and smallest: also of equal ones, whose
+    errors add up.
+    """
+    orders = (0, 0.05, 0.1, 0.3, 0.45, 0.5, 0.8, 0.9, 1, 1.3, 2, 6, 7.5, 16, 17, 130.5, 1000, 1e9, math.inf)
+    rng = np.random.default_rng(0)
+    limits = torch.finfo(dtype)
+    top = limits.max / 1.01
+    sizes = [x for x in (limits.tiny / 16, 1e-20, 1e-6, 1e-3, 0.1, 1, 7, 60, 1e3, 6e4, 1e10, 1e30, top) if x <= top]
+    for D in (2, 37):
+        x = [size * rng.random((2, D)) ** [[1], [0]] * [[1], [rng.random()]] for size in sizes]
+        x.append(10 ** rng.uniform(-4, 4, (2, D)))
+        x.append(np.array([[3.9, 0.7]]) * np.ones((D, 1)) if D == 2 else np.ones((1, D)))
+        h = torch.from_numpy(np.concatenate(x)).to(dtype)
+        for bias, log in ((False, False), (True, False), (False, True)):
+            got = fastood.norms(h.to(triton_device), orders, bias=bias, log=log, backend="triton").cpu()
+            for j, r in enumerate(orders):
+                expected, allowed = truth.norm(h, r, bias), truth.norm_tolerance(h, r, truth.EPS["float32"], bias)
+                if log:
+                    with np.errstate(all="ignore"):
+                        expected = np.log(expected)
+                    allowed = allowed + 2 * truth.EPS["float32"] * np.abs(expected)
+                else:
+                    allowed = allowed * expected
+                truth.assert_close(got[:, j], expected, allowed, f"||h||_{r}, D={D} bias={bias} log={log}")
+
+
 @pytest.mark.parametrize(("C", "dtype"), of_every_type([10, 100, 1000, 3000, 30008], 1000), ids=str)
 def test_a_sweep_is_made_of_its_scores(triton_device, C, dtype):
     torch.manual_seed(0)
@@ -828,17 +890,29 @@ def test_tiles_of_long_rows(itemsize):
 
 
 def test_every_order_finds_its_sum():
-    norms = shapes.norms_of((0.3, 0.1, 2.0, 0.5, 0.8, 1.5, 0.0, math.inf), 100, False)
-    integers, bases, of_base, multiples, (count, largest, _) = norms.powers
-    assert (integers, bases, of_base, multiples, count, largest) == (
-        (2,),
-        (0.1, 1.5),
-        (0, 0, 0, 0, 1),
-        (1, 3, 5, 8, 1),
-        True,
-        True,
-    )
-    assert norms.slots == (2, 1, 0, 3, 4, 5, 6, 7)
+    """The sums that are laid out are of |h|^r, with at most one power of an order by logarithm, and that below 0.5."""
+    h = np.array([0.3, 1.0, 2.5])
+    for orders in (
+        (0.3, 0.1, 2.0, 0.5, 0.8, 1.5, 0.0, math.inf),
+        (0.7, 1.2, 7.0, 15.9, 16.0),
+        (1e-3, 16.5, 1e9),
+        (0.0,),
+    ):
+        norms = shapes.norms_of(orders, 100, False)
+        roots, left, right, first, second, (count, largest, _, _) = norms.powers
+        powers, by_log = [h**r for r in roots], [r not in (1, 0.5) for r in roots]
+        for i, j in zip(left, right, strict=True):
+            powers.append(powers[i] * powers[j])
+            by_log.append(by_log[i] + by_log[j])
+        assert max(roots) <= 1 or max(orders) > shapes.MOST_MULTIPLIED
+        assert len(norms.ranges) == len(first) + count + largest
+        for r, slot in zip(orders, norms.slots, strict=True):
+            if r in (0, math.inf):
+                assert slot == len(first) + (count if r else 0)
+                continue
+            i, j = first[slot], second[slot]
+            np.testing.assert_allclose(powers[i] * (powers[j] if j >= 0 else 1), h**r, rtol=1e-14)
+            assert by_log[i] + (by_log[j] if j >= 0 else 0) <= 1
 
 
 # ---- compilation

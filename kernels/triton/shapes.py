@@ -242,53 +242,111 @@ LIGHT = 7  # from this number on a statistic vanishes with the rest of the row
 
 # ---- norms
 
-SMALL_ORDER = 0.84  # up to here powers are of |h| itself; see reference.norms_of
+MOST_MULTIPLIED = 16  # orders up to here are products; powers of |h| beyond hardly ever stay in float32
 LARGEST_FLOAT = 3.4028234663852886e38
 
 
 class Norms(NamedTuple):
-    """See device.norm_sums."""
+    """See device.norms."""
 
     powers: tuple[Any, ...]
     ranges: tuple[tuple[float, float], ...]
     slots: tuple[int, ...]
 
 
+class Factors(NamedTuple):
+    """|h|^r as |h|^whole, times its square root if `half`, times |h|^rest, 0 <= rest < 0.5, by logarithm.
+
+    What the hardware's log2 and exp2 are off by, 1 / r multiplies: so no order is made of more than one such power,
+    and those above 0.5 of one that is small beside the others.
+    """
+
+    whole: int
+    half: bool
+    rest: float
+
+
+def factors_of(r: float) -> Factors:
+    if r > MOST_MULTIPLIED:
+        return Factors(0, False, r)
+    whole, half = int(r), r % 1 >= 0.5
+    rest = r - whole - half / 2
+    return Factors(whole, half, rest if rest > 1e-15 * r else 0.0)
+
+
+def farthest(r: float, rest: float) -> float:
+    """How many powers of two |h| may be off 1 before the error of log2 |h|, which grows with it, shows in ||h||_r.
+
+    In units of 2^-24, exp2 is off by 4 / r, the root by 2 / r, sums by some 5 / r; 16 max(1, 1 / r) are allowed, and
+    |ln |h|| more if r < 1. The logarithm, its product with a rounded exponent: 4.6 |ln |h||, times its share of r.
+    """
+    growth = 4.6 * rest / r - (r < 1)
+    left = 16 * max(1.0, 1 / r) - 11 / r - 1
+    return left / growth / math.log(2) if growth > 0 else math.inf
+
+
 @lru_cache
 def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
     """Which sums the orders need, and in which slot each order finds its own. `half`: float16, never subnormal."""
-    integers = tuple(sorted({int(r) for r in orders if 1 <= r <= 6 and r == int(r)}))
-    rest = sorted(r for r in set(orders) if 0 < r < math.inf and r not in integers)
-    least = min(rest, default=1.0)
-    count = 0 in orders
-    largest = count or math.inf in orders
-    subnormals = least < 0.25 and not half
+    kept = sorted(r for r in set(orders) if 0 < r < math.inf)
+    parts = [factors_of(r) for r in kept]
+    rests: list[float] = []
+    for i, r in enumerate(kept):
+        same = [x for x in rests if abs(x - parts[i].rest) <= 1e-15 * r]
+        parts[i] = parts[i]._replace(rest=same[0] if same else parts[i].rest)
+        rests += [parts[i].rest] if parts[i].rest and not same else []
+    roots = [1.0, *([0.5] if any(x.half for x in parts) else []), *rests]
 
-    kept = [float(k) for k in integers]  # the order in each slot
-    ranges = [(2.0**-60, LARGEST_FLOAT) for _ in integers]
-    bases: list[float] = []
-    of_base, multiples = [], []
-    for r in rest:
-        multiple = round(r / least)
-        if not (r <= SMALL_ORDER and multiple <= 8 and abs(multiple * least - r) <= 1e-15 * r):
-            multiple = 1
-        if multiple == 1:
-            bases.append(r)
-        of_base.append(0 if multiple > 1 else len(bases) - 1)
-        multiples.append(multiple)
-        kept.append(r)
-        if r > SMALL_ORDER:
-            # A mean beyond 2^6: the rounding of log2 |h| shows.
-            ranges.append((max(2.0 ** (-6 * r), 2.0**-60), min(D * 2.0 ** min(6 * r, 127), LARGEST_FLOAT)))
-        else:
-            # Subnormals count as 0 at first: below this sum they could be seen.
-            ranges.append((0.0 if half or subnormals else D * 2.0 ** (22 - 126 * r), LARGEST_FLOAT))
-    for order, wanted in ((0.0, count), (math.inf, largest)):
-        if wanted:
-            kept.append(order)
-            ranges.append((-math.inf, math.inf))
+    products: list[tuple[int, ...]] = []
+
+    def two(x: Factors) -> tuple[int, ...]:
+        """One or two of the powers at hand, whose product x is."""
+        if x.rest:
+            other = x._replace(rest=0.0)
+            return (*((one(other),) if any(other) else ()), roots.index(x.rest, 1))
+        if x.half:
+            return (*((one(x._replace(half=False)),) if x.whole else ()), 1)
+        if x.whole == 1:
+            return (0,)
+        return one(Factors(x.whole // 2, False, 0.0)), one(Factors(x.whole - x.whole // 2, False, 0.0))
+
+    def one(x: Factors) -> int:
+        """The index of a power, made if it is not there."""
+        found = two(x)
+        if len(found) == 1:
+            return found[0]
+        if found not in products:
+            products.append(found)
+        return len(roots) + products.index(found)
+
+    sums = [two(x) for x in parts]
+    subnormals = not half and 0 < min(kept, default=1.0) < 0.25
+    ranges = []
+    off = 100.0
+    for r, x in zip(kept, parts, strict=True):
+        if r > MOST_MULTIPLIED:
+            ranges.append((math.inf, 0.0))  # read again whatever it is
+            continue
+        least = 2.0**-60
+        if r < 1 and not half and not subnormals:  # which count as 0 at first: below this sum they could be seen
+            least = max(least, D * 2.0 ** (22 - 126 * r))
+        if x.rest:
+            off = min(off, farthest(r, x.rest))
+            if r < 1:  # hardly anything but zeros, or much that is small beside the largest
+                least = max(least, D * 2.0**-6)
+        ranges.append((least, LARGEST_FLOAT))
+    count = 0 in orders
+    largest = count or math.inf in orders or off < 100
+    if count:
+        kept.append(0.0)
+        ranges.append((-math.inf, math.inf))
+    if largest:
+        kept.append(math.inf)
+        ranges.append((2.0**-off, 2.0**off) if off < 100 else (-math.inf, math.inf))
     slots = tuple(kept.index(r) for r in orders)
-    powers = (integers, tuple(bases), tuple(of_base), tuple(multiples), (count, largest, subnormals))
+    left, right = (tuple(x[i] for x in products) for i in (0, 1))
+    first, second = tuple(x[0] for x in sums), tuple(x[1] if len(x) == 2 else -1 for x in sums)
+    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals, False))
     return Norms(powers, tuple(ranges), slots)
 
 
@@ -332,7 +390,7 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         *(float(j) for _, _, j, _ in columns),
         *(1.0 / r if 0 < r < math.inf else 1.0 for r in orders),
         *(float(code >= LIGHT) for code in stats),
-        *(float(SMALL_ORDER < r < math.inf) for r in orders),
+        *(float(0 < r < math.inf) for r in orders),
         *(float(power) for *_, power in columns),
     )
     sums = 0

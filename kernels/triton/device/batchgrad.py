@@ -83,7 +83,9 @@ def loaded(x, pairs, STEP: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.const
 
 
 @triton.jit
-def of_step(hs, gs, turns, pulls, SIGNED: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr):
+def of_step(
+    hs, gs, turns, pulls, SIGNED: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr
+):
     out = ()
     for group in tl.static_range(GROUPS):
         out = out + ((),)
@@ -135,12 +137,16 @@ def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, GROUPS: tl.c
         hs, gs = loaded(x_ptr, g_ptr, STEP, GROUPS, CLASSES, ORDER)
         for step in range(1, steps + 1):
             at = tl.minimum(step, steps - 1)
-            next_hs, next_gs = loaded(x_ptr + at * (STEP * GROUPS * 128), g_ptr + at * (STEP * ORDER), STEP, GROUPS, CLASSES, ORDER)
+            next_hs, next_gs = loaded(
+                x_ptr + at * (STEP * GROUPS * 128), g_ptr + at * (STEP * ORDER), STEP, GROUPS, CLASSES, ORDER
+            )
             totals = added(totals, of_step(hs, gs, turns, pulls, SIGNED, STEP, GROUPS, CLASSES))
             hs, gs = next_hs, next_gs
     else:
         for step in range(steps):  # pointers that are carried along would take a move for each load
-            hs, gs = loaded(x_ptr + step * (STEP * GROUPS * 128), g_ptr + step * (STEP * ORDER), STEP, GROUPS, CLASSES, ORDER)
+            hs, gs = loaded(
+                x_ptr + step * (STEP * GROUPS * 128), g_ptr + step * (STEP * ORDER), STEP, GROUPS, CLASSES, ORDER
+            )
             totals = added(totals, of_step(hs, gs, turns, pulls, SIGNED, STEP, GROUPS, CLASSES))
     return totals
 

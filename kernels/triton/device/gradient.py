@@ -224,7 +224,9 @@ def gradient(
             if HELD:
                 z, e, q, q_top = others[i]
             else:
-                z, e, q, q_top = relative(*read(f, given, first + i * W + lane, C, V, LABELS, False), pivot, LABELS, OUTSIDE)
+                z, e, q, q_top = relative(
+                    *read(f, given, first + i * W + lane, C, V, LABELS, False), pivot, LABELS, OUTSIDE
+                )
             if LABELS == GIVEN:
                 top += q_top
             exps, slot = collected(exps, slot + e, i, TILES)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.norms import norm_sums
+from fastood.kernels.triton.device.norms import norm_sums, split
 from fastood.kernels.triton.device.softmax import PEEL, softmax_sums
 from fastood.kernels.triton.device.stream import streamed_sums
 from fastood.kernels.triton.device.words import (
@@ -14,7 +14,6 @@ from fastood.kernels.triton.device.words import (
     log1p,
     log2,
     place,
-    power_of_2,
     reciprocal,
     small,
 )
@@ -26,23 +25,31 @@ ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(7), tl.constexpr
 
 
 @triton.jit
-def root(sum, inverse, shift, GENERAL: tl.constexpr, LOG: tl.constexpr):
-    """sum^inverse 2^shift in float64, or its logarithm. GENERAL: there are orders beside 1 and 2, which are exact."""
+def root(sum, inverse, unit, GENERAL: tl.constexpr, LOG: tl.constexpr):
+    """sum^inverse unit in float64, or its logarithm. GENERAL: there are orders beside 1 and 2, which are exact."""
     regular = (sum > 0.0) & (sum < INF)
-    u = tl.where(inverse == 0.5, tl.sqrt_rn(sum), sum)
-    n = shift
-    if GENERAL or LOG:
-        tiny = sum < 2.0**-100  # the largest of subnormals
-        bits = tl.where(tiny, sum * 2.0**100, sum).to(tl.int32, bitcast=True)
-        exponent = (bits >> 23) - tl.where(tiny, 227, 127)
-        mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-        x = tl.fma(exponent.to(tl.float64) + log2(mantissa).to(tl.float64), inverse, shift)
-        if LOG:
-            return tl.where(regular, x * LN2, tl.where(sum == 0.0, -INF, sum).to(tl.float64))
-        general = (inverse != 1.0) & (inverse != 0.5) & regular
-        n = tl.where(general, tl.minimum(tl.floor(x), 1024.0), n)
-        u = tl.where(general, tl.exp2((x - n).to(tl.float32)), u)
-    return u.to(tl.float64) * power_of_2(n)
+    if LOG:
+        x = tl.fma(log(sum), inverse, log(unit))
+        return tl.where(regular, x, tl.where(sum == 0.0, -INF, sum).to(tl.float64))
+    u = tl.where(inverse == 0.5, tl.sqrt_rn(sum), sum).to(tl.float64)
+    if GENERAL:
+        mantissa, exponent = split(sum)
+        x = (exponent.to(tl.float64) + log2(mantissa).to(tl.float64)) * inverse
+        u = tl.where((inverse != 1.0) & (inverse != 0.5) & regular, exp2_double(x), u)
+    return u * unit
+
+
+@triton.jit
+def log(x):
+    """ln x in float64 of x > 0, to float32's relative precision, which log2 has not near 1."""
+    mantissa, exponent = split(x)
+    above = mantissa > 1.4142135
+    mantissa = tl.where(above, mantissa * 0.5, mantissa)
+    s = (mantissa - 1.0) / (mantissa + 1.0)  # the series of 2 artanh s
+    q = s * s
+    series = tl.fma(tl.fma(tl.fma(tl.fma(q, 1.0 / 9, 1.0 / 7), q, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
+    exponent = tl.where(above, exponent + 1, exponent).to(tl.float64)
+    return tl.fma(exponent, tl.full(exponent.shape, LN2, tl.float64), series.to(tl.float64))
 
 
 # ---- statistics and scores
@@ -106,7 +113,7 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
 
 
 @triton.jit
-def with_bias(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr):
+def with_bias(powers, unit, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr):
     """The sum of one order, of [h; 1] if BIAS."""
     sum = powers[SLOT]
     if ORDER == 0.0:
@@ -116,22 +123,19 @@ def with_bias(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.c
         return sum
     elif ORDER == INF:
         return larger(sum, 1.0)
-    elif ORDER > 0.84:
-        return sum + tl.exp2(shift.to(tl.float32) * (-ORDER))
     else:
-        return sum + 1.0
+        return sum + tl.where(unit == 1.0, 1.0, tl.exp2(log2(unit) * (-ORDER)))
 
 
 @triton.jit
-def norm(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr,
+def norm(powers, unit, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr,
          LOG: tl.constexpr):  # fmt: skip
     """The norm of one order, or its logarithm."""
     REGULAR: tl.constexpr = ORDER > 0.0 and ORDER < INF
-    SCALED: tl.constexpr = ORDER > 0.84 and ORDER < INF
-    sum = with_bias(powers, shift, SLOT, ORDER, SUMS, BIAS)
+    sum = with_bias(powers, unit, SLOT, ORDER, SUMS, BIAS)
     inverse = tl.full(sum.shape, 1.0 / ORDER if REGULAR else 1.0, tl.float64)
-    scaled = shift if SCALED else tl.zeros_like(shift)
-    return root(sum, inverse, scaled.to(tl.float64), REGULAR and ORDER != 1.0 and ORDER != 2.0, LOG)
+    scaled = unit if REGULAR else tl.full(unit.shape, 1.0, tl.float32)
+    return root(sum, inverse, scaled, REGULAR and ORDER != 1.0 and ORDER != 2.0, LOG)
 
 
 @triton.jit(do_not_specialize=["x_stride", "x_offset", "h_stride", "h_offset", "out_row", "out_column", "N"])
@@ -167,7 +171,7 @@ def scores(
     if len(ORDERS) > 0:
         base, head = place(row, h_stride, h_offset, H_VEC, H_P, H_SHIFTED)
         w = tl.arange(0, H_W)[None, :]
-        powers, shift = norm_sums(
+        powers, unit = norm_sums(
             h_ptr, base, head, w, D, H_VEC, H_P, H_SHIFTED, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS
         )
 
@@ -182,7 +186,7 @@ def scores(
                     if parts[8]:
                         score *= parts[1]
             if FEW[k][1] >= 0:
-                u = norm(powers, shift, SLOTS[FEW[k][1]], ORDERS[FEW[k][1]], len(RANGES), BIAS, LOG)
+                u = norm(powers, unit, SLOTS[FEW[k][1]], ORDERS[FEW[k][1]], len(RANGES), BIAS, LOG)
                 score *= u * u if FEW[k][2] == 2 and not LOG else u
             tl.store(out_ptr + out_column.to(tl.int64) * k, score.to(out_ptr.dtype.element_ty), mask=ok)
     else:
@@ -205,16 +209,16 @@ def scores(
                         score = tl.where(light, score * parts[1][:, None], score)
             if len(ORDERS) > 0:
                 which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
-                sum = with_bias(powers, shift, SLOTS[0], ORDERS[0], len(RANGES), BIAS)[:, None]
+                sum = with_bias(powers, unit, SLOTS[0], ORDERS[0], len(RANGES), BIAS)[:, None]
                 if not ALL_U:
                     sum = tl.where(which == 0, sum, 1.0)
                 for i in tl.static_range(1, len(ORDERS)):
                     sum = tl.where(
-                        which == i, with_bias(powers, shift, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum
+                        which == i, with_bias(powers, unit, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum
                     )
                 inverse = small(field + 3 * COLUMNS, within, 1.0)
                 scaled = small(field + 5 * COLUMNS, within, 0.0)
-                u = root(sum, inverse, shift.to(tl.float64)[:, None] * scaled, GENERAL, LOG)
+                u = root(sum, inverse, tl.where(scaled == 1.0, unit[:, None], 1.0), GENERAL, LOG)
                 if LOG and not ALL_U:
                     u = tl.where(which >= 0, u, 1.0)
                 if SQUARE and not LOG:

@@ -218,8 +218,11 @@ def unpack(u, P: tl.constexpr, TYPE: tl.constexpr):
 @triton.jit
 def pack(low, high, TYPE: tl.constexpr):
     """The pairs of which these are the elements."""
-    low, high = low.to(TYPE).to(tl.uint16, bitcast=True), high.to(TYPE).to(tl.uint16, bitcast=True)
-    return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    if tl.float16 == TYPE:
+        low, high = low.to(TYPE).to(tl.uint16, bitcast=True), high.to(TYPE).to(tl.uint16, bitcast=True)
+        return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    else:  # the interpreter's conversion makes subnormals 0
+        return (low.to(tl.uint32, bitcast=True) >> 16) | (high.to(tl.uint32, bitcast=True) & 0xFFFF0000)
 
 
 @triton.jit
