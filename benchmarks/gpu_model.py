@@ -13,7 +13,7 @@ to do for each warp, each of which takes so many clocks where it has nothing els
 They overlap, but not perfectly: the time is the norm of order `overlap` of the four. `python -m benchmarks.gpu_static
 --fit` fits the three by least squares of the logarithm of the share, in which more than all of the ceiling, which is
 torch.sum's, counts as all, and prints the error: 9% rms, 27% at most, 10% for a kernel that is left out of the fit. The
-model knows no barriers: kernels whose programs share a row in a cluster take up to twice as long as it would say.
+model knows no barriers, and no second sweep from the cache: rows beyond 24576 classes are not predicted.
 """
 
 from __future__ import annotations

@@ -148,7 +148,10 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         name = DEFAULT
     if name == "auto":
         if cpu.MISSING and device.type == "cpu":
-            _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})")
+            advice = "Reinstall fastood where there is a C++ compiler."
+            _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})", advice)
+        if device.type == "cuda" and (reason := triton.missing()):
+            _warn_once(f"fastood's Triton kernels cannot be used ({reason})", "Install a newer Triton.")
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
@@ -158,9 +161,8 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 @cache
-def _warn_once(what: str) -> None:
-    advice = "plain PyTorch does their work, several times slower. Reinstall fastood where there is a C++ compiler."
-    warnings.warn(f"{what}: {advice}", stacklevel=4)
+def _warn_once(what: str, advice: str) -> None:
+    warnings.warn(f"{what}: plain PyTorch does their work, several times slower. {advice}", stacklevel=4)
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:

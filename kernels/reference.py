@@ -123,8 +123,14 @@ class Softmax:
 
     @lazy
     def z(self) -> Tensor:
-        """(f_k - f_2) / T of the rest; subtracted before it is divided, or a small T overflows."""
-        return (self.rest - self.f_2[:, None]) / self.divisor
+        """(f_k - f_2) / T of the rest."""
+        return self._relative(self.rest, self.f_2)
+
+    def _relative(self, f: Tensor, to: Tensor) -> Tensor:
+        # Subtracted before it is divided, or a small T overflows; halved where T is large, or the difference does.
+        if self.divisor <= 1:
+            return (f - to[:, None]) / self.divisor
+        return (f / 2 - to[:, None] / 2) / (self.divisor / 2)
 
     @lazy
     def e(self) -> Tensor:
@@ -219,8 +225,7 @@ class Softmax:
 
     @lazy
     def sumlogp(self) -> Tensor:
-        z = (self.f - self.f_max[:, None]) / self.divisor
-        return row_sum(z).double() - self.C * self.r1.log1p()
+        return row_sum(self._relative(self.f, self.f_max)).double() - self.C * self.r1.log1p()
 
     def power_sum(self, r: float) -> Tensor:
         return self.msp**r + self.power_sum_rest(r)

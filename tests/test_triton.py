@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastood
+from fastood import kernels
 from fastood.kernels import Want, triton
 from fastood.kernels.triton import shapes
 
@@ -588,6 +589,29 @@ def test_says_why_it_does_not_serve():
         fastood.score(torch.ones(2, 3, dtype=torch.float64), backend="triton")
 
 
+@pytest.mark.parametrize(("version", "found"), [("3.5.1", "3.5.1"), ("3.10.0+git1", None), ("4.0", None)])
+def test_an_old_triton_is_refused(monkeypatch, tmp_path, version, found):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text(f"# not imported\n__version__ = '{version}'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setattr(triton, "_unusable_device", lambda device: None)
+    triton.missing.cache_clear()
+    cuda, why = torch.device("cuda"), f"it needs Triton 3.6 or newer, found {found}"
+    try:
+        if found is None:
+            assert kernels.select("auto", cuda, torch.float32) is triton
+            return
+        kernels._warn_once.cache_clear()
+        with pytest.warns(UserWarning, match=f"Triton kernels cannot be used .{why}.: plain PyTorch does"):
+            assert kernels.select("auto", cuda, torch.float32) is kernels.reference
+        assert kernels.select("auto", cuda, torch.float32) is kernels.reference  # and says so once
+        with pytest.raises(RuntimeError, match=f"backend 'triton' cannot serve torch.float32 on cuda: {why}"):
+            kernels.select("triton", cuda, torch.float32)
+    finally:
+        triton.missing.cache_clear()
+
+
 def test_import_does_not_load_triton():
     code = (
         "import sys, torch; before = set(sys.modules)\n"
@@ -925,6 +949,55 @@ def test_compiles_ahead_of_time(architecture):
     """What benchmarks/gpu_static.py does not compile: rare statistics, orders and types; and for AMD, all kinds."""
     run = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, architecture], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-20_000:]
+
+
+@needs_triton
+@only_compiled
+def test_no_helper_needs_its_tuples_told_apart():
+    """Triton 3.6 names what it compiles by the tensors and constants in the arguments, whatever tuples they are in:
+    called with ((x, y),) and with ((x,), (y,)) a helper has one body, and the second call's sums are wrong.
+    """
+    environment = {**os.environ, "TRITON_ALWAYS_COMPILE": "1"}
+    run = subprocess.run([sys.executable, "-c", TUPLES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-20_000:]
+
+
+TUPLES = """
+from triton.compiler.code_generator import CodeGenerator
+from benchmarks.gpu_static import *
+
+call, seen = CodeGenerator.call_JitFunction, {}
+
+def is_tuple(x):
+    return isinstance(x, (tuple, triton.language.tuple))
+
+def leaves(x, path=()):
+    if is_tuple(x):
+        return [leaf for i, item in enumerate(x) for leaf in leaves(item, (*path, i))]
+    return [str(x.type) if isinstance(x, triton.language.tensor) else (path, repr(x))]
+
+def shape(x):
+    return [shape(item) for item in x] if is_tuple(x) else None
+
+def recorded(self, fn, args, kwargs, *more):
+    given = (*args, *kwargs.values())
+    first = seen.setdefault((self.module, fn, tuple(leaves(given))), shape(given))
+    assert shape(given) == first, f"{fn.__name__} is called with {first} and {shape(given)}"
+    return call(self, fn, args, kwargs, *more)
+
+CodeGenerator.call_JitFunction = recorded
+target = GPUTarget("cuda", 90, 32)
+some, every = ("tv", "s2"), (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2")
+for case in (
+    *(Case("", t, 1000, 64, some, GRID, 0, 0) for t in (BFLOAT, FLOAT)),
+    *(Case("", BFLOAT, C, D, stats, GRID, 0, 0) for C, D in ((1000, 64), (1001, 65)) for stats in (("tv",), every)),
+    *(Case("", BFLOAT, 100, 0, (("gradient", "given", 3.0, 1.5, side),), (), 0, 0, "gradient")
+      for side in ("inside", "outside")),
+    Case("", FLOAT, 100, 100, (), (), 0, 0, "plain"),
+):
+    compile_case(case, target)
+assert any(fn.__name__ == "in_one" for _, fn, _ in seen)
+"""
 
 
 AHEAD_OF_TIME = """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,8 @@ from fastood.kernels.triton import shapes
 if TYPE_CHECKING:
     from fastood.kernels import Anchors, Job, Stat, Want
 
+OLDEST = 3, 6  # Triton that the kernels were tried with; pyproject.toml says with which else
+
 
 @lru_cache
 def _launch() -> Any:
@@ -29,8 +33,8 @@ def _launch() -> Any:
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not _installed():
-        return "it needs Triton: pip install 'fastood[triton]'"
+    if reason := missing():
+        return reason
     if dtype == torch.float64:
         return "float64 is left to the reference backend"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -39,8 +43,15 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @lru_cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+def missing() -> str | None:
+    """What is wrong with the Triton that is installed; found without importing it, which takes long."""
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "it needs Triton: pip install 'fastood[triton]'"
+    version = re.search(r"^__version__ = ['\"](.*)['\"]", Path(spec.origin).read_text(), re.MULTILINE)
+    if version and tuple(int(n) for n in version[1].split(".")[:2]) < OLDEST:
+        return f"it needs Triton {OLDEST[0]}.{OLDEST[1]} or newer, found {version[1]}"
+    return None
 
 
 @lru_cache

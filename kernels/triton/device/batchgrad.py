@@ -87,7 +87,7 @@ def of_step(
     hs, gs, turns, pulls, SIGNED: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr
 ):
     out = ()
-    for group in tl.static_range(GROUPS):
+    for _ in tl.static_range(GROUPS):
         out = out + ((),)
     for i in tl.static_range(STEP):
         g, c = (), ()
@@ -113,7 +113,7 @@ def of_step(
             more = more + (out[group] + (in_pairs(terms),),)
         out = more
     totals = ()
-    for group in tl.static_range(GROUPS):
+    for _ in tl.static_range(GROUPS):
         totals = totals + (in_pairs(out[group]),)
     return totals
 
@@ -129,9 +129,9 @@ def added(a, b):
 @triton.jit
 def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr,
            ORDER: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    """For each row, over classes and features: sum |turn G + pull h - |G| / 2|, or if SIGNED of max(|G|, |turn G + pull h|)."""
+    """For each row, over classes and features: sum |turn G + pull h - |G| / 2|, or SIGNED max(|G|, |turn G + pull h|)."""
     totals = ()
-    for group in tl.static_range(GROUPS):
+    for _ in tl.static_range(GROUPS):
         totals = totals + (tl.zeros_like(turns[0]),)
     if AHEAD:
         hs, gs = loaded(x_ptr, g_ptr, STEP, GROUPS, CLASSES, ORDER)

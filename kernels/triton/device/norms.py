@@ -1,7 +1,7 @@
 """Rows of features to sums of powers.
 
-POWERS says how, as shapes.py lays it out: (roots, left, right, first, second, (count, largest, subnormals)). The roots are
-powers of |h| by their order: 1, 0.5, or any other, which costs an exp2 and shares one log2. To these are added the
+POWERS says how, as shapes.py lays it out: (roots, left, right, first, second, (count, largest, subnormals)). The roots
+are powers of |h| by their order: 1, 0.5, or any other, which costs an exp2 and shares one log2. To these are added the
 products of each left and right one. A sum adds up a first power, or its product with a second, -1 being none.
 """
 
@@ -101,7 +101,7 @@ def read_powers(ptr, base, head, w, largest, ROWS: tl.constexpr, SAFE: tl.conste
     FOLD: tl.constexpr = 1 if SHIFTED else VEC // P
     zero = tl.zeros([ROWS, W // FOLD], tl.float32)
     totals = ()
-    for i in tl.static_range(len(POWERS[3])):
+    for _ in tl.static_range(len(POWERS[3])):
         totals = totals + (zero,)
     totals = (totals, totals) if SHIFTED and P == 2 else (totals,)
     count = zero.to(tl.int32)
@@ -199,7 +199,7 @@ def not_zero(u, P: tl.constexpr, TYPE: tl.constexpr):
 def row_powers(totals, count, most, P: tl.constexpr, SHIFTED: tl.constexpr, POWERS: tl.constexpr,
                TYPE: tl.constexpr):  # fmt: skip
     """The sums of slots reduced to rows."""
-    out = row_sums(in_one(totals, SHIFTED)) if len(POWERS[3]) > 0 else ()
+    out = row_sums(in_one(totals, len(totals), SHIFTED)) if len(POWERS[3]) > 0 else ()
     out = in_float32(out)
     if POWERS[5][0]:
         out = out + (tl.sum(count, 1).to(tl.float32),)

@@ -63,7 +63,8 @@ def parts_of(sums, scale, PEEL_: tl.constexpr):
         weight = tl.full(m.shape, 1.0, tl.float64)
         ratio = tl.where(rest > 0.0, squares / rest, 0.0)
         if rare:
-            gap = (pivot.to(tl.float64) - m.to(tl.float64)) * scale
+            # 2^-16384 is 0, and 0 times what may be infinite would be NaN.
+            gap = tl.maximum((pivot.to(tl.float64) - m.to(tl.float64)) * scale, -16384.0)
             weight = tl.where(pivot < m, exp2_double(gap), 1.0)
             near = weight.to(tl.float32)
             squares *= near * near

@@ -91,9 +91,9 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
             # The largest of a slot comes last, or is kept out: if it is the row's, the rest is not drowned.
             hot = top == m[:, None]
             sums = (add_exp(sums[0], tl.where(hot, 0.0, es[0]), ts[0], SUMS),) + sums[1:]
-            totals = row_sums(added(sums) + (tl.where(hot, 1.0, 0.0),))
+            totals = row_sums(added(sums, len(sums)) + (tl.where(hot, 1.0, 0.0),))
         else:
-            totals = row_sums(added(sums))
+            totals = row_sums(added(sums, len(sums)))
         # A maximum that was kept out counts 1; one that was not is taken away as it was added.
         others = totals[len(totals) - 1] - 1.0 if PEEL & SUMS else tl.zeros_like(m)
         kept = 0.0 if PEEL & SUMS else 1.0
@@ -149,10 +149,10 @@ def add_exp(sums, e, t, SUMS: tl.constexpr):
 
 
 @triton.jit
-def added(sums):
-    """Tuples of sums, each added to the others."""
+def added(sums, A: tl.constexpr):
+    """A tuples of sums, each added to the others."""
     out = sums[0]
-    for a in tl.static_range(1, len(sums)):
+    for a in tl.static_range(1, A):
         more = ()
         for k in tl.static_range(len(out)):
             more = more + (out[k] + sums[a][k],)
@@ -178,20 +178,20 @@ def centre(m, scale, ONCE: tl.constexpr):
     """c, and by how much t = fma(logit, scale, c) exceeds (logit - m) scale in each row, the rounding error of c.
 
     Last: which rows have so large a maximum that this is not next to 0, and are summed again. Not ONCE, in short rows
-    and where none are summed again otherwise, m is subtracted first.
+    and where none are summed again otherwise, m is subtracted first: c is half of -m, see scaled.
     """
     if ONCE:
         c = -(m * scale)
         c = tl.fma(tl.abs(c), -(2.0**-23), c)  # so that no t is above 0
         return c[:, None], fused(m, scale, c), (tl.abs(c) > FAR) & (tl.abs(m) < INF)
     else:
-        return -m[:, None], tl.zeros_like(m), m < m
+        return -0.5 * m[:, None], tl.zeros_like(m), m < m
 
 
 @triton.jit
 def scaled(x, scale, c, ONCE: tl.constexpr):
-    """t of logits; see centre."""
-    return fused(x, scale, c) if ONCE else (x + c) * scale
+    """t of logits; see centre. The difference of two may be beyond float32, that of their halves is not."""
+    return fused(x, scale, c) if ONCE else tl.fma(x, 0.5, c) * (2.0 * scale)
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def deviations(es, u):
         for i in tl.static_range(a + A, len(es), A):
             slot += above(es[i], u[:, None])
         slots = slots + ((slot,),)
-    return tl.sum(added(slots)[0], 1) * 2.0
+    return tl.sum(added(slots, A)[0], 1) * 2.0
 
 
 @triton.jit
@@ -249,7 +249,7 @@ def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constex
             sum1 += e
             sum2 = tl.fma(e, e, sum2)
             sum3 = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), sum3)
-            sum4 += tl.where(own, (halves[j] - top) * scale, 0.0)
+            sum4 += tl.where(own, (halves[j].to(tl.float64) - top.to(tl.float64)) * scale, 0.0)
     sum1, sum2 = tl.sum(sum1, 1) + ties, tl.sum(sum2, 1) + ties
     return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1), tl.sum(sum4, 1)))
 
