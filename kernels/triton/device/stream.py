@@ -45,7 +45,8 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                   K: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """What softmax_sums returns, of one row of C logits from the word `base` on, K tiles of W words in flight.
 
-    VEC divides C, and where it is not 1 a thread's four words of a tile are one load.
+    VEC divides C, and where it is not 1 a thread's four words of a tile are one load. A row has two tiles or more, so
+    that no slot is empty, and K is 2 or more where there are several groups.
     """
     TYPE: tl.constexpr = ptr.dtype.element_ty
     VW: tl.constexpr = VEC // P
