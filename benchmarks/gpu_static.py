@@ -97,7 +97,7 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
     plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
     assert plan is not None
-    shape = shapes.launch_shape(C, D)
+    shape = shapes.launch_shape(C, D, size)
     x, x_tiles = shapes.logits_tile(C, C, 0, size, shape.lanes) if C else (shapes.NOTHING, 0)
     sweeps = (1 + bool(plan.sums & shapes.TV), math.ceil(C / (x.w * x.p * x_tiles)) - 1) if x_tiles else (0, 0)
     h = shapes.tile_of(D, D, 0, size, shape.lanes) if D else shapes.NOTHING

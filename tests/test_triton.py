@@ -223,9 +223,7 @@ def test_a_sweep_is_made_of_its_scores(triton_device, C, dtype):
 def short_rows_as_long_ones(monkeypatch, new_programs):
     """Rows of more than 16 classes are read tile by tile, by few warps, in groups of few tiles."""
     monkeypatch.setattr(shapes, "ROWS", {16: shapes.ROWS[16]})
-    monkeypatch.setattr(shapes, "STREAM", (1, 4))
-    monkeypatch.setattr(shapes, "STREAM_TILES", 2)
-    monkeypatch.setattr(shapes, "STREAM_ELEMENTS", 3)
+    monkeypatch.setattr(shapes, "STREAM", {2: (4, 2, 3), 4: (4, 2, 3)})
 
 
 # One group of tiles, two, and many; full and partial tiles; 16-byte loads or, in 1001 and 802, an element each.
@@ -862,7 +860,7 @@ def test_on_another_device_than_the_current_one():
 def test_tiles(itemsize):
     for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24576]:
         for stride in (columns, columns + 1, 0):
-            rows, warps = shape = shapes.launch_shape(columns, 0)
+            rows, warps = shape = shapes.launch_shape(columns, 0, itemsize)
             lanes = shape.lanes
             assert rows * lanes in (32 * warps, rows)
             tile, _ = shapes.logits_tile(columns, stride, 0, itemsize, lanes)
@@ -903,14 +901,14 @@ def test_tiles_of_long_rows(itemsize):
     for C in (24577, 24584, 50257, 128256, 262144, 1_000_003):
         for stride in (C, C + 1):
             shifted = shapes.is_shifted(C, stride, 0, itemsize)
-            shape = shapes.launch_shape(C, 0)
+            shape = shapes.launch_shape(C, 0, itemsize)
             assert shape.rows == 1
-            tile, count = shapes.streamed(C, shapes.tile_of(C, stride, 0, itemsize, shape.lanes), shape.lanes)
+            tile, count = shapes.logits_tile(C, stride, 0, itemsize, shape.lanes)
             assert not tile.shifted
             assert tile.w == shape.lanes * tile.vec // tile.p
             assert tile.vec * itemsize == (itemsize if shifted else 16)
             assert C % tile.vec == stride % tile.vec == 0
-            assert 2 <= count <= (shapes.STREAM_ELEMENTS if shifted else shapes.STREAM_TILES)
+            assert 2 <= count <= shapes.STREAM[itemsize][2 if shifted else 1]
 
 
 def test_every_order_finds_its_sum():

@@ -98,7 +98,7 @@ def scores(
 ) -> Program:
     """The columns of a plan, [N, columns], or [columns, N] where not `by_row`."""
     C, D = f.columns if f else 0, h.columns if h else 0
-    shape = shapes.launch_shape(C, D)
+    shape = shapes.launch_shape(C, D, f.itemsize if f else 0)
     x_tile, x_tiles = shapes.logits_tile(*f[1:], f.itemsize, shape.lanes) if f else (shapes.NOTHING, 0)
     y_tile = shapes.tile_of(*h[1:], h.itemsize, shape.lanes) if h else shapes.NOTHING
     nothing = None, Argument(NUMBER), Argument(NUMBER)
@@ -125,9 +125,9 @@ def gradient(
     """A gradient norm, [N] float64; q for the labels "given"."""
     _, labels, order, power, expectation = stat
     given = [x for x in (f, q) if x]
-    strides, itemsize = tuple(x.stride for x in given), min(x.itemsize for x in given)
+    strides, itemsize = tuple(x.stride for x in given), max(x.itemsize for x in given)
     constants, shape = shapes.gradient_constants(labels, order, power, expectation, f.columns, strides, itemsize)
-    table = _table((math.log2(math.e) / temperature, order, 1 / order, power), on)
+    table = _table(shapes.gradient_table(order, power, temperature), on)
     rows = [Argument(NUMBER, x.stride // constants["V"]) for x in given]
     given_labels: tuple[Any, ...] = (Argument(LABELS), rows[1]) if q else (None, Argument(NUMBER))
     arguments = (Argument(LOGITS), rows[0], *given_labels, table, Argument(OUT), Argument(NUMBER, 0, 1))
@@ -145,7 +145,7 @@ def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors,
         Buffer(torch.float32, 0, feat_blocks * feats * rows),  # turned features
         Buffer(torch.float32, 0, feat_blocks * rows),  # their sums
         Buffer(torch.float32, 0, parts * rows),
-        Buffer(torch.float64, plan.columns),  # statistics
+        Buffer(torch.float32, plan.columns),  # statistics
     )
     x, sums, part, stats = (Argument(BUFFER + i) for i in range(4))
     N, blocks = Argument(NUMBER, 0, 1), Argument(NUMBER, 0, 0, 1)

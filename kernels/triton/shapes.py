@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 # ---- launch shapes
 
-# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers, 64
-# where rows are as short, so that more warps have a place.
+# Most classes -> rows a program, warps, most registers. Rows share a warp's shuffles; up to 128 logits a thread stay in
+# registers, 64 where rows are as short, so that more warps have a place.
 ROWS = {
     16: (256, 4),
-    128: (8, 1),
-    1024: (2, 1),
+    128: (16, 2),
+    1024: (2, 1, 96),
     2048: (2, 1),
     4096: (1, 1),
     8192: (1, 2),
@@ -31,10 +31,9 @@ ROWS = {
 ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4), 1024: (4, 1)}
 ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
 LONG_ROWS = (1, 4)  # of features, beyond that table
-# Of logits beyond ROWS: a program reads its row in tiles of 16 bytes a thread, or where rows begin anywhere of an
-# element a thread, so many of them in flight.
-STREAM = (1, 16)
-STREAM_TILES, STREAM_ELEMENTS = 8, 24
+# Of logits beyond ROWS, by their bytes: warps of the program that reads a row in tiles of 16 bytes a thread, or where
+# rows begin anywhere of an element a thread; and how many of either are in flight.
+STREAM = {2: (8, 8, 32), 4: (16, 8, 24)}
 TILES = 4  # of features in flight
 FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
@@ -66,10 +65,10 @@ class Shape(NamedTuple):
         return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
-def launch_shape(C: int, D: int) -> Shape:
-    """Of a call with C classes and D features, 0 for what it does not read."""
+def launch_shape(C: int, D: int, itemsize: int) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read. `itemsize`: of a logit."""
     if is_streamed(C):
-        return Shape(*STREAM)
+        return Shape(1, STREAM[itemsize][0])
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
     return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
 
@@ -79,12 +78,13 @@ def is_streamed(C: int) -> bool:
     return max(ROWS) < C
 
 
-def streamed(C: int, tile: Tile, lanes: int) -> tuple[Tile, int]:
+def streamed(C: int, tile: Tile, itemsize: int, lanes: int) -> tuple[Tile, int]:
     """How a long row is read that other kernels would read as `tile` says: its tiles, and how many are in flight.
 
     Where rows begin anywhere, element by element: then a thread has the same ones wherever that is.
     """
-    most = STREAM_ELEMENTS if tile.shifted else STREAM_TILES
+    _, tiles, elements = STREAM[itemsize]
+    most = elements if tile.shifted else tiles
     if tile.shifted:
         tile = Tile(1, 1, False, lanes)
     count = math.ceil(C / (tile.w * tile.p))
@@ -112,7 +112,7 @@ def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: in
     by word, with whole lines a warp, and SHIFTED are those of halves that may begin in the middle of a word.
     """
     if is_streamed(columns):
-        return streamed(columns, tile_of(columns, stride, offset, itemsize, lanes), lanes)
+        return streamed(columns, tile_of(columns, stride, offset, itemsize, lanes), itemsize, lanes)
     if lanes == 1:
         return tile_of(columns, stride, offset, itemsize, lanes), 0
     most, p = 16 // itemsize, 4 // itemsize

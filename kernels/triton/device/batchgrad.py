@@ -129,7 +129,7 @@ def added(a, b):
 @triton.jit
 def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr,
            ORDER: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    """For each row, over classes and features: sum |turn G + pull h - |G| / 2|, or SIGNED max(|G|, |turn G + pull h|)."""
+    """For each row, over classes and features: sum |turn G + pull h - |G| / 2|; SIGNED max(|G|, |turn G + pull h|)."""
     totals = ()
     for _ in tl.static_range(GROUPS):
         totals = totals + (tl.zeros_like(turns[0]),)

@@ -4,7 +4,8 @@ A program reads its row in groups of tiles. Each thread is a slot, whose sums ar
 largest logit of the slot in whole steps, so that no thread waits for another before the row ends, a change of `ref`
 rounds nothing, and t = fma(logit, scale, -ref) is rounded once. The slots are merged in float64.
 
-The second sweep goes from the end of the row to its beginning: what was read last is still in the caches.
+The second sweep goes from the end of the row to its beginning: what was read last is still in the caches, and nobody
+needs it again.
 """
 
 import triton
@@ -60,9 +61,9 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
     top = tl.full([1, LANES], filler(-INF, P, TYPE), tl.uint32 if P == 2 else tl.float32)
     sums = no_exp(zero, SUMS)
     for group in range(GROUPS - 1):
-        us = read_tiles(ptr, base, group * (W * K), C, VEC, P, W, K, False)
+        us = read_tiles(ptr, base, group * (W * K), C, VEC, P, W, K, False, "")
         top, ref, sums = add_words(top, ref, sums, us, scale, group * EACH, zero == 0.0, EACH, VW, P, TYPE, SUMS)
-    last = read_tiles(ptr, base, (GROUPS - 1) * W * K, C, VEC, P, W, REST, True)
+    last = read_tiles(ptr, base, (GROUPS - 1) * W * K, C, VEC, P, W, REST, True, "")
     own = lane < C // VEC - ((GROUPS - 1) * K + REST - 1) * LANES  # of the last tile
     top, ref, sums = add_words(top, ref, sums, last, scale, (GROUPS - 1) * EACH, own, EACH, VW, P, TYPE, SUMS)
 
@@ -112,7 +113,8 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
             mean = ((wide + 1.0) * unit / C).to(tl.float32)[:, None]
             slot = words_above(last, scale, highest, mean, P, TYPE)
             for group in range(GROUPS - 1):
-                us = read_tiles(ptr, base, (GROUPS - 2 - group) * (W * K), C, VEC, P, W, K, False)
+                first = (GROUPS - 2 - group) * (W * K)
+                us = read_tiles(ptr, base, first, C, VEC, P, W, K, False, "evict_first")
                 slot += words_above(us, scale, highest, mean, P, TYPE)
             deviation = (tl.sum(slot.to(tl.float64), 1) * 2.0 / unit).to(tl.float32)
         rare = any_row(again)
@@ -146,7 +148,7 @@ def no_exp(zero, SUMS: tl.constexpr):
 
 @triton.jit
 def read_tiles(ptr, base, first, C: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-               K: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+               K: tl.constexpr, LAST: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
     """K tiles from the row's word `first` on, as tiles of a word a thread; where they are the LAST, -inf beyond it."""
     VW: tl.constexpr = VEC // P
     FILL: tl.constexpr = filler(-INF, P, ptr.dtype.element_ty)
@@ -158,7 +160,7 @@ def read_tiles(ptr, base, first, C: tl.constexpr, VEC: tl.constexpr, P: tl.const
             inside = w // VW < (C // P - first - i * W) // VW
             raw = raw + (tl.load(here + i * W, mask=inside, other=FILL),)
         else:
-            raw = raw + (tl.load(here + i * W),)
+            raw = raw + (tl.load(here + i * W, eviction_policy=POLICY),)
     us = ()
     for i in tl.static_range(K):
         us = us + of_threads(raw[i] if P == 2 else raw[i].to(tl.float32), VW)
