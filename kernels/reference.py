@@ -33,6 +33,10 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def plain(*_: object) -> None:
+    return None
+
+
 def products(*_: object) -> None:
     """Nothing to gain over row_stats."""
 
@@ -419,7 +423,7 @@ def _split_r_ln2(r: float, bits: int) -> tuple[float, float]:
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    """E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N] float64, in tiles [n, c, D]."""
+    """anchors.sign times E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N] float64, in tiles [n, c, D]."""
     T, G = anchors.temperature, anchors.G
     dtype = torch.promote_types(
         torch.promote_types(logits.dtype, feats.dtype), torch.promote_types(G.dtype, torch.float32)
@@ -436,11 +440,12 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), G.split(c), strict=True)
         nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
         sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
-    if x.shape[1] == 0:
-        return torch.cat(sums)
-    # Infinite or NaN where a feature is, even if p has rounded to 0 and 1: 0 times such a feature is not nothing.
-    largest = x.abs().amax(-1).double()
-    return torch.where(largest.isfinite(), torch.cat(sums), largest + 0 * p[:, 0])
+    out = torch.cat(sums)
+    if x.shape[1] > 0:
+        # Infinite or NaN where a feature is, even if p has rounded to 0 and 1: 0 times such a feature is not nothing.
+        largest = x.abs().amax(-1).double()
+        out = torch.where(largest.isfinite(), out, largest + 0 * p[:, 0])
+    return anchors.sign * out
 
 
 def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
