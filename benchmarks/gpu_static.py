@@ -93,7 +93,7 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     if case.kernel in ("first", "second"):
         shape = shapes.segment_shape(shifted)
     x = shapes.tile_of(C, C, 0, size, shape.lanes) if C else shapes.NOTHING
-    h = shapes.tile_of(D, D, 0, size, shape.lanes) if D else shapes.NOTHING
+    h = shapes.tile_of(D, D, 0, size, shape.lanes, True) if D else shapes.NOTHING
     segments = shapes.segments_of(C, x.vec, shifted, clusters) if C else (1, 0)
     pointer = POINTERS[case.dtype]
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "record_ptr": "*fp32", "x_ptr": pointer, "h_ptr": pointer}

@@ -32,10 +32,10 @@ class Matrix(NamedTuple):
     def halves(self) -> bool:
         return self.data is not None and self.data.element_size() == 2
 
-    def tile(self, lanes: int) -> Tile:
+    def tile(self, lanes: int, feats: bool = False) -> Tile:
         if self.data is None:
             return shapes.NOTHING
-        return shapes.tile_of(*self[1:], self.data.element_size(), lanes)
+        return shapes.tile_of(*self[1:], self.data.element_size(), lanes, feats)
 
     def arguments(self, tile: Tile) -> tuple[Tensor | None, int, int]:
         """Of a kernel, which counts in groups of vec, or where they are shifted in elements."""
@@ -53,7 +53,7 @@ def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, o
     with _on(out.device):
         x, y, clusters = _matrix(f), _matrix(h), _clusters(out.device)
         shape = shapes.launch_shape(C, D, x.shifted, x.halves, clusters)
-        x_tile, y_tile = x.tile(shape.lanes), y.tile(shape.lanes)
+        x_tile, y_tile = x.tile(shape.lanes), y.tile(shape.lanes, True)
         segments = shapes.segments_of(C, x_tile.vec, x.shifted, clusters)
         logits = x.arguments(x_tile)
         if f is not None and segments[0] > 1:

@@ -28,15 +28,16 @@ ROWS = {
     16384: (1, 4),
     24576: (1, 8),
 }
-ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
-ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
+# Half as many logits a thread where features are read too, whose sums want registers of their own.
+ROWS_WITH_FEATS = {16: (16, 4), 128: (16, 4), 1024: (2, 1), 2048: (1, 1), 4096: (1, 2), 8192: (1, 4), 24576: (1, 8)}
+ROWS_OF_FEATS = {2048: (4, 1), 4096: (2, 1), 8192: (1, 1), 16384: (1, 2)}  # features alone
 LONG_ROWS = (1, 4)  # beyond either table
 # Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each.
 CLUSTERS = {32768: (2, 4), 65536: (4, 4), 131072: (8, 4), 262144: (8, 8)}
 LONGEST_SEGMENT = 16384  # of more classes than the tables hold
 SEGMENT_WARPS = 4
 L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
-TILES = 4  # of features in flight
+WORDS = 16  # of features in flight, a thread
 
 
 class Tile(NamedTuple):
@@ -101,15 +102,19 @@ def segments_of(C: int, vec: int, shifted: bool, clusters: bool) -> tuple[int, i
     return math.ceil(C / length), length
 
 
-def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
-    """`offset`: elements from a 16-byte boundary to the first row; `lanes`: threads of a row."""
+def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int, feats: bool = False) -> Tile:
+    """`offset`: elements from a 16-byte boundary to the first row; `lanes`: threads of a row.
+
+    Rows of features are never shifted: their sums are too many to keep one of each half of a word, or in float64.
+    """
     most = 16 // itemsize
     p = 4 // itemsize
     if lanes == 1:  # a thread a row, which its neighbours' loads bring into the cache
         p = math.gcd(columns, stride, offset, p)
         return Tile(p, p, False, 1)
-    shifted = is_shifted(columns, stride, offset, itemsize)
+    shifted = not feats and is_shifted(columns, stride, offset, itemsize)
     vec = most if shifted else math.gcd(columns, stride, offset, most)
+    p = min(p, vec)
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
     return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
@@ -126,7 +131,7 @@ def _power_of_2(n: int) -> int:
 
 
 def tiles_in_flight(columns: int, tile: Tile) -> int:
-    return max(1, min(TILES, columns // (tile.w * tile.p)))
+    return max(1, min(WORDS * tile.p // tile.vec, columns // (tile.w * tile.p)))
 
 
 NOTHING = Tile(1, 1, False, 1)
@@ -317,7 +322,7 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
     slots = tuple(kept.index(r) for r in orders)
     left, right = (tuple(x[i] for x in products) for i in (0, 1))
     first, second = tuple(x[0] for x in sums), tuple(x[1] if len(x) == 2 else -1 for x in sums)
-    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals, False))
+    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals))
     return Norms(powers, tuple(ranges), slots)
 
 
@@ -405,7 +410,6 @@ def constants(
         "D": D,
         "H_VEC": h.vec,
         "H_P": h.p,
-        "H_SHIFTED": h.shifted,
         "H_W": h.w,
         "H_TILES": tiles_in_flight(D, h),
         "POWERS": norms.powers,

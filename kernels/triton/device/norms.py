@@ -1,7 +1,7 @@
 """Rows of features to sums of powers.
 
-POWERS says how, as shapes.py lays it out: (roots, left, right, first, second, (count, largest, subnormals)). The roots are
-powers of |h| by their order: 1, 0.5, or any other, which costs an exp2 and shares one log2. To these are added the
+POWERS says how, as shapes.py lays it out: (roots, left, right, first, second, (count, largest, subnormals)). The roots
+are powers of |h| by their order: 1, 0.5, or any other, which costs an exp2 and shares one log2. To these are added the
 products of each left and right one. A sum adds up a first power, or its product with a second, -1 being none.
 """
 
@@ -11,12 +11,9 @@ import triton.language as tl
 from fastood.kernels.triton.device.words import (
     INF,
     any_row,
-    in_float32,
-    in_one,
-    is_own,
+    in_full,
     larger,
     larger_words,
-    load,
     log2,
     row_max,
     row_sums,
@@ -88,77 +85,54 @@ def add_each(a, b):
 
 
 @triton.jit
-def read_powers(ptr, base, head, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D: tl.constexpr,
-                VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-                POWERS: tl.constexpr):  # fmt: skip
+def read_powers(ptr, base, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
+                P: tl.constexpr, W: tl.constexpr, K: tl.constexpr, POWERS: tl.constexpr):  # fmt: skip
     """Whole rows to the sums, how many elements are not 0, the maximum, and the least bits of |h|, but one less.
 
-    K tiles are in flight, and summed by themselves first: a long sum of equal terms would round in one direction.
-    The sums have a tuple for each half of a word if SHIFTED.
+    K tiles are in flight and summed by themselves, MANY times K too: a long sum of equal terms rounds in one direction.
     """
-    SPAN: tl.constexpr = (D + (VEC - 1 if SHIFTED else 0) + P - 1) // P
+    SPAN: tl.constexpr = D // P
+    MANY: tl.constexpr = 16 if SPAN > 32 * W * K else 32
     TYPE: tl.constexpr = ptr.dtype.element_ty
-    FOLD: tl.constexpr = 1 if SHIFTED else VEC // P
-    zero = tl.zeros([ROWS, W // FOLD], tl.float32)
-    totals = ()
-    for i in tl.static_range(len(POWERS[3])):
-        totals = totals + (zero,)
-    totals = (totals, totals) if SHIFTED and P == 2 else (totals,)
+    zero = tl.zeros([ROWS, W // (VEC // P)], tl.float32)
+    none = ()
+    for _ in tl.static_range(len(POWERS[3])):
+        none = none + (zero,)
+    totals = none
     count = zero.to(tl.int32)
     most = zero.to(tl.uint32) if P == 2 else zero
     least = zero.to(tl.uint32) - 1  # which makes 0 the largest
-    PIPE: tl.constexpr = POWERS[5][3]
-    raw = load_tiles(ptr, base, head, 0, w, D, VEC, P, SHIFTED, W, K, SPAN, False)
-    for c in range(0, SPAN, W * K):
-        if PIPE:
-            following = load_tiles(ptr, base, head, c + W * K, w, D, VEC, P, SHIFTED, W, K, SPAN, True)
-        else:
-            raw = load_tiles(ptr, base, head, c, w, D, VEC, P, SHIFTED, W, K, SPAN, False)
-        us = ()
-        for k in tl.static_range(K):
-            u = magnitudes(raw[k], P)
-            if SHIFTED:
-                u = own_words(u, c + k * W + w, head, D, VEC, P)
-            us = us + apart(u, FOLD)
-        parts = totals if SHIFTED else ((),)
-        counts = zero.to(tl.uint32)
-        for i in tl.static_range(len(us)):
-            if POWERS[5][0]:
-                counts += not_zero(us[i], P, TYPE)
-            if POWERS[5][1]:
-                most = larger_words(most, us[i], P, TYPE)
-            halves = unpack(us[i], P, TYPE)
-            for j in tl.static_range(P):
-                if POWERS[5][2]:
-                    least = tl.minimum(least, halves[j].to(tl.uint32, bitcast=True) - 1)
-                ys = powers_of(halves[j], largest, SAFE, POWERS)
-                if len(parts) == 2 and j == 1:
-                    parts = (parts[0], add_powers(parts[1], ys, POWERS))
-                elif len(parts) == 2:
-                    parts = (add_powers(parts[0], ys, POWERS), parts[1])
+    for first in range(0, SPAN, MANY * W * K):
+        sums = none
+        for c in range(first, tl.minimum(first + MANY * W * K, SPAN), W * K):
+            us = ()
+            for k in tl.static_range(K):
+                word = c + k * W + w
+                if SPAN % (W * K) == 0:
+                    u = tl.load(words(ptr, P) + base + word)
                 else:
-                    parts = (add_powers(parts[0], ys, POWERS),)
-        totals = parts if SHIFTED else (add_each(totals[0], parts[0]),)
-        if POWERS[5][0]:
-            count += ((counts & 0xFFFF) + (counts >> 16)).to(tl.int32) if P == 2 else counts.to(tl.int32)
-        if PIPE:
-            raw = following
+                    u = tl.load(words(ptr, P) + base + word, mask=word // (VEC // P) < D // VEC, other=0)
+                us = us + (u,)
+            parts = ()
+            counts = zero.to(tl.uint32)
+            for k in tl.static_range(K):
+                magnitudes = us[k] & 0x7FFF7FFF if P == 2 else tl.abs(in_full(us[k]))
+                each = apart(magnitudes, VEC // P)
+                for i in tl.static_range(len(each)):
+                    if POWERS[5][0]:
+                        counts += not_zero(each[i], P, TYPE)
+                    if POWERS[5][1]:
+                        most = larger_words(most, each[i], P, TYPE)
+                    halves = unpack(each[i], P, TYPE)
+                    for j in tl.static_range(P):
+                        if POWERS[5][2]:
+                            least = tl.minimum(least, halves[j].to(tl.uint32, bitcast=True) - 1)
+                        parts = add_powers(parts, powers_of(halves[j], largest, SAFE, POWERS), POWERS)
+            sums = add_each(sums, parts)
+            if POWERS[5][0]:
+                count += ((counts & 0xFFFF) + (counts >> 16)).to(tl.int32) if P == 2 else counts.to(tl.int32)
+        totals = add_each(totals, sums)
     return totals, count, most, least
-
-
-@triton.jit
-def load_tiles(ptr, base, head, c, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
-               W: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, MAYBE: tl.constexpr):  # fmt: skip
-    raw = ()
-    for k in tl.static_range(K):
-        if SPAN % (W * K) == 0 and not SHIFTED:
-            if MAYBE:
-                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w), mask=c < SPAN, other=0.0),)
-            else:
-                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w)),)
-        else:
-            raw = raw + (load(ptr, base, head, c + k * W + w, D, 0.0, VEC, P, SHIFTED),)
-    return raw
 
 
 @triton.jit
@@ -172,21 +146,6 @@ def apart(u, N: tl.constexpr):
 
 
 @triton.jit
-def magnitudes(u, P: tl.constexpr):
-    return u & 0x7FFF7FFF if P == 2 else tl.abs(u.to(tl.float32))
-
-
-@triton.jit
-def own_words(u, word, head, n, VEC: tl.constexpr, P: tl.constexpr):
-    """Words of shifted rows with 0 for what is not the row's own."""
-    if P == 2:
-        u = tl.where(is_own(word, 0, head, n, VEC, P, True), u, u & 0xFFFF0000)
-        return tl.where(is_own(word, 1, head, n, VEC, P, True), u, u & 0xFFFF)
-    else:
-        return tl.where(is_own(word, 0, head, n, VEC, P, True), u, 0.0)
-
-
-@triton.jit
 def not_zero(u, P: tl.constexpr, TYPE: tl.constexpr):
     """1 for each element that is not 0, of pairs in the two halves."""
     if P == 2:
@@ -196,11 +155,9 @@ def not_zero(u, P: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def row_powers(totals, count, most, P: tl.constexpr, SHIFTED: tl.constexpr, POWERS: tl.constexpr,
-               TYPE: tl.constexpr):  # fmt: skip
+def row_powers(totals, count, most, P: tl.constexpr, POWERS: tl.constexpr, TYPE: tl.constexpr):
     """The sums of slots reduced to rows."""
-    out = row_sums(in_one(totals, SHIFTED)) if len(POWERS[3]) > 0 else ()
-    out = in_float32(out)
+    out = row_sums(totals)
     if POWERS[5][0]:
         out = out + (tl.sum(count, 1).to(tl.float32),)
     if POWERS[5][1]:
@@ -210,9 +167,8 @@ def row_powers(totals, count, most, P: tl.constexpr, SHIFTED: tl.constexpr, POWE
 
 
 @triton.jit
-def norm_sums(ptr, base, head, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
-              W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr,
-              BIAS: tl.constexpr):  # fmt: skip
+def norm_sums(ptr, base, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+              ROWS: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """The sums of POWERS, how many elements are not 0, the maximum; and the unit of each row: powers are of |h| / unit.
 
     First all is summed as it stands. A row of which a sum is outside its RANGES may have overflowed, or lost what
@@ -221,10 +177,8 @@ def norm_sums(ptr, base, head, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.cons
     TYPE: tl.constexpr = ptr.dtype.element_ty
     SUMS: tl.constexpr = len(RANGES)
     one = tl.full([ROWS, 1], 1.0, tl.float32)
-    totals, count, most, least = read_powers(
-        ptr, base, head, w, one, ROWS, False, D, VEC, P, SHIFTED, W, K, POWERS
-    )
-    sums = row_powers(totals, count, most, P, SHIFTED, POWERS, TYPE)
+    totals, count, most, least = read_powers(ptr, base, w, one, ROWS, False, D, VEC, P, W, K, POWERS)
+    sums = row_powers(totals, count, most, P, POWERS, TYPE)
     unit = tl.full([ROWS], 1.0, tl.float32)
     doubtful = unit != 1.0
     for i in tl.static_range(SUMS):
@@ -236,18 +190,16 @@ def norm_sums(ptr, base, head, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.cons
         if POWERS[5][1]:
             largest = sums[SUMS - 1]
         else:
-            MOST: tl.constexpr = ((), (), (), (), (), (False, True, False, False))
-            _, none, most, _ = read_powers(ptr, base, head, w, one, ROWS, False, D, VEC, P, SHIFTED, W, K, MOST)
-            largest = row_powers(((),), none, most, P, SHIFTED, MOST, TYPE)[0]
+            MOST: tl.constexpr = ((), (), (), (), (), (False, True, False))
+            _, _, most, _ = read_powers(ptr, base, w, one, ROWS, False, D, VEC, P, W, K, MOST)
+            largest = row_powers((), count, most, P, MOST, TYPE)[0]
         # Sums that hold infinity or nothing are right as they are.
         doubtful = doubtful & (largest > 0.0) & (largest < INF)
         if BIAS:
             largest = larger(largest, 1.0)
         unit = tl.where(doubtful, largest, 1.0)
-        totals, count, most, least = read_powers(
-            ptr, base, head, w, unit[:, None], ROWS, True, D, VEC, P, SHIFTED, W, 1, POWERS
-        )
-        again = row_powers(totals, count, most, P, SHIFTED, POWERS, TYPE)
+        totals, count, most, least = read_powers(ptr, base, w, unit[:, None], ROWS, True, D, VEC, P, W, 1, POWERS)
+        again = row_powers(totals, count, most, P, POWERS, TYPE)
         picked = ()
         for i in tl.static_range(SUMS):
             picked = picked + (tl.where(doubtful, again[i], sums[i]),)
