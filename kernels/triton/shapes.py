@@ -29,7 +29,7 @@ ROWS = {
     24576: (1, 8),
 }
 # Half as many logits a thread where features are read too, whose sums want registers of their own.
-ROWS_WITH_FEATS = {16: (16, 4), 128: (16, 4), 1024: (2, 1), 2048: (1, 1), 4096: (1, 2), 8192: (1, 4), 24576: (1, 8)}
+ROWS_WITH_FEATS = {16: (8, 1), 128: (16, 4), 1024: (2, 1), 2048: (1, 1), 4096: (1, 2), 8192: (1, 4), 24576: (1, 8)}
 ROWS_OF_FEATS = {2048: (4, 1), 4096: (2, 1), 8192: (1, 1), 16384: (1, 2)}  # features alone
 LONG_ROWS = (1, 4)  # beyond either table
 # Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each.

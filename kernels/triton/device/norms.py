@@ -87,7 +87,7 @@ def add_each(a, b):
 @triton.jit
 def read_powers(ptr, base, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
                 P: tl.constexpr, W: tl.constexpr, K: tl.constexpr, POWERS: tl.constexpr):  # fmt: skip
-    """Whole rows to the sums, how many elements are not 0, the maximum, and the least bits of |h|, but one less.
+    """Whole rows to the sums, how many elements are not 0, the maximum, and all bits of min(|h|, least normal number).
 
     K tiles are in flight and summed by themselves, MANY times K too: a long sum of equal terms rounds in one direction.
     """
@@ -101,7 +101,9 @@ def read_powers(ptr, base, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D
     totals = none
     count = zero.to(tl.int32)
     most = zero.to(tl.uint32) if P == 2 else zero
-    least = zero.to(tl.uint32) - 1  # which makes 0 the largest
+    seen = zero.to(tl.uint32)
+    # Once subnormals are known to be there, or not to matter, an element that is not 0 counts by one bit.
+    SHIFT: tl.constexpr = (7 if P == 2 else 23) if POWERS[5][2] and not SAFE else 0
     for first in range(0, SPAN, MANY * W * K):
         sums = none
         for c in range(first, tl.minimum(first + MANY * W * K, SPAN), W * K):
@@ -119,20 +121,21 @@ def read_powers(ptr, base, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D
                 magnitudes = us[k] & 0x7FFF7FFF if P == 2 else tl.abs(in_full(us[k]))
                 each = apart(magnitudes, VEC // P)
                 for i in tl.static_range(len(each)):
-                    if POWERS[5][0]:
-                        counts += not_zero(each[i], P, TYPE)
+                    if POWERS[5][0] or SHIFT > 0:
+                        least = at_most(each[i], 1 << SHIFT, P, TYPE)
+                        counts += least
+                        seen |= least
                     if POWERS[5][1]:
                         most = larger_words(most, each[i], P, TYPE)
                     halves = unpack(each[i], P, TYPE)
                     for j in tl.static_range(P):
-                        if POWERS[5][2]:
-                            least = tl.minimum(least, halves[j].to(tl.uint32, bitcast=True) - 1)
                         parts = add_powers(parts, powers_of(halves[j], largest, SAFE, POWERS), POWERS)
             sums = add_each(sums, parts)
             if POWERS[5][0]:
-                count += ((counts & 0xFFFF) + (counts >> 16)).to(tl.int32) if P == 2 else counts.to(tl.int32)
+                counts = (counts & 0xFFFF) + (counts >> 16) if P == 2 else counts
+                count += (counts >> SHIFT).to(tl.int32)
         totals = add_each(totals, sums)
-    return totals, count, most, least
+    return totals, count, most, seen
 
 
 @triton.jit
@@ -146,12 +149,12 @@ def apart(u, N: tl.constexpr):
 
 
 @triton.jit
-def not_zero(u, P: tl.constexpr, TYPE: tl.constexpr):
-    """1 for each element that is not 0, of pairs in the two halves."""
+def at_most(u, BITS: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr):
+    """The bits of each magnitude, but at most these."""
     if P == 2:
-        return smaller_words(u, tl.full(u.shape, 0x00010001, tl.uint32), P, TYPE)
+        return smaller_words(u, tl.full(u.shape, BITS * 0x00010001, tl.uint32), P, TYPE)
     else:
-        return tl.minimum(u.to(tl.uint32, bitcast=True), 1)
+        return tl.minimum(u.to(tl.uint32, bitcast=True), BITS)
 
 
 @triton.jit
@@ -177,7 +180,7 @@ def norm_sums(ptr, base, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
     TYPE: tl.constexpr = ptr.dtype.element_ty
     SUMS: tl.constexpr = len(RANGES)
     one = tl.full([ROWS, 1], 1.0, tl.float32)
-    totals, count, most, least = read_powers(ptr, base, w, one, ROWS, False, D, VEC, P, W, K, POWERS)
+    totals, count, most, seen = read_powers(ptr, base, w, one, ROWS, False, D, VEC, P, W, K, POWERS)
     sums = row_powers(totals, count, most, P, POWERS, TYPE)
     unit = tl.full([ROWS], 1.0, tl.float32)
     doubtful = unit != 1.0
@@ -185,7 +188,8 @@ def norm_sums(ptr, base, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
         if RANGES[i][0] > -INF:
             doubtful |= (sums[i] < RANGES[i][0]) | (sums[i] > RANGES[i][1])
     if POWERS[5][2]:
-        doubtful |= tl.min(least, 1) < 0x007FFFFF
+        subnormal = seen & (0x007F007F if P == 2 else 0x007FFFFF)
+        doubtful |= tl.max((subnormal > 0).to(tl.int32), 1) > 0
     if any_row(doubtful):
         if POWERS[5][1]:
             largest = sums[SUMS - 1]
@@ -198,7 +202,7 @@ def norm_sums(ptr, base, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
         if BIAS:
             largest = larger(largest, 1.0)
         unit = tl.where(doubtful, largest, 1.0)
-        totals, count, most, least = read_powers(ptr, base, w, unit[:, None], ROWS, True, D, VEC, P, W, 1, POWERS)
+        totals, count, most, _ = read_powers(ptr, base, w, unit[:, None], ROWS, True, D, VEC, P, W, 1, POWERS)
         again = row_powers(totals, count, most, P, POWERS, TYPE)
         picked = ()
         for i in tl.static_range(SUMS):
