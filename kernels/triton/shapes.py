@@ -247,7 +247,8 @@ def factors_of(r: float) -> Factors:
         return Factors(0, False, r)
     whole, half = int(r), r % 1 >= 0.5
     rest = r - whole - half / 2
-    return Factors(whole, half, rest if rest > 1e-15 * r else 0.0)
+    # The least orders only count, and must not vanish in float32.
+    return Factors(whole, half, max(rest, 2.0**-100) if rest > 1e-15 * r else 0.0)
 
 
 def farthest(r: float, rest: float) -> float:

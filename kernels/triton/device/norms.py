@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fastood.kernels.triton.device.words import (
     INF,
+    NVIDIA,
     any_row,
     in_full,
     larger,
@@ -26,7 +27,7 @@ from fastood.kernels.triton.device.words import (
 @triton.jit
 def powers_of(a, largest, SAFE: tl.constexpr, POWERS: tl.constexpr):
     """All powers of |h|; SAFE: of |h| / largest, however far the two are apart."""
-    x = tl.div_rn(a, largest + tl.zeros_like(a)) if SAFE else a
+    x = quotient(a, largest) if SAFE else a
     log = x
     for i in tl.static_range(len(POWERS[0])):
         if POWERS[0][i] != 1.0 and POWERS[0][i] != 0.5:
@@ -42,6 +43,15 @@ def powers_of(a, largest, SAFE: tl.constexpr, POWERS: tl.constexpr):
     for i in tl.static_range(len(POWERS[1])):
         out = out + (out[POWERS[1][i]] * out[POWERS[2][i]],)
     return out
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded once: 1 of equal ones."""
+    if NVIDIA:
+        return tl.div_rn(a, b + tl.zeros_like(a))
+    else:
+        return a / b
 
 
 @triton.jit
