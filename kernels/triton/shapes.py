@@ -16,28 +16,26 @@ if TYPE_CHECKING:
 
 # ---- launch shapes
 
-# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers,
-# 64 of shifted rows of halves up to 16384, each in the half of a word that its row's alignment says: twice the sums.
+# Most classes -> rows a program, warps, most registers. Rows share a warp's shuffles; up to 128 logits a thread stay in
+# registers, 64 where rows are as short, so that more warps have a place.
 ROWS = {
-    16: (128, 4),
-    128: (16, 1),
-    1024: (4, 1),
+    16: (256, 4),
+    128: (16, 2),
+    1024: (2, 1, 96),
     2048: (2, 1),
     4096: (1, 1),
     8192: (1, 2),
     16384: (1, 4),
     24576: (1, 8),
 }
-# Half as many logits a thread where features are read too, whose sums want registers of their own.
-ROWS_WITH_FEATS = {16: (8, 1), 128: (16, 4), 1024: (2, 1), 2048: (1, 1), 4096: (1, 2), 8192: (1, 4), 24576: (1, 8)}
+ROWS_WITH_FEATS = {**ROWS, 16: (8, 1), 128: (16, 4), 1024: (2, 1)}
 ROWS_OF_FEATS = {2048: (4, 1), 4096: (2, 1), 8192: (1, 1), 16384: (1, 2)}  # features alone
-LONG_ROWS = (1, 4)  # beyond either table
-# Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each.
-CLUSTERS = {32768: (2, 4), 65536: (4, 4), 131072: (8, 4), 262144: (8, 8)}
-LONGEST_SEGMENT = 16384  # of more classes than the tables hold
-SEGMENT_WARPS = 4
-L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
-WORDS = 16  # of features in flight, a thread
+LONG_ROWS = (1, 4)  # of features, beyond that table
+# Of logits beyond ROWS, by their bytes: warps of the program that reads a row in tiles of 16 bytes a thread, or where
+# rows begin anywhere of an element a thread; and how many of either are in flight.
+STREAM = {2: (8, 8, 32), 4: (16, 8, 24)}
+TILES = 4  # of features in flight, 16 bytes a thread
+FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
 
 class Tile(NamedTuple):
@@ -50,74 +48,85 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Rows a program, warps, and how many programs share the row in a cluster."""
+    """Rows a program, its warps, and the most registers that a thread may have, where the compiler takes too many."""
 
     rows: int
     warps: int
-    ctas: int = 1
+    registers: int = 0
 
     @property
     def lanes(self) -> int:
         """Threads a row."""
-        return max(1, 32 * self.warps * self.ctas // self.rows)
+        return max(1, 32 * self.warps // self.rows)
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton is told; of clusters only where there is one, since no other processor knows them."""
-        return {"num_warps": self.warps} | ({"num_ctas": self.ctas} if self.ctas > 1 else {})
+        """What Triton is told."""
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
-def clusters(capability: tuple[int, int], triton: str) -> bool:
-    """Whether programs can share a row: on Hopper and newer, by a Triton that can.
-
-    Triton 3.7 lowers neither a reduction across a cluster nor the change of layout that could stand in for it; 3.8
-    plans the reduction over more programs than there are.
-    """
-    return capability >= (9, 0) and tuple(int(n) for n in triton.split(".")[:2]) >= (3, 9)
-
-
-def launch_shape(C: int, D: int, shifted: bool, halves: bool, clusters: bool) -> Shape:
-    """Of a call with C classes and D features, 0 for what it does not read. `shifted`, `halves`: logits."""
-    if segments_of(C, 1, shifted, clusters)[0] == 1 and max(ROWS) < C:
-        ctas, warps = next(shape for most, shape in CLUSTERS.items() if most >= C)
-        return Shape(1, warps * 2 if shifted else warps, ctas)
+def launch_shape(C: int, D: int, itemsize: int) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read. `itemsize`: of a logit."""
+    if is_streamed(C):
+        return Shape(1, STREAM[itemsize][0])
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
-    rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
-    if shifted and halves and 128 < C <= 16384:
-        return Shape(rows // 2, warps) if rows > 1 else Shape(rows, warps * 2)
-    return Shape(rows, warps)
+    return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
 
 
-def segment_shape(shifted: bool) -> Shape:
-    return Shape(1, SEGMENT_WARPS * 2 if shifted else SEGMENT_WARPS)
+def is_streamed(C: int) -> bool:
+    """Whether a row of so many logits is read tile by tile, since no program's registers hold it."""
+    return max(ROWS) < C
 
 
-def segments_of(C: int, vec: int, shifted: bool, clusters: bool) -> tuple[int, int]:
-    """How many segments a row has, and their length, a multiple of `vec` (the last may be shorter)."""
-    longest = max(CLUSTERS) // (2 if shifted else 1) if clusters else max(ROWS)
-    if longest >= C:
-        return 1, C
-    count = math.ceil(C / LONGEST_SEGMENT)
-    length = math.ceil(C / count / vec) * vec
-    return math.ceil(C / length), length
+def streamed(C: int, tile: Tile, itemsize: int, lanes: int) -> tuple[Tile, int]:
+    """How a long row is read that other kernels would read as `tile` says: its tiles, and how many are in flight.
 
-
-def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int, feats: bool = False) -> Tile:
-    """`offset`: elements from a 16-byte boundary to the first row; `lanes`: threads of a row.
-
-    Rows of features are never shifted: their sums are too many to keep one of each half of a word, or in float64.
+    Where rows begin anywhere, element by element: then a thread has the same ones wherever that is.
     """
+    _, tiles, elements = STREAM[itemsize]
+    most = elements if tile.shifted else tiles
+    if tile.shifted:
+        tile = Tile(1, 1, False, lanes)
+    count = math.ceil(C / (tile.w * tile.p))
+    return tile, math.ceil(count / math.ceil(count / most))
+
+
+def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
+    """`offset`: elements from a 16-byte boundary to the first row; `lanes`: threads of a row."""
     most = 16 // itemsize
     p = 4 // itemsize
     if lanes == 1:  # a thread a row, which its neighbours' loads bring into the cache
         p = math.gcd(columns, stride, offset, p)
         return Tile(p, p, False, 1)
-    shifted = not feats and is_shifted(columns, stride, offset, itemsize)
+    shifted = is_shifted(columns, stride, offset, itemsize)
     vec = most if shifted else math.gcd(columns, stride, offset, most)
-    p = min(p, vec)
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
     return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
+
+
+def feats_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
+    """The same of features, which are never shifted: what a thread has, and so how sums round, hangs on `columns` alone."""
+    p = 4 // itemsize
+    span = math.ceil(columns * itemsize / 16)
+    return Tile(math.gcd(columns, stride, offset, 4 * p), p, False, 4 * min(lanes, _power_of_2(span)))
+
+
+def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> tuple[Tile, int]:
+    """The same of logits, and of rows that are read tile by tile how many tiles are in flight, else 0.
+
+    `w` hangs on `columns` and the lanes alone: wherever rows begin, sums are the same. Rows of odd length are read word
+    by word, with whole lines a warp, and SHIFTED are those of halves that may begin in the middle of a word.
+    """
+    if is_streamed(columns):
+        return streamed(columns, tile_of(columns, stride, offset, itemsize, lanes), itemsize, lanes)
+    if lanes == 1:
+        return tile_of(columns, stride, offset, itemsize, lanes), 0
+    most, p = 16 // itemsize, 4 // itemsize
+    words = max(1, math.gcd(columns, most) // p)
+    vec = max(p, math.gcd(columns, stride, offset, most))
+    shifted = math.gcd(stride, offset, p) < p
+    return Tile(vec, p, shifted, words * min(lanes, _power_of_2(math.ceil(columns / (words * p))))), 0
 
 
 def is_shifted(columns: int, stride: int, offset: int, itemsize: int) -> bool:
@@ -131,13 +140,14 @@ def _power_of_2(n: int) -> int:
 
 
 def tiles_in_flight(columns: int, tile: Tile) -> int:
-    return max(1, min(WORDS * tile.p // tile.vec, columns // (tile.w * tile.p)))
+    return max(1, min(TILES, columns // (tile.w * tile.p)))
 
 
 NOTHING = Tile(1, 1, False, 1)
 
 # A program of BatchGrad is one warp of 128 rows, four a thread; the registers of a multiprocessor hold 11 of them.
-BATCHGRAD = {"ROWS": 128, "CLASSES": 8, "FEATS": 256}
+BATCHGRAD = {"ROWS": 128, "CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2, "AHEAD": False}
+BATCHGRAD_REGISTERS = 168
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
 TEMPORARY = 1 << 26  # numbers that BatchGrad keeps between its launches
@@ -155,26 +165,45 @@ def batchgrad_rows(C: int, D: int) -> int:
     return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
 
 
-# The label distributions of gradient norms, and of their orders all but "any", as device/gradient.py numbers them.
+# The label distributions of gradient norms, and of their orders all but whole ones up to 6, as device/gradient.py
+# numbers them.
 LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
-GRADIENT_ORDERS = {1: 0, 2: 1, math.inf: 2}
+GRADIENT_ORDERS = {**{float(r): r for r in range(1, 7)}, math.inf: 0}
 # Most classes of a row that stays in registers, and of one with its given labels, where 16 warps have 128 a thread.
 HELD_CLASSES, HELD_PAIRS = 16384, 12288
 HELD_A_THREAD = 64  # classes; half of them where two or three numbers of each are held
-MOST_POWER = 100.0  # beyond which float32 loses powers of norms below 1
+# || e_y - p ||_r^power is within a factor of 2^(power max(1, 1 / r)) for all y but the maximum, and has to stay in
+# float32 with any weight.
+MOST_POWER = 100.0
+CLOSED = 0.5, 1, 2  # exponents that need neither logarithm nor power of two
 
 
 def takes_gradient(stat: Any) -> bool:
     """Whether the kernel computes this gradient norm. E_p[e_Y - p] = 0 needs none."""
-    return stat[0] == "gradient" and stat[1::3] != ("predicted", "inside") and stat[3] <= MOST_POWER
+    if stat[0] != "gradient":
+        return False
+    _, labels, order, power, expectation = stat
+    return power * max(1.0, 1.0 / order) <= MOST_POWER if expectation == "outside" else labels != "predicted"
+
+
+def gradient_exponent(order: float, power: float) -> float:
+    """Of sums of order-th powers; of norms themselves in orders 1 and infinity."""
+    return power / order if 1 < order < math.inf else power
+
+
+def gradient_table(order: float, power: float, temperature: float) -> tuple[float, ...]:
+    """What device.gradient.gradient reads: see there."""
+    exponent = gradient_exponent(order, power)
+    unit = 0.0 if order == math.inf or (order != 1 and exponent in CLOSED) else min(exponent, 1000.0)
+    return math.log2(math.e) / temperature, order, 1 / order, power, 2.0**unit
 
 
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
     """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
-    code, given = GRADIENT_ORDERS.get(order, 3), labels == "given"
-    general = code == 3 and expectation == "outside"  # which keeps p^r too
+    code, given = GRADIENT_ORDERS.get(order, -1), labels == "given"
+    general = code == -1 and expectation == "outside"  # which keeps p^r too
     longest = HELD_PAIRS if given else HELD_CLASSES
     held = longest >= C
     a_thread = HELD_A_THREAD // 2 if given or (general and labels == "log_predicted") else HELD_A_THREAD
@@ -182,15 +211,17 @@ def gradient_constants(
     shape = Shape(max(1, 32 // lanes), max(1, lanes // 32)) if held else Shape(*LONG_ROWS)
     vec = math.gcd(C, 16 // itemsize)
     W = 1024 if not held else lanes * vec if lanes > 1 else 1
+    exponent = gradient_exponent(order, power)
     return {
         "C": C,
         "LABELS": LABELS[labels],
         "OUTSIDE": expectation == "outside",
         "ORDER": code,
-        "PLAIN": expectation == "outside" and power == {1: 1, 2: 2, math.inf: 1}.get(order),
+        "EXPONENT": exponent if expectation == "outside" and code != -1 and exponent in CLOSED else 0,
         "V": math.gcd(vec, *strides),
         "ROWS": shape.rows,
         "W": W,
+        "EACH": vec if held and lanes > 1 else 1,
         "TILES": math.ceil(C / W) if held else 4,  # in flight, of a row that is swept
         "HELD": held,
     }, shape
@@ -339,6 +370,7 @@ class Plan(NamedTuple):
     all_v: bool  # every column has a statistic
     all_u: bool  # and a norm
     square: bool  # some column squares its norm
+    few: tuple[tuple[int, int, int, int], ...]  # of each column: statistic, order, power, and its factor if 1 or -1
 
 
 @lru_cache
@@ -381,6 +413,7 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         all(i >= 0 for i, *_ in columns),
         all(j >= 0 for _, _, j, _ in columns),
         any(power == 2 for *_, power in columns),
+        tuple((i, j, power, int(f) if abs(f) == 1 else 0) for i, f, j, power in columns) if len(columns) <= FEW else (),
     )
 
 
@@ -388,7 +421,7 @@ def constants(
     plan: Plan,
     C: int,
     x: Tile,
-    segments: tuple[int, int],
+    x_tiles: int,
     D: int,
     h: Tile,
     half: bool,
@@ -406,8 +439,7 @@ def constants(
         "X_W": x.w,
         "SUMS": plan.sums,
         "STATS": plan.stats,
-        "SEGMENTS": segments[0],
-        "SEGMENT": segments[1],
+        "X_TILES": x_tiles,
         "D": D,
         "H_VEC": h.vec,
         "H_P": h.p,
@@ -423,22 +455,8 @@ def constants(
         "ALL_V": plan.all_v,
         "ALL_U": plan.all_u,
         "SQUARE": plan.square,
+        "FEW": plan.few,
         "COLUMNS": plan.columns,
         "BLOCK": min(64, _power_of_2(plan.columns)),
         "ROWS": rows,
-    }
-
-
-def segment_constants(plan: Plan, C: int, x: Tile, segments: tuple[int, int], second: bool) -> dict[str, Any]:
-    """The compile-time arguments of device.segments."""
-    return {
-        "C": C,
-        "VEC": x.vec,
-        "P": x.p,
-        "SHIFTED": x.shifted,
-        "W": x.w,
-        "SUMS": plan.sums & ~TV,
-        "SEGMENTS": segments[0],
-        "SEGMENT": segments[1],
-        "SECOND": second,
     }

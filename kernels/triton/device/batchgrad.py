@@ -21,7 +21,6 @@ import triton.language as tl
 
 from fastood.kernels.triton.device.words import INF
 
-STEP = tl.constexpr(8)  # features of a turn of the loop
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -54,105 +53,192 @@ def halves(u):
 
 
 @triton.jit
-def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr):
-    """For each class and row: sum |turn G + pull h - |G| / 2|, or if SIGNED of max(|G|, |turn G + pull h|)."""
-    sums = ()
-    for _ in tl.static_range(CLASSES):
-        sums = sums + (tl.zeros([ROWS], tl.float32),)
-    for step in range(steps):  # pointers that are carried along would take a move for each load
-        x = x_ptr + step * (STEP * ROWS)
-        pairs = g_ptr + step * (STEP * CLASSES // 2)
-        hs = ()
-        for i in tl.static_range(STEP):
-            hs = hs + (tl.load(x + i * ROWS),)
-        for i in tl.static_range(0, STEP, 4):
+def in_pairs(terms):
+    """The sum of a tuple of tiles, each half of it ahead."""
+    N: tl.constexpr = len(terms)
+    if N == 1:
+        return terms[0]
+    else:
+        return in_pairs(terms[: N // 2]) + in_pairs(terms[N // 2 :])
+
+
+@triton.jit
+def any_row(flags):
+    found = flags[0].to(tl.int32)
+    for i in tl.static_range(1, len(flags)):
+        found |= flags[i].to(tl.int32)
+    return tl.max(tl.max(found, 1), 0) > 0
+
+
+@triton.jit
+def loaded(x, pairs, STEP: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr, ORDER: tl.constexpr):
+    hs, gs = (), ()
+    for i in tl.static_range(STEP):
+        for group in tl.static_range(GROUPS):
+            hs = hs + (tl.load(x + (i * GROUPS + group) * 128),)
+    for i in tl.static_range(STEP):
+        for k in tl.static_range(CLASSES // 2):
+            gs = gs + (tl.load(pairs + (i * ORDER + k)),)
+    return hs, gs
+
+
+@triton.jit
+def of_step(
+    hs, gs, turns, pulls, SIGNED: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr
+):
+    out = ()
+    for _ in tl.static_range(GROUPS):
+        out = out + ((),)
+    for i in tl.static_range(STEP):
+        g, c = (), ()
+        for k in tl.static_range(CLASSES // 2):
+            pair = halves(gs[i * (CLASSES // 2) + k])
+            g = g + (pair[0][:, None], pair[1][:, None])
+            if SIGNED:
+                c = c + (tl.abs(pair[0])[:, None], tl.abs(pair[1])[:, None])
+            else:
+                c = c + ((-0.5 * tl.abs(pair[0]))[:, None], (-0.5 * tl.abs(pair[1]))[:, None])
+        more = ()
+        for group in tl.static_range(GROUPS):
+            h = hs[i * GROUPS + group]
             terms = ()
-            for j in tl.static_range(4):
-                row = ()
-                for k in tl.static_range(CLASSES // 2):
-                    pair = halves(tl.load(pairs + ((i + j) * CLASSES // 2 + k)))
-                    for l in tl.static_range(2):  # noqa: E741
-                        g = pair[l]
-                        if SIGNED:
-                            y = tl.fma(pulls[2 * k + l], hs[i + j], turns[2 * k + l] * g)
-                            row = row + (tl.maximum(tl.abs(y), tl.abs(g)),)
-                        else:
-                            y = tl.fma(turns[2 * k + l], g, -0.5 * tl.abs(g))
-                            row = row + (tl.abs(tl.fma(pulls[2 * k + l], hs[i + j], y)),)
-                terms = terms + (row,)
-            more = ()
-            for k in tl.static_range(CLASSES):  # four at a time: the long sum then has few terms
-                more = more + (sums[k] + ((terms[0][k] + terms[1][k]) + (terms[2][k] + terms[3][k])),)
-            sums = more
-    total = sums[0]
-    for k in tl.static_range(1, CLASSES):
-        total += sums[k]
-    return total
+            for k in tl.static_range(CLASSES):
+                turn = turns[group * CLASSES + k]
+                pull = pulls[group * CLASSES + k]
+                gk, ck, _ = tl.broadcast(g[k], h)[0], tl.broadcast(c[k], h)[0], 0
+                if SIGNED:
+                    terms = terms + (tl.maximum(tl.abs(tl.fma(pull, h, turn * gk)), ck),)
+                else:
+                    terms = terms + (tl.abs(tl.fma(pull, h, tl.fma(turn, gk, ck))),)
+            more = more + (out[group] + (in_pairs(terms),),)
+        out = more
+    totals = ()
+    for _ in tl.static_range(GROUPS):
+        totals = totals + (in_pairs(out[group]),)
+    return totals
+
+
+@triton.jit
+def added(a, b):
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (a[i] + b[i],)
+    return out
+
+
+@triton.jit
+def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr,
+           ORDER: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """For each row, over classes and features: sum |turn G + pull h - |G| / 2|; SIGNED max(|G|, |turn G + pull h|)."""
+    totals = ()
+    for _ in tl.static_range(GROUPS):
+        totals = totals + (tl.zeros_like(turns[0]),)
+    if AHEAD:
+        hs, gs = loaded(x_ptr, g_ptr, STEP, GROUPS, CLASSES, ORDER)
+        for step in range(1, steps + 1):
+            at = tl.minimum(step, steps - 1)
+            next_hs, next_gs = loaded(
+                x_ptr + at * (STEP * GROUPS * 128), g_ptr + at * (STEP * ORDER), STEP, GROUPS, CLASSES, ORDER
+            )
+            totals = added(totals, of_step(hs, gs, turns, pulls, SIGNED, STEP, GROUPS, CLASSES))
+            hs, gs = next_hs, next_gs
+    else:
+        for step in range(steps):  # pointers that are carried along would take a move for each load
+            hs, gs = loaded(
+                x_ptr + step * (STEP * GROUPS * 128), g_ptr + step * (STEP * ORDER), STEP, GROUPS, CLASSES, ORDER
+            )
+            totals = added(totals, of_step(hs, gs, turns, pulls, SIGNED, STEP, GROUPS, CLASSES))
+    return totals
 
 
 @triton.jit(do_not_specialize=["f_ptr", "f_stride", "N", "C", "steps", "row_blocks", "class_blocks", "feat_blocks"])
 def partial_sums(
     f_ptr, f_stride, stats_ptr, scale, inverse, x_ptr, sum_ptr, g_ptr, g_sums_ptr, part_ptr, N, C, steps, row_blocks,
     class_blocks, feat_blocks, ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATS: tl.constexpr,
+    STEP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """What CLASSES classes and FEATS features add to BatchGrad, to part [feature blocks, class blocks, rows].
 
     stats [3, N]: max f, max p, 1 - max p; scale, inverse: log2(e) / T, 1 / T; g [class blocks, features, CLASSES];
     g_sums [class blocks, feature blocks, CLASSES, 2]: sums of max(G, 0) and of max(-G, 0).
     """
+    GROUPS: tl.constexpr = ROWS // 128
+    OWN: tl.constexpr = CLASSES // WARPS
     class_block = tl.program_id(0) % class_blocks
     outer = tl.program_id(0) // class_blocks
     feat_block = outer % feat_blocks
     row_block = outer // feat_blocks
-    lane = tl.arange(0, ROWS)
-    n = row_block * ROWS + lane
-    given = n < N
-    m = tl.load(stats_ptr + n, mask=given, other=0.0).to(tl.float32)
-    p_max = tl.load(stats_ptr + N + n, mask=given, other=0.0).to(tl.float32)
-    not_p_max = tl.load(stats_ptr + 2 * N + n, mask=given, other=0.0).to(tl.float32)
-    sum = tl.load(sum_ptr + (feat_block * row_blocks + row_block).to(tl.int64) * ROWS + lane)
-    f_ptr += n.to(tl.int64) * f_stride + class_block * CLASSES
+    thread = tl.arange(0, 32 * WARPS)
+    first = thread // 32 * OWN  # of a warp's classes
+    lane = (thread % 32 * 4)[:, None] + tl.arange(0, 4)[None, :]
     block = class_block.to(tl.int64) * feat_blocks + feat_block
     g_sums_ptr += block * (2 * CLASSES)
-    turns, pulls = (), ()
-    linear = tl.zeros([ROWS], tl.float32)
-    for k in tl.static_range(CLASSES):
-        f = tl.load(f_ptr + k, mask=given & (class_block * CLASSES + k < C), other=-INF).to(tl.float32)
-        e = tl.exp2((f - m) * scale)
-        p = e * p_max
-        not_p = tl.where(e == 1.0, not_p_max, tl.fma(-e, p_max, 1.0))
-        turns = turns + (tl.fma(e, p_max, -0.5),)
-        pulls = pulls + (p * not_p * inverse,)
-        linear += tl.fma(pulls[k], sum, tl.fma(p, tl.load(g_sums_ptr + 2 * k), not_p * tl.load(g_sums_ptr + 2 * k + 1)))
+    turns, pulls, plains, signeds, totals = (), (), (), (), ()
+    for group in tl.static_range(GROUPS):
+        n = row_block * ROWS + group * 128 + lane
+        given = n < N
+        m = tl.load(stats_ptr + n, mask=given, other=0.0).to(tl.float32)
+        p_max = tl.load(stats_ptr + N + n, mask=given, other=0.0).to(tl.float32)
+        not_p_max = tl.load(stats_ptr + 2 * N + n, mask=given, other=0.0).to(tl.float32)
+        sum = tl.load(sum_ptr + (feat_block * row_blocks + row_block).to(tl.int64) * ROWS + (group * 128 + lane))
+        logits = f_ptr + n.to(tl.int64) * f_stride + (class_block * CLASSES + first)[:, None]
+        linear = tl.zeros_like(m)
+        for k in tl.static_range(OWN):
+            inside = class_block * CLASSES + first + k < C
+            f = tl.load(logits + k, mask=given & inside[:, None], other=-INF).to(tl.float32)
+            e = tl.exp2((f - m) * scale)
+            p = e * p_max
+            not_p = tl.where(e == 1.0, not_p_max, tl.fma(-e, p_max, 1.0))
+            pull = p * not_p * inverse
+            turns = turns + (tl.fma(e, p_max, -0.5),)
+            pulls = pulls + (pull,)
+            above = tl.load(g_sums_ptr + 2 * (first + k))[:, None]
+            below = tl.load(g_sums_ptr + 2 * (first + k) + 1)[:, None]
+            linear += pull * sum + (p * above + not_p * below)
+        # Of a row that is not good p is NaN, which a maximum would lose and the sums of the others hand on.
+        good = m == m
+        signed = good & (sum < 0.0)
+        infinite = good & (sum == INF)  # though a class may add 0 times it
+        plain = ~(signed | infinite)
+        totals = totals + (tl.where(infinite, INF, tl.where(plain, linear, 0.0)),)
+        plains = plains + (plain,)
+        signeds = signeds + (signed & given,)
 
     x_ptr += (row_block.to(tl.int64) * feat_blocks + feat_block) * (FEATS * ROWS) + lane
-    g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64))
+    g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64)) + first // 2
     steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
-    # Of a row that is not good p is NaN, which a maximum would lose and the sums of the others hand on.
-    good = m == m
-    signed = good & (sum < 0.0)
-    infinite = good & (sum == INF)  # though a class may add 0 times it
-    plain = ~(signed | infinite)
-    total = tl.where(infinite, INF, tl.where(plain, linear, 0.0))
-    if tl.max((given & plain).to(tl.int32), 0) > 0:
-        total += tl.where(plain, summed(x_ptr, g_ptr, steps, turns, pulls, False, ROWS, CLASSES), 0.0)
-    if tl.max((given & signed).to(tl.int32), 0) > 0:
+    if any_row(plains):
+        more = summed(x_ptr, g_ptr, steps, turns, pulls, False, GROUPS, OWN, CLASSES // 2, STEP, AHEAD)
+        new = ()
+        for group in tl.static_range(GROUPS):
+            new = new + (totals[group] + tl.where(plains[group], more[group], 0.0),)
+        totals = new
+    if any_row(signeds):
         twice, pulls2 = (), ()
-        for k in tl.static_range(CLASSES):
+        for k in tl.static_range(GROUPS * OWN):
             twice = twice + (2.0 * turns[k],)
             pulls2 = pulls2 + (2.0 * pulls[k],)
-        total += tl.where(signed, summed(x_ptr, g_ptr, steps, twice, pulls2, True, ROWS, CLASSES), 0.0)
+        more = summed(x_ptr, g_ptr, steps, twice, pulls2, True, GROUPS, OWN, CLASSES // 2, STEP, AHEAD)
+        new = ()
+        for group in tl.static_range(GROUPS):
+            new = new + (totals[group] + tl.where(signeds[group], more[group], 0.0),)
+        totals = new
     part = (feat_block * class_blocks + class_block).to(tl.int64) * row_blocks + row_block
-    tl.store(part_ptr + part * ROWS + lane, total)
+    for group in tl.static_range(GROUPS):
+        if WARPS == 1:
+            tl.store(part_ptr + part * ROWS + (group * 128 + lane), totals[group])
+        else:
+            total = tl.sum(tl.reshape(totals[group], [WARPS, 128]), 0)
+            tl.store(part_ptr + part * ROWS + group * 128 + tl.arange(0, 128), total)
 
 
 @triton.jit(do_not_specialize=["N", "rows", "parts"])
-def merged(part_ptr, out_ptr, N, rows, parts, SOME: tl.constexpr, PARTS: tl.constexpr):
-    """The sums over `parts` of part [parts, rows], in float64 and always in the same order."""
+def merged(part_ptr, out_ptr, N, rows, parts, sign, SOME: tl.constexpr, PARTS: tl.constexpr):
+    """`sign` times the sums over `parts` of part [parts, rows], in float64 and always in the same order."""
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)[None, :]
     total = tl.zeros([PARTS, SOME], tl.float64)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         total += tl.load(part_ptr + part.to(tl.int64) * rows + n, mask=(part < parts) & (n < N), other=0.0)
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)
-    tl.store(out_ptr + n, tl.sum(total, 0), mask=n < N)
+    tl.store(out_ptr + n, sign * tl.sum(total, 0), mask=n < N)

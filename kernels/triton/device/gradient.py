@@ -18,9 +18,9 @@ import triton.language as tl
 
 from fastood.kernels.triton.device.words import INF, INTERPRETED, LN2, exp2_double, larger, log1p, log2, row_max, small
 
-# Label distributions and orders, as shapes.py numbers them.
+# Label distributions, and orders other than whole ones up to 6, as shapes.py numbers them.
 UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-ONE, TWO, INFINITE, GENERAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+INFINITE, GENERAL = tl.constexpr(0), tl.constexpr(-1)
 
 
 @triton.jit
@@ -37,15 +37,16 @@ def load(ptr, k, C: tl.constexpr, V: tl.constexpr, FILL: tl.constexpr, WHOLE: tl
 
 
 @triton.jit
-def relative(v, q, pivot, LABELS: tl.constexpr):
-    """log2 of p_k over p at the pivot, and the labels. `pivot`: its logit, a finite one, log2(e) / T."""
-    if LABELS == GIVEN:
-        top = v > pivot[0]
-        v = tl.where(top, -INF, v)
-        q = tl.where(top, 0.0, q)
+def relative(v, q, pivot, LABELS: tl.constexpr, OUTSIDE: tl.constexpr):
+    """log2 of p_k over p at the pivot, that ratio, the label, and what is the maximum's of it. `pivot`: its logit, a
+    finite one, log2(e) / T."""
+    q_top = tl.where(v > pivot[0], q, 0.0)
+    if LABELS == GIVEN and not OUTSIDE:
+        v = tl.where(v > pivot[0], -INF, v)
     else:
         v = tl.minimum(v, pivot[1])
-    return (v - pivot[1]) * pivot[2], q
+    z = (v - pivot[1]) * pivot[2]
+    return z, tl.exp2(z), q - q_top, q_top
 
 
 @triton.jit
@@ -56,16 +57,21 @@ def within(x, k, C: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def collected(total, slot, i: tl.constexpr, TILES: tl.constexpr):
-    """Sums in float64, which those in float32 join after 16 elements and after the last."""
+    """Sums of at most 16 elements, which join the sum of those after the 16th and after the last."""
     if i % 16 == 15 or i == TILES - 1:
-        return total + slot.to(tl.float64), tl.full(slot.shape, -0.0, tl.float32)
+        return total + slot, tl.full(slot.shape, -0.0, tl.float32)
     else:
         return total, slot
 
 
 @triton.jit
-def row_total(x):
-    return tl.sum(x, 1, keep_dims=True)
+def row_total(x, EACH: tl.constexpr):
+    """Of slots [ROWS, W], each row's sum [ROWS, 1] in float64; EACH neighbours, which a thread may hold, in float32."""
+    if EACH == 1:
+        return tl.sum(x.to(tl.float64), 1, keep_dims=True)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        return row_total(even + odd, EACH // 2)
 
 
 @triton.jit
@@ -95,37 +101,62 @@ def log2_double(x):
 
 
 @triton.jit
-def size(z, e, row, ORDER: tl.constexpr, PLAIN: tl.constexpr):
+def whole_power(x, N: tl.constexpr):
+    """x^N, N >= 1."""
+    if N == 1:
+        return x
+    elif N % 2 == 0:
+        return whole_power(x * x, N // 2)
+    else:
+        return whole_power(x * x, N // 2) * x
+
+
+@triton.jit
+def size(z, e, row, ORDER: tl.constexpr, EXPONENT: tl.constexpr):
     """|| e_y - p ||^power of classes y below the maximum, e = 2^z being their p over p at the pivot; over 2^shift.
 
     That of order 1 is || e_y - p || / 2. `row`: what `gradient` keeps of each row.
     """
-    p, s2, near_r, all_r, log_total, r, power, exponent, shift = row
-    log_x = -shift
-    x = tl.fma(e, -2.0 * p, 1.0 + s2) if ORDER == TWO else tl.fma(e, -p, 1.0)
+    p, s_r, near_r, all_r, log_total, r, power, exponent, shift = row
+    if ORDER == 2:
+        x = tl.fma(e, -2.0 * p, 1.0 + s_r)
+    elif ORDER > 2:
+        x = tl.fma(-whole_power(e * p, ORDER - 1), e * p, s_r)
+        not_p = tl.fma(e, -p, 1.0)
+        x = tl.fma(whole_power(not_p, ORDER - 1), not_p, x)
+    else:
+        x = tl.fma(e, -p, 1.0)
     if ORDER == GENERAL:
         log_not_p = log2(x)
         x = tl.fma(-near_r, tl.exp2(r * z), all_r)
         x = tl.fma(x, tl.exp2(-r * (log_total + log_not_p)), 1.0)
-        log_x = tl.fma(log_not_p, power, log_x)
-    return x if PLAIN else tl.exp2(tl.fma(log2(x), exponent, log_x))
+        return tl.exp2(tl.fma(log2(x), exponent, tl.fma(log_not_p, power, -shift)))
+    elif EXPONENT == 0:
+        return tl.exp2(tl.fma(log2(x), exponent, -shift))
+    elif EXPONENT == 0.5:
+        return tl.sqrt(x)
+    elif EXPONENT == 1:
+        return x
+    else:
+        return x * x
 
 
 @triton.jit
-def difference(z, q, k, p, C: tl.constexpr, LABELS: tl.constexpr, WHOLE: tl.constexpr):
+def away(e, q, k, p, C: tl.constexpr, LABELS: tl.constexpr, WHOLE: tl.constexpr):
     """|q - p_k| of classes below the maximum."""
     if LABELS == UNIFORM:
-        q = within(tl.zeros_like(z) + 1.0 / C, k, C, WHOLE)
-    return tl.abs(tl.fma(tl.exp2(z), -p, q))
+        q = within(tl.zeros_like(e) + 1.0 / C, k, C, WHOLE)
+    return tl.abs(tl.fma(e, -p, q))
 
 
 @triton.jit
 def add_power(sum, d, per_unit, r, ORDER: tl.constexpr):
     """sum + (d / unit)^r, where the unit of order 1 is 1."""
-    if ORDER == ONE:
+    if ORDER == 1:
         return sum + d
-    elif ORDER == TWO:
-        return tl.fma(d * per_unit, d * per_unit, sum)
+    elif ORDER > 1:
+        x = d * per_unit
+        return tl.fma(whole_power(x, ORDER - 1), x, sum)
     else:
         return sum + tl.exp2(r * log2(d * per_unit))
 
@@ -133,13 +164,14 @@ def add_power(sum, d, per_unit, r, ORDER: tl.constexpr):
 @triton.jit(do_not_specialize=["f_stride", "q_stride", "N"])
 def gradient(
     f_ptr, f_stride, q_ptr, q_stride, table_ptr, out_ptr, N, C: tl.constexpr, LABELS: tl.constexpr,
-    OUTSIDE: tl.constexpr, ORDER: tl.constexpr, PLAIN: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-    W: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr,
+    OUTSIDE: tl.constexpr, ORDER: tl.constexpr, EXPONENT: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+    W: tl.constexpr, EACH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """[N] float64. Strides count groups of V elements; table: log2(e) / T, order, 1 / order, power.
+    """[N] float64. Strides count groups of V elements; table: log2(e) / T, order, 1 / order, power, and the unit that
+    terms below the maximum are summed in.
 
-    TILES of W elements are in registers at a time: a row, if HELD. PLAIN: the power of orders 1 and infinity is 1, that
-    of order 2 is 2.
+    TILES of W elements are in registers at a time: a row, if HELD; EACH neighbours of a tile are a thread's where rows
+    are read by 16 bytes. EXPONENT: 1, 2 or 1/2 where that makes norms of what `size` forms for whole orders, else 0.
     """
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row = tl.minimum(place, N - 1).to(tl.int64)  # whose norm is the same
@@ -152,7 +184,7 @@ def gradient(
     power = small(table_ptr + 3)
     r = order.to(tl.float32)
     zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
-    none = zero.to(tl.float64)
+    none = zero if HELD else zero.to(tl.float64)
     nothing = tl.zeros([ROWS, 1], tl.float32)
 
     held = ()
@@ -175,28 +207,35 @@ def gradient(
     m, second = two_largest(high, low)
     valid = tl.abs(m) < INF
     if LABELS == GIVEN:  # probabilities, which in a half type do not sum to 1 exactly
-        valid &= (tl.abs(row_total(labels) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
+        valid &= (tl.abs(row_total(labels, EACH) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
     finite = tl.where(second == -INF, m, second)  # no other class: any finite pivot does
     pivot = (second, finite, scale.to(tl.float32))
 
-    RATIOS: tl.constexpr = OUTSIDE and (ORDER % 2 == 1)  # 2 and general
+    RATIOS: tl.constexpr = OUTSIDE and (ORDER > 1 or ORDER == GENERAL)
+    others = ()
+    if HELD:
+        for i in tl.static_range(TILES):
+            others = others + (relative(*held[i], pivot, LABELS, OUTSIDE),)
     exps, slot = none, zero
     powers, slot_r = none, zero
     top = zero
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
-            v, q = held[i] if HELD else read(f, given, first + i * W + lane, C, V, LABELS, False)
-            z, others_q = relative(v, q, pivot, LABELS)
+            if HELD:
+                z, e, q, q_top = others[i]
+            else:
+                z, e, q, q_top = relative(
+                    *read(f, given, first + i * W + lane, C, V, LABELS, False), pivot, LABELS, OUTSIDE
+                )
             if LABELS == GIVEN:
-                top += q - others_q
-            e = tl.exp2(z)
+                top += q_top
             exps, slot = collected(exps, slot + e, i, TILES)
             if RATIOS:
-                slot_r = tl.fma(e, e, slot_r) if ORDER == TWO else slot_r + tl.exp2(r * z)
+                slot_r = slot_r + tl.exp2(r * z) if ORDER == GENERAL else tl.fma(whole_power(e, ORDER - 1), e, slot_r)
                 powers, slot_r = collected(powers, slot_r, i, TILES)
     # Of all classes but one maximum, relative to the pivot: 0, or at least 1.
-    one = tl.where(second == m, 1.0, 0.0) if LABELS == GIVEN else 1.0
-    rest = (row_total(exps) - one).to(tl.float32)
+    one = tl.where(second == m, 1.0, 0.0) if LABELS == GIVEN and not OUTSIDE else 1.0
+    rest = (row_total(exps, EACH) - one).to(tl.float32)
     gap = (finite.to(tl.float64) - m.to(tl.float64)) * scale
     near = exp2_double(gap)
     r1_double = near * rest.to(tl.float64)
@@ -207,35 +246,43 @@ def gradient(
     p = tl.where(rest > 0.0, near.to(tl.float32) * p_top, 0.0 if OUTSIDE else label)
     log_total = log2(1.0 + r1)
     if LABELS == GIVEN:
-        top = row_total(top)
+        top = tl.sum(top, 1, keep_dims=True)  # of one class
 
     if OUTSIDE:
         # ||e_y - p||^power = (1 - p_y)^power (1 + sum over the others of (p_k / (1 - p_y))^r)^(power / r), in which no
-        # high order underflows; all_r is that sum over all classes, of their ratios to the maximum.
+        # high order underflows; all_r is that sum over all classes, of their ratios to the maximum. The sums s_r of
+        # p_k^r of whole orders are large enough as they are.
         log_norm = gap + (log2(rest) - log_total).to(tl.float64)  # of the maximum
-        s2, near_r, all_r, shift, exponent = nothing, nothing, nothing, nothing, power.to(tl.float32)
-        weight = nothing.to(tl.float64) + 1.0  # what the sum over the others is to be multiplied by
+        s_r, near_r, all_r, shift, exponent = nothing, nothing, nothing, nothing, power.to(tl.float32)
+        weight = nothing.to(tl.float64) + small(table_ptr + 4)  # what the sum over the others is to be multiplied by
         if RATIOS:
-            rest_r = (row_total(powers) - one).to(tl.float32)
-            near_r = tl.exp2((order * gap).to(tl.float32))
-            all_r = tl.fma(near_r, rest_r, 1.0)
-            others = tl.where(rest > 0.0, tl.exp2(tl.fma(-r, log2(rest), log2(rest_r))), 0.0)
-            log_norm = tl.fma(log2(1.0 + others).to(tl.float64), inverse, log_norm)
+            rest_r = (row_total(powers, EACH) - one).to(tl.float32)
             exponent = (power * inverse).to(tl.float32)
-            s2 = all_r * p_top * p_top
-            if not PLAIN:  # of exponents, so that no high power overflows where its weight is small
-                shift = exponent * log2(tl.fma(all_r, tl.exp2(r * tl.minimum(1.0 - log_total, 0.0)), 1.0))
+            if ORDER == GENERAL:
+                near_r = tl.exp2((order * gap).to(tl.float32))
+                all_r = tl.fma(near_r, rest_r, 1.0)
+                ratios = tl.exp2(tl.fma(-r, log2(rest), log2(rest_r)))
+                # That of a class of no probability, the largest of all: no high power overflows, whatever its weight;
+                # the least is above 2^-MOST_POWER of it.
+                shift = exponent * log2(tl.fma(all_r, tl.exp2(-r * log_total), 1.0))
                 weight = exp2_double(shift.to(tl.float64))
-        kept = (p, s2, near_r, all_r, log_total, r, power.to(tl.float32), exponent, shift)
+            else:
+                all_r = tl.fma(whole_power(near.to(tl.float32), ORDER), rest_r, 1.0)
+                s_r = all_r * whole_power(p_top, ORDER)
+                ratios = rest_r * whole_power(1.0 / rest, ORDER)
+                shift = exponent
+            log_norm = tl.fma(log2(1.0 + tl.where(rest > 0.0, ratios, 0.0)).to(tl.float64), inverse, log_norm)
+        kept = (p, s_r, near_r, all_r, log_total, r, power.to(tl.float32), exponent, shift)
         below, slot = none, zero
         log_top = (gap - log_total.to(tl.float64)).to(tl.float32)  # log2 p at the pivot
         for first in range(0, C, TILES * W):
             for i in tl.static_range(TILES):
                 k = first + i * W + lane
-                v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
-                z, q = relative(v, q, pivot, LABELS)
-                e = tl.exp2(z)
-                x = size(z, e, kept, ORDER, PLAIN)
+                if HELD:
+                    z, e, q, q_top = others[i]
+                else:
+                    z, e, q, q_top = relative(*read(f, given, k, C, V, LABELS, False), pivot, LABELS, OUTSIDE)
+                x = size(z, e, kept, ORDER, EXPONENT)
                 if LABELS == GIVEN:
                     slot = tl.fma(q, x, slot)
                 elif LABELS == PREDICTED:
@@ -245,13 +292,12 @@ def gradient(
                 else:
                     slot += within(x, k, C, HELD and (i + 1) * W <= C)
                 below, slot = collected(below, slot, i, TILES)
-        below = row_total(below)
+        below = row_total(below, EACH)
         if LABELS != GIVEN:
-            x = size(nothing, nothing + 1.0, kept, ORDER, PLAIN)
+            x = size(nothing, nothing + 1.0, kept, ORDER, EXPONENT)
             below -= (x * log_top if LABELS == LOG_PREDICTED else x).to(tl.float64)
-        if ORDER == ONE:
+        if ORDER == 1:
             log_norm += 1.0
-            weight = exp2_double(power)
         of_top = exp2_double(power * log_norm)  # what the maximum adds
         if LABELS == GIVEN:
             of_top *= top.to(tl.float64)
@@ -271,15 +317,22 @@ def gradient(
         d_top = tl.abs(tl.fma(tl.where(sure, r1, -1.0), p_top, q_top))
         if LABELS == GIVEN:
             d_top = tl.where(second == m, 0.0, d_top)
+        aways = ()
+        if HELD:
+            for i in tl.static_range(TILES):
+                z, e, q, q_top = others[i]
+                aways = aways + (away(e, q, i * W + lane, p, C, LABELS, (i + 1) * W <= C),)
         unit = nothing + 1.0
-        if ORDER != ONE:
+        if ORDER != 1:
             largest = zero
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
-                    k = first + i * W + lane
-                    v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
-                    z, q = relative(v, q, pivot, LABELS)
-                    d = difference(z, q, k, p, C, LABELS, HELD and (i + 1) * W <= C)
+                    if HELD:
+                        d = aways[i]
+                    else:
+                        k = first + i * W + lane
+                        z, e, q, q_top = relative(*read(f, given, k, C, V, LABELS, False), pivot, LABELS, OUTSIDE)
+                        d = away(e, q, k, p, C, LABELS, False)
                     largest = tl.maximum(largest, d)
             unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_top)
         if ORDER != INFINITE:
@@ -290,12 +343,14 @@ def gradient(
             sums, slot = none, zero
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
-                    k = first + i * W + lane
-                    v, q = held[i] if HELD else read(f, given, k, C, V, LABELS, False)
-                    z, q = relative(v, q, pivot, LABELS)
-                    d = difference(z, q, k, p, C, LABELS, HELD and (i + 1) * W <= C)
+                    if HELD:
+                        d = aways[i]
+                    else:
+                        k = first + i * W + lane
+                        z, e, q, q_top = relative(*read(f, given, k, C, V, LABELS, False), pivot, LABELS, OUTSIDE)
+                        d = away(e, q, k, p, C, LABELS, False)
                     sums, slot = collected(sums, add_power(slot, d, per_unit, r, ORDER), i, TILES)
-            sums = row_total(sums) + add_power(nothing, d_top, per_unit, r, ORDER).to(tl.float64)
+            sums = row_total(sums, EACH) + add_power(nothing, d_top, per_unit, r, ORDER).to(tl.float64)
             if LABELS != GIVEN:
                 sums -= add_power(nothing, tl.abs(label - p), per_unit, r, ORDER).to(tl.float64)
             log_norm = tl.fma(log2_double(sums), inverse, log_norm)

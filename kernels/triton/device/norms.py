@@ -12,7 +12,6 @@ from fastood.kernels.triton.device.words import (
     INF,
     NVIDIA,
     any_row,
-    in_full,
     larger,
     larger_words,
     log2,
@@ -22,6 +21,9 @@ from fastood.kernels.triton.device.words import (
     unpack,
     words,
 )
+
+
+FOLD = tl.constexpr(4)  # words of a load
 
 
 @triton.jit
@@ -95,16 +97,16 @@ def add_each(a, b):
 
 
 @triton.jit
-def read_powers(ptr, base, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
+def read_powers(ptr, base, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
                 P: tl.constexpr, W: tl.constexpr, K: tl.constexpr, POWERS: tl.constexpr):  # fmt: skip
     """Whole rows to the sums, how many elements are not 0, the maximum, and all bits of min(|h|, least normal number).
 
     K tiles are in flight and summed by themselves, MANY times K too: a long sum of equal terms rounds in one direction.
     """
-    SPAN: tl.constexpr = D // P
+    SPAN: tl.constexpr = (D + P - 1) // P
     MANY: tl.constexpr = 16 if SPAN > 32 * W * K else 32
     TYPE: tl.constexpr = ptr.dtype.element_ty
-    zero = tl.zeros([ROWS, W // (VEC // P)], tl.float32)
+    zero = tl.zeros([ROWS, W // FOLD], tl.float32)
     none = ()
     for _ in tl.static_range(len(POWERS[3])):
         none = none + (zero,)
@@ -119,27 +121,20 @@ def read_powers(ptr, base, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D
         for c in range(first, tl.minimum(first + MANY * W * K, SPAN), W * K):
             us = ()
             for k in tl.static_range(K):
-                word = c + k * W + w
-                if SPAN % (W * K) == 0:
-                    u = tl.load(words(ptr, P) + base + word)
-                else:
-                    u = tl.load(words(ptr, P) + base + word, mask=word // (VEC // P) < D // VEC, other=0)
-                us = us + (u,)
+                us = us + load_words(ptr, base, c + k * W, D, VEC, P, W, SPAN % (W * K) == 0 and D % P == 0)
             parts = ()
             counts = zero.to(tl.uint32)
-            for k in tl.static_range(K):
-                magnitudes = us[k] & 0x7FFF7FFF if P == 2 else tl.abs(in_full(us[k]))
-                each = apart(magnitudes, VEC // P)
-                for i in tl.static_range(len(each)):
-                    if POWERS[5][0] or SHIFT > 0:
-                        least = at_most(each[i], 1 << SHIFT, P, TYPE)
-                        counts += least
-                        seen |= least
-                    if POWERS[5][1]:
-                        most = larger_words(most, each[i], P, TYPE)
-                    halves = unpack(each[i], P, TYPE)
-                    for j in tl.static_range(P):
-                        parts = add_powers(parts, powers_of(halves[j], largest, SAFE, POWERS), POWERS)
+            for i in tl.static_range(K * FOLD):
+                u = us[i] & 0x7FFF7FFF if P == 2 else tl.abs(us[i])
+                if POWERS[5][0] or SHIFT > 0:
+                    least = at_most(u, 1 << SHIFT, P, TYPE)
+                    counts += least
+                    seen |= least
+                if POWERS[5][1]:
+                    most = larger_words(most, u, P, TYPE)
+                halves = unpack(u, P, TYPE)
+                for j in tl.static_range(P):
+                    parts = add_powers(parts, powers_of(halves[j], largest, SAFE, POWERS), POWERS)
             sums = add_each(sums, parts)
             if POWERS[5][0]:
                 counts = (counts & 0xFFFF) + (counts >> 16) if P == 2 else counts
@@ -149,13 +144,42 @@ def read_powers(ptr, base, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D
 
 
 @triton.jit
+def load_words(ptr, base, first, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+               WHOLE: tl.constexpr):  # fmt: skip
+    """A tile as FOLD words of each thread, which are the same wherever rows begin; WHOLE: all of them are the row's."""
+    out = ()
+    if VEC < P:
+        lane = tl.arange(0, W // FOLD)[None, :]
+        for i in tl.static_range(FOLD):
+            place = (first + lane * FOLD + i) * P
+            low = tl.load(ptr + base + place, mask=place < D, other=0.0).to(tl.uint16, bitcast=True)
+            high = tl.load(ptr + base + place + 1, mask=place + 1 < D, other=0.0).to(tl.uint16, bitcast=True)
+            out = out + (low.to(tl.uint32) | (high.to(tl.uint32) << 16),)
+    else:
+        WIDE: tl.constexpr = VEC // P
+        w = tl.arange(0, W // FOLD * WIDE)[None, :]
+        for i in tl.static_range(0, FOLD, WIDE):
+            word = first + w // WIDE * FOLD + (w % WIDE + i)
+            if WHOLE:
+                u = tl.load(words(ptr, P) + base + word)
+            else:
+                u = tl.load(words(ptr, P) + base + word, mask=word // WIDE < D // VEC, other=0)
+            out = out + apart(u, WIDE)
+    return out
+
+
+@triton.jit
 def apart(u, N: tl.constexpr):
     """The N words beside each other that a thread has loaded: tiles of every N-th."""
     if N == 1:
         return (u,)
     else:
         left, right = tl.split(tl.reshape(u, [u.shape[0], u.shape[1] // 2, 2]))
-        return apart(left, N // 2) + apart(right, N // 2)
+        if N == 2:
+            return left, right
+        else:
+            even, odd = apart(left, 2), apart(right, 2)
+            return even[0], odd[0], even[1], odd[1]
 
 
 @triton.jit
@@ -180,7 +204,7 @@ def row_powers(totals, count, most, P: tl.constexpr, POWERS: tl.constexpr, TYPE:
 
 
 @triton.jit
-def norm_sums(ptr, base, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+def norm_sums(ptr, base, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
               ROWS: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """The sums of POWERS, how many elements are not 0, the maximum; and the unit of each row: powers are of |h| / unit.
 
@@ -190,7 +214,7 @@ def norm_sums(ptr, base, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
     TYPE: tl.constexpr = ptr.dtype.element_ty
     SUMS: tl.constexpr = len(RANGES)
     one = tl.full([ROWS, 1], 1.0, tl.float32)
-    totals, count, most, seen = read_powers(ptr, base, w, one, ROWS, False, D, VEC, P, W, K, POWERS)
+    totals, count, most, seen = read_powers(ptr, base, one, ROWS, False, D, VEC, P, W, K, POWERS)
     sums = row_powers(totals, count, most, P, POWERS, TYPE)
     unit = tl.full([ROWS], 1.0, tl.float32)
     doubtful = unit != 1.0
@@ -205,14 +229,14 @@ def norm_sums(ptr, base, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
             largest = sums[SUMS - 1]
         else:
             MOST: tl.constexpr = ((), (), (), (), (), (False, True, False))
-            _, _, most, _ = read_powers(ptr, base, w, one, ROWS, False, D, VEC, P, W, K, MOST)
+            _, _, most, _ = read_powers(ptr, base, one, ROWS, False, D, VEC, P, W, K, MOST)
             largest = row_powers((), count, most, P, MOST, TYPE)[0]
         # Sums that hold infinity or nothing are right as they are.
         doubtful = doubtful & (largest > 0.0) & (largest < INF)
         if BIAS:
             largest = larger(largest, 1.0)
         unit = tl.where(doubtful, largest, 1.0)
-        totals, count, most, _ = read_powers(ptr, base, w, unit[:, None], ROWS, True, D, VEC, P, W, 1, POWERS)
+        totals, count, most, _ = read_powers(ptr, base, unit[:, None], ROWS, True, D, VEC, P, W, 1, POWERS)
         again = row_powers(totals, count, most, P, POWERS, TYPE)
         picked = ()
         for i in tl.static_range(SUMS):
