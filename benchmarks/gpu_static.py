@@ -100,7 +100,7 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     shape = shapes.launch_shape(C, D, size)
     x, x_tiles = shapes.logits_tile(C, C, 0, size, shape.lanes) if C else (shapes.NOTHING, 0)
     sweeps = (1 + bool(plan.sums & shapes.TV), math.ceil(C / (x.w * x.p * x_tiles)) - 1) if x_tiles else (0, 0)
-    h = shapes.tile_of(D, D, 0, size, shape.lanes) if D else shapes.NOTHING
+    h = shapes.feats_tile(D, D, 0, size, shape.lanes) if D else shapes.NOTHING
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "x_ptr": POINTERS[case.dtype], "h_ptr": POINTERS[case.dtype]}
     constants = shapes.constants(plan, C, x, x_tiles, D, h, case.dtype == HALF, bias, log, shape.rows)
     constants |= {name: None for name, n in (("x_ptr", C), ("h_ptr", D)) if not n}

@@ -28,13 +28,13 @@ ROWS = {
     16384: (1, 4),
     24576: (1, 8),
 }
-ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4), 1024: (4, 1)}
-ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
+ROWS_WITH_FEATS = {**ROWS, 16: (8, 1), 128: (16, 4), 1024: (2, 1)}
+ROWS_OF_FEATS = {2048: (4, 1), 4096: (2, 1), 8192: (1, 1), 16384: (1, 2)}  # features alone
 LONG_ROWS = (1, 4)  # of features, beyond that table
 # Of logits beyond ROWS, by their bytes: warps of the program that reads a row in tiles of 16 bytes a thread, or where
 # rows begin anywhere of an element a thread; and how many of either are in flight.
 STREAM = {2: (8, 8, 32), 4: (16, 8, 24)}
-TILES = 4  # of features in flight
+TILES = 4  # of features in flight, 16 bytes a thread
 FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
 
@@ -103,6 +103,13 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
     return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
+
+
+def feats_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
+    """The same of features, which are never shifted: what a thread has, and so how sums round, hangs on `columns` alone."""
+    p = 4 // itemsize
+    span = math.ceil(columns * itemsize / 16)
+    return Tile(math.gcd(columns, stride, offset, 4 * p), p, False, 4 * min(lanes, _power_of_2(span)))
 
 
 def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> tuple[Tile, int]:
@@ -271,7 +278,8 @@ def factors_of(r: float) -> Factors:
         return Factors(0, False, r)
     whole, half = int(r), r % 1 >= 0.5
     rest = r - whole - half / 2
-    return Factors(whole, half, rest if rest > 1e-15 * r else 0.0)
+    # The least orders only count, and must not vanish in float32.
+    return Factors(whole, half, max(rest, 2.0**-100) if rest > 1e-15 * r else 0.0)
 
 
 def farthest(r: float, rest: float) -> float:
@@ -346,7 +354,7 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
     slots = tuple(kept.index(r) for r in orders)
     left, right = (tuple(x[i] for x in products) for i in (0, 1))
     first, second = tuple(x[0] for x in sums), tuple(x[1] if len(x) == 2 else -1 for x in sums)
-    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals, False))
+    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals))
     return Norms(powers, tuple(ranges), slots)
 
 
@@ -435,7 +443,6 @@ def constants(
         "D": D,
         "H_VEC": h.vec,
         "H_P": h.p,
-        "H_SHIFTED": h.shifted,
         "H_W": h.w,
         "H_TILES": tiles_in_flight(D, h),
         "POWERS": norms.powers,

@@ -207,10 +207,19 @@ def filler(FILL, P, TYPE):
 
 
 @triton.jit
+def in_full(x):
+    """float32 of any type; of bfloat16 by its bits, since the interpreter's conversion makes subnormals 0."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def unpack(u, P: tl.constexpr, TYPE: tl.constexpr):
     """The elements of words as float32: a tuple of P tiles."""
     if P == 1:
-        return (u.to(tl.float32),)
+        return (in_full(u),)
     elif tl.float16 == TYPE:
         low, high = (u & 0xFFFF).to(tl.uint16), (u >> 16).to(tl.uint16)
         return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
@@ -225,7 +234,7 @@ def pack(low, high, TYPE: tl.constexpr):
     if tl.float16 == TYPE:
         low, high = low.to(TYPE).to(tl.uint16, bitcast=True), high.to(TYPE).to(tl.uint16, bitcast=True)
         return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
-    else:  # the interpreter's conversion makes subnormals 0
+    else:  # see in_full
         return (low.to(tl.uint32, bitcast=True) >> 16) | (high.to(tl.uint32, bitcast=True) & 0xFFFF0000)
 
 
