@@ -111,25 +111,30 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     return _compile(kernel, types, constants, target, shape, elements, size)
 
 
-def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bool = False) -> Compiled:
+def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bool = False, rows: int = 256) -> Compiled:
     """A kernel of device.batchgrad.py."""
     types = {"f_ptr": POINTERS[dtype], "h_ptr": POINTERS[dtype], "scale": "fp32", "inverse": "fp32"}
-    types |= dict.fromkeys(("stats_ptr", "out_ptr"), "*fp64")
-    types |= dict.fromkeys(("x_ptr", "sum_ptr", "g_ptr", "g_sums_ptr", "part_ptr"), "*fp32")
-    constants, warps = shapes.BATCHGRAD, 1
-    if name != "partial_sums":
-        turned = {"BIAS": bias, "ROWS": constants["ROWS"], "FEATS": constants["FEATS"], "SOME": shapes.TURNED_ROWS}
-        constants, warps = turned if name == "turned" else shapes.MERGED, 4
+    types |= {"out_ptr": "*fp64"} | dict.fromkeys(
+        ("stats_ptr", "x_ptr", "sum_ptr", "g_ptr", "g_sums_ptr", "part_ptr"), "*fp32"
+    )
+    feats, warps, registers = shapes.BATCHGRAD["FEATS"], 4, None
+    if name == "turned":
+        constants = {"BIAS": bias, "ROWS": rows, "FEATS": feats, "SOME": shapes.TURNED_ROWS}
+    elif name == "merged":
+        constants = shapes.MERGED
+    else:
+        constants, warps = {"ROWS": rows, **shapes.BATCHGRAD}, shapes.BATCHGRAD["WARPS"]
+        registers = shapes.BATCHGRAD_REGISTERS
     kernel = getattr(device.batchgrad, name)
-    elements = math.prod(shapes.BATCHGRAD.values())
-    return _compile(kernel, types, constants, target, shapes.Shape(1, warps), elements, dtype.itemsize)
+    elements = rows * shapes.BATCHGRAD["CLASSES"] * feats
+    return _compile(kernel, types, constants, target, shapes.Shape(1, warps), elements, dtype.itemsize, registers)
 
 
 def compile_gradient(case: Case, label_dtype: torch.dtype, target: GPUTarget) -> Compiled:
     """The kernel of device/gradient.py, for labels of `label_dtype` where they are given."""
     _, labels, order, power, expectation = case.stats[0]
     dtypes = [case.dtype, label_dtype] if labels == "given" else [case.dtype]
-    size = min(x.itemsize for x in dtypes)
+    size = max(x.itemsize for x in dtypes)
     strides = (case.C,) * len(dtypes)
     constants, shape = shapes.gradient_constants(labels, order, power, expectation, case.C, strides, size)
     types = {"f_ptr": POINTERS[case.dtype], "q_ptr": POINTERS[label_dtype], "table_ptr": "*fp64", "out_ptr": "*fp64"}
@@ -149,12 +154,14 @@ def _compile(
     shape: shapes.Shape,
     elements: int,
     itemsize: int,
+    registers: int | None = None,
 ) -> Compiled:
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     given = [x for x in kernel.params if x.name.endswith("_ptr") and x.name not in constants]
     attributes = {(x.num,): [["tt.divisibility", 16]] for x in given if not x.do_not_specialize}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=target, options=dict(shape.options))
+    options = shape.options | ({"maxnreg": registers} if registers and target.backend == "cuda" else {})
+    compiled = triton.compile(source, target=target, options=options)
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
     return Compiled(binary, shape.warps * shape.ctas, compiled.metadata.shared, elements, itemsize)
 

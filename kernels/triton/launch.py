@@ -103,10 +103,10 @@ def batchgrad(f: Tensor, h: Tensor, anchors: Anchors) -> Tensor | None:
 
 def _batchgrad(f: Tensor, h: Tensor, g: Tensor, g_sums: Tensor, plan: Plan, anchors: Anchors, out: Tensor) -> None:
     (N, C), D, T = f.shape, anchors.G.shape[1], anchors.temperature
-    rows, feats = shapes.BATCHGRAD["ROWS"], shapes.BATCHGRAD["FEATS"]
+    rows, feats = shapes.rows_of_batchgrad(N), shapes.BATCHGRAD["FEATS"]
     class_blocks, feat_blocks = shapes.blocks_of(C, D)
     row_blocks = math.ceil(N / rows)
-    stats = out.new_empty(plan.columns, N)
+    stats = out.new_empty(plan.columns, N, dtype=torch.float32)
     run(f, None, plan, False, False, stats.T)
     x = out.new_empty(row_blocks, feat_blocks * feats, rows, dtype=torch.float32)
     sums = out.new_empty(feat_blocks, row_blocks * rows, dtype=torch.float32)
@@ -118,10 +118,15 @@ def _batchgrad(f: Tensor, h: Tensor, g: Tensor, g_sums: Tensor, plan: Plan, anch
     steps = math.ceil(D / shapes.BATCHGRAD["STEP"])
     device.batchgrad.partial_sums[(row_blocks * feat_blocks * class_blocks,)](
         f, f.stride(0), stats, math.log2(math.e) / T, 1 / T, x, sums, g, g_sums, parts, N, C, steps, row_blocks,
-        class_blocks, feat_blocks, **shapes.BATCHGRAD, num_warps=shapes.BATCHGRAD["WARPS"],
+        class_blocks, feat_blocks, ROWS=rows, **shapes.BATCHGRAD, **_batchgrad_options(),
     )  # fmt: skip
     grid = (math.ceil(N / shapes.MERGED["SOME"]),)
     device.batchgrad.merged[grid](parts, out, N, parts.shape[1], len(parts), **shapes.MERGED)
+
+
+def _batchgrad_options() -> dict[str, int]:
+    registers = {} if torch.version.hip else {"maxnreg": shapes.BATCHGRAD_REGISTERS}  # which only NVIDIA's knows
+    return {"num_warps": shapes.BATCHGRAD["WARPS"], **registers}
 
 
 def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
@@ -145,7 +150,7 @@ def gradient(f: Tensor, q: Tensor | None, stat: tuple[str, str, float, float, st
         return out
     x = [_inner(f), *([] if q is None else [_inner(q)])]
     strides = tuple(y.stride(0) for y in x)
-    itemsize = min(y.element_size() for y in x)
+    itemsize = max(y.element_size() for y in x)
     constants, shape = shapes.gradient_constants(labels, order, power, expectation, C, strides, itemsize)
     table = _table(shapes.gradient_table(order, power, temperature), f.device)
     data = (x[0], strides[0] // constants["V"], *((None, 0) if q is None else (x[1], strides[1] // constants["V"])))

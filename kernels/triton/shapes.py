@@ -131,8 +131,11 @@ def tiles_in_flight(columns: int, tile: Tile) -> int:
 
 NOTHING = Tile(1, 1, False, 1)
 
-# A program of BatchGrad is one warp of 128 rows, four a thread; the registers of a multiprocessor hold 11 of them.
-BATCHGRAD = {"ROWS": 256, "CLASSES": 16, "FEATS": 256, "STEP": 4, "WARPS": 4, "AHEAD": False}
+# A program of BatchGrad is four warps of the same 256 rows, eight a thread, and of four classes each. 128 registers a
+# thread let 16 warps run at a time. A few rows are not worth that: the time is that of the rows there could be.
+BATCHGRAD = {"CLASSES": 16, "FEATS": 256, "STEP": 4, "WARPS": 4, "AHEAD": 1, "STAGES": 1, "FAR": 1}
+BATCHGRAD_ROWS = {128: 32, math.inf: 256}  # most rows of a call -> rows of a program: the same sums
+BATCHGRAD_REGISTERS = 128
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
 TEMPORARY = 1 << 26  # numbers that BatchGrad keeps between its launches
@@ -143,10 +146,15 @@ def blocks_of(C: int, D: int) -> tuple[int, int]:
     return math.ceil(C / BATCHGRAD["CLASSES"]), math.ceil(D / BATCHGRAD["FEATS"])
 
 
+def rows_of_batchgrad(N: int) -> int:
+    """Rows of a program, for a call of N."""
+    return next(rows for most, rows in BATCHGRAD_ROWS.items() if most >= N)
+
+
 def batchgrad_rows(C: int, D: int) -> int:
     """Rows that share BatchGrad's launches: their turned features, and a partial sum for each pair of blocks."""
     classes, feats = blocks_of(C, D)
-    rows = BATCHGRAD["ROWS"]
+    rows = max(BATCHGRAD_ROWS.values())
     return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
 
 
@@ -186,7 +194,7 @@ def gradient_table(order: float, power: float, temperature: float) -> tuple[floa
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
-    """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
+    """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the most."""
     code, given = GRADIENT_ORDERS.get(order, -1), labels == "given"
     general = code == -1 and expectation == "outside"  # which keeps p^r too
     longest = HELD_PAIRS if given else HELD_CLASSES
