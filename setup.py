@@ -7,10 +7,18 @@ from setuptools import Extension, setup
 native = Extension(
     "fastood.kernels.cpu._native",
     sources=[
-        f"kernels/cpu/{name}.cpp"
-        for name in ("module", "run", "gradient", "batchgrad", "state", "rows_base", "rows_avx2", "rows_avx512")
+        "kernels/tensors.cpp",
+        "kernels/triton/launcher.cpp",
+        *(
+            f"kernels/cpu/{name}.cpp"
+            for name in ("module", "run", "gradient", "batchgrad", "state", "rows_base", "rows_avx2", "rows_avx512")
+        ),
     ],
-    depends=[f"kernels/cpu/{name}.h" for name in ("plan", "state", "run", "vectors", "rows", "gradient", "batchgrad")],
+    depends=[
+        "kernels/tensors.h",
+        "kernels/triton/launcher.h",
+        *(f"kernels/cpu/{name}.h" for name in ("plan", "state", "run", "vectors", "rows", "gradient", "batchgrad")),
+    ],
     extra_compile_args=[] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"],
     py_limited_api=True,  # one build for Python 3.11 and newer
     optional=True,  # without a compiler fastood runs on the reference backend, and fastood.backends() says why

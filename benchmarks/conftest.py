@@ -18,6 +18,7 @@ from plots import machine_line
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from rivals import in_float
 from torch import Tensor
 
 import fastood
@@ -51,8 +52,7 @@ class Compare:
         torch.set_num_threads(threads)
         tensors = [x for x in (logits, feats) if x is not None]
         n, device, dtype = len(tensors[0]), tensors[0].device, tensors[0].dtype
-        # Rivals get float32, since sums in a half type would fail the gate; the cast is part of what their users pay.
-        cast = (lambda call: call) if dtype == torch.float32 else _in_float
+        cast = (lambda call: call) if dtype == torch.float32 else in_float
         torch.compiler.reset()  # or the second shape compiles to a slower kernel for any shape
         candidates = {**ours, "eager": cast(formula), "torch.compile": torch.compile(cast(formula))}
         candidates |= {name: x if isinstance(x, str) else cast(x) for name, x in (others or {}).items()}
@@ -101,10 +101,6 @@ class Compare:
                 stats.update(t)
             self._rows.append(row)
         self._rows += [{"group": group, "candidate": name, "absent": why} for name, why in (absent or {}).items()]
-
-
-def _in_float(call):
-    return lambda *tensors: call(*(x.float() for x in tensors))
 
 
 @pytest.fixture

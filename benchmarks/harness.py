@@ -64,9 +64,9 @@ def stopwatches(
     """A timer of each call, and how many rounds of all of them fit into `budget` seconds, at least `least`."""
     if device.type == "cuda":
         calls = {name: partial(_finished, call) for name, call in calls.items()}
-    once = {name: _seconds(call, 1) for name, call in calls.items()}
+    once = {name: clock(call, 1) for name, call in calls.items()}
     repeats = {name: max(1, math.ceil(_SHORTEST / max(t, 1e-7))) for name, t in once.items()}
-    timers = {name: partial(_seconds, call, repeats[name]) for name, call in calls.items()}
+    timers = {name: partial(clock, call, repeats[name]) for name, call in calls.items()}
     one_round = sum(repeats[name] * once[name] for name in calls)
     return timers, max(least, min(100, int(budget / one_round)))
 
@@ -76,11 +76,40 @@ def _finished(call: Callable[[], Any]) -> None:
     torch.cuda.synchronize()
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
+def clock(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of a call on the host, the mean of `repeats` after each other."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of one call, and what every replay writes to."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call()  # compiles, which capture cannot
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+def gpu_seconds(call: Callable[[], Any], budget: float = 0.12) -> float:
+    """Time on the GPU alone: replays of a CUDA graph between two events, the median of what fits into `budget`."""
+    graph, _held = captured(call)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def replay() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    replay()
+    once = replay()
+    return float(np.median([replay() for _ in range(max(5, min(60, int(budget / once))))]))
 
 
 def weighed(times: Mapping[str, Sequence[float]], read: int | None = None) -> dict[str, Row]:

@@ -3,8 +3,9 @@ features h [N, D], each giving [N, ...]; all of them are also run in float64, as
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -46,13 +47,29 @@ def energy_norm(f: Tensor, h: Tensor) -> Tensor:
     return energy(f) * norm(h)
 
 
+def v_terms(f: Tensor) -> Tensor:
+    """Energy, TV, MSP and S_2, [N, 4]."""
+    p = torch.softmax(f, -1)
+    return torch.stack([energy(f), (p - 1 / p.shape[1]).abs().sum(-1) / 2, p.amax(-1), p.square().sum(-1)], -1)
+
+
+def every_v(f: Tensor) -> Tensor:
+    """The same, and sum p log p, sum log p and max f, [N, 7]."""
+    log_p = torch.log_softmax(f, -1)
+    more = torch.stack([(log_p.exp() * log_p).sum(-1), log_p.sum(-1), f.amax(-1)], -1)
+    return torch.cat([v_terms(f), more], -1)
+
+
+def norms(h: Tensor, orders: Sequence[float] = (0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf)) -> Tensor:
+    """[N, P]"""
+    a = h.abs()
+    simple = {0: lambda: (a != 0).sum(-1), math.inf: lambda: a.amax(-1)}
+    return torch.stack([simple[r]() if r in simple else a.pow(r).sum(-1).pow(1 / r) for r in orders], -1)
+
+
 def sweep(f: Tensor, h: Tensor) -> Tensor:
     """Each norm and each V once, then the products."""
-    p, a = torch.softmax(f, -1), h.abs()
-    v = torch.stack([energy(f), (p - 1 / p.shape[1]).abs().sum(-1) / 2, p.amax(-1), p.square().sum(-1)], -1)
-    powers = [a.pow(r).sum(-1).pow(1 / r) for r in (0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6)]
-    u = torch.stack([(a != 0).sum(-1), *powers, a.amax(-1)], -1)
-    return v[:, :, None] * u[:, None]
+    return v_terms(f)[:, :, None] * norms(h)[:, None]
 
 
 def gradnorm(f: Tensor, h: Tensor) -> Tensor:
@@ -63,11 +80,16 @@ def exgrad(f: Tensor, h: Tensor) -> Tensor:
     return 2 * (1 - torch.softmax(f, -1).square().sum(-1)) * h.abs().sum(-1)
 
 
-def expected_l2(f: Tensor, h: Tensor, q: Tensor | None = None) -> Tensor:
-    """E_q of the L2 norm; q is p where it is not given."""
+def expected_norm(f: Tensor, q: Tensor | None = None, order: float = 2) -> Tensor:
+    """E_q of || e_Y - p ||; q is p where it is not given."""
     p = torch.softmax(f, -1)
-    norms = ((1 - p).square() + p.square().sum(-1, keepdim=True) - p.square()).sqrt()
-    return ((p if q is None else q) * norms).sum(-1) * h.norm(dim=-1)
+    norms = ((1 - p).pow(order) + p.pow(order).sum(-1, keepdim=True) - p.pow(order)).pow(1 / order)
+    return ((p if q is None else q) * norms).sum(-1)
+
+
+def expected_l2(f: Tensor, h: Tensor, q: Tensor | None = None) -> Tensor:
+    """E_q of the gradient's L2 norm."""
+    return expected_norm(f, q) * h.norm(dim=-1)
 
 
 def anchor_gradient(f: Tensor, h: Tensor, labels: Tensor) -> Tensor:
@@ -83,6 +105,11 @@ def batchgrad(f: Tensor, h: Tensor, G: Tensor) -> Tensor:
 def row_by_row(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same in a loop: temporaries of one row stay in the cache."""
     return lambda *tensors: torch.cat([formula(*row) for row in zip(*(x.split(1) for x in tensors), strict=True)])
+
+
+def in_float(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`call` of halves: sums in a half type would be wrong; the cast is part of what its users pay."""
+    return lambda *tensors: call(*(x.float() for x in tensors))
 
 
 # ---- autograd: a batch of one, a backward pass each, then the norm of the last layer's weight gradient

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import rivals
 import torch
-from harness import OURS, backends
+from harness import OURS, backends, captured
 
 import fastood
 
@@ -29,10 +29,7 @@ def feats_of(N, D, dtype):
 
 def on_gpu(call, *tensors):
     """Every backend, and the first one replayed from a CUDA graph of these tensors."""
-    call(*tensors)  # compiles, which capture cannot
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call(*tensors)
+    graph, out = captured(partial(call, *tensors))
 
     def replay(*_):
         graph.replay()

@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastood.api import norms, row_stats, score, scores, sweep
+from fastood.api import norms, row_stats, score, scores, sweep, warm_up
 from fastood.gradients import BatchGrad, anchor_gradient, batchgrad, deep_batchgrad, deep_gradient_norm, gradient_norm
 from fastood.kernels import STATISTICS, backends
 from fastood.registry import SCORES, Score, register
@@ -34,6 +34,7 @@ __all__ = [
     "score",
     "scores",
     "sweep",
+    "warm_up",
 ]
 
 

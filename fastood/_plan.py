@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastood import kernels
 from fastood._inputs import (
     choice,
     flag,
@@ -47,7 +46,7 @@ class Plan:
         stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name], log)))
         orders = tuple(dict.fromkeys(r for _, r in scores if r is not None))
         self.want = Want(stats, orders, T, bias, log)
-        self.plain: Callable[[Any, Any, Any], Any] | None = None  # the short way, once a longer one was gone
+        self.ways: dict[Backend, Callable[[Any, Any, Any], Any]] = {}  # the short ones, once a longer one was gone
         self.job = None
         if not log and all(e.v is None and e.power in (1, 2) for e, _ in scores):
             self.job = Job(self.want, tuple(self._product(e, r) for e, r in scores))
@@ -64,8 +63,8 @@ class Plan:
 
     def run(self, logits: Any, feats: Any, backend: str, labels: Any = None) -> Any:
         """All scores as `shape`, in which -1 stands for the rows: it is the first or the last of it."""
-        if self.plain is not None:
-            out = self.plain(logits, feats, labels)
+        for way in self.ways.values():
+            out = way(logits, feats, labels)
             if out is not None:
                 return out
         f, h, as_numpy = logits_and_feats(logits, feats)
@@ -81,8 +80,10 @@ class Plan:
         out = None
         if self.job is not None:
             out = chosen.products(f, h, self.job, shape, dtype, by_row, q)
-            if out is not None and chosen is kernels.cpu:
-                self.plain = kernels.cpu.plain(self.job, self.shape)  # a plan is of one `backend`
+            if out is not None and chosen not in self.ways:
+                short = chosen.plain(self.job, self.shape)
+                if short is not None:
+                    self.ways[chosen] = short
         if out is None:
             out = self._composed(f, h, q, chosen, by_row).reshape(shape).to(dtype)
         return give(out, as_numpy)

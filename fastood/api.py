@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import EllipsisType
 from typing import Any
+
+import torch
 
 from fastood._inputs import ArrayT, choice, give, logits_and_feats, order_of, result_dtype, temperature_of
 from fastood._plan import Plan, keep, known_plan, stat_of, typed
@@ -137,7 +140,7 @@ def scores(
         if norm is None:
             entries = [e for e in entries if e.stats]
     else:
-        entries = [_entry(m, "methods") for m in _names("methods", methods)]
+        entries = _entries("methods", methods)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
     key = (*entries, norm, type(norm), feats is None, *options, backend, type(temperature), *typed(params))
     plan = known_plan(key)
@@ -182,20 +185,11 @@ def sweep(
     >>> fastood.sweep(torch.randn(5, 10), torch.randn(5, 32)).shape
     torch.Size([5, 4, 12])
     """
-    entries: list[Score] = [_entry(name, "v") for name in _names("v", v)]
+    entries: list[Score] = _entries("v", v)
     orders: list[Any] = _names("norms", norms)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (
-        "sweep",
-        *entries,
-        *orders,
-        *map(type, orders),
-        type(temperature),
-        feats is None,
-        *options,
-        backend,
-        *typed(params),
-    )
+    of_call: tuple[Any, ...] = (*options, type(temperature), feats is None, backend, *typed(params))
+    key = ("sweep", *entries, *orders, *map(type, orders), *of_call)
     plan = known_plan(key)
     if plan is None:
         for entry in entries:
@@ -277,9 +271,64 @@ def row_stats(
     return {s: give(found[s].to(result_dtype(f)), as_numpy) for s in wanted}
 
 
+def warm_up(
+    C: int,
+    D: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    methods: Iterable[str] = ("energy",),
+    *,
+    device: str | torch.device = "cuda",
+    backend: str = "auto",
+    norm: float | EllipsisType | None = ...,
+    **options: Any,
+) -> None:
+    """Compile and load ahead what ``score(logits [N, C], feats [N, D], method)`` needs of a GPU, for any N.
+
+    The first call of a kind compiles for some seconds. Compiled kernels stay in Triton's cache directory
+    (``TRITON_CACHE_DIR``), which can be shipped with a container that was warmed up on a GPU of the same kind.
+
+    Parameters
+    ----------
+    C, D : int
+        Classes and features; None for scores without features.
+    dtype : torch.dtype
+        Of logits and features.
+    methods : iterable of str
+        Names in ``fastood.SCORES``, each scored by itself.
+    device, backend
+        Where the tensors will be, and who will score them.
+    norm, **options
+        As ``fastood.score`` will be given them. Another temperature compiles nothing new.
+
+    Notes
+    -----
+    For ``scores``, ``sweep``, ``norms`` and ``BatchGrad`` one call on a row of zeros does the same: nothing that is
+    compiled depends on the number of rows.
+
+    Examples
+    --------
+    >>> import fastood, torch
+    >>> fastood.warm_up(1000, 2048, torch.bfloat16, ["energy", "gradnorm"], device="cpu")
+    """
+    logits = torch.zeros(1, C, dtype=dtype, device=device)
+    feats = None if D is None else torch.zeros(1, D, dtype=dtype, device=device)
+    for name in _names("methods", methods):
+        of_norm = ... if _entry(name, "methods").gradient else norm
+        score(logits, feats, name, norm=of_norm, backend=backend, **options)
+
+
 def _entry(method: str, argument: str = "method") -> Score:
     entry = SCORES.get(method) if isinstance(method, str) else None
     return entry or SCORES[choice(argument, method, tuple(SCORES))]
+
+
+def _entries(argument: str, methods: Any) -> list[Score]:
+    names = _names(argument, methods)
+    with suppress(TypeError):  # no hash: let it be refused
+        found = [*map(SCORES.get, names)]
+        if None not in found:
+            return found  # type: ignore[return-value]
+    return [_entry(name, argument) for name in names]
 
 
 def _names(argument: str, names: Any) -> list[Any]:

@@ -187,6 +187,7 @@ class BatchGrad:
     def __init__(self, G: Tensor | np.ndarray, *, temperature: float = 1.0, bias: bool = False) -> None:
         (g,), self._numpy = take(G=G)
         self.anchors = Anchors(_given("G", g).clone(), temperature_of(temperature), flag("bias", bias))
+        self._oriented = Anchors(self.anchors.G, self.anchors.temperature, self.anchors.bias, sign=-1)
 
     @classmethod
     def from_anchors(
@@ -212,10 +213,16 @@ class BatchGrad:
         oriented, backend
             As in ``fastood.score``. float64 where an input or G is, else float32.
         """
+        anchors = self._oriented if flag("oriented", oriented) else self.anchors
+        way = anchors.prepared.get(("way", backend)) if isinstance(backend, str) else None
+        if way is not None:
+            out = way(logits, feats, None)
+            if out is not None:
+                return out
         f, h, as_numpy = logits_and_feats(logits, feats)
         f, h = _given("logits", f), _given("feats", h)
-        G = self.anchors.G
-        for name, x, columns in (("logits", f, G.shape[0]), ("feats", h, G.shape[1] - self.anchors.bias)):
+        G = anchors.G
+        for name, x, columns in (("logits", f, G.shape[0]), ("feats", h, G.shape[1] - anchors.bias)):
             if x.shape[1] != columns:
                 raise ValueError(f"{name} must have {columns} columns, for G is {list(G.shape)}, got {list(x.shape)}")
         if self._numpy != as_numpy:
@@ -224,8 +231,10 @@ class BatchGrad:
         if G.device != f.device:
             raise ValueError(f"G must be on the device of logits, {f.device}, got {G.device}")
         dtype = result_dtype(f, h, G)
-        raw = select(backend, f.device, dtype).batchgrad(f, h, self.anchors)
-        return give(((-1 if oriented else 1) * raw).to(dtype), as_numpy)
+        chosen = select(backend, f.device, dtype)
+        out = chosen.batchgrad(f, h, anchors).to(dtype)
+        anchors.prepared["way", backend] = chosen.plain(anchors, (-1,))
+        return give(out, as_numpy)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """To a .safetensors file, which ``BatchGrad.load`` reads."""

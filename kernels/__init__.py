@@ -1,7 +1,7 @@
 """Row statistics, and the one place that decides who computes them.
 
 Every score of fastood is an O(N) formula over a few numbers per row. A *backend* is a module in
-this folder that computes those numbers; it has four functions:
+this folder that computes those numbers; it has five functions:
 
 ``row_stats(logits, feats, want, labels) -> (stats, norms)``
     ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
@@ -12,8 +12,12 @@ this folder that computes those numbers; it has four functions:
 ``products(logits, feats, job, shape, dtype, by_row, labels) -> out | None``
     Finished scores in one go: each ``Product`` of the job, [N, K] where `by_row`, else [K, N], as `shape`; or
     None where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
+``plain(work, shape) -> call | None``
+    The short way for tensors that need nothing done to them, of a job or of anchors that the backend served before:
+    ``call(logits, feats, labels)`` gives float32 of `shape`, in which -1 stands for the rows, or None where the long
+    way must be gone, which can tell what is wrong with the tensors. None where a backend has no such way.
 ``batchgrad(logits, feats, anchors) -> out``
-    The one score that is no product of row statistics, raw, [N].
+    The one score that is no product of row statistics, raw times ``anchors.sign``, [N].
 ``unusable(device, dtype) -> str | None``
     Why it cannot serve tensors of that device and dtype here, or None where it can.
 
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -85,18 +90,18 @@ class Job:
 
     def __init__(self, want: Want, products: tuple[Product, ...]) -> None:
         self.want, self.products = want, products
-        self.prepared: Any = ...  # what the C++ backend made of it
+        self.prepared: dict[Any, Any] = {}  # what backends made of it
 
 
 class Anchors:
     """The constant of BatchGrad: G = sum_i (1/T) (e_{y_i} - p(x_i)) h_i^T of its anchors."""
 
-    def __init__(self, G: Tensor, temperature: float, bias: bool) -> None:
-        self.G, self.temperature, self.bias = G, temperature, bias
-        self.prepared: Any = {}  # what backends made of it
+    def __init__(self, G: Tensor, temperature: float, bias: bool, sign: int = 1) -> None:
+        self.G, self.temperature, self.bias, self.sign = G, temperature, bias, sign
+        self.prepared: dict[Any, Any] = {}  # what backends made of it
 
     def __reduce__(self) -> Any:
-        return Anchors, (self.G, self.temperature, self.bias)  # copies and pickles prepare their own
+        return Anchors, (self.G, self.temperature, self.bias, self.sign)  # copies and pickles prepare their own
 
 
 class Backend(Protocol):
@@ -114,6 +119,8 @@ class Backend(Protocol):
         by_row: bool,
         labels: Tensor | None = None,
     ) -> Tensor | None: ...
+
+    def plain(self, work: Job | Anchors, shape: tuple[int, ...]) -> Callable[[Any, Any, Any], Any] | None: ...
 
     def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor: ...
 
@@ -141,7 +148,10 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         name = DEFAULT
     if name == "auto":
         if cpu.MISSING and device.type == "cpu":
-            _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})")
+            advice = "Reinstall fastood where there is a C++ compiler."
+            _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})", advice)
+        if device.type == "cuda" and (reason := triton.missing()):
+            _warn_once(f"fastood's Triton kernels cannot be used ({reason})", "Install a newer Triton.")
         return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
@@ -151,9 +161,8 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
 
 
 @cache
-def _warn_once(what: str) -> None:
-    advice = "plain PyTorch does their work, several times slower. Reinstall fastood where there is a C++ compiler."
-    warnings.warn(f"{what}: {advice}", stacklevel=4)
+def _warn_once(what: str, advice: str) -> None:
+    warnings.warn(f"{what}: plain PyTorch does their work, several times slower. {advice}", stacklevel=4)
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:

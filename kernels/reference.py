@@ -33,6 +33,10 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def plain(*_: object) -> None:
+    return None
+
+
 def products(*_: object) -> None:
     """Nothing to gain over row_stats."""
 
@@ -119,8 +123,14 @@ class Softmax:
 
     @lazy
     def z(self) -> Tensor:
-        """(f_k - f_2) / T of the rest; subtracted before it is divided, or a small T overflows."""
-        return (self.rest - self.f_2[:, None]) / self.divisor
+        """(f_k - f_2) / T of the rest."""
+        return self._relative(self.rest, self.f_2)
+
+    def _relative(self, f: Tensor, to: Tensor) -> Tensor:
+        # Subtracted before it is divided, or a small T overflows; halved where T is large, or the difference does.
+        if self.divisor <= 1:
+            return (f - to[:, None]) / self.divisor
+        return (f / 2 - to[:, None] / 2) / (self.divisor / 2)
 
     @lazy
     def e(self) -> Tensor:
@@ -215,8 +225,7 @@ class Softmax:
 
     @lazy
     def sumlogp(self) -> Tensor:
-        z = (self.f - self.f_max[:, None]) / self.divisor
-        return row_sum(z).double() - self.C * self.r1.log1p()
+        return row_sum(self._relative(self.f, self.f_max)).double() - self.C * self.r1.log1p()
 
     def power_sum(self, r: float) -> Tensor:
         return self.msp**r + self.power_sum_rest(r)
@@ -414,7 +423,7 @@ def _split_r_ln2(r: float, bits: int) -> tuple[float, float]:
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    """E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N] float64, in tiles [n, c, D]."""
+    """anchors.sign times E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N] float64, in tiles [n, c, D]."""
     T, G = anchors.temperature, anchors.G
     dtype = torch.promote_types(
         torch.promote_types(logits.dtype, feats.dtype), torch.promote_types(G.dtype, torch.float32)
@@ -429,7 +438,7 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), G.split(c), strict=True)
         nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
         sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
-    return torch.cat(sums)
+    return anchors.sign * torch.cat(sums)
 
 
 def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:

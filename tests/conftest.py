@@ -11,6 +11,11 @@ from hypothesis import HealthCheck, currently_in_test_context, reject, settings
 
 import fastood
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import approximate
+
+    approximate.install()
+
 settings.register_profile("default", deadline=None, max_examples=60, print_blob=True)
 # What test_triton.py runs in Triton's interpreter, which is much slower, with float64 left out.
 settings.register_profile(

@@ -370,7 +370,11 @@ def fake(reason, result=42.0):
         return {s: torch.full((len(logits),), result) for s in want.stats}, None
 
     return types.SimpleNamespace(
-        __doc__="A fake.", unusable=lambda device, dtype: reason, row_stats=row_stats, products=lambda *_: None
+        __doc__="A fake.",
+        unusable=lambda device, dtype: reason,
+        row_stats=row_stats,
+        products=lambda *_: None,
+        plain=lambda *_: None,
     )
 
 

@@ -130,6 +130,53 @@ def test_v_terms(backend, f, T):
 
 
 @given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([1, 2, 3, 16, 17, 100, 130, 300]),
+    exponent=st.integers(-100, 100),
+    spread=st.sampled_from(["of T", "of each", "of a row", "largest"]),
+    tie=st.booleans(),
+    masked=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_statistics_at_any_temperature_and_magnitude(backend, seed, C, exponent, spread, tie, masked, dtype):
+    """Differences of logits, their quotients by T and their sums may all be beyond float32."""
+    rng = np.random.default_rng(seed)
+    T, limit, x = 2.0**exponent, torch.finfo(dtype).max, rng.standard_normal((4, C))
+    x *= {
+        "of T": T * 10 ** rng.uniform(-2, 3),
+        "of each": 10.0 ** rng.uniform(-38, 38, (4, C)),
+        "of a row": 10.0 ** rng.uniform(-38, 38),
+        "largest": math.inf,
+    }[spread]
+    x = x.clip(-limit, limit)
+    if tie:
+        x[:, 0] = x.max(1)
+    if masked:
+        x[:, :-1] = np.where(rng.random((4, C - 1)) < 0.3, -math.inf, x[:, :-1])
+    f = torch.from_numpy(x).to(dtype)
+    eps, largest = eps_of(f), torch.finfo(result_type(f)).max
+    got = fastood.row_stats(f, STATS, temperature=T, backend=backend)
+    expected = {name: truth.stat(name, f, T) for name in STATS}
+    # U = ||h|| / T = 1
+    h = torch.full((4, 1), T)
+    got["log-weighted"] = fastood.score(f, h, "eg_p_logp_l2sq", temperature=T, oriented=False, backend=backend)
+    with np.errstate(all="ignore"):
+        expected["log-weighted"] = (1 + expected["s2"]) * expected["sumlogp"] - 2 * expected["plogp"]
+    for name, value in expected.items():
+        of_sum = name in ("sumlogp", "log-weighted")
+        allowed = 64 * eps * np.abs(value) if of_sum else truth.tolerance(name, value, f, T, eps)
+        # A sum of logarithms to the base 2, or its product with 1 + S_2 <= 2, leaves the type that much earlier.
+        early = of_sum & (np.abs(value) > largest / 4) & torch.isinf(got[name]).numpy()
+        truth.assert_close(got[name], np.where(early, -math.inf, value), np.where(early, 0, allowed), name)
+
+
+def test_the_log_weighted_row_is_minus_infinite_where_its_sum_is(backend):
+    f, h = torch.tensor([[1e30, -1e30, 5.0]]), torch.ones(1, 2)
+    got = fastood.scores(f, h, ["eg_p_logp_l2sq", "neg_entropy"], temperature=1e-10, oriented=False, backend=backend)
+    assert [x.item() for x in got.values()] == [-math.inf, 0]
+
+
+@given(
     f=logits(), T=temperatures, gamma=st.sampled_from([0.1, 0.5, 1.0, 2.0]), M=st.sampled_from([1, 2, 10, 100, 5000])
 )
 def test_gen(backend, f, T, gamma, M):

@@ -105,12 +105,9 @@ def products(
     return out
 
 
-def plain(job: Job, shape: tuple[int, ...]) -> Callable[[Any, Any, Any], Any]:
-    """``products`` of a job that it did before, as a function of logits, feats and labels, for Python's part of it
-    takes longer than a row of 1000 logits. Gives float32 of `shape`, -1 standing for the rows; None if they are not
-    plain tensors.
-    """
-    return partial(_native.plain, prepared(job), shape)
+def plain(work: Job | Anchors, shape: tuple[int, ...]) -> Callable[[Any, Any, Any], Any] | None:
+    """Python's part of ``products`` takes longer than a row of 1000 logits."""
+    return partial(_native.plain, work.prepared["cpu"], shape) if "cpu" in work.prepared else None
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
@@ -131,6 +128,8 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     arguments = (G.data_ptr(), G.shape[1], norms.data_ptr(), norm, out.data_ptr())
     finite = _native.batchgrad(plan, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
     del f, h
+    if anchors.sign < 0:
+        out.neg_()
     if not finite:  # what holds, or comes to, an infinity or a NaN is left to the definition
         for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
             out[rows] = reference.batchgrad(logits[rows], feats[rows], anchors)
@@ -155,9 +154,9 @@ def _run(
 
 def prepared(job: Job) -> object | None:
     """The job as the C++ part reads it, worked out once; None where it cannot do it in one call."""
-    if job.prepared is ...:
-        job.prepared = _prepared(job.want, job.products)
-    return job.prepared
+    if "cpu" not in job.prepared:
+        job.prepared["cpu"] = _prepared(job.want, job.products)
+    return job.prepared["cpu"]
 
 
 @lru_cache
@@ -202,7 +201,8 @@ def _torch_threads() -> int:
 
 
 if _native is not None:
-    _native.use_torch(Tensor, {"dtype": torch.float32}, Tensor.__dlpack_c_exchange_api__, MODES, forward_ad)
+    _kinds = tuple({"dtype": dtype} for dtype in (torch.float32, torch.float64, torch.uint8))
+    _native.use_torch(Tensor, _kinds, Tensor.__dlpack_c_exchange_api__, MODES, forward_ad)
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))

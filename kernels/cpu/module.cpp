@@ -1,7 +1,6 @@
 // The Python module: functions over raw pointers, and which instruction sets this processor has.
-#define Py_LIMITED_API 0x030b0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "../tensors.h"
+#include "../triton/launcher.h"
 
 #include <algorithm>
 #include <cmath>
@@ -188,81 +187,13 @@ static PyObject* batchgrad_peak(PyObject*, PyObject* steps) {
   return sum < 0 ? PyLong_FromLong(0) : PyLong_FromLong(kernels->float_lanes);  // which it must run to know
 }
 
-// ---- plain tensors, read and made without Python code between
+// ---- plain tensors
 
-// How DLPack 1.x lends a tensor to C (DLTensor), and the functions behind torch.Tensor.__dlpack_c_exchange_api__.
-struct Borrowed {
-  void* data;
-  int32_t device_type, device_id, ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct Exchange {
-  uint32_t major, minor;
-  void *older, *allocate, *take, *give;
-  int (*borrow)(void* tensor, Borrowed* out);
-};
-constexpr int32_t CPU = 1;
-constexpr uint8_t FLOAT_CODE = 2, BFLOAT_CODE = 4;
-
-static PyObject *tensor_type = nullptr, *as_float32 = nullptr;
-static const Exchange* exchange = nullptr;
-// Of no arguments: whether something looks into torch's operations.
-constexpr int WATCHERS = 3;
-static PyObject *watchers[WATCHERS] = {}, *forward_ad = nullptr;
-enum Name { REQUIRES_GRAD, IS_NEG, NEW_EMPTY, CURRENT_LEVEL, NAMES };
-static PyObject* names[NAMES] = {};
-
-static long number(PyObject* value) {  // steals `value`; an error is -1
-  const long n = value ? PyLong_AsLong(value) : -1;
-  Py_XDECREF(value);
-  return n;
-}
-
-static bool watched() {
-  for (PyObject* watcher : watchers)
-    if (number(PyObject_CallNoArgs(watcher)) != 0) return true;
-  return number(PyObject_GetAttr(forward_ad, names[CURRENT_LEVEL])) >= 0 || PyErr_Occurred();
-}
-
-static bool is_false(PyObject* value) {  // steals `value`
-  Py_XDECREF(value);
-  return value == Py_False;
-}
-
-static bool borrow(PyObject* x, Borrowed* out) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(x)) == tensor_type && exchange->borrow(x, out) == 0;
-}
-
-// A matrix that needs nothing done to it before it is read; false for any other, perhaps with an exception.
 static bool read_plain(PyObject* x, int64_t* rows, Matrix* m) {
-  Borrowed b;
-  if (!borrow(x, &b) || b.device_type != CPU || b.ndim != 2 || b.shape[1] == 0 || b.lanes != 1) return false;
-  if (b.code == FLOAT_CODE && b.bits == 32) m->type = FLOAT32;
-  else if (b.code == FLOAT_CODE && b.bits == 16) m->type = FLOAT16;
-  else if (b.code == BFLOAT_CODE && b.bits == 16) m->type = BFLOAT16;
-  else return false;
-  if (!is_false(PyObject_GetAttr(x, names[REQUIRES_GRAD])) || !is_false(PyObject_CallMethodObjArgs(x, names[IS_NEG], nullptr)))
-    return false;
-  *rows = b.shape[0], m->columns = b.shape[1], m->stride = b.strides[0];
-  m->data = static_cast<char*>(b.data) + b.byte_offset;
-  return (b.strides[1] == 1 || m->columns == 1) && (b.data || *rows == 0);  // a zero tensor has no memory
-}
-
-// An empty float32 tensor beside `x`, of `shape` with `rows` for its -1.
-static PyObject* result(PyObject* x, int type, PyObject* shape, int64_t rows) {
-  const Py_ssize_t n = PyTuple_Size(shape);
-  PyObject *method = PyObject_GetAttr(x, names[NEW_EMPTY]), *sizes = PyTuple_New(n), *out = nullptr;
-  for (Py_ssize_t i = 0; sizes && i < n; i++) {
-    const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
-    PyTuple_SetItem(sizes, i, PyLong_FromLongLong(size < 0 ? rows : size));
-  }
-  if (method && sizes) out = PyObject_Call(method, sizes, type == FLOAT32 ? nullptr : as_float32);
-  Py_XDECREF(method);
-  Py_XDECREF(sizes);
-  return out;
+  Plain p;
+  if (!read_plain(x, &p) || p.device_type != CPU_DEVICE) return false;
+  *rows = p.rows, m->data = p.data, m->type = p.type, m->columns = p.columns, m->stride = p.stride;
+  return true;
 }
 
 // What a plan needs of logits, feats and labels, where they are plain, are there if they are needed and fit together.
@@ -284,18 +215,14 @@ static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, 5);
   if (!plan) return nullptr;
   Request q{*plan};
-  if (!exchange || watched() || !read_plain(args + 2, &q)) {
+  if (watched() || !read_plain(args + 2, &q)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
   const bool with_logits = !plan->stats.empty();
-  PyObject* out = result(args[with_logits ? 2 : 3], with_logits ? q.logits.type : q.feats.type, args[1], q.rows);
-  Borrowed b;
-  if (!out || !borrow(out, &b)) {
-    Py_XDECREF(out);
-    return nullptr;
-  }
-  q.out = b.data;
+  const int type = with_logits ? q.logits.type : q.feats.type;
+  PyObject* out = empty_beside(args[with_logits ? 2 : 3], type, OF_FLOAT32, args[1], q.rows, &q.out);
+  if (!out) return nullptr;
   const bool by_row = PyLong_AsLong(PyTuple_GetItem(args[1], 0)) < 0;
   q.row_stride = by_row ? int64_t(plan->products.size()) : 1;
   q.product_stride = by_row ? 1 : q.rows;
@@ -306,23 +233,6 @@ static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   Py_DECREF(done);
   return out;
-}
-
-// use_torch(torch.Tensor, {"dtype": torch.float32}, its exchange capsule, (watchers), torch.autograd.forward_ad)
-static PyObject* use_torch(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  static const char* spelled[NAMES] = {"requires_grad", "is_neg", "new_empty", "_current_level"};
-  if (count != 5 || !PyTuple_Check(args[3]) || PyTuple_Size(args[3]) != WATCHERS)
-    return PyErr_Format(PyExc_TypeError, "use_torch takes a type, keywords, a capsule, %d functions and a module", WATCHERS);
-  auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(args[2], "dlpack_exchange_api"));
-  if (!found) return nullptr;
-  for (int i = 0; i < NAMES; i++)
-    if (!names[i] && !(names[i] = PyUnicode_InternFromString(spelled[i]))) return nullptr;
-  Py_INCREF(tensor_type = args[0]);
-  Py_INCREF(as_float32 = args[1]);
-  for (int i = 0; i < WATCHERS; i++) Py_INCREF(watchers[i] = PyTuple_GetItem(args[3], i));
-  Py_INCREF(forward_ad = args[4]);
-  exchange = found->major == 1 && found->borrow ? found : nullptr;
-  Py_RETURN_NONE;
 }
 
 static PyObject* levels(PyObject*, PyObject*) {
@@ -373,6 +283,10 @@ static PyMethodDef methods[] = {
     {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
     {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
     {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL, nullptr},
+    {"route", route, METH_VARARGS, nullptr},
+    {"add_program", add_program, METH_VARARGS, nullptr},
+    {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launch)), METH_FASTCALL, nullptr},
+    {"use_driver", use_driver, METH_VARARGS, nullptr},
     {"use_torch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_torch)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},
     {"level", level, METH_NOARGS, "The one in use."},

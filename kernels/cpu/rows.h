@@ -86,13 +86,20 @@ template <class T, class In> static bool any_nan(const In* f, int64_t n) {
   return any<T>(nan);
 }
 
+// Differences to the maximum are summed in this unit, for they may be beyond the type, as their sum may be; and
+// multiplied by exponentials in that of the power of two below T, for with a small T they might be subnormal.
+constexpr double DIFFERENCE = 0x1p-12;
+
+static double power_below(double x) { return __builtin_ldexp(1.0, __builtin_ilogb(x)); }
+
 // MORE: all sums, else that of the exponentials alone, which comes out the same to the bit. KEEP: store them.
 template <class T, class In, bool MORE, bool KEEP>
 static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In* next, LogitsState* state, T* kept) {
   constexpr int W = 2;
   constexpr int64_t lanes = Vec<T>::lanes;
   const Softmax<T> softmax(all<T>(T(state->max)), plan);
-  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled), power = power_below(plan.temperature);
+  const T per_T = T(1 / power);
   const bool sum_z = plan.sums & SUMLOGP;
   V<T> exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
   I<T> others[W] = {};
@@ -109,9 +116,9 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
         if constexpr (MORE) {
           e = where(below, e);
           squares[u] += e * e;
-          exp_z[u] += e * d;
+          exp_z[u] += e * (d * per_T);
           if (sum_z) {
-            V<T> difference = v - softmax.max;
+            V<T> difference = v * T(DIFFERENCE) - softmax.max * T(DIFFERENCE);
             if (first) difference = from_lane<T>(first) ? difference : V<T>{};  // the padding is no masked class
             z[u] += difference;
           }
@@ -129,8 +136,8 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   state->exp = unit * all_exp;
   if constexpr (MORE) {
     state->squares = unit * unit * all_squares;
-    state->exp_z = unit / plan.temperature * all_exp_z;
-    state->z = all_z / plan.temperature;
+    state->exp_z = unit * power / plan.temperature * all_exp_z;
+    state->z = all_z / plan.temperature / DIFFERENCE;
   }
 }
 
@@ -166,6 +173,8 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   const double pivot = largest_below<T>(f, n, top);
   if (pivot == -__builtin_inf()) return;
   const Softmax<T> softmax(all<T>(T(pivot)), plan);
+  const double power = power_below(plan.temperature);
+  const T per_T = T(1 / power);
   V<T> exp[2] = {}, squares[2] = {}, exp_z[2] = {};
   double sum = 0, square = 0, sum_z = 0;
   for_blocks<2, T>(
@@ -174,14 +183,14 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
         V<T> d, e = softmax.exp(v < top ? v : all<T>(minus_inf<T>()), &d);
         exp[u] += e;
         squares[u] += e * e;
-        exp_z[u] += e * d;
+        exp_z[u] += e * (d * per_T);
       },
       [&] { sum += take<2, T>(exp), square += take<2, T>(squares), sum_z += take<2, T>(exp_z); });
   const double gap = (pivot - state->max) / plan.temperature, w = __builtin_exp(gap);
   const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
   state->exp = w * unit * sum;
   state->squares = w * w * unit * unit * square;
-  state->exp_z = w == 0 ? 0 : w * unit * (sum_z / plan.temperature + gap * sum);
+  state->exp_z = w == 0 ? 0 : w * unit * (power / plan.temperature * sum_z + gap * sum);
 }
 
 template <class In>
@@ -327,7 +336,8 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
                        LogitsState* states, double* tv) {
   typedef typename Arithmetic<In>::type T;
   constexpr int lanes = Vec<T>::lanes;
-  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled), unit_z = unit / plan.temperature;
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled), power = power_below(plan.temperature);
+  const T per_T = T(1 / power);
   const bool more = plan.sums & (SQUARES | PLOGP | SUMLOGP);
   for (int64_t start = 0; start < rows; start += lanes) {
     const int64_t count = rows - start < lanes ? rows - start : lanes;
@@ -350,8 +360,8 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
     for (int64_t k = 0; k < n && more; k++) {
       const V<T> d = x[k] - max, held = larger(all<T>(softmax.lowest), d);
       squares = add_where(unequal(x[k], max), squares, e[k] * e[k]);
-      exp_z += e[k] * held;
-      z += d;
+      exp_z += e[k] * (held * per_T);
+      z += x[k] * T(DIFFERENCE) - max * T(DIFFERENCE);
     }
     if (plan.sums & TV) {
       const V<T> scale = 1 / (all<T>(T(n)) - rest + exp * T(unit));
@@ -369,8 +379,8 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
       s->exp = unit * exp[row];
       if (more) {
         s->squares = unit * unit * squares[row];
-        s->exp_z = unit_z * exp_z[row];
-        s->z = z[row] / plan.temperature;
+        s->exp_z = unit * power / plan.temperature * exp_z[row];
+        s->z = z[row] / plan.temperature / DIFFERENCE;
       }
       if (plan.sums & TV) tv[start + row] = above[row];
       if (sizeof(T) == 4 && plan.sums && s->exp < 0x1p-128 && __builtin_isfinite(s->max) && !s->nan)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+import re
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastood.kernels import reference
+from fastood.kernels.cpu import _native
 from fastood.kernels.seam import traced
 from fastood.kernels.triton import shapes
 
 if TYPE_CHECKING:
     from fastood.kernels import Anchors, Job, Stat, Want
+
+OLDEST = 3, 6  # Triton that the kernels were tried with; pyproject.toml says with which else
 
 
 @lru_cache
@@ -27,8 +33,8 @@ def _launch() -> Any:
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not _installed():
-        return "it needs Triton: pip install 'fastood[triton]'"
+    if reason := missing():
+        return reason
     if dtype == torch.float64:
         return "float64 is left to the reference backend"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -37,8 +43,15 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @lru_cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+def missing() -> str | None:
+    """What is wrong with the Triton that is installed; found without importing it, which takes long."""
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "it needs Triton: pip install 'fastood[triton]'"
+    version = re.search(r"^__version__ = ['\"](.*)['\"]", Path(spec.origin).read_text(), re.MULTILINE)
+    if version and tuple(int(n) for n in version[1].split(".")[:2]) < OLDEST:
+        return f"it needs Triton {OLDEST[0]}.{OLDEST[1]} or newer, found {version[1]}"
+    return None
 
 
 @lru_cache
@@ -60,18 +73,16 @@ def row_stats(
     plan = shapes.plan_of(ours, None)
     if plan is None:
         return reference.row_stats(logits, feats, want, labels)
-    x = logits if logits is not None else feats
-    assert x is not None
     gradients = [s for s in want.stats if shapes.takes_gradient(s)]
     others = tuple(s for s in want.stats if s not in shapes.STATS and s not in gradients)
     stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()), labels)[0]
     for s in gradients:
-        stats[s] = _launch().gradient(logits, labels if s[1] == "given" else None, s, want.temperature)
-    out = torch.empty(plan.columns, len(x), dtype=torch.float64, device=x.device).T
-    if plan.columns:
-        _launch().run(logits if ours.stats else None, feats if want.orders else None, plan, want.bias, want.log, out)
-    stats |= zip(ours.stats, out.unbind(1), strict=False)
-    return stats, out[:, len(ours.stats) :] if want.orders else None
+        stats[s] = _gradient(s, want.temperature)(logits, None, labels if s[1] == "given" else None)
+    if not plan.columns:
+        return stats, None
+    out = _columns(ours)(logits if ours.stats else None, feats if want.orders else None)
+    stats |= zip(ours.stats, out, strict=False)
+    return stats, out[len(ours.stats) :].T if want.orders else None
 
 
 def products(
@@ -84,19 +95,54 @@ def products(
     labels: Tensor | None = None,
 ) -> Tensor | None:
     want = job.want
-    plan = shapes.plan_of(want, job.products)
-    if plan is None or traced(logits, feats) or (want.orders and feats is not None and feats.shape[1] == 0):
+    if traced(logits, feats, labels) or (want.orders and feats is not None and feats.shape[1] == 0):
         return None
-    x = logits if logits is not None else feats
-    assert x is not None
-    out = torch.empty(shape, dtype=dtype, device=x.device)
-    columns = out.view(len(x), plan.columns) if by_row else out.view(plan.columns, len(x)).T
-    _launch().run(logits if want.stats else None, feats if want.orders else None, plan, want.bias, want.log, columns)
-    return out
+    call = _prepared(job, (-1, *shape[1:]) if by_row else (*shape[:-1], -1))
+    if call is None:
+        return None
+    return call(logits if want.stats else None, feats if want.orders else None, labels)
+
+
+def plain(work: Job | Anchors, shape: tuple[int, ...]) -> Callable[[Any, Any, Any], Any] | None:
+    """See kernels/__init__.py: of work that was done before."""
+    call = work.prepared.get(("triton", shape))
+    return partial(_native.launch, call.native) if call and call.native else None
 
 
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    out = None
-    if not traced(logits, feats, anchors.G) and feats.shape[1] > 0:
-        out = _launch().batchgrad(logits, feats, anchors)
-    return reference.batchgrad(logits, feats, anchors) if out is None else out
+    if traced(logits, feats, anchors.G) or feats.shape[1] == 0:
+        return reference.batchgrad(logits, feats, anchors)
+    key = "triton", (-1,)
+    if key not in anchors.prepared:
+        anchors.prepared[key] = _launch().batchgrad_route(anchors)
+    call = anchors.prepared[key]
+    return reference.batchgrad(logits, feats, anchors) if call is None else call(logits, feats)
+
+
+def _prepared(job: Job, shape: tuple[int, ...]) -> Any:
+    """How the job is called, worked out once; None for what the kernels do not do."""
+    key = "triton", shape
+    if key not in job.prepared:
+        plan = shapes.plan_of(job.want, job.products)
+        job.prepared[key] = None if plan is None else _route(plan, job.want, shape, torch.float32)
+    return job.prepared[key]
+
+
+@lru_cache(maxsize=256)
+def _columns(want: Want) -> Any:
+    """Statistics, then norms, [columns, N] float64."""
+    plan = shapes.plan_of(want, None)
+    assert plan is not None
+    return _route(plan, want, (plan.columns, -1), torch.float64)
+
+
+@lru_cache(maxsize=256)
+def _gradient(stat: Any, temperature: float) -> Any:
+    launch = _launch()
+    return launch.Route((-1,), torch.float64, partial(launch.gradient, stat=stat, temperature=temperature))
+
+
+def _route(plan: shapes.Plan, want: Want, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    launch = _launch()
+    program = partial(launch.scores, plan=plan, bias=want.bias, log=want.log, by_row=shape[0] < 0)
+    return launch.Route(shape, dtype, program)

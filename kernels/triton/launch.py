@@ -1,193 +1,398 @@
-"""Launches of the kernels in device/. Imports Triton: only __init__.py imports this, and late."""
+"""From a call to launches of the kernels in device/. Imports Triton: only __init__.py imports this, and late.
+
+A *program* says what a call on tensors of one layout comes to: which kernels, on how many programs for each row, with
+which arguments. It is worked out once. On a GPU its kernels are then compiled and loaded, and all further calls are
+launched by launcher.cpp, which reads the tensors, adds up addresses and hands them to the driver: Triton's own launch
+takes several times as long. Where that cannot be (in the interpreter, without the C++ part, on other drivers than
+CUDA's), Triton launches it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastood.kernels import Anchors, Want
+from fastood.kernels.cpu import _TYPES, _native
 from fastood.kernels.triton import device, shapes
-from fastood.kernels.triton.shapes import Plan, Tile
+from fastood.kernels.triton.shapes import Plan
+
+# ---- programs
+
+# What an argument is relative to; BUFFER + i is the i-th buffer. launcher.cpp has the same numbers.
+NUMBER, LOGITS, FEATS, LABELS, OUT, BUFFER = range(6)
 
 
-class Matrix(NamedTuple):
-    """A matrix from a 16-byte boundary on; the stride and the offset of its rows in elements."""
+class Argument(NamedTuple):
+    """A whole number or an address: base + at + per_row * rows + per_block * blocks, of addresses in bytes."""
 
-    data: Tensor | None
+    base: int
+    at: int = 0
+    per_row: int = 0
+    per_block: int = 0
+
+
+class Buffer(NamedTuple):
+    """Memory that is there for one call: so many elements a row, and a block of rows."""
+
+    dtype: torch.dtype
+    per_row: int = 0
+    per_block: int = 0
+
+
+class Launch(NamedTuple):
+    """Of one kernel, on grid[0] * ceil(rows / shape.rows) times grid[1] programs."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]  # Argument, float, Tensor of constants, or None
+    constants: dict[str, Any]
+    shape: shapes.Shape
+    grid: tuple[int, int] = (1, 1)
+
+
+class Program(NamedTuple):
+    launches: tuple[Launch, ...]
+    buffers: tuple[Buffer, ...] = ()
+    block: int = 1  # rows
+    group: int = 0  # rows that share the buffers; 0: all
+
+
+class Layout(NamedTuple):
+    """What of a matrix a program depends on: the stride and the offset of its rows, from 16 bytes, in elements."""
+
+    dtype: torch.dtype
     columns: int
     stride: int
     offset: int
 
     @property
-    def shifted(self) -> bool:
-        return self.data is not None and shapes.is_shifted(*self[1:], self.data.element_size())
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
 
-    @property
-    def halves(self) -> bool:
-        return self.data is not None and self.data.element_size() == 2
-
-    def tile(self, lanes: int) -> Tile:
-        if self.data is None:
-            return shapes.NOTHING
-        return shapes.tile_of(*self[1:], self.data.element_size(), lanes)
-
-    def arguments(self, tile: Tile) -> tuple[Tensor | None, int, int]:
-        """Of a kernel, which counts in groups of vec, or where they are shifted in elements."""
+    def arguments(self, base: int, tile: shapes.Tile) -> tuple[Argument, Argument, Argument]:
+        """Of a kernel that reads from a 16-byte boundary on, and counts in groups of vec or, shifted, in elements."""
         unit = 1 if tile.shifted else tile.vec
-        return self.data, self.stride // unit, self.offset // unit
+        address = Argument(base, -self.offset * self.itemsize)
+        return address, Argument(NUMBER, self.stride // unit), Argument(NUMBER, self.offset // unit)
 
 
-def run(f: Tensor | None, h: Tensor | None, plan: Plan, bias: bool, log: bool, out: Tensor) -> None:
-    """Fills `out`, [N, columns] of any strides, from the tensors that the plan needs; None for the others."""
-    N = len(out)
-    if N == 0:
-        return
-    C, D = f.shape[1] if f is not None else 0, h.shape[1] if h is not None else 0
-    table = _table(plan.table, out.device)
-    with _on(out.device):
-        x, y, clusters = _matrix(f), _matrix(h), _clusters(out.device)
-        shape = shapes.launch_shape(C, D, x.shifted, x.halves, clusters)
-        x_tile, y_tile = x.tile(shape.lanes), y.tile(shape.lanes)
-        segments = shapes.segments_of(C, x_tile.vec, x.shifted, clusters)
-        logits = x.arguments(x_tile)
-        if f is not None and segments[0] > 1:
-            logits = _segments(f, x, plan, segments, table), 0, 0
-        half = h is not None and h.dtype == torch.float16
-        constants = shapes.constants(plan, C, x_tile, segments, D, y_tile, half, bias, log, shape.rows)
-        grid = (math.ceil(N / shape.rows),)
-        arguments = (*logits, *y.arguments(y_tile), table, out, *out.stride(), N)
-        device.scores.scores[grid](*arguments, **constants, **shape.options)
-
-
-def _segments(f: Tensor, x: Matrix, plan: Plan, segments: tuple[int, int], table: Tensor) -> Tensor:
-    """The records of all segments of rows too long for one program."""
-    N, C = f.shape
-    shape = shapes.segment_shape(x.shifted)
-    tile = x.tile(shape.lanes)
-    data, stride, offset = x.arguments(tile)
-    records = torch.empty(N, segments[0], device.scores.RECORD.value, dtype=torch.float32, device=f.device)
-    group = max(1, shapes.L2_BYTES // (C * f.element_size()))
-    for first in range(0, N, group):
-        some = records[first : first + group]
-        for second in (False, True) if plan.sums & shapes.TV else (False,):
-            constants = shapes.segment_constants(plan, C, tile, segments, second)
-            grid = (len(some) * segments[0],)
-            device.scores.segments[grid](
-                data, stride, offset + first * stride, some, table, **constants, **shape.options
-            )
-    return records
-
-
-def batchgrad(f: Tensor, h: Tensor, anchors: Anchors) -> Tensor | None:
-    """[N] float64, or None for temperatures that the kernels do not do."""
-    plan = shapes.plan_of(Want(("fmax", "msp", "one_minus_msp"), temperature=anchors.temperature), None)
-    if plan is None:
+def layout(x: Tensor | None) -> Layout | None:
+    if x is None:
         return None
-    (N, C), D = f.shape, anchors.G.shape[1]
-    f, h = _inner(f), _inner(h)
-    out = torch.empty(N, dtype=torch.float64, device=f.device)
-    group = shapes.batchgrad_rows(C, D)
-    with _on(out.device):
-        g, g_sums = _prepared(anchors)
-        for first in range(0, N, group):
-            some = slice(first, first + group)
-            _batchgrad(f[some], h[some], g, g_sums, plan, anchors, out[some])
-    return out
+    return Layout(x.dtype, x.shape[1], x.stride(0), x.data_ptr() % 16 // x.element_size())
 
 
-def _batchgrad(f: Tensor, h: Tensor, g: Tensor, g_sums: Tensor, plan: Plan, anchors: Anchors, out: Tensor) -> None:
-    (N, C), D, T = f.shape, anchors.G.shape[1], anchors.temperature
-    rows, feats = shapes.rows_of_batchgrad(N), shapes.BATCHGRAD["FEATS"]
+@lru_cache(maxsize=1024)
+def scores(
+    on: torch.device, f: Layout | None, h: Layout | None, q: None, plan: Plan, bias: bool, log: bool, by_row: bool
+) -> Program:
+    """The columns of a plan, [N, columns], or [columns, N] where not `by_row`."""
+    C, D = f.columns if f else 0, h.columns if h else 0
+    shape = shapes.launch_shape(C, D, f.itemsize if f else 0)
+    x_tile, x_tiles = shapes.logits_tile(*f[1:], f.itemsize, shape.lanes) if f else (shapes.NOTHING, 0)
+    y_tile = shapes.tile_of(*h[1:], h.itemsize, shape.lanes) if h else shapes.NOTHING
+    nothing = None, Argument(NUMBER), Argument(NUMBER)
+    logits = f.arguments(LOGITS, x_tile) if f else nothing
+    feats = h.arguments(FEATS, y_tile) if h else nothing
+    half = h is not None and h.dtype == torch.float16
+    constants = shapes.constants(plan, C, x_tile, x_tiles, D, y_tile, half, bias, log, shape.rows)
+    strides = (Argument(NUMBER, plan.columns), Argument(NUMBER, 1))
+    if not by_row:
+        strides = (Argument(NUMBER, 1), Argument(NUMBER, 0, 1))
+    arguments = (*logits, *feats, _table(plan.table, on), Argument(OUT), *strides, Argument(NUMBER, 0, 1))
+    return Program((Launch(device.scores.scores, arguments, constants, shape),))
+
+
+@lru_cache(maxsize=1024)
+def gradient(
+    on: torch.device,
+    f: Layout,
+    h: None,
+    q: Layout | None,
+    stat: tuple[str, str, float, float, str],
+    temperature: float,
+) -> Program:
+    """A gradient norm, [N] float64; q for the labels "given"."""
+    _, labels, order, power, expectation = stat
+    given = [x for x in (f, q) if x]
+    strides, itemsize = tuple(x.stride for x in given), max(x.itemsize for x in given)
+    constants, shape = shapes.gradient_constants(labels, order, power, expectation, f.columns, strides, itemsize)
+    table = _table(shapes.gradient_table(order, power, temperature), on)
+    rows = [Argument(NUMBER, x.stride // constants["V"]) for x in given]
+    given_labels: tuple[Any, ...] = (Argument(LABELS), rows[1]) if q else (None, Argument(NUMBER))
+    arguments = (Argument(LOGITS), rows[0], *given_labels, table, Argument(OUT), Argument(NUMBER, 0, 1))
+    return Program((Launch(device.gradient.gradient, arguments, constants, shape),))
+
+
+def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, plan: Plan) -> Program:
+    """anchors.sign times BatchGrad, [N] float32. `plan`: of the maximum, its probability and the rest's."""
+    g, g_sums = _prepared(anchors)
+    T, C, D = anchors.temperature, f.columns, anchors.G.shape[1]
+    rows, feats = shapes.BATCHGRAD["ROWS"], shapes.BATCHGRAD["FEATS"]
     class_blocks, feat_blocks = shapes.blocks_of(C, D)
-    row_blocks = math.ceil(N / rows)
-    stats = out.new_empty(plan.columns, N, dtype=torch.float32)
-    run(f, None, plan, False, False, stats.T)
-    x = out.new_empty(row_blocks, feat_blocks * feats, rows, dtype=torch.float32)
-    sums = out.new_empty(feat_blocks, row_blocks * rows, dtype=torch.float32)
-    parts = out.new_empty(feat_blocks * class_blocks, row_blocks * rows, dtype=torch.float32)
-    device.batchgrad.turned[(row_blocks * rows // shapes.TURNED_ROWS, feat_blocks)](
-        h, h.stride(0), x, sums, N, h.shape[1], feat_blocks,
-        BIAS=anchors.bias, ROWS=rows, FEATS=feats, SOME=shapes.TURNED_ROWS,
-    )  # fmt: skip
-    steps = math.ceil(D / shapes.BATCHGRAD["STEP"])
-    device.batchgrad.partial_sums[(row_blocks * feat_blocks * class_blocks,)](
-        f, f.stride(0), stats, math.log2(math.e) / T, 1 / T, x, sums, g, g_sums, parts, N, C, steps, row_blocks,
-        class_blocks, feat_blocks, ROWS=rows, **shapes.BATCHGRAD, **_batchgrad_options(),
-    )  # fmt: skip
-    grid = (math.ceil(N / shapes.MERGED["SOME"]),)
-    device.batchgrad.merged[grid](parts, out, N, parts.shape[1], len(parts), **shapes.MERGED)
+    parts = feat_blocks * class_blocks
+    buffers = (
+        Buffer(torch.float32, 0, feat_blocks * feats * rows),  # turned features
+        Buffer(torch.float32, 0, feat_blocks * rows),  # their sums
+        Buffer(torch.float32, 0, parts * rows),
+        Buffer(torch.float32, plan.columns),  # statistics
+    )
+    x, sums, part, stats = (Argument(BUFFER + i) for i in range(4))
+    N, blocks = Argument(NUMBER, 0, 1), Argument(NUMBER, 0, 0, 1)
+    (of_logits,) = scores(on, f, None, None, plan, bias=False, log=False, by_row=False).launches
+    where = of_logits.kernel.arg_names.index("out_ptr")
+    arguments = (*of_logits.arguments[:where], stats, *of_logits.arguments[where + 1 :])
+    turned = Launch(
+        device.batchgrad.turned,
+        (Argument(FEATS), Argument(NUMBER, h.stride), x, sums, N, Argument(NUMBER, h.columns), _number(feat_blocks)),
+        {"BIAS": anchors.bias, "ROWS": rows, "FEATS": feats, "SOME": shapes.TURNED_ROWS},
+        shapes.Shape(rows, 4),
+        (rows // shapes.TURNED_ROWS, feat_blocks),
+    )
+    steps = _number(math.ceil(D / shapes.BATCHGRAD["STEP"]))
+    counts = (N, _number(C), steps, blocks, _number(class_blocks), _number(feat_blocks))
+    summed = Launch(
+        device.batchgrad.partial_sums,
+        (
+            Argument(LOGITS),
+            _number(f.stride),
+            stats,
+            math.log2(math.e) / T,
+            1 / T,
+            x,
+            sums,
+            g,
+            g_sums,
+            part,
+            *counts,
+        ),
+        dict(shapes.BATCHGRAD),
+        shapes.Shape(rows, shapes.BATCHGRAD["WARPS"], shapes.BATCHGRAD_REGISTERS),
+        (feat_blocks * class_blocks, 1),
+    )
+    merged = Launch(
+        device.batchgrad.merged,
+        (part, Argument(OUT), N, Argument(NUMBER, 0, 0, rows), _number(parts), float(anchors.sign)),
+        dict(shapes.MERGED),
+        shapes.Shape(shapes.MERGED["SOME"], 4),
+    )
+    group = shapes.batchgrad_rows(C, D)
+    return Program((of_logits._replace(arguments=arguments), turned, summed, merged), buffers, rows, group)
 
 
-def _batchgrad_options() -> dict[str, int]:
-    registers = {} if torch.version.hip else {"maxnreg": shapes.BATCHGRAD_REGISTERS}  # which only NVIDIA's knows
-    return {"num_warps": shapes.BATCHGRAD["WARPS"], **registers}
+def batchgrad_route(anchors: Anchors) -> Route | None:
+    """None for temperatures that the kernels do not do."""
+    plan = shapes.plan_of(Want(("fmax", "msp", "one_minus_msp"), temperature=anchors.temperature), None)
+    return plan and Route((-1,), torch.float32, partial(batchgrad, anchors=anchors, plan=plan))
+
+
+def _number(n: int) -> Argument:
+    return Argument(NUMBER, n)
 
 
 def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
     """G and the sums of its blocks as the kernel reads them, worked out once."""
-    if "triton" not in anchors.prepared:
+    if "triton G" not in anchors.prepared:
         classes, feats = shapes.BATCHGRAD["CLASSES"], shapes.BATCHGRAD["FEATS"]
         C, D = anchors.G.shape
         G = torch.nn.functional.pad(anchors.G.float(), (0, -D % feats, 0, -C % classes))
         G = G.unflatten(1, (-1, feats)).unflatten(0, (-1, classes)).transpose(1, 2)  # by class block and feature block
         above, below = (x.clamp(min=0).sum(-1, dtype=torch.float64) for x in (G, -G))
-        anchors.prepared["triton"] = G.transpose(2, 3).contiguous(), torch.stack([above, below], -1).float()
-    return anchors.prepared["triton"]
+        anchors.prepared["triton G"] = G.transpose(2, 3).contiguous(), torch.stack([above, below], -1).float()
+    return anchors.prepared["triton G"]
 
 
-def gradient(f: Tensor, q: Tensor | None, stat: tuple[str, str, float, float, str], temperature: float) -> Tensor:
-    """A gradient norm, [N] float64; q for the labels "given"."""
-    _, labels, order, power, expectation = stat
-    N, C = f.shape
-    out = torch.empty(N, dtype=torch.float64, device=f.device)
-    if N == 0:
+# ---- calls
+
+
+class Route:
+    """Calls that give a result of `shape`, -1 standing for the rows, and of `dtype`; a program for each layout."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, program: Callable[..., Program]) -> None:
+        self.shape, self.dtype, self.program = shape, dtype, program
+        self.native = _native.route(shape, dtype == torch.float64) if _native else None
+
+    def __call__(self, f: Tensor | None, h: Tensor | None, q: Tensor | None = None) -> Tensor:
+        f, h, q = (None if x is None else _readable(x) for x in (f, h, q))
+        x = next(x for x in (f, h, q) if x is not None)
+        if self.native and len(x) and has_driver(x.device):
+            out = _native.launch(self.native, f, h, q)
+            if out is None and self._add(x.device, f, h, q):
+                out = _native.launch(self.native, f, h, q)
+            if out is not None:
+                return out
+        out = torch.empty([len(x) if n < 0 else n for n in self.shape], dtype=self.dtype, device=x.device)
+        with _on(x.device):
+            _launched_by_triton(self._program(x.device, f, h, q), (f, h, q), out)
         return out
-    x = [_inner(f), *([] if q is None else [_inner(q)])]
-    strides = tuple(y.stride(0) for y in x)
-    itemsize = max(y.element_size() for y in x)
-    constants, shape = shapes.gradient_constants(labels, order, power, expectation, C, strides, itemsize)
-    table = _table(shapes.gradient_table(order, power, temperature), f.device)
-    data = (x[0], strides[0] // constants["V"], *((None, 0) if q is None else (x[1], strides[1] // constants["V"])))
-    with _on(f.device):
-        grid = (math.ceil(N / shape.rows),)
-        device.gradient.gradient[grid](*data, table, out, N, **constants, **shape.options)
-    return out
+
+    def _program(self, on: torch.device, *tensors: Tensor | None) -> Program:
+        return self.program(on, *map(layout, tensors))
+
+    def _add(self, on: torch.device, *tensors: Tensor | None) -> bool:
+        """Whether launcher.cpp can launch the program of such tensors, compiled and loaded here."""
+        with _on(on), _beside_capture(on):
+            program = self._program(on, *tensors)
+            loaded = [_loaded(launch, program, tensors, self.dtype) for launch in program.launches]
+            if not all(loaded):
+                return False
+            launches, kept = zip(*(x for x in loaded if x), strict=True)
+            inputs = tuple(
+                None if x is None else (_TYPES[x.dtype], x.shape[1], x.stride(0), x.data_ptr() % 16) for x in tensors
+            )
+            buffers = tuple((b.per_row * b.dtype.itemsize, b.per_block * b.dtype.itemsize) for b in program.buffers)
+            device_type, index = dlpack_device(on)
+            _native.add_program(
+                self.native, inputs, device_type, index, program.block, program.group, buffers, launches, kept
+            )
+        return True
 
 
-def _inner(x: Tensor) -> Tensor:
-    """`x` with the elements of a row beside each other."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+class Compiled(NamedTuple):
+    """What the driver needs to know of a loaded kernel, and how many bytes each of its arguments has."""
+
+    function: int
+    threads: int
+    shared: int
+    sizes: tuple[int, ...]
+    kernel: Any
 
 
-def _matrix(x: Tensor | None) -> Matrix:
-    if x is None:
-        return Matrix(None, 0, 0, 0)
-    x = _inner(x)
+def _loaded(
+    launch: Launch, program: Program, tensors: tuple[Tensor | None, ...], out: torch.dtype
+) -> tuple[Any, Any] | None:
+    """A launch as launcher.cpp reads it, and what has to stay alive for it; None for a kernel that it does not know."""
+
+    def example(x: Any) -> Any:
+        """What Triton compiles for: pointers are known by their type, and by whether they are aligned."""
+        if not isinstance(x, Argument):
+            return x
+        if x.base == NUMBER:
+            return 2 if x.per_row or x.per_block else x.at
+        if x.base >= BUFFER:
+            return program.buffers[x.base - BUFFER].dtype
+        tensor = None if x.base == OUT else tensors[x.base - LOGITS]
+        if tensor is None:
+            return out
+        return tensor.dtype if x.at or tensor.data_ptr() % 16 == 0 else tensor
+
+    given = [x for x in launch.arguments if x is not None]
+    compiled = compiled_kernel(launch, tuple(map(example, launch.arguments)))
+    if compiled is None or len(compiled.sizes) < len(given):
+        return None
+    arguments = []
+    for x, size in zip(given, compiled.sizes, strict=False):
+        if isinstance(x, float):
+            x = Argument(NUMBER, int.from_bytes(struct.pack("<f", x), "little"))
+        elif isinstance(x, Tensor):
+            x = Argument(NUMBER, x.data_ptr())
+        arguments.append((x.base, size, *x[1:]))
+    # What comes after our arguments are Triton's own pointers to scratch memory, of which these kernels have none.
+    arguments += [(NUMBER, size, 0, 0, 0) for size in compiled.sizes[len(given) :]]
+    description = (*compiled[:3], launch.shape.rows, *launch.grid, tuple(arguments))
+    return description, (compiled.kernel, given)
+
+
+def compiled_kernel(launch: Launch, examples: tuple[Any, ...]) -> Compiled | None:
+    kernel = launch.kernel.warmup(*examples, grid=(1,), **launch.constants, **launch.shape.options)
+    kernel._init_handles()
+    about = kernel.metadata
+    header = re.search(r"\.entry\s+\w+\((.*?)\)", kernel.asm["ptx"], re.S)
+    scratch = getattr(about, "global_scratch_size", 0) or getattr(about, "profile_scratch_size", 0)
+    if header is None or scratch:
+        return None
+    sizes = tuple(int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)", header[1]))
+    return Compiled(kernel.function, 32 * about.num_warps, about.shared, sizes, kernel)
+
+
+def _launched_by_triton(program: Program, tensors: tuple[Tensor | None, ...], out: Tensor) -> None:
+    rows = next(len(x) for x in tensors if x is not None)
+    for first in range(0, rows, program.group or max(1, rows)):
+        n = min(program.group or rows, rows - first)
+        blocks = math.ceil(n / program.block)
+        some = [x if x is None else x[first : first + n] for x in tensors]
+        some.append(out[first : first + n] if program.group else out)
+        for buffer in program.buffers:
+            size = buffer.per_row * n + buffer.per_block * blocks
+            some.append(torch.empty(size, dtype=buffer.dtype, device=out.device))
+        for launch in program.launches:
+            arguments = [_value(x, some, n, blocks) for x in launch.arguments]
+            grid = (math.ceil(n / launch.shape.rows) * launch.grid[0], launch.grid[1])
+            launch.kernel[grid](*arguments, **launch.constants, **launch.shape.options)
+
+
+def _value(x: Any, tensors: list[Any], rows: int, blocks: int) -> Any:
+    if not isinstance(x, Argument):
+        return x
+    value = x.at + x.per_row * rows + x.per_block * blocks
+    if x.base == NUMBER:
+        return value
+    base = tensors[x.base - LOGITS]
+    return base.as_strided((1,), (1,), base.storage_offset() + value // base.element_size()) if value else base
+
+
+# ---- tensors and devices
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x` with the elements of a row beside each other, in memory that may be read from a 16-byte boundary on."""
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        x = x.contiguous()
     if x.data_ptr() % 16 and (x.data_ptr() - x.storage_offset() * x.element_size()) % 16:
         x = x.clone(memory_format=torch.contiguous_format)  # memory of someone else's, which begins anywhere
-    offset = x.data_ptr() % 16 // x.element_size()
-    data = x.as_strided((1,), (1,), x.storage_offset() - offset) if offset else x
-    return Matrix(data, x.shape[1], x.stride(0), offset)
+    return x
+
+
+@lru_cache(maxsize=1024)
+def _table(numbers: tuple[float, ...], on: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float64, device=on)
+
+
+def _on(on: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(on) if on.type == "cuda" else nullcontext()
 
 
 @lru_cache
-def _clusters(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return shapes.clusters(torch.cuda.get_device_capability(device), triton.__version__)
+def _driver() -> Any:
+    """The CUDA driver's library, told to launcher.cpp; None without one."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    names = ("cuLaunchKernel", "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2")
+    _native.use_driver(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names))
+    return library
 
 
-@lru_cache(maxsize=256)
-def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
+def has_driver(on: torch.device) -> bool:
+    return on.type == "cuda" and not torch.version.hip and _driver() is not None
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def dlpack_device(on: torch.device) -> tuple[int, int]:
+    return (2, on.index) if on.type == "cuda" else (1, 0)
+
+
+@contextmanager
+def _beside_capture(on: torch.device) -> Iterator[None]:
+    """Memory, copies and kernels that are loaded here stay out of a CUDA graph that this thread captures."""
+    if on.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    mode = ctypes.c_int(2)  # relaxed: this thread may do what a capture forbids it by default
+    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(on)):
+            yield
+    finally:
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))

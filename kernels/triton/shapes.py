@@ -16,27 +16,26 @@ if TYPE_CHECKING:
 
 # ---- launch shapes
 
-# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers,
-# 64 of shifted rows of halves up to 16384, each in the half of a word that its row's alignment says: twice the sums.
+# Most classes -> rows a program, warps, most registers. Rows share a warp's shuffles; up to 128 logits a thread stay in
+# registers, 64 where rows are as short, so that more warps have a place.
 ROWS = {
-    16: (128, 4),
-    128: (16, 1),
-    1024: (4, 1),
+    16: (256, 4),
+    128: (16, 2),
+    1024: (2, 1, 96),
     2048: (2, 1),
     4096: (1, 1),
     8192: (1, 2),
     16384: (1, 4),
     24576: (1, 8),
 }
-ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4)}
+ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4), 1024: (4, 1)}
 ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
-LONG_ROWS = (1, 4)  # beyond either table
-# Beyond ROWS, most classes -> programs of a cluster that share a row, warps of each.
-CLUSTERS = {32768: (2, 4), 65536: (4, 4), 131072: (8, 4), 262144: (8, 8)}
-LONGEST_SEGMENT = 16384  # of more classes than the tables hold
-SEGMENT_WARPS = 4
-L2_BYTES = 32 << 20  # what is read a second time is read in groups of rows that the L2 cache still holds
+LONG_ROWS = (1, 4)  # of features, beyond that table
+# Of logits beyond ROWS, by their bytes: warps of the program that reads a row in tiles of 16 bytes a thread, or where
+# rows begin anywhere of an element a thread; and how many of either are in flight.
+STREAM = {2: (8, 8, 32), 4: (16, 8, 24)}
 TILES = 4  # of features in flight
+FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
 
 class Tile(NamedTuple):
@@ -49,56 +48,47 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Rows a program, warps, and how many programs share the row in a cluster."""
+    """Rows a program, its warps, and the most registers that a thread may have, where the compiler takes too many."""
 
     rows: int
     warps: int
-    ctas: int = 1
+    registers: int = 0
 
     @property
     def lanes(self) -> int:
         """Threads a row."""
-        return max(1, 32 * self.warps * self.ctas // self.rows)
+        return max(1, 32 * self.warps // self.rows)
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton is told; of clusters only where there is one, since no other processor knows them."""
-        return {"num_warps": self.warps} | ({"num_ctas": self.ctas} if self.ctas > 1 else {})
+        """What Triton is told."""
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
-def clusters(capability: tuple[int, int], triton: str) -> bool:
-    """Whether programs can share a row: on Hopper and newer, by a Triton that can.
-
-    Triton 3.7 lowers neither a reduction across a cluster nor the change of layout that could stand in for it; 3.8
-    plans the reduction over more programs than there are.
-    """
-    return capability >= (9, 0) and tuple(int(n) for n in triton.split(".")[:2]) >= (3, 9)
-
-
-def launch_shape(C: int, D: int, shifted: bool, halves: bool, clusters: bool) -> Shape:
-    """Of a call with C classes and D features, 0 for what it does not read. `shifted`, `halves`: logits."""
-    if segments_of(C, 1, shifted, clusters)[0] == 1 and max(ROWS) < C:
-        ctas, warps = next(shape for most, shape in CLUSTERS.items() if most >= C)
-        return Shape(1, warps * 2 if shifted else warps, ctas)
+def launch_shape(C: int, D: int, itemsize: int) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read. `itemsize`: of a logit."""
+    if is_streamed(C):
+        return Shape(1, STREAM[itemsize][0])
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
-    rows, warps = next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS)
-    if shifted and halves and 128 < C <= 16384:
-        return Shape(rows // 2, warps) if rows > 1 else Shape(rows, warps * 2)
-    return Shape(rows, warps)
+    return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
 
 
-def segment_shape(shifted: bool) -> Shape:
-    return Shape(1, SEGMENT_WARPS * 2 if shifted else SEGMENT_WARPS)
+def is_streamed(C: int) -> bool:
+    """Whether a row of so many logits is read tile by tile, since no program's registers hold it."""
+    return max(ROWS) < C
 
 
-def segments_of(C: int, vec: int, shifted: bool, clusters: bool) -> tuple[int, int]:
-    """How many segments a row has, and their length, a multiple of `vec` (the last may be shorter)."""
-    longest = max(CLUSTERS) // (2 if shifted else 1) if clusters else max(ROWS)
-    if longest >= C:
-        return 1, C
-    count = math.ceil(C / LONGEST_SEGMENT)
-    length = math.ceil(C / count / vec) * vec
-    return math.ceil(C / length), length
+def streamed(C: int, tile: Tile, itemsize: int, lanes: int) -> tuple[Tile, int]:
+    """How a long row is read that other kernels would read as `tile` says: its tiles, and how many are in flight.
+
+    Where rows begin anywhere, element by element: then a thread has the same ones wherever that is.
+    """
+    _, tiles, elements = STREAM[itemsize]
+    most = elements if tile.shifted else tiles
+    if tile.shifted:
+        tile = Tile(1, 1, False, lanes)
+    count = math.ceil(C / (tile.w * tile.p))
+    return tile, math.ceil(count / math.ceil(count / most))
 
 
 def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
@@ -113,6 +103,23 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
     return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
+
+
+def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> tuple[Tile, int]:
+    """The same of logits, and of rows that are read tile by tile how many tiles are in flight, else 0.
+
+    `w` hangs on `columns` and the lanes alone: wherever rows begin, sums are the same. Rows of odd length are read word
+    by word, with whole lines a warp, and SHIFTED are those of halves that may begin in the middle of a word.
+    """
+    if is_streamed(columns):
+        return streamed(columns, tile_of(columns, stride, offset, itemsize, lanes), itemsize, lanes)
+    if lanes == 1:
+        return tile_of(columns, stride, offset, itemsize, lanes), 0
+    most, p = 16 // itemsize, 4 // itemsize
+    words = max(1, math.gcd(columns, most) // p)
+    vec = max(p, math.gcd(columns, stride, offset, most))
+    shifted = math.gcd(stride, offset, p) < p
+    return Tile(vec, p, shifted, words * min(lanes, _power_of_2(math.ceil(columns / (words * p))))), 0
 
 
 def is_shifted(columns: int, stride: int, offset: int, itemsize: int) -> bool:
@@ -131,11 +138,10 @@ def tiles_in_flight(columns: int, tile: Tile) -> int:
 
 NOTHING = Tile(1, 1, False, 1)
 
-# A program of BatchGrad is four warps of the same 256 rows, eight a thread, and of four classes each. 128 registers a
-# thread let 16 warps run at a time. A few rows are not worth that: the time is that of the rows there could be.
-BATCHGRAD = {"CLASSES": 16, "FEATS": 256, "STEP": 4, "WARPS": 4, "AHEAD": 1, "STAGES": 1, "FAR": 1}
-BATCHGRAD_ROWS = {128: 32, math.inf: 256}  # most rows of a call -> rows of a program: the same sums
-BATCHGRAD_REGISTERS = 128
+# A program of BatchGrad is two warps of the same 128 rows, four a thread, and of eight classes each; 168 registers a
+# thread let six of them run on a multiprocessor at a time.
+BATCHGRAD = {"ROWS": 128, "CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2, "AHEAD": 0, "STAGES": 1, "FAR": 1}
+BATCHGRAD_REGISTERS = 168
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
 TEMPORARY = 1 << 26  # numbers that BatchGrad keeps between its launches
@@ -146,15 +152,10 @@ def blocks_of(C: int, D: int) -> tuple[int, int]:
     return math.ceil(C / BATCHGRAD["CLASSES"]), math.ceil(D / BATCHGRAD["FEATS"])
 
 
-def rows_of_batchgrad(N: int) -> int:
-    """Rows of a program, for a call of N."""
-    return next(rows for most, rows in BATCHGRAD_ROWS.items() if most >= N)
-
-
 def batchgrad_rows(C: int, D: int) -> int:
     """Rows that share BatchGrad's launches: their turned features, and a partial sum for each pair of blocks."""
     classes, feats = blocks_of(C, D)
-    rows = max(BATCHGRAD_ROWS.values())
+    rows = BATCHGRAD["ROWS"]
     return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
 
 
@@ -242,53 +243,111 @@ LIGHT = 7  # from this number on a statistic vanishes with the rest of the row
 
 # ---- norms
 
-SMALL_ORDER = 0.84  # up to here powers are of |h| itself; see reference.norms_of
+MOST_MULTIPLIED = 16  # orders up to here are products; powers of |h| beyond hardly ever stay in float32
 LARGEST_FLOAT = 3.4028234663852886e38
 
 
 class Norms(NamedTuple):
-    """See device.norm_sums."""
+    """See device.norms."""
 
     powers: tuple[Any, ...]
     ranges: tuple[tuple[float, float], ...]
     slots: tuple[int, ...]
 
 
+class Factors(NamedTuple):
+    """|h|^r as |h|^whole, times its square root if `half`, times |h|^rest, 0 <= rest < 0.5, by logarithm.
+
+    What the hardware's log2 and exp2 are off by, 1 / r multiplies: so no order is made of more than one such power,
+    and those above 0.5 of one that is small beside the others.
+    """
+
+    whole: int
+    half: bool
+    rest: float
+
+
+def factors_of(r: float) -> Factors:
+    if r > MOST_MULTIPLIED:
+        return Factors(0, False, r)
+    whole, half = int(r), r % 1 >= 0.5
+    rest = r - whole - half / 2
+    return Factors(whole, half, rest if rest > 1e-15 * r else 0.0)
+
+
+def farthest(r: float, rest: float) -> float:
+    """How many powers of two |h| may be off 1 before the error of log2 |h|, which grows with it, shows in ||h||_r.
+
+    In units of 2^-24, exp2 is off by 4 / r, the root by 2 / r, sums by some 5 / r; 16 max(1, 1 / r) are allowed, and
+    |ln |h|| more if r < 1. The logarithm, its product with a rounded exponent: 4.6 |ln |h||, times its share of r.
+    """
+    growth = 4.6 * rest / r - (r < 1)
+    left = 16 * max(1.0, 1 / r) - 11 / r - 1
+    return left / growth / math.log(2) if growth > 0 else math.inf
+
+
 @lru_cache
 def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
     """Which sums the orders need, and in which slot each order finds its own. `half`: float16, never subnormal."""
-    integers = tuple(sorted({int(r) for r in orders if 1 <= r <= 6 and r == int(r)}))
-    rest = sorted(r for r in set(orders) if 0 < r < math.inf and r not in integers)
-    least = min(rest, default=1.0)
-    count = 0 in orders
-    largest = count or math.inf in orders
-    subnormals = least < 0.25 and not half
+    kept = sorted(r for r in set(orders) if 0 < r < math.inf)
+    parts = [factors_of(r) for r in kept]
+    rests: list[float] = []
+    for i, r in enumerate(kept):
+        same = [x for x in rests if abs(x - parts[i].rest) <= 1e-15 * r]
+        parts[i] = parts[i]._replace(rest=same[0] if same else parts[i].rest)
+        rests += [parts[i].rest] if parts[i].rest and not same else []
+    roots = [1.0, *([0.5] if any(x.half for x in parts) else []), *rests]
 
-    kept = [float(k) for k in integers]  # the order in each slot
-    ranges = [(2.0**-60, LARGEST_FLOAT) for _ in integers]
-    bases: list[float] = []
-    of_base, multiples = [], []
-    for r in rest:
-        multiple = round(r / least)
-        if not (r <= SMALL_ORDER and multiple <= 8 and abs(multiple * least - r) <= 1e-15 * r):
-            multiple = 1
-        if multiple == 1:
-            bases.append(r)
-        of_base.append(0 if multiple > 1 else len(bases) - 1)
-        multiples.append(multiple)
-        kept.append(r)
-        if r > SMALL_ORDER:
-            # A mean beyond 2^6: the rounding of log2 |h| shows.
-            ranges.append((max(2.0 ** (-6 * r), 2.0**-60), min(D * 2.0 ** min(6 * r, 127), LARGEST_FLOAT)))
-        else:
-            # Subnormals count as 0 at first: below this sum they could be seen.
-            ranges.append((0.0 if half or subnormals else D * 2.0 ** (22 - 126 * r), LARGEST_FLOAT))
-    for order, wanted in ((0.0, count), (math.inf, largest)):
-        if wanted:
-            kept.append(order)
-            ranges.append((-math.inf, math.inf))
+    products: list[tuple[int, ...]] = []
+
+    def two(x: Factors) -> tuple[int, ...]:
+        """One or two of the powers at hand, whose product x is."""
+        if x.rest:
+            other = x._replace(rest=0.0)
+            return (*((one(other),) if any(other) else ()), roots.index(x.rest, 1))
+        if x.half:
+            return (*((one(x._replace(half=False)),) if x.whole else ()), 1)
+        if x.whole == 1:
+            return (0,)
+        return one(Factors(x.whole // 2, False, 0.0)), one(Factors(x.whole - x.whole // 2, False, 0.0))
+
+    def one(x: Factors) -> int:
+        """The index of a power, made if it is not there."""
+        found = two(x)
+        if len(found) == 1:
+            return found[0]
+        if found not in products:
+            products.append(found)
+        return len(roots) + products.index(found)
+
+    sums = [two(x) for x in parts]
+    subnormals = not half and 0 < min(kept, default=1.0) < 0.25
+    ranges = []
+    off = 100.0
+    for r, x in zip(kept, parts, strict=True):
+        if r > MOST_MULTIPLIED:
+            ranges.append((math.inf, 0.0))  # read again whatever it is
+            continue
+        least = 2.0**-60
+        if r < 1 and not half and not subnormals:  # which count as 0 at first: below this sum they could be seen
+            least = max(least, D * 2.0 ** (22 - 126 * r))
+        if x.rest:
+            off = min(off, farthest(r, x.rest))
+            if r < 1:  # hardly anything but zeros, or much that is small beside the largest
+                least = max(least, D * 2.0**-6)
+        ranges.append((least, LARGEST_FLOAT))
+    count = 0 in orders
+    largest = count or math.inf in orders or off < 100
+    if count:
+        kept.append(0.0)
+        ranges.append((-math.inf, math.inf))
+    if largest:
+        kept.append(math.inf)
+        ranges.append((2.0**-off, 2.0**off) if off < 100 else (-math.inf, math.inf))
     slots = tuple(kept.index(r) for r in orders)
-    powers = (integers, tuple(bases), tuple(of_base), tuple(multiples), (count, largest, subnormals))
+    left, right = (tuple(x[i] for x in products) for i in (0, 1))
+    first, second = tuple(x[0] for x in sums), tuple(x[1] if len(x) == 2 else -1 for x in sums)
+    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals, False))
     return Norms(powers, tuple(ranges), slots)
 
 
@@ -304,6 +363,7 @@ class Plan(NamedTuple):
     all_v: bool  # every column has a statistic
     all_u: bool  # and a norm
     square: bool  # some column squares its norm
+    few: tuple[tuple[int, int, int, int], ...]  # of each column: statistic, order, power, and its factor if 1 or -1
 
 
 @lru_cache
@@ -331,7 +391,7 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         *(float(j) for _, _, j, _ in columns),
         *(1.0 / r if 0 < r < math.inf else 1.0 for r in orders),
         *(float(code >= LIGHT) for code in stats),
-        *(float(SMALL_ORDER < r < math.inf) for r in orders),
+        *(float(0 < r < math.inf) for r in orders),
         *(float(power) for *_, power in columns),
     )
     sums = 0
@@ -346,6 +406,7 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         all(i >= 0 for i, *_ in columns),
         all(j >= 0 for _, _, j, _ in columns),
         any(power == 2 for *_, power in columns),
+        tuple((i, j, power, int(f) if abs(f) == 1 else 0) for i, f, j, power in columns) if len(columns) <= FEW else (),
     )
 
 
@@ -353,7 +414,7 @@ def constants(
     plan: Plan,
     C: int,
     x: Tile,
-    segments: tuple[int, int],
+    x_tiles: int,
     D: int,
     h: Tile,
     half: bool,
@@ -371,8 +432,7 @@ def constants(
         "X_W": x.w,
         "SUMS": plan.sums,
         "STATS": plan.stats,
-        "SEGMENTS": segments[0],
-        "SEGMENT": segments[1],
+        "X_TILES": x_tiles,
         "D": D,
         "H_VEC": h.vec,
         "H_P": h.p,
@@ -389,22 +449,8 @@ def constants(
         "ALL_V": plan.all_v,
         "ALL_U": plan.all_u,
         "SQUARE": plan.square,
+        "FEW": plan.few,
         "COLUMNS": plan.columns,
         "BLOCK": min(64, _power_of_2(plan.columns)),
         "ROWS": rows,
-    }
-
-
-def segment_constants(plan: Plan, C: int, x: Tile, segments: tuple[int, int], second: bool) -> dict[str, Any]:
-    """The compile-time arguments of device.segments."""
-    return {
-        "C": C,
-        "VEC": x.vec,
-        "P": x.p,
-        "SHIFTED": x.shifted,
-        "W": x.w,
-        "SUMS": plan.sums & ~TV,
-        "SEGMENTS": segments[0],
-        "SEGMENT": segments[1],
-        "SECOND": second,
     }

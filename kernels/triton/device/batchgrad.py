@@ -41,8 +41,9 @@ def turned(h_ptr, h_stride, x_ptr, sum_ptr, N, D, feat_blocks, BIAS: tl.constexp
     if BIAS:
         h = tl.where(d == D, 1.0, h)
     tl.store(x_ptr + ((row // ROWS) * feat_blocks * FEATS + d) * ROWS + row % ROWS, h)
-    total = tl.sum(tl.abs(h).to(tl.float64), 1)
-    signed = (tl.min(h, 1) < 0.0) & (total < INF) | (total > LARGEST) & (total < INF)
+    size = tl.abs(h).to(tl.float64)
+    total = tl.sum(tl.where(h < 0.0, size + 2.0**200, size), 1)
+    signed = (total > LARGEST) & (total < INF)
     rows = tl.num_programs(0) * SOME
     tl.store(sum_ptr + block.to(tl.int64) * rows + n, tl.where(signed, -1.0, total.to(tl.float32)))
 
@@ -90,7 +91,7 @@ def add_where(flags, a, b):
 @triton.jit
 def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
            OWN: tl.constexpr, CLASSES: tl.constexpr, STEP: tl.constexpr, thread, lane, own,
-           WARPS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, FAR: tl.constexpr, never_ptr, never):  # fmt: skip
+           WARPS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, FAR: tl.constexpr, never_ptr, never, start):  # fmt: skip
     """For each tile of rows: sum |turn G + pull h - |G| / 2|, or if SIGNED of max(|G|, |turn G + pull h|)."""
     totals = ()
     for _ in tl.static_range(TILES):
@@ -101,8 +102,9 @@ def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.con
     TOUCHES: tl.constexpr = STEP * TILES * TILE // 8 // (32 * WARPS)
     LINES: tl.constexpr = STEP * CLASSES // 8
     for step in tl.range(steps, num_stages=STAGES):
-        x = x_at + step * (STEP * TILES * TILE)
-        pairs = g_at + step * (STEP * CLASSES // 2)
+        at = (step + start) % steps if FAR == 0 else step
+        x = x_at + at * (STEP * TILES * TILE)
+        pairs = g_at + at * (STEP * CLASSES // 2)
         if AHEAD:
             at = tl.minimum(step + FAR, steps - 1)
             next_x = x_ptr + (at * (STEP * TILES * TILE) + thread * 8)
@@ -202,13 +204,13 @@ def partial_sums(
     g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64))
     steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
     if any_of(plains):
-        more = summed(x_ptr, g_ptr, steps, turns, pulls, False, TILE, TILES, OWN, CLASSES, STEP, thread, lane, own, WARPS, AHEAD, STAGES, FAR, part_ptr, N < 0)
+        more = summed(x_ptr, g_ptr, steps, turns, pulls, False, TILE, TILES, OWN, CLASSES, STEP, thread, lane, own, WARPS, AHEAD, STAGES, FAR, part_ptr, N < 0, class_block * 3)
         totals = add_where(plains, totals, more)
     if any_of(signeds):
         twice_turns, twice_pulls = (), ()
         for k in tl.static_range(TILES * OWN):
             twice_turns, twice_pulls = twice_turns + (2.0 * turns[k],), twice_pulls + (2.0 * pulls[k],)
-        more = summed(x_ptr, g_ptr, steps, twice_turns, twice_pulls, True, TILE, TILES, OWN, CLASSES, STEP, thread, lane, own, WARPS, AHEAD, STAGES, FAR, part_ptr, N < 0)
+        more = summed(x_ptr, g_ptr, steps, twice_turns, twice_pulls, True, TILE, TILES, OWN, CLASSES, STEP, thread, lane, own, WARPS, AHEAD, STAGES, FAR, part_ptr, N < 0, class_block * 3)
         totals = add_where(signeds, totals, more)
     part = (feat_block * class_blocks + class_block).to(tl.int64) * row_blocks + row_block
     part_ptr += part * ROWS + tl.arange(0, TILE)
@@ -217,12 +219,12 @@ def partial_sums(
 
 
 @triton.jit(do_not_specialize=["N", "rows", "parts"])
-def merged(part_ptr, out_ptr, N, rows, parts, SOME: tl.constexpr, PARTS: tl.constexpr):
-    """The sums over `parts` of part [parts, rows], in float64 and always in the same order."""
+def merged(part_ptr, out_ptr, N, rows, parts, sign, SOME: tl.constexpr, PARTS: tl.constexpr):
+    """`sign` times the sums over `parts` of part [parts, rows], in float64 and always in the same order."""
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)[None, :]
     total = tl.zeros([PARTS, SOME], tl.float64)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         total += tl.load(part_ptr + part.to(tl.int64) * rows + n, mask=(part < parts) & (n < N), other=0.0)
     n = tl.program_id(0) * SOME + tl.arange(0, SOME)
-    tl.store(out_ptr + n, tl.sum(total, 0), mask=n < N)
+    tl.store(out_ptr + n, sign * tl.sum(total, 0), mask=n < N)

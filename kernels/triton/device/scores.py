@@ -3,21 +3,19 @@
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.norms import norm_sums
-from fastood.kernels.triton.device.softmax import DEEP, PEEL, deviations, softmax_sums
+from fastood.kernels.triton.device.norms import norm_sums, split
+from fastood.kernels.triton.device.softmax import PEEL, softmax_sums
+from fastood.kernels.triton.device.stream import streamed_sums
 from fastood.kernels.triton.device.words import (
     INF,
     LN2,
     exp2_double,
     larger,
-    load_row,
     log1p,
     log2,
     place,
-    power_of_2,
-    row_max,
+    reciprocal,
     small,
-    unpack,
 )
 
 # The statistics, as shapes.py numbers them.
@@ -25,41 +23,48 @@ FMAX, LSE, ENERGY, MSP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.c
 S2, TOTAL_VARIATION, SUMLOGP_STAT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 
-RECORD = tl.constexpr(8)  # numbers that one segment of a row is reduced to
+
+@triton.jit
+def root(sum, inverse, unit, GENERAL: tl.constexpr, LOG: tl.constexpr):
+    """sum^inverse unit in float64, or its logarithm. GENERAL: there are orders beside 1 and 2, which are exact."""
+    regular = (sum > 0.0) & (sum < INF)
+    if LOG:
+        x = tl.fma(log(sum), inverse, log(unit))
+        return tl.where(regular, x, tl.where(sum == 0.0, -INF, sum).to(tl.float64))
+    u = tl.where(inverse == 0.5, tl.sqrt_rn(sum), sum).to(tl.float64)
+    if GENERAL:
+        mantissa, exponent = split(sum)
+        x = (exponent.to(tl.float64) + log2(mantissa).to(tl.float64)) * inverse
+        u = tl.where((inverse != 1.0) & (inverse != 0.5) & regular, exp2_double(x), u)
+    return u * unit
 
 
 @triton.jit
-def root(sum, inverse, shift, GENERAL: tl.constexpr, LOG: tl.constexpr):
-    """sum^inverse 2^shift in float64, or its logarithm. GENERAL: there are orders beside 1 and 2, which are exact."""
-    regular = (sum > 0.0) & (sum < INF)
-    u = tl.where(inverse == 0.5, tl.sqrt_rn(sum), sum)
-    n = shift
-    if GENERAL or LOG:
-        tiny = sum < 2.0**-100  # the largest of subnormals
-        bits = tl.where(tiny, sum * 2.0**100, sum).to(tl.int32, bitcast=True)
-        exponent = (bits >> 23) - tl.where(tiny, 227, 127)
-        mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-        x = tl.fma(exponent.to(tl.float64) + log2(mantissa).to(tl.float64), inverse, shift)
-        if LOG:
-            return tl.where(regular, x * LN2, tl.where(sum == 0.0, -INF, sum).to(tl.float64))
-        general = (inverse != 1.0) & (inverse != 0.5) & regular
-        n = tl.where(general, tl.minimum(tl.floor(x), 1024.0), n)
-        u = tl.where(general, tl.exp2((x - n).to(tl.float32)), u)
-    return u.to(tl.float64) * power_of_2(n)
+def log(x):
+    """ln x in float64 of x > 0, to float32's relative precision, which log2 has not near 1."""
+    mantissa, exponent = split(x)
+    above = mantissa > 1.4142135
+    mantissa = tl.where(above, mantissa * 0.5, mantissa)
+    s = (mantissa - 1.0) / (mantissa + 1.0)  # the series of 2 artanh s
+    q = s * s
+    series = tl.fma(tl.fma(tl.fma(tl.fma(q, 1.0 / 9, 1.0 / 7), q, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
+    exponent = tl.where(above, exponent + 1, exponent).to(tl.float64)
+    return tl.fma(exponent, tl.full(exponent.shape, LN2, tl.float64), series.to(tl.float64))
 
 
 # ---- statistics and scores
 
 
 @triton.jit
-def one_segment(sums, scale, PEEL_: tl.constexpr):
-    """What `statistic` needs of a row that is one segment."""
+def parts_of(sums, scale, PEEL_: tl.constexpr):
+    """What `statistic` needs of the sums of rows."""
     m, pivot, rest, squares, exp_t, sum_t, deviation, rare = sums
     if PEEL_:
         weight = tl.full(m.shape, 1.0, tl.float64)
         ratio = tl.where(rest > 0.0, squares / rest, 0.0)
         if rare:
-            gap = (pivot.to(tl.float64) - m.to(tl.float64)) * scale
+            # 2^-16384 is 0, and 0 times what may be infinite would be NaN.
+            gap = tl.maximum((pivot.to(tl.float64) - m.to(tl.float64)) * scale, -16384.0)
             weight = tl.where(pivot < m, exp2_double(gap), 1.0)
             near = weight.to(tl.float32)
             squares *= near * near
@@ -68,57 +73,6 @@ def one_segment(sums, scale, PEEL_: tl.constexpr):
         return m, weight, rest, squares, ratio, exp_t, sum_t, deviation, rare
     else:
         return m, 1.0, rest, squares, squares, exp_t, sum_t, deviation, False
-
-
-@triton.jit
-def merged_total(ptr, row, scale, SEGMENTS: tl.constexpr):
-    """Maximum and sum of exponentials of a row in several segments, as far as the second sweep needs them."""
-    s = tl.arange(0, triton.next_power_of_2(SEGMENTS))[None, :]
-    given = s < SEGMENTS
-    ptr += (row.to(tl.int64) * SEGMENTS)[:, None] * RECORD + s * RECORD
-    tops = small(ptr, given, -INF)
-    rests = small(ptr + 2, given, 0.0) * tl.exp2((small(ptr + 1, given, -INF) - tops) * scale)
-    m = row_max(tops)
-    total = tl.sum(tl.where(tops == -INF, 0.0, tl.exp2((tops - m[:, None]) * scale) * (1.0 + rests)), 1)
-    # Of scalars, which have no layout that logits would be brought into.
-    return tl.full([1], tl.sum(m, 0), tl.float32), tl.full([1], tl.sum(total, 0), tl.float32)
-
-
-@triton.jit
-def merged_segments(ptr, row, scale, C: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
-                    PEEL_: tl.constexpr):  # fmt: skip
-    """The same of a row in several segments: their records merged in float64, in their order."""
-    LANES: tl.constexpr = triton.next_power_of_2(SEGMENTS)
-    s = tl.arange(0, LANES)[None, :]
-    ptr += (row.to(tl.int64) * SEGMENTS)[:, None] * RECORD + s * RECORD
-    given = s < SEGMENTS
-    tops = small(ptr, given, -INF)
-    pivots = small(ptr + 1, given, -INF).to(tl.float64)
-    m = row_max(tops)
-    top = m.to(tl.float64)[:, None]
-    above = (tops.to(tl.float64) - top) * scale
-    gap = (pivots - top) * scale
-    a = tl.where(tops == -INF, 0.0, exp2_double(above))
-    b = tl.where(pivots == -INF, 0.0, exp2_double(gap))
-    hot = tops == m[:, None]
-    ties = tl.sum(tl.where(hot, 1.0, 0.0), 1).to(tl.float64) - 1.0
-    rests = small(ptr + 2, given, 0.0).to(tl.float64)
-    rest = tl.sum(tl.fma(b, rests, tl.where(hot, 0.0, a)), 1) + ties
-    squares = small(ptr + 3, given, 0.0).to(tl.float64)
-    squares = tl.sum(tl.fma(b * b, squares, tl.where(hot, 0.0, a * a)), 1) + ties
-    exp_t = small(ptr + 4, given, 0.0).to(tl.float64)
-    exp_t = tl.where(b == 0.0, 0.0, b * tl.fma(gap, rests, exp_t)) + tl.where(hot | (a == 0.0), 0.0, a * above)
-    sum_t = small(ptr + 5, given, 0.0).to(tl.float64)
-    n = tl.minimum(C - s * SEGMENT, SEGMENT).to(tl.float64)
-    sum_t = tl.sum(tl.where(given, tl.fma(n, above, sum_t), 0.0), 1)
-    deviation = tl.sum(small(ptr + 6, given, 0.0).to(tl.float64), 1)
-
-    rest = tl.where(tl.abs(m) < INF, rest, float("nan"))
-    weight = tl.where((rest < DEEP) & (rest > 0.0), rest, 1.0) if PEEL_ else tl.full(m.shape, 1.0, tl.float64)
-    ratio = tl.where(rest > 0.0, squares / rest, 0.0)
-    cross = tl.sum(exp_t, 1) / weight
-    return (m, weight, (rest / weight).to(tl.float32), squares.to(tl.float32), ratio.to(tl.float32),
-            cross.to(tl.float32), sum_t.to(tl.float32), deviation.to(tl.float32), True)  # fmt: skip
 
 
 @triton.jit
@@ -134,7 +88,7 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
         r = rest
         total_log = log2(1.0 + r) * LN2
         small_log = total_log
-    inverse = 1.0 / (1.0 + r)
+    inverse = reciprocal(1.0 + r)
     if CODE == FMAX:
         return tl.where(tl.abs(m) < INF, m, float("nan"))
     elif CODE == ENERGY:
@@ -160,7 +114,7 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
 
 
 @triton.jit
-def with_bias(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr):
+def with_bias(powers, unit, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr):
     """The sum of one order, of [h; 1] if BIAS."""
     sum = powers[SLOT]
     if ORDER == 0.0:
@@ -170,123 +124,106 @@ def with_bias(powers, shift, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.c
         return sum
     elif ORDER == INF:
         return larger(sum, 1.0)
-    elif ORDER > 0.84:
-        return sum + tl.exp2(shift.to(tl.float32) * (-ORDER))
     else:
-        return sum + 1.0
+        return sum + tl.where(unit == 1.0, 1.0, tl.exp2(log2(unit) * (-ORDER)))
+
+
+@triton.jit
+def norm(powers, unit, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr,
+         LOG: tl.constexpr):  # fmt: skip
+    """The norm of one order, or its logarithm."""
+    REGULAR: tl.constexpr = ORDER > 0.0 and ORDER < INF
+    sum = with_bias(powers, unit, SLOT, ORDER, SUMS, BIAS)
+    inverse = tl.full(sum.shape, 1.0 / ORDER if REGULAR else 1.0, tl.float64)
+    scaled = unit if REGULAR else tl.full(unit.shape, 1.0, tl.float32)
+    return root(sum, inverse, scaled, REGULAR and ORDER != 1.0 and ORDER != 2.0, LOG)
 
 
 @triton.jit(do_not_specialize=["x_stride", "x_offset", "h_stride", "h_offset", "out_row", "out_column", "N"])
 def scores(
     x_ptr, x_stride, x_offset, h_ptr, h_stride, h_offset, table_ptr, out_ptr, out_row, out_column, N,
     C: tl.constexpr, X_VEC: tl.constexpr, X_P: tl.constexpr, X_SHIFTED: tl.constexpr, X_W: tl.constexpr,
-    SUMS: tl.constexpr, STATS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
+    SUMS: tl.constexpr, STATS: tl.constexpr, X_TILES: tl.constexpr,
     D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_SHIFTED: tl.constexpr, H_W: tl.constexpr,
     H_TILES: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
     BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr, ALL_V: tl.constexpr, ALL_U: tl.constexpr,
-    SQUARE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SQUARE: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of logits (or, where SEGMENTS > 1, the records of their segments) and of features to COLUMNS scores:
+    """ROWS rows of logits (or one, read X_TILES tiles at a time where that is not 0) and of features to COLUMNS scores:
 
     factor * statistic * norm^power, as table_ptr says: log2(e) / T and T, then for each column the number of its
     statistic, factor, number of its order, 1 / order, whether the statistic comes in units of the rest's weight,
     whether the order's sum comes scaled, and power.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ok = (row < N)[:, None]
+    ok = row < N
     row = tl.minimum(row, N - 1)  # whose score is the same
     if len(STATS) > 0:
         scale = small(table_ptr)
         temperature = small(table_ptr + 1).to(tl.float32)
-        if SEGMENTS > 1:
-            parts = merged_segments(x_ptr, row, scale, C, SEGMENTS, SEGMENT, PEEL & SUMS)
+        base, head = place(row, x_stride, x_offset, X_VEC, X_P, X_SHIFTED)
+        near = scale.to(tl.float32)
+        if X_TILES > 0:
+            sums = streamed_sums(x_ptr, base, C, near, X_VEC, X_P, X_W, X_TILES, SUMS)
         else:
-            base, head = place(row, x_stride, x_offset, X_VEC, X_P, X_SHIFTED)
             w = tl.arange(0, X_W)[None, :]
-            sums = softmax_sums(x_ptr, base, head, w, C, scale.to(tl.float32), C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS)
-            parts = one_segment(sums, scale, PEEL & SUMS)
+            sums = softmax_sums(x_ptr, base, head, w, C, near, C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS)
+        parts = parts_of(sums, scale, PEEL & SUMS)
     if len(ORDERS) > 0:
         base, head = place(row, h_stride, h_offset, H_VEC, H_P, H_SHIFTED)
         w = tl.arange(0, H_W)[None, :]
-        powers, shift = norm_sums(
+        powers, unit = norm_sums(
             h_ptr, base, head, w, D, H_VEC, H_P, H_SHIFTED, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS
         )
 
-    for first in tl.static_range(0, COLUMNS, BLOCK):
-        column = first + tl.arange(0, BLOCK)[None, :]
-        field = table_ptr + 2 + column
-        within = column < COLUMNS
-        score = small(field + COLUMNS, within, 0.0)
-        if len(STATS) > 0:
-            which = small(field, within, -1.0).to(tl.int32)
-            v = statistic(STATS[0], parts, temperature, C, PEEL & SUMS)[:, None]
-            if not ALL_V:
-                v = tl.where(which == 0, v, 1.0)
-            for i in tl.static_range(1, len(STATS)):
-                v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
-            score = score * v
-            if PEEL & SUMS:
-                if parts[8]:
-                    light = small(field + 4 * COLUMNS, within, 0.0) == 1.0
-                    score = tl.where(light, score * parts[1][:, None], score)
-        if len(ORDERS) > 0:
-            which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
-            sum = with_bias(powers, shift, SLOTS[0], ORDERS[0], len(RANGES), BIAS)[:, None]
-            if not ALL_U:
-                sum = tl.where(which == 0, sum, 1.0)
-            for i in tl.static_range(1, len(ORDERS)):
-                sum = tl.where(
-                    which == i, with_bias(powers, shift, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum
-                )
-            inverse = small(field + 3 * COLUMNS, within, 1.0)
-            scaled = small(field + 5 * COLUMNS, within, 0.0)
-            u = root(sum, inverse, shift.to(tl.float64)[:, None] * scaled, GENERAL, LOG)
-            if LOG and not ALL_U:
-                u = tl.where(which >= 0, u, 1.0)
-            if SQUARE and not LOG:
-                u = tl.where(small(field + 6 * COLUMNS, within, 1.0) == 2.0, u * u, u)
-            score = score * u
-        out = out_ptr + row.to(tl.int64)[:, None] * out_row + column.to(tl.int64) * out_column
-        tl.store(out, score.to(out_ptr.dtype.element_ty), mask=ok & within)
-
-
-@triton.jit(do_not_specialize=["x_stride", "x_offset"])
-def segments(
-    x_ptr, x_stride, x_offset, record_ptr, table_ptr, C: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-    SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
-    SECOND: tl.constexpr,
-):  # fmt: skip
-    """One segment of one row to its record; SECOND: to the deviations from the uniform distribution in it, once the
-    other sums of all segments are there.
-    """
-    row = tl.program_id(0) // SEGMENTS + tl.arange(0, 1)
-    segment = tl.program_id(0) % SEGMENTS
-    start = segment * SEGMENT
-    n = tl.minimum(C - start, SEGMENT)
-    first = x_offset.to(tl.int64) + (start if SHIFTED else start // VEC)
-    base, head = place(row, x_stride, first, VEC, P, SHIFTED)
-    w = tl.arange(0, W)[None, :]
-    scale = small(table_ptr).to(tl.float32)
-    record = record_ptr + tl.program_id(0).to(tl.int64) * RECORD + tl.arange(0, 1)
-    LEAST: tl.constexpr = C - (SEGMENTS - 1) * SEGMENT
-    if SECOND:
-        m, total = merged_total(record_ptr, row, scale, SEGMENTS)
-        us = load_row(x_ptr, base, head, w, n, SEGMENT, LEAST, VEC, P, SHIFTED, W)
-        es = ()
-        for i in tl.static_range(len(us)):
-            xs = unpack(us[i], P, x_ptr.dtype.element_ty)
-            for j in tl.static_range(P):
-                es = es + (tl.exp2((xs[j] - m[:, None]) * scale),)
-        tl.store(record + 6, deviations(es, total / C, SHIFTED, P))
+    if len(FEW) > 0:
+        out_ptr += row.to(tl.int64) * out_row
+        for k in tl.static_range(COLUMNS):
+            score = FEW[k][3] * 1.0 if FEW[k][3] != 0 else small(table_ptr + 2 + COLUMNS + k)
+            if FEW[k][0] >= 0:
+                score *= statistic(STATS[FEW[k][0]], parts, temperature, C, PEEL & SUMS)
+                if PEEL & SUMS and STATS[FEW[k][0]] >= ONE_MINUS_MSP:
+                    score = score.to(tl.float64)
+                    if parts[8]:
+                        score *= parts[1]
+            if FEW[k][1] >= 0:
+                u = norm(powers, unit, SLOTS[FEW[k][1]], ORDERS[FEW[k][1]], len(RANGES), BIAS, LOG)
+                score *= u * u if FEW[k][2] == 2 and not LOG else u
+            tl.store(out_ptr + out_column.to(tl.int64) * k, score.to(out_ptr.dtype.element_ty), mask=ok)
     else:
-        m, pivot, rest, squares, exp_t, sum_t, deviation, _ = softmax_sums(
-            x_ptr, base, head, w, n, scale, SEGMENT, LEAST, VEC, P, SHIFTED, W, SUMS
-        )
-        masked = m == -INF  # all of this segment, which is nothing to be NaN about
-        tl.store(record, m)
-        tl.store(record + 1, pivot)
-        tl.store(record + 2, tl.where(masked, 0.0, rest))
-        tl.store(record + 3, tl.where(masked, 0.0, squares))
-        tl.store(record + 4, tl.where(masked, 0.0, exp_t))
-        tl.store(record + 5, tl.where(masked, -INF, sum_t))
-        tl.store(record + 6, deviation)
+        for first in tl.static_range(0, COLUMNS, BLOCK):
+            column = first + tl.arange(0, BLOCK)[None, :]
+            field = table_ptr + 2 + column
+            within = column < COLUMNS
+            score = small(field + COLUMNS, within, 0.0)
+            if len(STATS) > 0:
+                which = small(field, within, -1.0).to(tl.int32)
+                v = statistic(STATS[0], parts, temperature, C, PEEL & SUMS)[:, None]
+                if not ALL_V:
+                    v = tl.where(which == 0, v, 1.0)
+                for i in tl.static_range(1, len(STATS)):
+                    v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
+                score = score * v
+                if PEEL & SUMS:
+                    if parts[8]:
+                        light = small(field + 4 * COLUMNS, within, 0.0) == 1.0
+                        score = tl.where(light, score * parts[1][:, None], score)
+            if len(ORDERS) > 0:
+                which = small(field + 2 * COLUMNS, within, -1.0).to(tl.int32)
+                sum = with_bias(powers, unit, SLOTS[0], ORDERS[0], len(RANGES), BIAS)[:, None]
+                if not ALL_U:
+                    sum = tl.where(which == 0, sum, 1.0)
+                for i in tl.static_range(1, len(ORDERS)):
+                    sum = tl.where(
+                        which == i, with_bias(powers, unit, SLOTS[i], ORDERS[i], len(RANGES), BIAS)[:, None], sum
+                    )
+                inverse = small(field + 3 * COLUMNS, within, 1.0)
+                scaled = small(field + 5 * COLUMNS, within, 0.0)
+                u = root(sum, inverse, tl.where(scaled == 1.0, unit[:, None], 1.0), GENERAL, LOG)
+                if LOG and not ALL_U:
+                    u = tl.where(which >= 0, u, 1.0)
+                if SQUARE and not LOG:
+                    u = tl.where(small(field + 6 * COLUMNS, within, 1.0) == 2.0, u * u, u)
+                score = score * u
+            out = out_ptr + row.to(tl.int64)[:, None] * out_row + column.to(tl.int64) * out_column
+            tl.store(out, score.to(out_ptr.dtype.element_ty), mask=ok[:, None] & within)

@@ -9,19 +9,18 @@ from fastood.kernels.triton.device.words import (
     any_row,
     fused,
     in_float32,
-    in_one,
     inverse_power,
-    is_own,
     larger,
     larger_words,
-    load,
     load_row,
+    load_tile,
     log2,
     only_own,
     row_max,
     row_sums,
     smaller_words,
     unpack,
+    within,
 )
 
 # What a call needs of the logits beside their maximum: shapes.py adds these up.
@@ -48,7 +47,6 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     largest logit; last comes whether any row may have such a pivot. Without PEEL the rest is what remains of the sum
     after 1 is taken away.
     """
-    A: tl.constexpr = P if SHIFTED else 1  # accumulators: two where an element's place in its word varies
     TYPE: tl.constexpr = ptr.dtype.element_ty
     us = load_row(ptr, base, head, w, n, N, LEAST, VEC, P, SHIFTED, W)
     if PEEL & SUMS:
@@ -59,9 +57,8 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         for i in tl.static_range(1, len(us)):
             top = larger_words(top, us[i], P, TYPE)
     tops = unpack(top, P, TYPE)
-    if P > A:
-        tops = (larger(tops[0], tops[1]),)
-    m = row_max(tops[0] if A == 1 else larger(tops[0], tops[1]))
+    top = tops[0] if P == 1 else larger(tops[0], tops[1])
+    m = row_max(top)
     rest = tl.zeros_like(m)
     squares = rest
     exp_t = rest
@@ -73,34 +70,30 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         xs = ()
         for i in tl.static_range(len(us)):
             xs = xs + unpack(us[i], P, TYPE)
-        if PEEL & SUMS and P > A:
-            xs = (tops[0], tl.minimum(xs[0], xs[1])) + xs[2:]
+        if PEEL & SUMS and P == 2:
+            xs = (top, tl.minimum(xs[0], xs[1])) + xs[2:]
         ONCE: tl.constexpr = PEEL & SUMS and N > SHORT
         c, excess, far = centre(m, scale, ONCE)
         unit = tl.exp2(excess)  # 2^t of the maximum, as the sums have it
         back = inverse_power(excess)
-        hots = tl.zeros_like(tops[0])
-        sums = no_exp(hots, SUMS)
-        sums = (sums, sums) if A == 2 else (sums,)
+        A: tl.constexpr = (len(xs) + 31) // 32  # accumulators: in a longer chain roundings add up
+        sums = ((),) * A
         es, ts = (), ()
         for i in tl.static_range(len(xs)):
             t = scaled(xs[i], scale, c, ONCE)
             e = tl.exp2(t)
             if (PLOGP | SUMLOGP) & SUMS:  # 0 beyond the row's end, as 2^t is
-                t = only_own(t, 0.0, i // P, i % P, w, head, n, LEAST, VEC, P, SHIFTED, W, PEEL & SUMS)
+                t = only_own(t, 0.0, i // P, i % P, w, n, LEAST, VEC, P, W)
             es, ts = es + (e,), ts + (t,)
-            if i >= A or not PEEL & SUMS:
+            if i > 0 or not PEEL & SUMS:
                 sums = sums[: i % A] + (add_exp(sums[i % A], e, t, SUMS),) + sums[i % A + 1 :]
         if PEEL & SUMS:
             # The largest of a slot comes last, or is kept out: if it is the row's, the rest is not drowned.
-            for a in tl.static_range(A):
-                hot = tops[a] == m[:, None]
-                hots += tl.where(hot, 1.0, 0.0)
-                slots = add_exp(sums[a], tl.where(hot, 0.0, es[a]), ts[a], SUMS)
-                sums = sums[:a] + (slots,) + sums[a + 1 :]
-            totals = in_float32(row_sums(in_one(sums, SHIFTED) + (hots,)))
+            hot = top == m[:, None]
+            sums = (add_exp(sums[0], tl.where(hot, 0.0, es[0]), ts[0], SUMS),) + sums[1:]
+            totals = row_sums(added(sums, len(sums)) + (tl.where(hot, 1.0, 0.0),))
         else:
-            totals = in_float32(row_sums(in_one(sums, SHIFTED)))
+            totals = row_sums(added(sums, len(sums)))
         # A maximum that was kept out counts 1; one that was not is taken away as it was added.
         others = totals[len(totals) - 1] - 1.0 if PEEL & SUMS else tl.zeros_like(m)
         kept = 0.0 if PEEL & SUMS else 1.0
@@ -119,14 +112,14 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
             sum_t = tl.fma(excess, -1.0 * n, totals[0])
         if TV & SUMS:
             u = (rest + 1.0) * unit / N
-            deviation = deviations(es, u, SHIFTED, P) * back
+            deviation = deviations(es, u) * back
         if PEEL & SUMS:
             again = far | (rest < DEEP)
             rare = any_row(again | (exp_t != exp_t))
             if rare:
                 if PLOGP & SUMS:
                     if any_row(exp_t != exp_t):
-                        exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, unit, excess, P, SHIFTED) * back, exp_t)
+                        exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, unit, excess) * back, exp_t)
                 if any_row(again):
                     other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
                     pivot = tl.where(again, other, m)
@@ -142,24 +135,28 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
 
 
 @triton.jit
-def no_exp(zero, SUMS: tl.constexpr):
-    sums = (zero,)
-    for kind in tl.static_range(3):
-        if (SQUARES, PLOGP, SUMLOGP)[kind] & SUMS:
-            sums = sums + (zero,)
-    return sums
+def add_exp(sums, e, t, SUMS: tl.constexpr):
+    """Adds what e = 2^t contributes to sum e and, as wanted, sum e^2, sum t e and sum t; () is no sums yet."""
+    FIRST: tl.constexpr = len(sums) == 0
+    out = (e if FIRST else sums[0] + e,)
+    if SQUARES & SUMS:
+        out = out + (e * e if FIRST else tl.fma(e, e, sums[len(out)]),)
+    if PLOGP & SUMS:
+        out = out + (e * t if FIRST else tl.fma(e, t, sums[len(out)]),)  # NaN where a class is masked: summed again
+    if SUMLOGP & SUMS:
+        out = out + (t if FIRST else sums[len(out)] + t,)
+    return out
 
 
 @triton.jit
-def add_exp(sums, e, t, SUMS: tl.constexpr):
-    """Adds what e = 2^t contributes to sum e and, as wanted, sum e^2, sum t e and sum t."""
-    out = (sums[0] + e,)
-    if SQUARES & SUMS:
-        out = out + (tl.fma(e, e, sums[len(out)]),)
-    if PLOGP & SUMS:
-        out = out + (tl.fma(e, t, sums[len(out)]),)  # NaN where a class is masked: summed again
-    if SUMLOGP & SUMS:
-        out = out + (sums[len(out)] + t,)
+def added(sums, A: tl.constexpr):
+    """A tuples of sums, each added to the others."""
+    out = sums[0]
+    for a in tl.static_range(1, A):
+        more = ()
+        for k in tl.static_range(len(out)):
+            more = more + (out[k] + sums[a][k],)
+        out = more
     return out
 
 
@@ -181,46 +178,43 @@ def centre(m, scale, ONCE: tl.constexpr):
     """c, and by how much t = fma(logit, scale, c) exceeds (logit - m) scale in each row, the rounding error of c.
 
     Last: which rows have so large a maximum that this is not next to 0, and are summed again. Not ONCE, in short rows
-    and where none are summed again otherwise, m is subtracted first.
+    and where none are summed again otherwise, m is subtracted first: c is half of -m, see scaled.
     """
     if ONCE:
         c = -(m * scale)
         c = tl.fma(tl.abs(c), -(2.0**-23), c)  # so that no t is above 0
         return c[:, None], fused(m, scale, c), (tl.abs(c) > FAR) & (tl.abs(m) < INF)
     else:
-        return -m[:, None], tl.zeros_like(m), m < m
+        return -0.5 * m[:, None], tl.zeros_like(m), m < m
 
 
 @triton.jit
 def scaled(x, scale, c, ONCE: tl.constexpr):
-    """t of logits; see centre."""
-    return fused(x, scale, c) if ONCE else (x + c) * scale
+    """t of logits; see centre. The difference of two may be beyond float32, that of their halves is not."""
+    return fused(x, scale, c) if ONCE else tl.fma(x, 0.5, c) * (2.0 * scale)
 
 
 @triton.jit
-def masked_exp_t(es, unit, excess, P: tl.constexpr, SHIFTED: tl.constexpr):
+def masked_exp_t(es, unit, excess):
     """sum t 2^t of rows with masked classes, t from 2^t: log2's error shows near 1 alone, where entropies are large."""
-    A: tl.constexpr = P if SHIFTED else 1
+    slot = tl.zeros_like(es[0])
+    for i in tl.static_range(len(es)):
+        t = tl.where(es[i] < unit[:, None], log2(es[i]) - excess[:, None], 0.0)
+        slot = tl.fma(es[i], tl.where(es[i] < 2.0**-126, 0.0, t), slot)
+    return tl.sum(slot, 1)
+
+
+@triton.jit
+def deviations(es, u):
+    """sum |e - u| of each row of which u is the mean: twice what is above it. Nothing is beyond a row's end."""
+    A: tl.constexpr = (len(es) + 31) // 32
     slots = ()
     for a in tl.static_range(A):
-        slot = tl.zeros_like(es[0])
-        for i in tl.static_range(a, len(es), A):
-            t = tl.where(es[i] < unit[:, None], log2(es[i]) - excess[:, None], 0.0)
-            slot = tl.fma(es[i], tl.where(es[i] < 2.0**-126, 0.0, t), slot)
-        slots = slots + ((slot,),)
-    return row_sums(in_one(slots, SHIFTED))[0].to(tl.float32)
-
-
-@triton.jit
-def deviations(es, u, SHIFTED: tl.constexpr, P: tl.constexpr):
-    """sum |e - u| of each row of which u is the mean: twice what is above it. Nothing is beyond a row's end."""
-    slots = ()
-    for j in tl.static_range(P):
-        slot = tl.zeros_like(es[0])
-        for i in tl.static_range(j, len(es), P):
+        slot = above(es[a], u[:, None])
+        for i in tl.static_range(a + A, len(es), A):
             slot += above(es[i], u[:, None])
         slots = slots + ((slot,),)
-    return row_sums(in_one(slots, SHIFTED))[0].to(tl.float32) * 2.0
+    return tl.sum(added(slots, A)[0], 1) * 2.0
 
 
 @triton.jit
@@ -230,15 +224,15 @@ def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constex
 
     They are relative to the pivot, in front: where it is far below the maximum, the largest of the other logits.
     """
-    TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
+    TILES: tl.constexpr = (N + W * P - 1) // (W * P)
     top = m[:, None]
     second = tl.full([m.shape[0], W], -INF, tl.float32)
     zero = tl.zeros_like(second).to(tl.float64)  # in which the order of elements is lost
     ties = zero
     for i in range(TILES):
-        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
+        halves = unpack(load_tile(ptr, base, head, w + i * W, n, False, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
         for j in tl.static_range(P):
-            own = is_own(w + i * W, j, head, n, VEC, P, SHIFTED)
+            own = within(w + i * W, j, n, VEC, P)
             ties += tl.where(own & (halves[j] == top), 1.0, 0.0)
             second = tl.maximum(second, tl.where(own & (halves[j] < top), halves[j], -INF))
     ties = tl.sum(ties, 1) - 1.0
@@ -247,15 +241,15 @@ def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constex
     pivot = tl.where((ties > 0.0) | (second == -INF) | ((second - m) * scale > -60.0), m, second)
     sum1, sum2, sum3, sum4 = zero, zero, zero, zero
     for i in range(TILES):
-        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
+        halves = unpack(load_tile(ptr, base, head, w + i * W, n, False, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
         for j in tl.static_range(P):
-            own = is_own(w + i * W, j, head, n, VEC, P, SHIFTED)
+            own = within(w + i * W, j, n, VEC, P)
             t = tl.where(own & (halves[j] < top), (halves[j] - pivot[:, None]) * scale, -INF)
             e = tl.exp2(t).to(tl.float64)
             sum1 += e
             sum2 = tl.fma(e, e, sum2)
             sum3 = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), sum3)
-            sum4 += tl.where(own, (halves[j] - top) * scale, 0.0)
+            sum4 += tl.where(own, (halves[j].to(tl.float64) - top.to(tl.float64)) * scale, 0.0)
     sum1, sum2 = tl.sum(sum1, 1) + ties, tl.sum(sum2, 1) + ties
     return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1), tl.sum(sum4, 1)))
 
@@ -264,11 +258,11 @@ def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constex
 def deviations_again(ptr, base, head, w, n, m, scale, u, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
                      SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """sum |2^t - u| of rows read again."""
-    TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
+    TILES: tl.constexpr = (N + W * P - 1) // (W * P)
     slot = tl.zeros([m.shape[0], W], tl.float64)
     for i in range(TILES):
-        halves = unpack(load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
+        halves = unpack(load_tile(ptr, base, head, w + i * W, n, False, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
         for j in tl.static_range(P):
             more = tl.maximum(tl.exp2((halves[j] - m[:, None]) * scale) - u[:, None], 0.0)
-            slot += tl.where(is_own(w + i * W, j, head, n, VEC, P, SHIFTED), more, 0.0)
+            slot += tl.where(within(w + i * W, j, n, VEC, P), more, 0.0)
     return tl.sum(slot, 1).to(tl.float32) * 2.0

@@ -5,9 +5,10 @@ program holds ROWS rows as tiles [ROWS, W] of words, `xs` being the tuple of the
 in such a tile is a *slot*, with sums of its own until the row is reduced. Every multiplication that feeds an
 addition is an explicit fma, so that results do not hang on the compiler's contraction.
 
-A row that begins anywhere is read from the 16-byte group that holds its first element (SHIFTED): `head` elements
-of the first group are not its own. The slots then hold the same elements in the same order as for any other head,
-in other places; summing them in float64 makes the order of places disappear in the rounding to float32.
+A row of features that begins anywhere is read from the 16-byte group that holds its first element (SHIFTED): `head`
+elements of the first group are not its own. The slots then hold the same elements in the same order as for any other
+head, in other places; summing them in float64 makes the order of places disappear in the rounding to float32. Rows of
+logits are moved into place as they are read: load_tile.
 """
 
 import torch
@@ -38,12 +39,16 @@ def row_max(x):
 
 
 @triton.jit
-def in_one(sums, SHIFTED: tl.constexpr):
-    """Each sum's tile, of the tuples of one or two accumulators."""
+def in_one(sums, A: tl.constexpr, SHIFTED: tl.constexpr):
+    """Each sum's tile, of the tuples of A = 1 or 2 accumulators.
+
+    A is an argument because Triton 3.6 names what it compiles by the tensors in a tuple alone, and would take one
+    function for ((x, y),) and ((x,), (y,)): wherever the shape of a tuple of tuples varies, a constant has to say it.
+    """
     out = ()
     for i in tl.static_range(len(sums[0])):
         tile = sums[0][i].to(tl.float64) if SHIFTED else sums[0][i]
-        if len(sums) == 2:
+        if A == 2:
             tile += sums[1][i]
         out = out + (tile,)
     return out
@@ -109,6 +114,15 @@ def log2(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x of normal numbers, in one instruction."""
+    if INTERPRETED or not NVIDIA:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def above(e, u):
     """max(e - u, 0) of 0 <= u and e <= 1, in one instruction."""
     if INTERPRETED or not NVIDIA:
@@ -126,7 +140,7 @@ def inverse_power(x):
 @triton.jit
 def log1p(r):
     """To relative precision, r >= 0. Where log2 would lose it, the series of 2 artanh(r / (2 + r))."""
-    s = r / (2.0 + r)
+    s = r * reciprocal(2.0 + r)
     q = s * s
     series = tl.fma(tl.fma(tl.fma(q, 1.0 / 7, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
     return tl.where(r < 0.4, series, log2(1.0 + r) * LN2)
@@ -181,7 +195,7 @@ def words(ptr, P: tl.constexpr):
 def load(ptr, base, head, word, n, FILL: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
     """The words of rows of n elements. Masked by whole groups of VEC, so that they stay one load each."""
     VW: tl.constexpr = VEC // P
-    groups = (head + (n + VEC - 1)) // VEC if SHIFTED else n // VEC
+    groups = (head + (n + VEC - 1)) // VEC if SHIFTED else (n + (VEC - 1)) // VEC
     inside = (word // VW) < groups
     return tl.load(words(ptr, P) + base + word, mask=inside, other=filler(FILL, P, ptr.dtype.element_ty))
 
@@ -211,8 +225,11 @@ def unpack(u, P: tl.constexpr, TYPE: tl.constexpr):
 @triton.jit
 def pack(low, high, TYPE: tl.constexpr):
     """The pairs of which these are the elements."""
-    low, high = low.to(TYPE).to(tl.uint16, bitcast=True), high.to(TYPE).to(tl.uint16, bitcast=True)
-    return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    if tl.float16 == TYPE:
+        low, high = low.to(TYPE).to(tl.uint16, bitcast=True), high.to(TYPE).to(tl.uint16, bitcast=True)
+        return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    else:  # the interpreter's conversion makes subnormals 0
+        return (low.to(tl.uint32, bitcast=True) >> 16) | (high.to(tl.uint32, bitcast=True) & 0xFFFF0000)
 
 
 @triton.jit
@@ -250,46 +267,60 @@ def is_own(word, j: tl.constexpr, head, n, VEC: tl.constexpr, P: tl.constexpr, S
         return word // (VEC // P) < n // VEC
 
 
-@triton.jit
-def only_own(x, other, i: tl.constexpr, j: tl.constexpr, w, head, n, LEAST: tl.constexpr, VEC: tl.constexpr,
-             P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SORTED: tl.constexpr):  # fmt: skip
-    """x, of the j-th elements of the words of tile i, but `other` where they are not the row's own.
+# ---- reading rows of logits
 
-    SORTED by largest_first, what precedes a row is in the second tile.
-    """
-    if SORTED and SHIFTED and i < 2:
-        own = is_own(w, j, head, n, VEC, P, SHIFTED)
-        if 2 * W * P > LEAST:
-            next = is_own(w + W, j, head, n, VEC, P, SHIFTED)
-            own = own | next if i == 0 else own & next
-        elif i == 0:
-            own = True
-    elif (SHIFTED and i == 0) or (i + 1) * W * P > LEAST:
-        own = is_own(w + i * W, j, head, n, VEC, P, SHIFTED)
+
+@triton.jit
+def within(word, j: tl.constexpr, n, VEC: tl.constexpr, P: tl.constexpr):
+    """Which elements, the j-th of their word, belong to a row of n."""
+    if VEC > P:
+        return word // (VEC // P) < n // VEC
     else:
-        own = True
-    return tl.where(own, x, other)
+        return word < (n + (P - 1 - j)) // P
+
+
+@triton.jit
+def only_own(x, other, i: tl.constexpr, j: tl.constexpr, w, n, LEAST: tl.constexpr, VEC: tl.constexpr,
+             P: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """x, of the j-th elements of the words of tile i, but `other` beyond the row's end."""
+    if (i + 1) * W * P > LEAST:
+        return tl.where(within(w + i * W, j, n, VEC, P), x, other)
+    else:
+        return x
+
+
+@triton.jit
+def load_tile(ptr, base, head, word, n, INSIDE: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+              SHIFTED: tl.constexpr):  # fmt: skip
+    """Words of rows of n logits. Those beyond the end are -inf, but for halves in the last word that is read; INSIDE:
+    the end is further on.
+
+    Rows of halves that may begin in the middle of a word (SHIFTED) are read twice, one word apart, and moved into
+    place: a slot then holds the same logits wherever the row begins.
+    """
+    u = tl.load(words(ptr, P) + base + word) if INSIDE else load(ptr, base, head, word, n, -INF, VEC, P, SHIFTED)
+    if SHIFTED and P == 2:
+        word += 1
+        next = tl.load(words(ptr, P) + base + word) if INSIDE else load(ptr, base, head, word, n, -INF, VEC, P, SHIFTED)
+        u = (((next.to(tl.uint64) << 32) | u.to(tl.uint64)) >> (head * 16).to(tl.uint64)).to(tl.uint32)
+    return u
 
 
 @triton.jit
 def load_row(ptr, base, head, w, n, N: tl.constexpr, LEAST: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
              SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """All words of rows of LEAST <= n <= N logits as a tuple of tiles [ROWS, W], -inf beyond their ends."""
-    TILES: tl.constexpr = (N + (VEC - 1 if SHIFTED else 0) + W * P - 1) // (W * P)
-    raw = ()
-    for i in tl.static_range(TILES):
-        if SHIFTED or (i + 1) * W * P > LEAST:
-            raw = raw + (load(ptr, base, head, w + i * W, n, -INF, VEC, P, SHIFTED),)
-        else:
-            raw = raw + (tl.load(words(ptr, P) + base + (w + i * W)),)
-    FILL: tl.constexpr = filler(-INF, P, ptr.dtype.element_ty)
     us = ()
-    for i in tl.static_range(TILES):
-        u = raw[i] if P == 2 else raw[i].to(tl.float32)
-        if SHIFTED and P == 2:
-            u = only_own(u, (u & 0xFFFF0000) | (FILL & 0xFFFF), i, 0, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
-            u = only_own(u, (u & 0xFFFF) | (FILL & 0xFFFF0000), i, 1, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
-        elif SHIFTED:
-            u = only_own(u, FILL, i, 0, w, head, n, LEAST, VEC, P, SHIFTED, W, False)
+    for i in tl.static_range((N + W * P - 1) // (W * P)):
+        INSIDE = (i + 1) * W * P < LEAST or ((i + 1) * W * P == LEAST and not SHIFTED)
+        u = load_tile(ptr, base, head, w + i * W, n, INSIDE, VEC, P, SHIFTED)
+        if P == 1:
+            u = u.to(tl.float32)
+        else:
+            FILL = filler(-INF, P, ptr.dtype.element_ty)
+            if SHIFTED:
+                u = only_own(u, (u & 0xFFFF0000) | (FILL & 0xFFFF), i, 0, w, n, LEAST, VEC, P, W)
+            if SHIFTED or LEAST % P > 0:
+                u = only_own(u, (u & 0xFFFF) | (FILL & 0xFFFF0000), i, 1, w, n, LEAST, VEC, P, W)
         us = us + (u,)
     return us
