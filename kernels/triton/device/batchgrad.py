@@ -76,7 +76,9 @@ def any_of(flags):
 @triton.jit
 def touch(ptr):
     if NVIDIA and not INTERPRETED:
-        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -204,13 +206,57 @@ def partial_sums(
     g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64))
     steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
     if any_of(plains):
-        more = summed(x_ptr, g_ptr, steps, turns, pulls, False, TILE, TILES, OWN, CLASSES, STEP, thread, lane, own, WARPS, AHEAD, STAGES, FAR, part_ptr, N < 0, class_block * 3)
+        more = summed(
+            x_ptr,
+            g_ptr,
+            steps,
+            turns,
+            pulls,
+            False,
+            TILE,
+            TILES,
+            OWN,
+            CLASSES,
+            STEP,
+            thread,
+            lane,
+            own,
+            WARPS,
+            AHEAD,
+            STAGES,
+            FAR,
+            part_ptr,
+            N < 0,
+            class_block * 3,
+        )
         totals = add_where(plains, totals, more)
     if any_of(signeds):
         twice_turns, twice_pulls = (), ()
         for k in tl.static_range(TILES * OWN):
             twice_turns, twice_pulls = twice_turns + (2.0 * turns[k],), twice_pulls + (2.0 * pulls[k],)
-        more = summed(x_ptr, g_ptr, steps, twice_turns, twice_pulls, True, TILE, TILES, OWN, CLASSES, STEP, thread, lane, own, WARPS, AHEAD, STAGES, FAR, part_ptr, N < 0, class_block * 3)
+        more = summed(
+            x_ptr,
+            g_ptr,
+            steps,
+            twice_turns,
+            twice_pulls,
+            True,
+            TILE,
+            TILES,
+            OWN,
+            CLASSES,
+            STEP,
+            thread,
+            lane,
+            own,
+            WARPS,
+            AHEAD,
+            STAGES,
+            FAR,
+            part_ptr,
+            N < 0,
+            class_block * 3,
+        )
         totals = add_where(signeds, totals, more)
     part = (feat_block * class_blocks + class_block).to(tl.int64) * row_blocks + row_block
     part_ptr += part * ROWS + tl.arange(0, TILE)
