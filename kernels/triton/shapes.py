@@ -232,13 +232,14 @@ STATS = {
     "s2": (4, EXP | SQUARES),
     "tv": (5, EXP | TV),
     "sumlogp": (6, EXP | SUMLOGP),
-    "one_minus_msp": (7, EXP | PEEL),
-    "log_msp": (8, EXP | PEEL),
-    "one_minus_s2": (9, EXP | PEEL | SQUARES),
-    "plogp": (10, EXP | PEEL | PLOGP),
+    "log_one_minus_s2": (7, EXP | PEEL | SQUARES),
+    "one_minus_msp": (8, EXP | PEEL),
+    "log_msp": (9, EXP | PEEL),
+    "one_minus_s2": (10, EXP | PEEL | SQUARES),
+    "plogp": (11, EXP | PEEL | PLOGP),
 }
 
-LIGHT = 7  # from this number on a statistic vanishes with the rest of the row
+LIGHT = 8  # from this number on a statistic vanishes with the rest of the row
 
 # ---- norms
 
