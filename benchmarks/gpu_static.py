@@ -48,10 +48,12 @@ from triton.compiler import ASTSource
 from benchmarks import gpu_model
 from fastood.kernels import Product, Stat, Want
 from fastood.kernels.triton import device, shapes
+from fastood.kernels.triton.launch import UNUSED_BITS
 
 V = ("energy", "tv", "msp", "s2")
 EVERY_V = (*V, "plogp", "sumlogp", "fmax")
 GRID = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.inf)
+GEN_STEPS = 10  # in which the 100th of 1000 normal logits around 0 is found on average, by simulation
 BFLOAT, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -66,7 +68,7 @@ class Case(NamedTuple):
     orders: tuple[float, ...]
     total: float
     special: float
-    # or BatchGrad of features: "plain", "signed"; or "gradient"
+    # or BatchGrad of features: "plain", "signed"; or "gradient"; or "gen"
     kernel: str = "scores"
     least_bits: int = 128
 
@@ -93,6 +95,8 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
         return compile_batchgrad("partial_sums", case.dtype, target)
     if case.kernel == "gradient":
         return compile_gradient(case, FLOAT, target)
+    if case.kernel == "gen":
+        return compile_gen(case, target)
     C, D, size = case.C, case.D, case.dtype.itemsize
     products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
     plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
@@ -139,6 +143,15 @@ def compile_gradient(case: Case, label_dtype: torch.dtype, target: GPUTarget) ->
     tiles = shape.rows * constants["TILES"] * constants["W"]
     held = tiles * itemsize if constants["HELD"] else 0
     return compiled._replace(held=held, written=8 * shape.rows)
+
+
+def compile_gen(case: Case, target: GPUTarget) -> Compiled:
+    """The kernel of device/gen.py."""
+    C, size, (_, _, M) = case.C, case.dtype.itemsize, case.stats[0]
+    constants, shape = shapes.gen_constants(M, C, C, size, UNUSED_BITS[case.dtype])
+    types = {"f_ptr": POINTERS[case.dtype], "table_ptr": "*fp64", "out_ptr": "*fp64"}
+    compiled = _compile(device.gen.gen, types, constants, target, shape, shape.rows * C, size)
+    return compiled._replace(held=shape.rows * constants["TILES"] * constants["W"] * size, written=8 * shape.rows)
 
 
 def _compile(
@@ -324,24 +337,28 @@ def analyse(compiled: Compiled, case: Case) -> Report:
     flow = Flow(code, labels)
     threads = 32 * compiled.warps
     batchgrad = case.kernel in ("plain", "signed")
-    usual = flow.reachable(0) if batchgrad else flow.usual()
+    usual = flow.reachable(0) if batchgrad or case.kernel == "gen" else flow.usual()
     loops = flow.loops(usual)
     if batchgrad:
         usual -= set().union(*loops)
         loops = [x for x in loops if flow.takes_maxima(x) == (case.kernel == "signed")]
         usual |= loops[0]
+    steps: dict[int, float] = {}
+    if case.kernel == "gen":
+        steps = dict.fromkeys(set().union(*loops), GEN_STEPS)
+        loops = []
     sweeps, turns = compiled.sweeps
     loops.sort(key=min)
     assert len(loops) - sweeps in (0, 1), "the model knows loops over a long row, and then one over the features"
-    runs = dict.fromkeys(usual, 1.0)
+    runs = dict.fromkeys(usual, 1.0) | steps
     for loop in loops[:sweeps]:
         runs |= dict.fromkeys(loop, turns)
     loops = loops[sweeps:]
     if loops:
         bytes_a_turn = threads * sum(x.bits // 8 for x in flow.loads_rows(loops[0]))
         bytes_in_all = compiled.elements * case.D / (case.C + case.D) * compiled.itemsize
-        steps = shapes.BATCHGRAD["FEATS"] / shapes.BATCHGRAD["STEP"]
-        runs |= dict.fromkeys(loops[0], steps if batchgrad else bytes_in_all / bytes_a_turn)
+        turns_of_batchgrad = shapes.BATCHGRAD["FEATS"] / shapes.BATCHGRAD["STEP"]
+        runs |= dict.fromkeys(loops[0], turns_of_batchgrad if batchgrad else bytes_in_all / bytes_a_turn)
     rows = flow.loads_rows(loops[0] if batchgrad else usual)
 
     everything = flow.reachable(0)
@@ -448,6 +465,17 @@ CASES = [
             ("E_q || e_Y - p ||_1^2, q predicted", BFLOAT, 1000, "predicted", 1.0, 2.0, "outside", 17.7, 1.2, 128),
             ("E_q || e_Y - p ||_3, q uniform", BFLOAT, 1000, "uniform", 3.0, 1.0, "outside", 28.2, 3.3, 128),
             ("|| q - p ||_2, q given", BFLOAT, 1000, "given", 2.0, 1.0, "inside", 32.2, 1.3, 64),
+        )
+    ),
+    # Each step of the bisection counts, 2.4 for each logit, and once a row adds that up over 32 lanes. Of 100 classes
+    # all are wanted. Short rows are a thread's each, read number by number.
+    *(
+        Case("GEN, M=100", t, C, 0, (("gen", 0.1, 100),), (), n, 3.7, "gen", bits)
+        for t, C, n, bits in (
+            (BFLOAT, 1000, 92, 128),
+            (FLOAT, 1000, 89, 128),
+            (BFLOAT, 100, 37.2, 64),
+            (FLOAT, 10, 44.3, 32),
         )
     ),
 ]

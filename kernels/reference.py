@@ -207,7 +207,8 @@ class Softmax:
 
     @lazy
     def log_one_minus_s2(self) -> Tensor:
-        r2_over_r1 = self.exp_gap * row_sum(self.e.square()).double() / self.total
+        # Without another class, 0: log r1 is -inf, and so is this.
+        r2_over_r1 = self.exp_gap * row_sum(self.e.square()).double() / self.total.clamp(min=1)
         return self._or_nan(self.log_r1 + (2 + self.r1 - r2_over_r1).log() - 2 * self.r1.log1p())
 
     @lazy

@@ -32,6 +32,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 only_compiled = pytest.mark.skipif(INTERPRETED, reason="needs a process that does not interpret")
 
 STATS = ["fmax", "lse", "energy", "msp", "one_minus_msp", "log_msp", "s2", "one_minus_s2", "tv", "plogp", "sumlogp"]
+STATS.append("log_one_minus_s2")
 ORDERS = [0, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 6, math.inf]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -464,6 +465,94 @@ def test_gradients_of_bad_rows_are_nan_alone(triton_device, order, expectation):
     torch.testing.assert_close(turned, got, rtol=0, atol=0, equal_nan=True)
 
 
+def gen_allowed(f, gamma, T, expected):
+    return (32 + 4 * np.minimum(max(1.0, gamma) * truth.span(f) / T, 745)) * truth.EPS["float32"] * expected
+
+
+# A row in a thread, in several, in a warp and in several warps; as many classes as are wanted, more, and fewer.
+@pytest.mark.parametrize(("C", "dtype"), of_every_type([1, 2, 10, 17, 100, 1001, 3000], 1000), ids=str)
+def test_gen_on_every_branch(triton_device, C, dtype):
+    """Of rows near 0 and far from it, equal classes, ties at the threshold, a certain class, masked ones, log p."""
+    rng = np.random.default_rng(C)
+    x = rng.standard_normal((10, C)) * [[1], [4], [0], [9], [3], [60], [1e4], [2], [2], [2]]
+    x[3, C // 2] += 60
+    x[4, rng.random(C) < 0.5] = -math.inf
+    x[4, -1] = 1.0
+    x[5] = np.round(x[5] / 60)
+    x[7] -= 300
+    x[8, :-1] = -math.inf  # fewer than are wanted are left
+    x[9] -= np.log(np.exp(x[9]).sum())
+    f = torch.from_numpy(x.clip(-6e4, 6e4) + np.where(np.isinf(x), x, 0)).to(dtype)
+    for gamma, M in ((0.1, 100), (2.0, 3), (1.0, max(1, C - 1)), (0.5, 1)):
+        got = fastood.row_stats(f.to(triton_device), [("gen", gamma, M)], temperature=0.5, backend="triton")
+        expected = truth.gen(f, gamma, M, 0.5)
+        truth.assert_close(got["gen", gamma, M].cpu(), expected, gen_allowed(f, gamma, 0.5, expected), (gamma, M))
+
+
+@pytest.mark.parametrize("T", [2.0**-100, 1e-3, 1e30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gen_at_any_temperature_and_magnitude(triton_device, T, dtype):
+    """The largest differences, whose halves float32 holds, thresholds many steps away, and 0 with both signs."""
+    limit = torch.finfo(dtype).max
+    x = np.array([[limit, -limit, 0.0, -limit / 2], [1e-7, 2e-7, -0.0, 0.0], [1.0, 1.0, -limit, -math.inf]])
+    x = np.concatenate([x, np.random.default_rng(0).standard_normal((2, 4)) * [[T], [3 * T]]]).clip(-limit, limit)
+    x[2, 3] = -math.inf
+    f = torch.from_numpy(x).to(dtype)
+    for gamma, M in ((0.1, 2), (1e-5, 3), (1.0, 4)):
+        got = fastood.score(f.to(triton_device), method="gen", gamma=gamma, M=M, temperature=T, backend="triton")
+        expected = truth.gen(f, gamma, M, T)
+        truth.assert_close(got.cpu(), -expected, gen_allowed(f, gamma, T, expected), (gamma, M))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C", [10, 100, 1000, 1001])
+def test_gen_has_the_same_bits_in_other_memory(triton_device, C, dtype):
+    """Alone or beside a row whose search takes more steps; where rows begin at 16-byte boundaries or anywhere."""
+    torch.manual_seed(0)
+    wide = (3 * torch.randn(5, C + 1)).to(dtype)
+    wide[2] = torch.linspace(-1e-4, 1e4, C + 1) ** 3 * 1e-8  # which takes all of them
+    wide[3, : C // 2] = -math.inf
+    f = wide.to(triton_device)[:, 1:]
+    for M in (5, C):
+        (whole,) = fastood.row_stats(f, [("gen", 0.1, M)], backend="triton").values()
+        (other,) = fastood.row_stats(f.contiguous(), [("gen", 0.1, M)], backend="triton").values()
+        assert torch.equal(other, whole)
+        for i in range(5):
+            (one,) = fastood.row_stats(f[i : i + 1].clone(), [("gen", 0.1, M)], backend="triton").values()
+            assert torch.equal(one, whole[i : i + 1])
+
+
+def test_gen_and_power_sums_of_bad_rows_are_nan_alone(triton_device):
+    f = torch.randn(5, 40, device=triton_device)
+    f[0, 3], f[1, 3], f[2], f[3, 1:] = math.nan, math.inf, -math.inf, -math.inf
+    for stat, sure in ((("gen", 0.1, 10), 0), (("gen", 0.1, 100), 0), (("power_sum", 2.5), 1)):
+        (got,) = fastood.row_stats(f, [stat], backend="triton").values()
+        assert got.isnan().tolist() == [True, True, True, False, False]
+        assert got[3] == sure
+
+
+def test_gen_of_rows_that_are_not_held(triton_device, monkeypatch, new_programs):
+    monkeypatch.setattr(shapes, "HELD_CLASSES", 16)
+    f = torch.randn(3, 17, device=triton_device)
+    got, expected = (fastood.score(f, method="gen", M=5, backend=b) for b in ("triton", "reference"))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("C", [1, 2, 100, 1001])
+def test_power_sums(triton_device, C):
+    """Also of orders that multiply what a sum is off by."""
+    rng = np.random.default_rng(C)
+    x = rng.standard_normal((5, C)) * [[0.0], [1e-3], [1.0], [10.0], [100.0]]
+    x[3, rng.random(C) < 0.5], x[3, -1] = -math.inf, 20.0
+    f = torch.from_numpy(x).float()
+    for r in (0.01, 0.5, 1, 3, 30):
+        (got,) = fastood.row_stats(f.to(triton_device), [("power_sum", r)], temperature=0.5, backend="triton").values()
+        p = [truth.softmax_row(row, 0.5)[0] for row in truth.widen(f)]
+        expected = np.array([np.sum(x[x > 0] ** truth.LD(r)) for x in p])
+        allowed = (32 + 8 * r + 4 * r * np.minimum(truth.span(f) / 0.5, 104)) * truth.EPS["float32"] * expected
+        truth.assert_close(got.cpu(), expected, allowed, r)
+
+
 def batchgrad(device, f, h, G, **options):
     f, h, G = (x.to(device) for x in (f, h, G))
     return fastood.BatchGrad(G, **options).score(f, h, oriented=False, backend="triton").cpu()
@@ -611,9 +700,8 @@ def test_what_it_leaves_to_the_reference(triton_device):
     anchors = fastood.BatchGrad(torch.randn(10, 4, device=triton_device), temperature=1e-40)
     no_feats = fastood.BatchGrad(torch.randn(10, 0, device=triton_device))
     for call in (
-        lambda b: fastood.score(f, method="gen", backend=b),
-        lambda b: fastood.score(f, h, "exgrad", log=True, backend=b),
-        lambda b: fastood.row_stats(f, [("power_sum", 3)], backend=b)["power_sum", 3],
+        lambda b: fastood.score(f, method="gen", gamma=5, backend=b),
+        lambda b: fastood.row_stats(f, [("power_sum", 4)], temperature=2.0**-99, backend=b)["power_sum", 4],
         lambda b: fastood.score(f, temperature=1e-40, backend=b),
         lambda b: fastood.score(f.clone().requires_grad_(), h, backend=b).detach(),
         lambda b: anchors.score(f, h, backend=b),
@@ -739,8 +827,8 @@ def new_programs():
     from fastood import _plan
     from fastood.kernels.triton import launch
 
-    caches = [triton._columns.cache_clear, triton._gradient.cache_clear, _plan._PLANS.clear]
-    caches += [launch.scores.cache_clear, launch.gradient.cache_clear]
+    caches = [triton._columns.cache_clear, triton._route_of.cache_clear, _plan._PLANS.clear]
+    caches += [launch.scores.cache_clear, launch.gradient.cache_clear, launch.gen.cache_clear]
     for clear in caches:
         clear()
     yield
@@ -773,6 +861,9 @@ def calls_of(C, D):
         "scores": lambda f, h, b: torch.stack([*fastood.scores(f, h, ["varsum", "gradnorm"], backend=b).values()]),
         "norms": lambda f, h, b: fastood.norms(h, [0.5, math.inf], backend=b),
         "statistics": lambda f, h, b: torch.stack([*fastood.row_stats(f, ["tv", "plogp"], backend=b).values()]),
+        "GEN": lambda f, h, b: fastood.score(f, method="gen", M=3, backend=b),
+        "log ExGrad": lambda f, h, b: fastood.score(f, h, "exgrad", log=True, backend=b),
+        "power sum": lambda f, h, b: fastood.row_stats(f, [("power_sum", 3)], backend=b)["power_sum", 3],
         "gradient": lambda f, h, b: fastood.gradient_norm(f, h, q[: len(f)], 3, expectation="outside", backend=b),
         "BatchGrad": lambda f, h, b: anchors.score(f, h, backend=b),
         "raw BatchGrad": lambda f, h, b: anchors.score(f, h, oriented=False, backend=b),
@@ -1042,12 +1133,13 @@ def recorded(self, fn, args, kwargs, *more):
 
 CodeGenerator.call_JitFunction = recorded
 target = GPUTarget("cuda", 90, 32)
-some, every = ("tv", "s2"), (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2")
+some, every = ("tv", "s2"), (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2", "log_one_minus_s2")
 for case in (
     *(Case("", t, 1000, 64, some, GRID, 0, 0) for t in (BFLOAT, FLOAT)),
     *(Case("", BFLOAT, C, D, stats, GRID, 0, 0) for C, D in ((1000, 64), (1001, 65)) for stats in (("tv",), every)),
     *(Case("", BFLOAT, 100, 0, (("gradient", "given", 3.0, 1.5, side),), (), 0, 0, "gradient")
       for side in ("inside", "outside")),
+    *(Case("", BFLOAT, 100, 0, (("gen", 0.1, M),), (), 0, 0, "gen") for M in (10, 100)),
     Case("", FLOAT, 100, 100, (), (), 0, 0, "plain"),
 ):
     compile_case(case, target)
@@ -1062,7 +1154,7 @@ if amd:
     torch.version.hip = "any"
 from benchmarks.gpu_static import *
 target = GPUTarget("hip", "gfx942", 64) if amd else GPUTarget("cuda", 90, 32)
-every = (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2")
+every = (*EVERY_V, "lse", "one_minus_msp", "log_msp", "one_minus_s2", "log_one_minus_s2")
 cases = [Case("", t, C, D, every, (0.1, 0.25, 1.5, 100.0), 0, 0) for t, C, D in (
     (BFLOAT, 1001, 257), (HALF, 10, 64), (HALF, 3001, 64), (FLOAT, 100, 17), (FLOAT, 7, 3), (FLOAT, 128256, 4096))]
 cases += [Case("", BFLOAT, 30001, 0, every, (), 0, 0), Case("", HALF, 30008, 64, every, (2.0,), 0, 0)]
@@ -1080,4 +1172,6 @@ for i, (q, r) in enumerate((q, r) for q in ("uniform", "log_predicted", "given")
         stat, C, t = ("gradient", q, r, 1.5, side), (10, 1001, 128256)[i % 3], (BFLOAT, HALF, FLOAT)[i % 3]
         case = Case("", t, C, 0, (stat,), (), 0, 0)
         compile_gradient(case, (FLOAT, BFLOAT)[i % 2], target)
+for C, M, t in ((10, 100, HALF), (1001, 100, BFLOAT), (16384, 5, FLOAT)):
+    compile_gen(Case("", t, C, 0, (("gen", 0.1, M),), (), 0, 0), target)
 """

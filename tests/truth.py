@@ -52,10 +52,23 @@ def row_stat(name, f, T):
         "log_msp": lambda: log_p[top],
         "s2": lambda: (p**2).sum(),
         "one_minus_s2": lambda: not_p[top] * p[top] + (p[others] * not_p[others]).sum(),
+        "log_one_minus_s2": lambda: log_one_minus_s2(f, T, top),
         "tv": lambda: np.abs(LD(1) / C - p).sum() / 2,
         "plogp": lambda: sum((x * y for x, y in zip(p, log_p, strict=True) if x > 0), LD(0)),
         "sumlogp": lambda: log_p.sum(),
     }[name]()
+
+
+def log_one_minus_s2(f, T, top):
+    """log(2 r + r^2 - r_2) - 2 log(1 + r), r and r_2 the sums of other classes' e^z and e^2z, beside the pivot's."""
+    z = (np.delete(f, top) - f[top]) / LD(T)
+    pivot = z.max(initial=-np.inf)
+    if pivot == -np.inf:
+        return pivot
+    e = np.exp(z - pivot)
+    r = e.sum() * np.exp(pivot)
+    ratio = (e * e).sum() / e.sum() * np.exp(pivot)
+    return pivot + np.log(e.sum()) + np.log(2 + (r - ratio)) - 2 * np.log1p(r)
 
 
 def stat(name, f, T=1.0):
@@ -165,6 +178,7 @@ def tolerance(name, truth, f, T, eps):
             "one_minus_msp": lambda: relative_tail * truth,
             "one_minus_s2": lambda: relative_tail * truth,
             "log_msp": lambda: relative_tail * np.abs(truth),
+            "log_one_minus_s2": lambda: np.where(np.isinf(truth), 0, relative_tail + 8 * eps * np.abs(truth)),
             "fmax": lambda: 0 * truth,
             # The contract names no bound for these: that of a sum of terms of one sign.
             "plogp": lambda: relative_tail * np.abs(truth) + (1e-319 if eps < 1e-9 else 0),

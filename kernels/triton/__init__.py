@@ -68,16 +68,17 @@ def row_stats(
 ) -> tuple[dict[Stat, Tensor], Tensor | None]:
     if traced(logits, feats, labels) or (want.orders and feats is not None and feats.shape[1] == 0):
         return reference.row_stats(logits, feats, want, labels)
-    # gen sorts, power sums, log_one_minus_s2 and high powers are other kinds of work: plain PyTorch does them.
     ours = want._replace(stats=tuple(s for s in want.stats if s in shapes.STATS))
     plan = shapes.plan_of(ours, None)
     if plan is None:
         return reference.row_stats(logits, feats, want, labels)
-    gradients = [s for s in want.stats if shapes.takes_gradient(s)]
-    others = tuple(s for s in want.stats if s not in shapes.STATS and s not in gradients)
+    C = 0 if logits is None else logits.shape[1]
+    alone = {s: _alone(s, want, C) for s in want.stats if s not in shapes.STATS}
+    others = tuple(s for s, call in alone.items() if call is None)
     stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()), labels)[0]
-    for s in gradients:
-        stats[s] = _gradient(s, want.temperature)(logits, None, labels if s[1] == "given" else None)
+    stats |= {
+        s: call(logits, None, labels if s[1] == "given" else None) for s, call in alone.items() if call is not None
+    }
     if not plan.columns:
         return stats, None
     out = _columns(ours)(logits if ours.stats else None, feats if want.orders else None)
@@ -136,10 +137,32 @@ def _columns(want: Want) -> Any:
     return _route(plan, want, (plan.columns, -1), torch.float64)
 
 
+def _alone(stat: Any, want: Want, C: int) -> Callable[..., Tensor] | None:
+    """How a statistic that takes launches of its own is called; None for what the kernels do not do.
+
+    That is gradient norms to powers which leave float32 with the weights that they are summed with, and GEN of rows
+    that no program's registers hold.
+    """
+    if stat[0] == "power_sum":
+        softer = want._replace(stats=("msp", "one_minus_msp"), orders=())
+        sharper = softer._replace(temperature=want.temperature / stat[1])
+        return partial(_power_sum, softer, sharper, stat[1]) if shapes.plan_of(sharper, None) else None
+    if shapes.takes_gradient(stat) or shapes.takes_gen(stat, C):
+        return _route_of(stat, want.temperature)
+    return None
+
+
+def _power_sum(softer: Want, sharper: Want, r: float, logits: Tensor, *_: None) -> Tensor:
+    """S_r = sum_k e^(r z_k) / (sum_k e^z_k)^r, z relative to the maximum: two sums, at T / r and at T."""
+    (p, not_p), (p_r, not_p_r) = (_columns(want)(logits, None) for want in (softer, sharper))
+    return (1 + not_p_r / p_r) * (-r * (not_p / p).log1p()).exp()
+
+
 @lru_cache(maxsize=256)
-def _gradient(stat: Any, temperature: float) -> Any:
+def _route_of(stat: Any, temperature: float) -> Any:
     launch = _launch()
-    return launch.Route((-1,), torch.float64, partial(launch.gradient, stat=stat, temperature=temperature))
+    program = launch.gen if stat[0] == "gen" else launch.gradient
+    return launch.Route((-1,), torch.float64, partial(program, stat=stat, temperature=temperature))
 
 
 def _route(plan: shapes.Plan, want: Want, shape: tuple[int, ...], dtype: torch.dtype) -> Any:

@@ -134,6 +134,21 @@ def gradient(
     return Program((Launch(device.gradient.gradient, arguments, constants, shape),))
 
 
+# Bits of a float32 that logits of a narrower type leave 0.
+UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+
+
+@lru_cache(maxsize=1024)
+def gen(on: torch.device, f: Layout, h: None, q: None, stat: tuple[str, float, int], temperature: float) -> Program:
+    """[N] float64."""
+    _, gamma, M = stat
+    constants, shape = shapes.gen_constants(M, f.columns, f.stride, f.itemsize, UNUSED_BITS[f.dtype])
+    table = _table((math.log2(math.e) / temperature, gamma, float(min(M, f.columns))), on)
+    row = Argument(NUMBER, f.stride // constants["V"])
+    arguments = (Argument(LOGITS), row, table, Argument(OUT), Argument(NUMBER, 0, 1))
+    return Program((Launch(device.gen.gen, arguments, constants, shape),))
+
+
 def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, plan: Plan) -> Program:
     """anchors.sign times BatchGrad, [N] float32. `plan`: of the maximum, its probability and the rest's."""
     g, g_sums = _prepared(anchors)

@@ -228,6 +228,35 @@ def gradient_constants(
     }, shape
 
 
+# ---- GEN
+
+# Exponents that the error of log2 (1 - p) stays small under, and that no logarithm of p_k / p is 0 times infinity with.
+LEAST_GAMMA, MOST_GAMMA = 2.0**-20, 4.0
+
+
+def takes_gen(stat: Any, C: int) -> bool:
+    """Whether the kernel computes it: a row has to stay in registers, where it is counted again and again."""
+    return stat[0] == "gen" and LEAST_GAMMA <= stat[1] <= MOST_GAMMA and 1 <= C <= HELD_CLASSES
+
+
+def gen_constants(M: int, C: int, stride: int, itemsize: int, shift: int) -> tuple[dict[str, Any], Shape]:
+    """The compile-time arguments of device.gen.gen; `shift`: the bits that float32 has more than the logits' type."""
+    lanes = 1 if C <= 16 else max(2, _power_of_2(math.ceil(C / (HELD_A_THREAD // 2))))
+    shape = Shape(max(1, 32 // lanes), max(1, lanes // 32))
+    vec = math.gcd(C, 16 // itemsize)
+    W = lanes * vec if lanes > 1 else 1
+    return {
+        "C": C,
+        "SELECT": M < C,
+        "SHIFT": shift,
+        "V": math.gcd(vec, stride),
+        "ROWS": shape.rows,
+        "W": W,
+        "EACH": vec if lanes > 1 else 1,
+        "TILES": math.ceil(C / W),
+    }, shape
+
+
 # ---- statistics. The numbers that device/scores.py gives them, and the sums they are made of.
 
 EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL = 1, 2, 4, 8, 16, 32
@@ -240,13 +269,14 @@ STATS = {
     "s2": (4, EXP | SQUARES),
     "tv": (5, EXP | TV),
     "sumlogp": (6, EXP | SUMLOGP),
-    "one_minus_msp": (7, EXP | PEEL),
-    "log_msp": (8, EXP | PEEL),
-    "one_minus_s2": (9, EXP | PEEL | SQUARES),
-    "plogp": (10, EXP | PEEL | PLOGP),
+    "log_one_minus_s2": (7, EXP | PEEL | SQUARES),
+    "one_minus_msp": (8, EXP | PEEL),
+    "log_msp": (9, EXP | PEEL),
+    "one_minus_s2": (10, EXP | PEEL | SQUARES),
+    "plogp": (11, EXP | PEEL | PLOGP),
 }
 
-LIGHT = 7  # from this number on a statistic vanishes with the rest of the row
+LIGHT = 8  # from this number on a statistic vanishes with the rest of the row
 
 # ---- norms
 

@@ -20,8 +20,8 @@ from fastood.kernels.triton.device.words import (
 
 # The statistics, as shapes.py numbers them.
 FMAX, LSE, ENERGY, MSP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-S2, TOTAL_VARIATION, SUMLOGP_STAT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
-ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
+S2, TOTAL_VARIATION, SUMLOGP_STAT, LOG_ONE_MINUS_S2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
+ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
 
 
 @triton.jit
@@ -61,24 +61,25 @@ def parts_of(sums, scale, PEEL_: tl.constexpr):
     m, pivot, rest, squares, exp_t, sum_t, deviation, rare = sums
     if PEEL_:
         weight = tl.full(m.shape, 1.0, tl.float64)
+        far = tl.zeros_like(weight)
         ratio = tl.where(rest > 0.0, squares / rest, 0.0)
         if rare:
-            # 2^-16384 is 0, and 0 times what may be infinite would be NaN.
-            gap = tl.maximum((pivot.to(tl.float64) - m.to(tl.float64)) * scale, -16384.0)
-            weight = tl.where(pivot < m, exp2_double(gap), 1.0)
+            far = tl.where(pivot < m, (pivot.to(tl.float64) - m.to(tl.float64)) * scale, 0.0)
+            gap = tl.maximum(far, -16384.0)  # 2^-16384 is 0, and 0 times what may be infinite would be NaN
+            weight = exp2_double(gap)
             near = weight.to(tl.float32)
             squares *= near * near
             ratio *= near
             exp_t = tl.where(rest > 0.0, tl.fma(gap.to(tl.float32), rest, exp_t), 0.0)
-        return m, weight, rest, squares, ratio, exp_t, sum_t, deviation, rare
+        return m, weight, rest, squares, ratio, exp_t, sum_t, deviation, rare, far
     else:
-        return m, 1.0, rest, squares, squares, exp_t, sum_t, deviation, False
+        return m, 1.0, rest, squares, squares, exp_t, sum_t, deviation, False, 0.0
 
 
 @triton.jit
 def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
     """One statistic of kernels/__init__.py; those that vanish with the rest in units of its weight."""
-    m, weight, rest, squares, ratio, cross, sum_t, deviation, _ = parts
+    m, weight, rest, squares, ratio, cross, sum_t, deviation, _, gap = parts
     if PEEL_:
         near = weight.to(tl.float32)
         r = rest * near
@@ -109,6 +110,10 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
         return 0.0 - small_log
     elif CODE == ONE_MINUS_S2:
         return rest * (2.0 + (r - ratio)) * inverse * inverse
+    elif CODE == LOG_ONE_MINUS_S2:
+        light = statistic(ONE_MINUS_S2, parts, temperature, C, PEEL_)
+        x = tl.fma(gap, tl.full(gap.shape, LN2, tl.float64), log(light))  # finite where the weight is 0
+        return tl.where(light > 0.0, x, tl.where(light == 0.0, -INF, light).to(tl.float64))
     else:
         return tl.fma(cross * LN2, inverse, 0.0 - small_log)
 
