@@ -100,7 +100,7 @@ def scores(
     C, D = f.columns if f else 0, h.columns if h else 0
     shape = shapes.launch_shape(C, D, f.itemsize if f else 0)
     x_tile, x_tiles = shapes.logits_tile(*f[1:], f.itemsize, shape.lanes) if f else (shapes.NOTHING, 0)
-    y_tile = shapes.tile_of(*h[1:], h.itemsize, shape.lanes) if h else shapes.NOTHING
+    y_tile = shapes.feats_tile(*h[1:], h.itemsize, shape.lanes) if h else shapes.NOTHING
     nothing = None, Argument(NUMBER), Argument(NUMBER)
     logits = f.arguments(LOGITS, x_tile) if f else nothing
     feats = h.arguments(FEATS, y_tile) if h else nothing

@@ -28,13 +28,13 @@ ROWS = {
     16384: (1, 4),
     24576: (1, 8),
 }
-ROWS_WITH_FEATS = {**ROWS, 16: (16, 4), 128: (16, 4), 1024: (4, 1)}
-ROWS_OF_FEATS = {4096: (16, 2), 16384: (4, 4)}  # features alone
+ROWS_WITH_FEATS = {**ROWS, 16: (8, 1), 128: (16, 4), 1024: (2, 1)}
+ROWS_OF_FEATS = {2048: (4, 1), 4096: (2, 1), 8192: (1, 1), 16384: (1, 2)}  # features alone
 LONG_ROWS = (1, 4)  # of features, beyond that table
 # Of logits beyond ROWS, by their bytes: warps of the program that reads a row in tiles of 16 bytes a thread, or where
 # rows begin anywhere of an element a thread; and how many of either are in flight.
 STREAM = {2: (8, 8, 32), 4: (16, 8, 24)}
-TILES = 4  # of features in flight
+TILES = 4  # of features in flight, 16 bytes a thread
 FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
 
@@ -105,6 +105,13 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -
     return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
 
 
+def feats_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
+    """The same of features, which are never shifted: what a thread has, and so how sums round, hangs on `columns` alone."""
+    p = 4 // itemsize
+    span = math.ceil(columns * itemsize / 16)
+    return Tile(math.gcd(columns, stride, offset, 4 * p), p, False, 4 * min(lanes, _power_of_2(span)))
+
+
 def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> tuple[Tile, int]:
     """The same of logits, and of rows that are read tile by tile how many tiles are in flight, else 0.
 
@@ -138,8 +145,9 @@ def tiles_in_flight(columns: int, tile: Tile) -> int:
 
 NOTHING = Tile(1, 1, False, 1)
 
-# A program of BatchGrad is one warp of 128 rows, four a thread; the registers of a multiprocessor hold 11 of them.
-BATCHGRAD = {"ROWS": 128, "CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2, "AHEAD": False}
+# A program of BatchGrad is two warps of the same 128 rows, four a thread, and of eight classes each; 168 registers a
+# thread let six of them run on a multiprocessor at a time.
+BATCHGRAD = {"ROWS": 128, "CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2, "AHEAD": 0, "STAGES": 1, "FAR": 1}
 BATCHGRAD_REGISTERS = 168
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
@@ -194,7 +202,7 @@ def gradient_table(order: float, power: float, temperature: float) -> tuple[floa
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
-    """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
+    """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the most."""
     code, given = GRADIENT_ORDERS.get(order, -1), labels == "given"
     general = code == -1 and expectation == "outside"  # which keeps p^r too
     longest = HELD_PAIRS if given else HELD_CLASSES
@@ -271,7 +279,8 @@ def factors_of(r: float) -> Factors:
         return Factors(0, False, r)
     whole, half = int(r), r % 1 >= 0.5
     rest = r - whole - half / 2
-    return Factors(whole, half, rest if rest > 1e-15 * r else 0.0)
+    # The least orders only count, and must not vanish in float32.
+    return Factors(whole, half, max(rest, 2.0**-100) if rest > 1e-15 * r else 0.0)
 
 
 def farthest(r: float, rest: float) -> float:
@@ -346,7 +355,7 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
     slots = tuple(kept.index(r) for r in orders)
     left, right = (tuple(x[i] for x in products) for i in (0, 1))
     first, second = tuple(x[0] for x in sums), tuple(x[1] if len(x) == 2 else -1 for x in sums)
-    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals, False))
+    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals))
     return Norms(powers, tuple(ranges), slots)
 
 
@@ -435,7 +444,6 @@ def constants(
         "D": D,
         "H_VEC": h.vec,
         "H_P": h.p,
-        "H_SHIFTED": h.shifted,
         "H_W": h.w,
         "H_TILES": tiles_in_flight(D, h),
         "POWERS": norms.powers,

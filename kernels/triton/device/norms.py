@@ -10,13 +10,10 @@ import triton.language as tl
 
 from fastood.kernels.triton.device.words import (
     INF,
+    NVIDIA,
     any_row,
-    in_float32,
-    in_one,
-    is_own,
     larger,
     larger_words,
-    load,
     log2,
     row_max,
     row_sums,
@@ -26,10 +23,13 @@ from fastood.kernels.triton.device.words import (
 )
 
 
+FOLD = tl.constexpr(4)  # words of a load
+
+
 @triton.jit
 def powers_of(a, largest, SAFE: tl.constexpr, POWERS: tl.constexpr):
     """All powers of |h|; SAFE: of |h| / largest, however far the two are apart."""
-    x = tl.div_rn(a, largest + tl.zeros_like(a)) if SAFE else a
+    x = quotient(a, largest) if SAFE else a
     log = x
     for i in tl.static_range(len(POWERS[0])):
         if POWERS[0][i] != 1.0 and POWERS[0][i] != 0.5:
@@ -45,6 +45,15 @@ def powers_of(a, largest, SAFE: tl.constexpr, POWERS: tl.constexpr):
     for i in tl.static_range(len(POWERS[1])):
         out = out + (out[POWERS[1][i]] * out[POWERS[2][i]],)
     return out
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded once: 1 of equal ones."""
+    if NVIDIA:
+        return tl.div_rn(a, b + tl.zeros_like(a))
+    else:
+        return a / b
 
 
 @triton.jit
@@ -88,77 +97,75 @@ def add_each(a, b):
 
 
 @triton.jit
-def read_powers(ptr, base, head, w, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D: tl.constexpr,
-                VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-                POWERS: tl.constexpr):  # fmt: skip
-    """Whole rows to the sums, how many elements are not 0, the maximum, and the least bits of |h|, but one less.
+def read_powers(ptr, base, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
+                P: tl.constexpr, W: tl.constexpr, K: tl.constexpr, POWERS: tl.constexpr):  # fmt: skip
+    """Whole rows to the sums, how many elements are not 0, the maximum, and all bits of min(|h|, least normal number).
 
-    K tiles are in flight, and summed by themselves first: a long sum of equal terms would round in one direction.
-    The sums have a tuple for each half of a word if SHIFTED.
+    K tiles are in flight and summed by themselves, MANY times K too: a long sum of equal terms rounds in one direction.
     """
-    SPAN: tl.constexpr = (D + (VEC - 1 if SHIFTED else 0) + P - 1) // P
+    SPAN: tl.constexpr = (D + P - 1) // P
+    MANY: tl.constexpr = 16 if SPAN > 32 * W * K else 32
     TYPE: tl.constexpr = ptr.dtype.element_ty
-    FOLD: tl.constexpr = 1 if SHIFTED else VEC // P
     zero = tl.zeros([ROWS, W // FOLD], tl.float32)
-    totals = ()
+    none = ()
     for _ in tl.static_range(len(POWERS[3])):
-        totals = totals + (zero,)
-    totals = (totals, totals) if SHIFTED and P == 2 else (totals,)
+        none = none + (zero,)
+    totals = none
     count = zero.to(tl.int32)
     most = zero.to(tl.uint32) if P == 2 else zero
-    least = zero.to(tl.uint32) - 1  # which makes 0 the largest
-    PIPE: tl.constexpr = POWERS[5][3]
-    raw = load_tiles(ptr, base, head, 0, w, D, VEC, P, SHIFTED, W, K, SPAN, False)
-    for c in range(0, SPAN, W * K):
-        if PIPE:
-            following = load_tiles(ptr, base, head, c + W * K, w, D, VEC, P, SHIFTED, W, K, SPAN, True)
-        else:
-            raw = load_tiles(ptr, base, head, c, w, D, VEC, P, SHIFTED, W, K, SPAN, False)
-        us = ()
-        for k in tl.static_range(K):
-            u = magnitudes(raw[k], P)
-            if SHIFTED:
-                u = own_words(u, c + k * W + w, head, D, VEC, P)
-            us = us + apart(u, FOLD)
-        parts = totals if SHIFTED else ((),)
-        counts = zero.to(tl.uint32)
-        for i in tl.static_range(len(us)):
+    seen = zero.to(tl.uint32)
+    # Once subnormals are known to be there, or not to matter, an element that is not 0 counts by one bit.
+    SHIFT: tl.constexpr = (7 if P == 2 else 23) if POWERS[5][2] and not SAFE else 0
+    for first in range(0, SPAN, MANY * W * K):
+        sums = none
+        for c in range(first, tl.minimum(first + MANY * W * K, SPAN), W * K):
+            us = ()
+            for k in tl.static_range(K):
+                us = us + load_words(ptr, base, c + k * W, D, VEC, P, W, SPAN % (W * K) == 0 and D % P == 0)
+            parts = ()
+            counts = zero.to(tl.uint32)
+            for i in tl.static_range(K * FOLD):
+                u = us[i] & 0x7FFF7FFF if P == 2 else tl.abs(us[i])
+                if POWERS[5][0] or SHIFT > 0:
+                    least = at_most(u, 1 << SHIFT, P, TYPE)
+                    counts += least
+                    seen |= least
+                if POWERS[5][1]:
+                    most = larger_words(most, u, P, TYPE)
+                halves = unpack(u, P, TYPE)
+                for j in tl.static_range(P):
+                    parts = add_powers(parts, powers_of(halves[j], largest, SAFE, POWERS), POWERS)
+            sums = add_each(sums, parts)
             if POWERS[5][0]:
-                counts += not_zero(us[i], P, TYPE)
-            if POWERS[5][1]:
-                most = larger_words(most, us[i], P, TYPE)
-            halves = unpack(us[i], P, TYPE)
-            for j in tl.static_range(P):
-                if POWERS[5][2]:
-                    least = tl.minimum(least, halves[j].to(tl.uint32, bitcast=True) - 1)
-                ys = powers_of(halves[j], largest, SAFE, POWERS)
-                if len(parts) == 2 and j == 1:
-                    parts = (parts[0], add_powers(parts[1], ys, POWERS))
-                elif len(parts) == 2:
-                    parts = (add_powers(parts[0], ys, POWERS), parts[1])
-                else:
-                    parts = (add_powers(parts[0], ys, POWERS),)
-        totals = parts if SHIFTED else (add_each(totals[0], parts[0]),)
-        if POWERS[5][0]:
-            count += ((counts & 0xFFFF) + (counts >> 16)).to(tl.int32) if P == 2 else counts.to(tl.int32)
-        if PIPE:
-            raw = following
-    return totals, count, most, least
+                counts = (counts & 0xFFFF) + (counts >> 16) if P == 2 else counts
+                count += (counts >> SHIFT).to(tl.int32)
+        totals = add_each(totals, sums)
+    return totals, count, most, seen
 
 
 @triton.jit
-def load_tiles(ptr, base, head, c, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
-               W: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, MAYBE: tl.constexpr):  # fmt: skip
-    raw = ()
-    for k in tl.static_range(K):
-        if SPAN % (W * K) == 0 and not SHIFTED:
-            if MAYBE:
-                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w), mask=c < SPAN, other=0.0),)
+def load_words(ptr, base, first, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+               WHOLE: tl.constexpr):  # fmt: skip
+    """A tile as FOLD words of each thread, which are the same wherever rows begin; WHOLE: all of them are the row's."""
+    out = ()
+    if VEC < P:
+        lane = tl.arange(0, W // FOLD)[None, :]
+        for i in tl.static_range(FOLD):
+            place = (first + lane * FOLD + i) * P
+            low = tl.load(ptr + base + place, mask=place < D, other=0.0).to(tl.uint16, bitcast=True)
+            high = tl.load(ptr + base + place + 1, mask=place + 1 < D, other=0.0).to(tl.uint16, bitcast=True)
+            out = out + (low.to(tl.uint32) | (high.to(tl.uint32) << 16),)
+    else:
+        WIDE: tl.constexpr = VEC // P
+        w = tl.arange(0, W // FOLD * WIDE)[None, :]
+        for i in tl.static_range(0, FOLD, WIDE):
+            word = first + w // WIDE * FOLD + (w % WIDE + i)
+            if WHOLE:
+                u = tl.load(words(ptr, P) + base + word)
             else:
-                raw = raw + (tl.load(words(ptr, P) + base + (c + k * W + w)),)
-        else:
-            raw = raw + (load(ptr, base, head, c + k * W + w, D, 0.0, VEC, P, SHIFTED),)
-    return raw
+                u = tl.load(words(ptr, P) + base + word, mask=word // WIDE < D // VEC, other=0)
+            out = out + apart(u, WIDE)
+    return out
 
 
 @triton.jit
@@ -168,39 +175,26 @@ def apart(u, N: tl.constexpr):
         return (u,)
     else:
         left, right = tl.split(tl.reshape(u, [u.shape[0], u.shape[1] // 2, 2]))
-        return apart(left, N // 2) + apart(right, N // 2)
+        if N == 2:
+            return left, right
+        else:
+            even, odd = apart(left, 2), apart(right, 2)
+            return even[0], odd[0], even[1], odd[1]
 
 
 @triton.jit
-def magnitudes(u, P: tl.constexpr):
-    return u & 0x7FFF7FFF if P == 2 else tl.abs(u.to(tl.float32))
-
-
-@triton.jit
-def own_words(u, word, head, n, VEC: tl.constexpr, P: tl.constexpr):
-    """Words of shifted rows with 0 for what is not the row's own."""
+def at_most(u, BITS: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr):
+    """The bits of each magnitude, but at most these."""
     if P == 2:
-        u = tl.where(is_own(word, 0, head, n, VEC, P, True), u, u & 0xFFFF0000)
-        return tl.where(is_own(word, 1, head, n, VEC, P, True), u, u & 0xFFFF)
+        return smaller_words(u, tl.full(u.shape, BITS * 0x00010001, tl.uint32), P, TYPE)
     else:
-        return tl.where(is_own(word, 0, head, n, VEC, P, True), u, 0.0)
+        return tl.minimum(u.to(tl.uint32, bitcast=True), BITS)
 
 
 @triton.jit
-def not_zero(u, P: tl.constexpr, TYPE: tl.constexpr):
-    """1 for each element that is not 0, of pairs in the two halves."""
-    if P == 2:
-        return smaller_words(u, tl.full(u.shape, 0x00010001, tl.uint32), P, TYPE)
-    else:
-        return tl.minimum(u.to(tl.uint32, bitcast=True), 1)
-
-
-@triton.jit
-def row_powers(totals, count, most, P: tl.constexpr, SHIFTED: tl.constexpr, POWERS: tl.constexpr,
-               TYPE: tl.constexpr):  # fmt: skip
+def row_powers(totals, count, most, P: tl.constexpr, POWERS: tl.constexpr, TYPE: tl.constexpr):
     """The sums of slots reduced to rows."""
-    out = row_sums(in_one(totals, len(totals), SHIFTED)) if len(POWERS[3]) > 0 else ()
-    out = in_float32(out)
+    out = row_sums(totals)
     if POWERS[5][0]:
         out = out + (tl.sum(count, 1).to(tl.float32),)
     if POWERS[5][1]:
@@ -210,9 +204,8 @@ def row_powers(totals, count, most, P: tl.constexpr, SHIFTED: tl.constexpr, POWE
 
 
 @triton.jit
-def norm_sums(ptr, base, head, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr,
-              W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr,
-              BIAS: tl.constexpr):  # fmt: skip
+def norm_sums(ptr, base, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+              ROWS: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """The sums of POWERS, how many elements are not 0, the maximum; and the unit of each row: powers are of |h| / unit.
 
     First all is summed as it stands. A row of which a sum is outside its RANGES may have overflowed, or lost what
@@ -221,31 +214,30 @@ def norm_sums(ptr, base, head, w, D: tl.constexpr, VEC: tl.constexpr, P: tl.cons
     TYPE: tl.constexpr = ptr.dtype.element_ty
     SUMS: tl.constexpr = len(RANGES)
     one = tl.full([ROWS, 1], 1.0, tl.float32)
-    totals, count, most, least = read_powers(ptr, base, head, w, one, ROWS, False, D, VEC, P, SHIFTED, W, K, POWERS)
-    sums = row_powers(totals, count, most, P, SHIFTED, POWERS, TYPE)
+    totals, count, most, seen = read_powers(ptr, base, one, ROWS, False, D, VEC, P, W, K, POWERS)
+    sums = row_powers(totals, count, most, P, POWERS, TYPE)
     unit = tl.full([ROWS], 1.0, tl.float32)
     doubtful = unit != 1.0
     for i in tl.static_range(SUMS):
         if RANGES[i][0] > -INF:
             doubtful |= (sums[i] < RANGES[i][0]) | (sums[i] > RANGES[i][1])
     if POWERS[5][2]:
-        doubtful |= tl.min(least, 1) < 0x007FFFFF
+        subnormal = seen & (0x007F007F if P == 2 else 0x007FFFFF)
+        doubtful |= tl.max((subnormal > 0).to(tl.int32), 1) > 0
     if any_row(doubtful):
         if POWERS[5][1]:
             largest = sums[SUMS - 1]
         else:
-            MOST: tl.constexpr = ((), (), (), (), (), (False, True, False, False))
-            _, none, most, _ = read_powers(ptr, base, head, w, one, ROWS, False, D, VEC, P, SHIFTED, W, K, MOST)
-            largest = row_powers(((),), none, most, P, SHIFTED, MOST, TYPE)[0]
+            MOST: tl.constexpr = ((), (), (), (), (), (False, True, False))
+            _, _, most, _ = read_powers(ptr, base, one, ROWS, False, D, VEC, P, W, K, MOST)
+            largest = row_powers((), count, most, P, MOST, TYPE)[0]
         # Sums that hold infinity or nothing are right as they are.
         doubtful = doubtful & (largest > 0.0) & (largest < INF)
         if BIAS:
             largest = larger(largest, 1.0)
         unit = tl.where(doubtful, largest, 1.0)
-        totals, count, most, least = read_powers(
-            ptr, base, head, w, unit[:, None], ROWS, True, D, VEC, P, SHIFTED, W, 1, POWERS
-        )
-        again = row_powers(totals, count, most, P, SHIFTED, POWERS, TYPE)
+        totals, count, most, _ = read_powers(ptr, base, unit[:, None], ROWS, True, D, VEC, P, W, 1, POWERS)
+        again = row_powers(totals, count, most, P, POWERS, TYPE)
         picked = ()
         for i in tl.static_range(SUMS):
             picked = picked + (tl.where(doubtful, again[i], sums[i]),)

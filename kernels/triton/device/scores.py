@@ -144,8 +144,8 @@ def scores(
     x_ptr, x_stride, x_offset, h_ptr, h_stride, h_offset, table_ptr, out_ptr, out_row, out_column, N,
     C: tl.constexpr, X_VEC: tl.constexpr, X_P: tl.constexpr, X_SHIFTED: tl.constexpr, X_W: tl.constexpr,
     SUMS: tl.constexpr, STATS: tl.constexpr, X_TILES: tl.constexpr,
-    D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_SHIFTED: tl.constexpr, H_W: tl.constexpr,
-    H_TILES: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_W: tl.constexpr, H_TILES: tl.constexpr,
+    POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
     BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr, ALL_V: tl.constexpr, ALL_U: tl.constexpr,
     SQUARE: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -170,11 +170,8 @@ def scores(
             sums = softmax_sums(x_ptr, base, head, w, C, near, C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS)
         parts = parts_of(sums, scale, PEEL & SUMS)
     if len(ORDERS) > 0:
-        base, head = place(row, h_stride, h_offset, H_VEC, H_P, H_SHIFTED)
-        w = tl.arange(0, H_W)[None, :]
-        powers, unit = norm_sums(
-            h_ptr, base, head, w, D, H_VEC, H_P, H_SHIFTED, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS
-        )
+        base, _ = place(row, h_stride, h_offset, H_VEC, min(H_P, H_VEC), False)
+        powers, unit = norm_sums(h_ptr, base, D, H_VEC, H_P, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS)
 
     if len(FEW) > 0:
         out_ptr += row.to(tl.int64) * out_row
