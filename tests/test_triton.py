@@ -1012,7 +1012,7 @@ def test_on_another_device_than_the_current_one():
 def test_tiles(itemsize):
     for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24576]:
         for stride in (columns, columns + 1, 0):
-            rows, warps = shape = shapes.launch_shape(columns, 0, itemsize)
+            rows, warps, _ = shape = shapes.launch_shape(columns, 0, itemsize)
             lanes = shape.lanes
             assert rows * lanes in (32 * warps, rows)
             tile, _ = shapes.logits_tile(columns, stride, 0, itemsize, lanes)

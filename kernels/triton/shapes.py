@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 # ---- launch shapes
 
-# Most classes -> rows a program, warps, most registers. Rows share a warp's shuffles; up to 128 logits a thread stay in
-# registers, 64 where rows are as short, so that more warps have a place.
+# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers, 64
+# where rows are as short, so that more warps have a place.
 ROWS = {
     16: (256, 4),
     128: (16, 2),
-    1024: (2, 1, 96),
+    1024: (2, 1),
     2048: (2, 1),
     4096: (1, 1),
     8192: (1, 2),

@@ -121,7 +121,12 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                     if any_row(exp_t != exp_t):
                         exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, unit, excess) * back, exp_t)
                 if any_row(again):
-                    other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
+                    # In tiles of four logits a thread, so that what is rare is not what takes the most registers.
+                    SOME: tl.constexpr = W // P if N % 8 == 0 else W
+                    some = tl.arange(0, SOME)[None, :]
+                    other, sum1, sum2, sum3, sum4 = sums_again(
+                        ptr, base, head, some, n, m, scale, N, VEC, P, SHIFTED, SOME
+                    )
                     pivot = tl.where(again, other, m)
                     rest = tl.where(again, sum1, rest)
                     squares = tl.where(again, sum2, squares)
@@ -129,7 +134,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                     sum_t = tl.where(again, sum4, sum_t)
                     if TV & SUMS:
                         u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / N
-                        other = deviations_again(ptr, base, head, w, n, m, scale, u, N, VEC, P, SHIFTED, W)
+                        other = deviations_again(ptr, base, head, some, n, m, scale, u, N, VEC, P, SHIFTED, SOME)
                         deviation = tl.where(again, other, deviation)
     return m, pivot, rest, squares, exp_t, sum_t, deviation, rare
 
@@ -162,9 +167,7 @@ def added(sums, A: tl.constexpr):
 
 @triton.jit
 def largest_first(us, P: tl.constexpr, TYPE: tl.constexpr):
-    """The words of each slot, their largest elements in front: what is -inf before a row comes second then, what is
-    -inf after it stays in place.
-    """
+    """The words of each slot, their largest elements in front; what is -inf beyond a row's end stays in place."""
     top = us[0]
     others = ()
     for i in tl.static_range(1, len(us)):
