@@ -177,6 +177,18 @@ def approximations(request, monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_sqrt", approximation(np.sqrt, worst_root))
 
 
+@pytest.mark.parametrize(("D", "dtype"), of_every_type([5, 37, 132, 139]), ids=str)
+def test_norms_are_the_same_wherever_rows_begin(triton_device, D, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(6, D).to(dtype).to(triton_device)
+    orders = (0, 0.1, 0.3, 1, 2, math.inf)
+    expected = fastood.norms(x, orders, backend="triton")
+    for offset, stride in ((0, D + 1), (1, D + 3), (2, D + 6), (4, D + 4)):
+        h = x.new_empty(8 * stride).as_strided((6, D), (stride, 1), offset)
+        h.copy_(x)
+        assert torch.equal(fastood.norms(h, orders, backend="triton"), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norms_of_every_order_and_size(triton_device, approximations, dtype):
     """The largest orders of ordinary features, and all orders of the largest and smallest: also of equal ones, whose
@@ -860,7 +872,7 @@ def test_on_another_device_than_the_current_one():
 def test_tiles(itemsize):
     for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24576]:
         for stride in (columns, columns + 1, 0):
-            rows, warps = shape = shapes.launch_shape(columns, 0, itemsize)
+            rows, warps, _ = shape = shapes.launch_shape(columns, 0, itemsize)
             lanes = shape.lanes
             assert rows * lanes in (32 * warps, rows)
             tile, _ = shapes.logits_tile(columns, stride, 0, itemsize, lanes)
