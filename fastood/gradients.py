@@ -153,7 +153,7 @@ def anchor_gradient(
     y = y[:, None]
     off = (-p).scatter(-1, y, not_p.gather(-1, y))  # e_y - p
     with torch.autocast(f.device.type, enabled=False):
-        G = off.T @ reference.extended(h.to(dtype), bias) / T
+        G = (off.T @ reference.extended(h.to(dtype), bias)).double() / T
     return give(G.to(dtype), as_numpy)
 
 
@@ -164,6 +164,8 @@ class BatchGrad:
     = sum_c [ (1 - p_c) sum_d |G_cd - p_c h_d / T| + p_c sum_d |G_cd + (1 - p_c) h_d / T| ].
 
     The raw value is larger for OOD inputs. It costs O(C D) a sample, without autograd, and [N, C, D] is never built.
+    A row of features that holds infinity has the raw value +inf, even where p is 0 and 1 and the sum would be
+    0 times infinity; one that holds NaN, or logits without a softmax, gives NaN.
 
     Parameters
     ----------
@@ -238,12 +240,15 @@ class BatchGrad:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """To a .safetensors file, which ``BatchGrad.load`` reads."""
-        from fastood.files import library  # which `import fastood` need not load
+        from fastood.files import atomic, library  # which `import fastood` need not load
 
         options = {"temperature": repr(self.anchors.temperature), "bias": str(int(self.anchors.bias))}
-        library("safetensors.torch").save_file(
-            {"G": self.anchors.G.contiguous()}, path, metadata={"fastood": "BatchGrad", **options}
-        )
+        with atomic(path) as temporary:  # safetensors' own files can be read by their owner alone
+            temporary.write_bytes(
+                library("safetensors.torch").save(
+                    {"G": self.anchors.G.contiguous()}, metadata={"fastood": "BatchGrad", **options}
+                )
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> BatchGrad:

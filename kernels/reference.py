@@ -428,6 +428,8 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     dtype = torch.promote_types(
         torch.promote_types(logits.dtype, feats.dtype), torch.promote_types(G.dtype, torch.float32)
     )
+    if not 2.0**-100 <= T <= 2.0**100:  # of which float32 may not hold the reciprocal, which is what CUDA multiplies by
+        dtype = torch.float64
     p, not_p = (x.to(dtype) for x in Softmax(logits, T).probabilities())
     G, x = G.to(dtype), extended(feats.to(dtype), anchors.bias)
     # c does not depend on N, so that a row's sum does not depend on its batch.
@@ -438,19 +440,24 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), G.split(c), strict=True)
         nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
         sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
-    return anchors.sign * torch.cat(sums)
+    out = torch.cat(sums)
+    if x.shape[1] > 0:
+        # Infinite or NaN where a feature is, even if p has rounded to 0 and 1: 0 times such a feature is not nothing.
+        largest = x.abs().amax(-1).double()
+        out = torch.where(largest.isfinite(), out, largest + 0 * p[:, 0])
+    return anchors.sign * out
 
 
 def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
     """Two rank-one updates of each row of G, weighed: p, not_p [n, c], g [c, D], x [n, D] -> [n]."""
     # Divided by T last: h / T alone may overflow where p h / T is small.
-    away = (g - _weighed(p[..., None], x[:, None]) / T).abs().sum(-1)
-    towards = (g + _weighed(not_p[..., None], x[:, None]) / T).abs().sum(-1)
+    away = (g - p[..., None] * x[:, None] / T).abs().sum(-1)
+    towards = (g + not_p[..., None] * x[:, None] / T).abs().sum(-1)
     return row_sum(_weighed(not_p, away) + _weighed(p, towards))
 
 
 def _weighed(p: Tensor, x: Tensor) -> Tensor:
-    """p x, where what has no probability does not count even if it is infinite."""
+    """p x, where what has no probability does not count even if it has overflowed."""
     return torch.where(p == 0, 0.0, p * x)
 
 

@@ -4,7 +4,9 @@ numpy's are nearly exact, and never flush; so the interpreter would pass what a 
 - ex2.approx.ftz.f32: relative error at most 2^-22; subnormal results are 0;
 - lg2.approx.ftz.f32: absolute error at most 2^-22.6 for inputs in (1/2, 2), else relative; subnormal inputs are 0;
 - div.full.f32: at most 2 units in the last place.
-The models err up to that by a hash of the operands: the same operands give the same bits. Powers of two are exact.
+All else that Triton makes of the kernels (add, mul, fma, sqrt.rn, conversions, min and max) is exactly rounded and keeps
+subnormals: no other instruction in their PTX has .ftz or .approx. The models err up to that by a hash of the operands:
+the same operands give the same bits. Powers of two are exact.
 """
 
 import numpy as np

@@ -369,6 +369,11 @@ def test_log_scores(backend, data):
 # ---- rows that have no softmax, and batches
 
 
+def keeps_bits(backend, name):
+    """GEN is torch's on a GPU, where the order of a row's sum may depend on the batch."""
+    return not (backend == "triton" and name == "gen" and torch.cuda.is_available())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bad_rows_are_nan_alone(backend, dtype):
     inf, nan = math.inf, math.nan
@@ -377,11 +382,11 @@ def test_bad_rows_are_nan_alone(backend, dtype):
         [good, [nan, 0, 0, 0], [0, nan, inf, -inf], [inf, 0, 0, 0], [inf, inf, 0, -inf], [-inf] * 4, good], dtype=dtype
     )
     h = torch.ones(7, 3, dtype=dtype)
-    for name, got in fastood.scores(
-        f, h, [n for n in fastood.SCORES if n != "norm"], norm=None, backend=backend
-    ).items():
-        alone = fastood.scores(f[:1], h[:1], [name], norm=None, backend=backend)[name]
-        assert torch.equal(got[[0, 6]], alone.expand(2)), name
+    names = [n for n in fastood.SCORES if n != "norm"]
+    alone = fastood.scores(f[:1], h[:1], names, norm=None, backend=backend)
+    for name, got in fastood.scores(f, h, names, norm=None, backend=backend).items():
+        exact = {"rtol": 0, "atol": 0} if keeps_bits(backend, name) else {}
+        torch.testing.assert_close(got[[0, 6]], alone[name].expand(2), **exact)
         if name == "energy":
             assert got[1:3].isnan().all()
             assert got[3:6].tolist() == [inf, inf, -inf]
@@ -391,6 +396,38 @@ def test_bad_rows_are_nan_alone(backend, dtype):
     f = torch.tensor([good] * 7, dtype=dtype)
     for name, got in fastood.scores(f, h, backend=backend).items():
         assert got.isnan().tolist() == [False, True] + [False] * 5, name
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([1, 2, 5, 20, 130]),
+    D=st.sampled_from([1, 3, 40, 1025]),
+    kind=st.sampled_from(["any", "certain", "one class is not masked", "flat"]),
+    T=st.sampled_from([1e-10, 0.1, 1.0, 1e10]),
+    norm=st.sampled_from([0.3, 0.5, 1, 2, 3, math.inf]),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_no_weight_of_0_hides_a_feature(backend, seed, C, D, kind, T, norm, bad, dtype):
+    """A V of 0 makes no number of a norm that is NaN or infinite."""
+    g = torch.Generator().manual_seed(seed)
+    f, h = torch.randn(3, C, generator=g), torch.randn(3, D, generator=g)
+    if kind == "certain":
+        f[:, 0] += 1e3
+    elif kind == "one class is not masked":
+        f[:, 1:] = -math.inf
+    elif kind == "flat":
+        f.zero_()
+    f, h = f.to(dtype), h.to(dtype)
+    names = list(fastood.SCORES)
+    good = fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend)
+    h[1, seed % D] = bad
+    for name, got in fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend).items():
+        assert torch.equal(got[::2].nan_to_num(7), good[name][::2].nan_to_num(7)), name
+        assert got[1].isnan() if math.isnan(bad) else not got[1].isfinite(), name
+    f[1, seed % C] = math.nan
+    for name, got in fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend).items():
+        assert got[1].isnan() or name == "norm", name
 
 
 def test_one_class(backend):
@@ -440,7 +477,7 @@ def test_bits_do_not_depend_on_the_batch(backend, dtype, C, D):
     N = 7 if C > 1000 else 9 if D > 1000 else 61
     torch.manual_seed(0)
     f, h = (torch.randn(N, C) * 3).to(dtype), torch.randn(N, D).to(dtype)
-    methods = [name for name in fastood.SCORES if name != "norm"]
+    methods = [name for name in fastood.SCORES if name != "norm" and keeps_bits(backend, name)]
     orders = [0.1, 0.3, 0.8, 1, 1.5, 2, 3, 6, math.inf]
 
     def everything(rows):

@@ -353,6 +353,78 @@ def test_batchgrad_of_rows_that_are_not_finite(backend):
     assert fastood.BatchGrad(torch.ones(2, 1)).score(confident, torch.tensor([[5.0]]), backend=backend).item() == -2
 
 
+def rows_of(kind, g, N, C):
+    """Logits of which p is anything, 0 and 1 in float32, 0 and 1 for all but masked classes, or 1/C."""
+    f = torch.randn(N, C, generator=g)
+    if kind == "certain":
+        f[:, 0] += 1e3
+    elif kind == "one class is not masked":
+        f[:, 1:] = -math.inf
+    return f * 0 if kind == "flat" else f
+
+
+KINDS = ["any", "certain", "one class is not masked", "flat"]
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([1, 2, 5, 17, 130]),
+    D=st.sampled_from([1, 3, 40, 1030]),
+    kind=st.sampled_from(KINDS),
+    T=st.sampled_from([1e-10, 0.1, 1.0, 1e10, 1e-40]),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_batchgrad_is_infinite_where_a_feature_is(backend, seed, C, D, kind, T, bad, bias, dtype):
+    g = torch.Generator().manual_seed(seed)
+    f, h = rows_of(kind, g, 4, C).to(dtype), torch.randn(4, D, generator=g).to(dtype)
+    detector = fastood.BatchGrad(torch.randn(C, D + bias, generator=g), temperature=T, bias=bias)
+    good = detector.score(f, h, oriented=False, backend=backend)
+    assert not good.isnan().any()
+    h[1, seed % D], h[2, seed % D] = bad, bad
+    h[2, -1], f[3, seed % C] = math.nan, math.nan
+    got = detector.score(f, h, oriented=False, backend=backend)
+    assert torch.equal(got[0], good[0])
+    assert got[1].isnan() if math.isnan(bad) else got[1] == math.inf
+    assert got[2:].isnan().all()
+    h[1:] = bad
+    assert detector.score(f, h, oriented=False, backend=backend)[1:].isnan().tolist() == [math.isnan(bad)] * 2 + [True]
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([1, 2, 5, 60]),
+    kind=st.sampled_from(KINDS),
+    T=st.sampled_from([0.1, 1.0, 1e10]),
+    labels=st.sampled_from(["uniform", "predicted", "log_predicted", "given", "one-hot"]),
+    order=st.sampled_from([0.5, 1, 2, 3, math.inf]),
+    power=st.sampled_from([0.5, 1, 2]),
+    expectation=st.sampled_from(["inside", "outside"]),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_no_weight_of_0_hides_an_input(backend, seed, C, kind, T, labels, order, power, expectation, bad, dtype):
+    assume(labels != "log_predicted" or expectation == "outside")
+    g = torch.Generator().manual_seed(seed)
+    f, h = rows_of(kind, g, 3, C).to(dtype), torch.randn(3, 4, generator=g).to(dtype)
+    if labels == "given":
+        labels = torch.softmax(torch.randn(3, C, generator=g), -1)
+    elif labels == "one-hot":
+        labels = torch.nn.functional.one_hot(f.argmax(-1), C).to(dtype)
+    h[1, seed % 4] = bad
+    options = {"temperature": T, "backend": backend}
+    got = fastood.gradient_norm(f, h, labels, order, power, expectation, **options)
+    assert got[1].isnan() if math.isnan(bad) else not got[1].isfinite()
+    f[0, seed % C] = math.nan
+    got = fastood.gradient_norm(f, h, labels, order, power, expectation, **options)
+    assert got[:2].isfinite().tolist() == [False, False]
+    assert got[0].isnan()
+    if isinstance(labels, torch.Tensor):
+        labels[2, seed % C] = bad
+        assert fastood.gradient_norm(f, h, labels, order, power, expectation, **options)[2].isnan()
+
+
 def test_batchgrad_copies_and_pickles_after_use():
     f, h = torch.randn(2, 3), torch.randn(2, 4)
     detector = fastood.BatchGrad(torch.randn(3, 4))
@@ -404,6 +476,8 @@ def test_batchgrad_is_saved_and_loaded(tmp_path):
     f, h, y = torch.randn(8, 4), torch.randn(8, 3), torch.arange(8) % 4
     made = fastood.BatchGrad.from_anchors(f, h, y, temperature=0.1, bias=True)
     made.save(tmp_path / "anchors.safetensors")
+    (tmp_path / "any file").touch()
+    assert (tmp_path / "anchors.safetensors").stat().st_mode == (tmp_path / "any file").stat().st_mode
     loaded = fastood.BatchGrad.load(tmp_path / "anchors.safetensors")
     assert torch.equal(loaded.score(f, h), made.score(f, h))
     from safetensors.torch import save_file
@@ -491,6 +565,22 @@ def test_deep_batchgrad_is_a_loop_of_autograd():
             deep(Two(6, 4).double().eval())
     with pytest.raises(ValueError, match=r"anchor_labels must be \[40\], one class per anchor, got shape \[39\]"):
         fastood.deep_batchgrad(net, x, anchors, labels[1:])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_deep_scores_of_an_input_that_is_not_finite_are_not_finite(bad):
+    """Though one class be certain, and its weight and the gradients of the others 0."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        net[2].bias[0] = 1e4
+    x, y = torch.randn(5, 4), torch.arange(3)
+    anchors = torch.randn(3, 4)
+    x[2, 1] = bad
+    for name in ROWS:
+        got = fastood.deep_gradient_norm(net, x, **fastood.SCORES[name].gradient)
+        assert got.isfinite().tolist() == [True, True, False, True, True], name
+    got = fastood.deep_batchgrad(net, x, anchors, y)
+    assert got.isfinite().tolist() == [True, True, False, True, True]
 
 
 def test_deep_gradient_norm_with_labels_and_frozen_parameters():

@@ -370,7 +370,7 @@ def test_gradients_on_every_branch(triton_device, monkeypatch, new_programs, C, 
         labels = torch.softmax(torch.randn(3, C, generator=g) * 3, -1)
     elif labels == "one-hot":
         labels = torch.zeros(3, C + 2, dtype=torch.bfloat16)[:, 1:-1].scatter_(1, top, 1.0)
-    orders, powers = ([0.5, 1, 2, 3, math.inf], [0.5, 1, 2]) if C < 100 else ([0.5, 2, math.inf], [1])
+    orders, powers = ([0.5, 1, 2, 3, math.inf], [0.5, 1, 2, 3]) if C < 100 else ([0.5, 2, math.inf], [1])
     there = labels if isinstance(labels, str) else labels.to(triton_device)
     sides = ("inside", "outside") if C < 4000 else ("inside",)  # truth takes C^2 powers outside
     for order, power, expectation in itertools.product(orders, powers, sides):
@@ -383,7 +383,10 @@ def test_gradients_on_every_branch(triton_device, monkeypatch, new_programs, C, 
             truth.assert_close(got.cpu(), expected, allowed + 1e-37, stat)
 
 
-@pytest.mark.parametrize(("order", "power"), [(0.02, 1), (0.02, 2), (60, 1), (60, 30), (2, 100), (1, 100)])
+@pytest.mark.parametrize(
+    ("order", "power"),
+    [(0.02, 1), (0.02, 2), (60, 1), (60, 30), (0.5, 50), (1, 100), (1.5, 100), (2, 4), (2, 100), (3, 100)],
+)
 @pytest.mark.parametrize("labels", ["uniform", "predicted", "log_predicted", "soft"])
 @pytest.mark.parametrize("T", [0.02, 1.0, 50.0])
 def test_gradients_of_far_orders_and_powers(triton_device, labels, order, power, T):
@@ -397,6 +400,33 @@ def test_gradients_of_far_orders_and_powers(triton_device, labels, order, power,
             got = triton.row_stats(f.to(triton_device), None, Want((stat,), temperature=T), here)[0][stat]
             expected, allowed = truth.gradient(f, labels if q is None else q, *stat[2:], T, truth.EPS["float32"])
             truth.assert_close(got.cpu(), expected, allowed + 1e-300, stat)
+
+
+@pytest.mark.parametrize("order", [0.02, 0.5, 2])
+def test_probabilities_below_float32_count_in_small_orders(triton_device, order):
+    """Of one-hot labels, for the maximum and for another class; also where 1 - p of the maximum is below float32."""
+    f = torch.tensor([[0.0, 1.0, 2.0, 100.0], [0.0, 1.0, 2.0, 100.0], [0.0, 60.0, 90.0, 100.0]])
+    q = torch.zeros(3, 4)
+    q[0, 3] = q[1, 0] = q[2, 3] = 1
+    stat = "gradient", "given", order, 1, "inside"
+    want = Want((stat,), temperature=0.5)
+    got = triton.row_stats(f.to(triton_device), None, want, q.to(triton_device))[0][stat]
+    expected, allowed = truth.gradient(f, q, *stat[2:], 0.5, truth.EPS["float32"])
+    truth.assert_close(got.cpu(), expected, allowed + 1e-37, stat)
+
+
+def test_which_gradient_norms_the_kernel_takes():
+    def taken(labels, order, power, expectation):
+        return shapes.takes_gradient(("gradient", labels, order, power, expectation))
+
+    assert taken("uniform", 1, 100, "outside")
+    assert not taken("uniform", 1, 101, "outside")
+    assert taken("given", 0.02, 2, "outside")
+    assert not taken("given", 0.02, 3, "outside")  # whose terms are up to 2^150 apart
+    assert taken("given", 0.02, 3, "inside")
+    assert taken("predicted", math.inf, 1, "outside")
+    assert not taken("predicted", 2, 1, "inside")
+    assert not shapes.takes_gradient(("power_sum", 3))
 
 
 @pytest.mark.parametrize("labels", ["uniform", "predicted"])
@@ -527,7 +557,7 @@ def test_batchgrad_reads_any_strides(triton_device):
 
 
 def test_batchgrad_bits_do_not_depend_on_the_batch(triton_device, monkeypatch):
-    """Neither on neighbours of another sign, which run both branches, nor on the rows that share a launch."""
+    """Neither on neighbours of another sign, which run both branches, nor on the rows of a program or of a launch."""
     torch.manual_seed(0)
     f, h, G = torch.randn(130, 9), torch.randn(130, 6), torch.randn(9, 6)
     h[::3] = h[::3].abs()
@@ -535,7 +565,8 @@ def test_batchgrad_bits_do_not_depend_on_the_batch(triton_device, monkeypatch):
     assert torch.equal(batchgrad(triton_device, f[::3], h[::3], G), whole[::3])
     assert torch.equal(batchgrad(triton_device, f[1:2], h[1:2], G), whole[1:2])
     monkeypatch.setattr(shapes, "TEMPORARY", 1)
-    assert shapes.batchgrad_rows(9, 6) == 128
+    monkeypatch.setattr(shapes, "BATCHGRAD", shapes.BATCHGRAD | {"ROWS": 32})
+    assert shapes.batchgrad_rows(9, 6) == 32
     assert torch.equal(batchgrad(triton_device, f, h, G), whole)
 
 
@@ -555,6 +586,36 @@ def test_batchgrad_of_rows_that_are_not_finite(triton_device, signed):
     sure = torch.tensor([[1e3, 0.0]])
     huge = torch.full((1, 2), 1e30) * (1 - 2 * signed)
     assert batchgrad(triton_device, sure, huge, torch.ones(2, 2), temperature=1e-10).item() == 4
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([1, 2, 9]),
+    D=st.sampled_from([1, 3, 257]),
+    kind=st.sampled_from(["any", "certain", "one class is not masked", "flat"]),
+    T=st.sampled_from([1e-10, 1.0, 1e10, 1e-40]),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    signed=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_batchgrad_is_infinite_where_a_feature_is(triton_device, seed, C, D, kind, T, bad, signed, dtype):
+    g = torch.Generator().manual_seed(seed)
+    f, h, G = torch.randn(4, C, generator=g), torch.randn(4, D, generator=g), torch.randn(C, D, generator=g)
+    if kind == "certain":
+        f[:, 0] += 1e3
+    elif kind == "one class is not masked":
+        f[:, 1:] = -math.inf
+    elif kind == "flat":
+        f.zero_()
+    f, h = f.to(dtype), (h if signed else h.abs()).to(dtype)
+    good = batchgrad(triton_device, f, h, G, temperature=T)
+    assert not good.isnan().any()
+    h[1, seed % D], h[2, seed % D] = bad, bad
+    h[2, -1], f[3, seed % C] = math.nan, math.nan
+    got = batchgrad(triton_device, f, h, G, temperature=T)
+    assert torch.equal(got[0], good[0])
+    assert got[1].isnan() if math.isnan(bad) else got[1] == math.inf
+    assert got[2:].isnan().all()
 
 
 def test_what_it_leaves_to_the_reference(triton_device):
@@ -890,7 +951,7 @@ def test_tiles(itemsize):
 @pytest.mark.parametrize("labels", ["uniform", "log_predicted", "given"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_of_gradients(itemsize, labels):
-    for C, order in itertools.product([*range(1, 140), 1000, 1001, 1024, 8200, 12288, 16384, 16385, 128256], (2, 3)):
+    for C, order in itertools.product([*range(1, 140), 1000, 1001, 1024, 8200, 12288, 16384, 16385, 128256], (2, 2.5)):
         of = [shapes.gradient_constants(labels, order, 1, "outside", C, s, itemsize) for s in ((C, C), (C, C + 1))]
         (tiles, shape), (apart, _) = of
         assert apart | {"V": 0} == tiles | {"V": 0}  # the same sums, wherever rows begin
@@ -903,7 +964,7 @@ def test_tiles_of_gradients(itemsize, labels):
             assert shape.rows * shape.lanes == 32 * shape.warps
             assert (tiles["TILES"] - 1) * tiles["W"] < C <= tiles["TILES"] * tiles["W"]
             of_thread = tiles["TILES"] * tiles["W"] / shape.lanes
-            pairs = labels == "given" or (labels, order) == ("log_predicted", 3)
+            pairs = labels == "given" or (labels, order) == ("log_predicted", 2.5)
             assert of_thread <= (32 if pairs and C > 16 else 64)  # in registers
 
 

@@ -145,8 +145,9 @@ def tiles_in_flight(columns: int, tile: Tile) -> int:
 
 NOTHING = Tile(1, 1, False, 1)
 
-# A program of BatchGrad is one warp of 128 rows, four a thread; the registers of a multiprocessor hold 11 of them.
-BATCHGRAD = {"ROWS": 128, "CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2, "AHEAD": False}
+# A program of BatchGrad is two warps of the same 128 rows, four a thread, and of eight classes each; 168 registers a
+# thread let six of them run on a multiprocessor at a time.
+BATCHGRAD = {"ROWS": 128, "CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2, "AHEAD": 0, "STAGES": 1, "FAR": 1}
 BATCHGRAD_REGISTERS = 168
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
@@ -201,7 +202,7 @@ def gradient_table(order: float, power: float, temperature: float) -> tuple[floa
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
-    """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the least."""
+    """The compile-time arguments of device.gradient.gradient. `strides`: of all that is read; `itemsize`: the most."""
     code, given = GRADIENT_ORDERS.get(order, -1), labels == "given"
     general = code == -1 and expectation == "outside"  # which keeps p^r too
     longest = HELD_PAIRS if given else HELD_CLASSES

@@ -10,8 +10,10 @@ an addition, beside what is linear in G and h and so summed ahead. Rows, FEATS f
 two by their own signs: a row's bits do not depend on its neighbours, only a program's time does.
 
 A thread holds rows, and an element of G is one number for all of them. A program sums CLASSES classes over FEATS
-features of ROWS rows; classes are fastest in the grid, so that its neighbours find the features in the cache. p is
-formed from the logits where it is used: it costs a few instructions for FEATS features, and [N, C] is never built.
+features of ROWS rows. Its warps share the rows and divide the classes, so that one of them brings the features that the
+others find in the cache; classes are fastest in the grid for the same reason. Terms of all classes of a warp meet in
+one sum a row, which leaves registers for enough warps to wait for memory in turn. p is formed from the logits where it
+is used: it costs a few instructions for FEATS features, and [N, C] is never built.
 Classes that hardly matter are not skipped, as on a CPU: they would have to be so for every row of a program, on which
 a row's bits would then depend.
 """
@@ -19,7 +21,7 @@ a row's bits would then depend.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.words import INF
+from fastood.kernels.triton.device.words import INF, INTERPRETED, NVIDIA
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -39,8 +41,9 @@ def turned(h_ptr, h_stride, x_ptr, sum_ptr, N, D, feat_blocks, BIAS: tl.constexp
     if BIAS:
         h = tl.where(d == D, 1.0, h)
     tl.store(x_ptr + ((row // ROWS) * feat_blocks * FEATS + d) * ROWS + row % ROWS, h)
-    total = tl.sum(tl.abs(h).to(tl.float64), 1)
-    signed = (tl.min(h, 1) < 0.0) & (total < INF) | (total > LARGEST) & (total < INF)
+    size = tl.abs(h).to(tl.float64)
+    total = tl.sum(tl.where(h < 0.0, size + 2.0**200, size), 1)
+    signed = (total > LARGEST) & (total < INF)
     rows = tl.num_programs(0) * SOME
     tl.store(sum_ptr + block.to(tl.int64) * rows + n, tl.where(signed, -1.0, total.to(tl.float32)))
 
@@ -63,173 +66,156 @@ def in_pairs(terms):
 
 
 @triton.jit
-def any_row(flags):
-    found = flags[0].to(tl.int32)
+def any_of(flags):
+    found = flags[0]
     for i in tl.static_range(1, len(flags)):
-        found |= flags[i].to(tl.int32)
-    return tl.max(tl.max(found, 1), 0) > 0
+        found |= flags[i]
+    return tl.max(tl.max(found.to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
-def loaded(x, pairs, STEP: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr, ORDER: tl.constexpr):
-    hs, gs = (), ()
-    for i in tl.static_range(STEP):
-        for group in tl.static_range(GROUPS):
-            hs = hs + (tl.load(x + (i * GROUPS + group) * 128),)
-    for i in tl.static_range(STEP):
-        for k in tl.static_range(CLASSES // 2):
-            gs = gs + (tl.load(pairs + (i * ORDER + k)),)
-    return hs, gs
+def touch(ptr):
+    if NVIDIA and not INTERPRETED:
+        tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def of_step(
-    hs, gs, turns, pulls, SIGNED: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr
-):
-    out = ()
-    for _ in tl.static_range(GROUPS):
-        out = out + ((),)
-    for i in tl.static_range(STEP):
-        g, c = (), ()
-        for k in tl.static_range(CLASSES // 2):
-            pair = halves(gs[i * (CLASSES // 2) + k])
-            g = g + (pair[0][:, None], pair[1][:, None])
-            if SIGNED:
-                c = c + (tl.abs(pair[0])[:, None], tl.abs(pair[1])[:, None])
-            else:
-                c = c + ((-0.5 * tl.abs(pair[0]))[:, None], (-0.5 * tl.abs(pair[1]))[:, None])
-        more = ()
-        for group in tl.static_range(GROUPS):
-            h = hs[i * GROUPS + group]
-            terms = ()
-            for k in tl.static_range(CLASSES):
-                turn = turns[group * CLASSES + k]
-                pull = pulls[group * CLASSES + k]
-                gk, ck, _ = tl.broadcast(g[k], h)[0], tl.broadcast(c[k], h)[0], 0
-                if SIGNED:
-                    terms = terms + (tl.maximum(tl.abs(tl.fma(pull, h, turn * gk)), ck),)
-                else:
-                    terms = terms + (tl.abs(tl.fma(pull, h, tl.fma(turn, gk, ck))),)
-            more = more + (out[group] + (in_pairs(terms),),)
-        out = more
-    totals = ()
-    for _ in tl.static_range(GROUPS):
-        totals = totals + (in_pairs(out[group]),)
-    return totals
-
-
-@triton.jit
-def added(a, b):
+def add_where(flags, a, b):
+    """Of tuples of tiles, a + b where the flag is set, else a."""
     out = ()
     for i in tl.static_range(len(a)):
-        out = out + (a[i] + b[i],)
+        out = out + (a[i] + tl.where(flags[i], b[i], 0.0),)
     return out
 
 
 @triton.jit
-def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr,
-           ORDER: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    """For each row, over classes and features: sum |turn G + pull h - |G| / 2|; SIGNED max(|G|, |turn G + pull h|)."""
+def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+           OWN: tl.constexpr, CLASSES: tl.constexpr, STEP: tl.constexpr, thread, lane, own,
+           WARPS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, FAR: tl.constexpr, never_ptr, never, start):  # fmt: skip
+    """For each tile of rows: sum |turn G + pull h - |G| / 2|, or if SIGNED of max(|G|, |turn G + pull h|)."""
     totals = ()
-    for _ in tl.static_range(GROUPS):
+    for _ in tl.static_range(TILES):
         totals = totals + (tl.zeros_like(turns[0]),)
-    if AHEAD:
-        hs, gs = loaded(x_ptr, g_ptr, STEP, GROUPS, CLASSES, ORDER)
-        for step in range(1, steps + 1):
-            at = tl.minimum(step, steps - 1)
-            next_hs, next_gs = loaded(
-                x_ptr + at * (STEP * GROUPS * 128), g_ptr + at * (STEP * ORDER), STEP, GROUPS, CLASSES, ORDER
-            )
-            totals = added(totals, of_step(hs, gs, turns, pulls, SIGNED, STEP, GROUPS, CLASSES))
-            hs, gs = next_hs, next_gs
-    else:
-        for step in range(steps):  # pointers that are carried along would take a move for each load
-            hs, gs = loaded(
-                x_ptr + step * (STEP * GROUPS * 128), g_ptr + step * (STEP * ORDER), STEP, GROUPS, CLASSES, ORDER
-            )
-            totals = added(totals, of_step(hs, gs, turns, pulls, SIGNED, STEP, GROUPS, CLASSES))
+    x_at, g_at = x_ptr + lane, g_ptr + own // 2
+    keep = thread
+    pending = thread
+    TOUCHES: tl.constexpr = STEP * TILES * TILE // 8 // (32 * WARPS)
+    LINES: tl.constexpr = STEP * CLASSES // 8
+    for step in tl.range(steps, num_stages=STAGES):
+        at = (step + start) % steps if FAR == 0 else step
+        x = x_at + at * (STEP * TILES * TILE)
+        pairs = g_at + at * (STEP * CLASSES // 2)
+        if AHEAD:
+            at = tl.minimum(step + FAR, steps - 1)
+            next_x = x_ptr + (at * (STEP * TILES * TILE) + thread * 8)
+            next_g = g_ptr + (at * (STEP * CLASSES // 2) + tl.minimum(thread, LINES - 1) * 4)
+            if AHEAD == 1:
+                for j in tl.static_range(TOUCHES):
+                    touch(next_x + j * (256 * WARPS))
+                touch(next_g)
+            else:
+                keep ^= pending
+                pending = tl.load(next_g).to(tl.int32)
+                for j in tl.static_range(TOUCHES):
+                    pending ^= tl.load(next_x + j * (256 * WARPS)).to(tl.int32, bitcast=True)
+        hs, gs = (), ()
+        for i in tl.static_range(STEP * TILES):
+            hs = hs + (tl.load(x + i * TILE),)
+        for i in tl.static_range(STEP):
+            for k in tl.static_range(OWN // 2):
+                pair = halves(tl.load(pairs + (i * CLASSES // 2 + k)))
+                gs = gs + (pair[0][:, None], pair[1][:, None])
+        more = ()
+        for t in tl.static_range(TILES):
+            of_feats = ()
+            for i in tl.static_range(STEP):
+                terms = ()
+                for k in tl.static_range(OWN):
+                    h, g, turn, pull = hs[i * TILES + t], gs[i * OWN + k], turns[t * OWN + k], pulls[t * OWN + k]
+                    if SIGNED:
+                        terms = terms + (tl.maximum(tl.abs(tl.fma(pull, h, turn * g)), tl.abs(g)),)
+                    else:
+                        less = tl.broadcast_to(-0.5 * tl.abs(g), h.shape)
+                        y = tl.fma(turn, tl.broadcast_to(g, h.shape), less)
+                        terms = terms + (tl.abs(tl.fma(pull, h, y)),)
+                of_feats = of_feats + (in_pairs(terms),)
+            more = more + (totals[t] + in_pairs(of_feats),)  # the long sum has few terms
+        totals = more
+    if AHEAD == 2:
+        tl.store(never_ptr + thread, (keep ^ pending).to(tl.float32, bitcast=True), mask=never)
     return totals
 
 
 @triton.jit(do_not_specialize=["f_ptr", "f_stride", "N", "C", "steps", "row_blocks", "class_blocks", "feat_blocks"])
 def partial_sums(
     f_ptr, f_stride, stats_ptr, scale, inverse, x_ptr, sum_ptr, g_ptr, g_sums_ptr, part_ptr, N, C, steps, row_blocks,
-    class_blocks, feat_blocks, ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATS: tl.constexpr,
-    STEP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    class_blocks, feat_blocks, ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATS: tl.constexpr, STEP: tl.constexpr,
+    WARPS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """What CLASSES classes and FEATS features add to BatchGrad, to part [feature blocks, class blocks, rows].
 
     stats [3, N]: max f, max p, 1 - max p; scale, inverse: log2(e) / T, 1 / T; g [class blocks, features, CLASSES];
     g_sums [class blocks, feature blocks, CLASSES, 2]: sums of max(G, 0) and of max(-G, 0).
     """
-    GROUPS: tl.constexpr = ROWS // 128
-    OWN: tl.constexpr = CLASSES // WARPS
+    EACH: tl.constexpr = min(4, ROWS // 32)  # rows of a tile that a thread holds beside each other
+    TILE: tl.constexpr = 32 * EACH
+    TILES: tl.constexpr = ROWS // TILE
+    OWN: tl.constexpr = CLASSES // WARPS  # classes of a warp
     class_block = tl.program_id(0) % class_blocks
     outer = tl.program_id(0) // class_blocks
     feat_block = outer % feat_blocks
     row_block = outer // feat_blocks
     thread = tl.arange(0, 32 * WARPS)
-    first = thread // 32 * OWN  # of a warp's classes
-    lane = (thread % 32 * 4)[:, None] + tl.arange(0, 4)[None, :]
+    own = thread // 32 * OWN
+    lane = (thread % 32 * EACH)[:, None] + tl.arange(0, EACH)[None, :]
     block = class_block.to(tl.int64) * feat_blocks + feat_block
-    g_sums_ptr += block * (2 * CLASSES)
+    g_sums_ptr += block * (2 * CLASSES) + 2 * own
+    sum_ptr += (feat_block * row_blocks + row_block).to(tl.int64) * ROWS
     turns, pulls, plains, signeds, totals = (), (), (), (), ()
-    for group in tl.static_range(GROUPS):
-        n = row_block * ROWS + group * 128 + lane
+    for t in tl.static_range(TILES):
+        n = row_block * ROWS + t * TILE + lane
         given = n < N
         m = tl.load(stats_ptr + n, mask=given, other=0.0).to(tl.float32)
         p_max = tl.load(stats_ptr + N + n, mask=given, other=0.0).to(tl.float32)
         not_p_max = tl.load(stats_ptr + 2 * N + n, mask=given, other=0.0).to(tl.float32)
-        sum = tl.load(sum_ptr + (feat_block * row_blocks + row_block).to(tl.int64) * ROWS + (group * 128 + lane))
-        logits = f_ptr + n.to(tl.int64) * f_stride + (class_block * CLASSES + first)[:, None]
+        sum = tl.load(sum_ptr + (t * TILE + lane))
+        logits = f_ptr + n.to(tl.int64) * f_stride + (class_block * CLASSES + own)[:, None]
         linear = tl.zeros_like(m)
         for k in tl.static_range(OWN):
-            inside = class_block * CLASSES + first + k < C
-            f = tl.load(logits + k, mask=given & inside[:, None], other=-INF).to(tl.float32)
+            inside = (class_block * CLASSES + own + k < C)[:, None]
+            f = tl.load(logits + k, mask=given & inside, other=-INF).to(tl.float32)
             e = tl.exp2((f - m) * scale)
             p = e * p_max
             not_p = tl.where(e == 1.0, not_p_max, tl.fma(-e, p_max, 1.0))
             pull = p * not_p * inverse
-            turns = turns + (tl.fma(e, p_max, -0.5),)
-            pulls = pulls + (pull,)
-            above = tl.load(g_sums_ptr + 2 * (first + k))[:, None]
-            below = tl.load(g_sums_ptr + 2 * (first + k) + 1)[:, None]
-            linear += pull * sum + (p * above + not_p * below)
+            above, below = tl.load(g_sums_ptr + 2 * k)[:, None], tl.load(g_sums_ptr + 2 * k + 1)[:, None]
+            of_g = tl.fma(p, tl.broadcast_to(above, p.shape), not_p * below)
+            linear += tl.fma(pull, sum, of_g)
+            turns, pulls = turns + (tl.fma(e, p_max, -0.5),), pulls + (pull,)
         # Of a row that is not good p is NaN, which a maximum would lose and the sums of the others hand on.
         good = m == m
         signed = good & (sum < 0.0)
         infinite = good & (sum == INF)  # though a class may add 0 times it
         plain = ~(signed | infinite)
         totals = totals + (tl.where(infinite, INF, tl.where(plain, linear, 0.0)),)
-        plains = plains + (plain,)
-        signeds = signeds + (signed & given,)
+        plains, signeds = plains + (given & plain,), signeds + (given & signed,)
 
-    x_ptr += (row_block.to(tl.int64) * feat_blocks + feat_block) * (FEATS * ROWS) + lane
-    g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64)) + first // 2
+    x_ptr += (row_block.to(tl.int64) * feat_blocks + feat_block) * (FEATS * ROWS)
+    g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64))
     steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
-    if any_row(plains):
-        more = summed(x_ptr, g_ptr, steps, turns, pulls, False, GROUPS, OWN, CLASSES // 2, STEP, AHEAD)
-        new = ()
-        for group in tl.static_range(GROUPS):
-            new = new + (totals[group] + tl.where(plains[group], more[group], 0.0),)
-        totals = new
-    if any_row(signeds):
-        twice, pulls2 = (), ()
-        for k in tl.static_range(GROUPS * OWN):
-            twice = twice + (2.0 * turns[k],)
-            pulls2 = pulls2 + (2.0 * pulls[k],)
-        more = summed(x_ptr, g_ptr, steps, twice, pulls2, True, GROUPS, OWN, CLASSES // 2, STEP, AHEAD)
-        new = ()
-        for group in tl.static_range(GROUPS):
-            new = new + (totals[group] + tl.where(signeds[group], more[group], 0.0),)
-        totals = new
+    if any_of(plains):
+        more = summed(x_ptr, g_ptr, steps, turns, pulls, False, TILE, TILES, OWN, CLASSES, STEP, thread, lane, own, WARPS, AHEAD, STAGES, FAR, part_ptr, N < 0, class_block * 3)
+        totals = add_where(plains, totals, more)
+    if any_of(signeds):
+        twice_turns, twice_pulls = (), ()
+        for k in tl.static_range(TILES * OWN):
+            twice_turns, twice_pulls = twice_turns + (2.0 * turns[k],), twice_pulls + (2.0 * pulls[k],)
+        more = summed(x_ptr, g_ptr, steps, twice_turns, twice_pulls, True, TILE, TILES, OWN, CLASSES, STEP, thread, lane, own, WARPS, AHEAD, STAGES, FAR, part_ptr, N < 0, class_block * 3)
+        totals = add_where(signeds, totals, more)
     part = (feat_block * class_blocks + class_block).to(tl.int64) * row_blocks + row_block
-    for group in tl.static_range(GROUPS):
-        if WARPS == 1:
-            tl.store(part_ptr + part * ROWS + (group * 128 + lane), totals[group])
-        else:
-            total = tl.sum(tl.reshape(totals[group], [WARPS, 128]), 0)
-            tl.store(part_ptr + part * ROWS + group * 128 + tl.arange(0, 128), total)
+    part_ptr += part * ROWS + tl.arange(0, TILE)
+    for t in tl.static_range(TILES):
+        tl.store(part_ptr + t * TILE, tl.sum(tl.reshape(totals[t], [WARPS, TILE]), 0))
 
 
 @triton.jit(do_not_specialize=["N", "rows", "parts"])

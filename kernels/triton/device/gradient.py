@@ -50,6 +50,12 @@ def relative(v, q, pivot, LABELS: tl.constexpr, OUTSIDE: tl.constexpr):
 
 
 @triton.jit
+def swept(f, q, k, pivot, C: tl.constexpr, V: tl.constexpr, LABELS: tl.constexpr, OUTSIDE: tl.constexpr):
+    v, q = read(f, q, k, C, V, LABELS, False)
+    return relative(v, q, pivot, LABELS, OUTSIDE)
+
+
+@triton.jit
 def within(x, k, C: tl.constexpr, WHOLE: tl.constexpr):
     """0 from the row's end on."""
     return x if WHOLE else tl.where(k < C, x, 0.0)
@@ -150,15 +156,9 @@ def away(e, q, k, p, C: tl.constexpr, LABELS: tl.constexpr, WHOLE: tl.constexpr)
 
 
 @triton.jit
-def add_power(sum, d, per_unit, r, ORDER: tl.constexpr):
-    """sum + (d / unit)^r, where the unit of order 1 is 1."""
-    if ORDER == 1:
-        return sum + d
-    elif ORDER > 1:
-        x = d * per_unit
-        return tl.fma(whole_power(x, ORDER - 1), x, sum)
-    else:
-        return sum + tl.exp2(r * log2(d * per_unit))
+def add_power(sum, d, ORDER: tl.constexpr):
+    """sum + d^ORDER, a whole one."""
+    return sum + d if ORDER == 1 else tl.fma(whole_power(d, ORDER - 1), d, sum)
 
 
 @triton.jit(do_not_specialize=["f_stride", "q_stride", "N"])
@@ -215,18 +215,15 @@ def gradient(
     others = ()
     if HELD:
         for i in tl.static_range(TILES):
-            others = others + (relative(*held[i], pivot, LABELS, OUTSIDE),)
+            v, q = held[i]
+            others = others + (relative(v, q, pivot, LABELS, OUTSIDE),)
     exps, slot = none, zero
     powers, slot_r = none, zero
     top = zero
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
-            if HELD:
-                z, e, q, q_top = others[i]
-            else:
-                z, e, q, q_top = relative(
-                    *read(f, given, first + i * W + lane, C, V, LABELS, False), pivot, LABELS, OUTSIDE
-                )
+            k = first + i * W + lane
+            z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, C, V, LABELS, OUTSIDE)
             if LABELS == GIVEN:
                 top += q_top
             exps, slot = collected(exps, slot + e, i, TILES)
@@ -278,10 +275,7 @@ def gradient(
         for first in range(0, C, TILES * W):
             for i in tl.static_range(TILES):
                 k = first + i * W + lane
-                if HELD:
-                    z, e, q, q_top = others[i]
-                else:
-                    z, e, q, q_top = relative(*read(f, given, k, C, V, LABELS, False), pivot, LABELS, OUTSIDE)
+                z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, C, V, LABELS, OUTSIDE)
                 x = size(z, e, kept, ORDER, EXPONENT)
                 if LABELS == GIVEN:
                     slot = tl.fma(q, x, slot)
@@ -313,46 +307,50 @@ def gradient(
         value = of_top + tl.where(below == 0.0, 0.0, below * weight)  # the weight may be infinite
     else:
         sure = r1 < 1.0  # of one class: q - p = (q - 1) + (1 - p) there keeps 1 - p when q = 1
-        q_top = (top if LABELS == GIVEN else label) - tl.where(sure, 1.0, 0.0)
-        d_top = tl.abs(tl.fma(tl.where(sure, r1, -1.0), p_top, q_top))
+        q_rest = (top if LABELS == GIVEN else label) - tl.where(sure, 1.0, 0.0)
+        d_top = tl.abs(tl.fma(tl.where(sure, r1, -1.0), p_top, q_rest))
         if LABELS == GIVEN:
             d_top = tl.where(second == m, 0.0, d_top)
-        aways = ()
-        if HELD:
-            for i in tl.static_range(TILES):
-                z, e, q, q_top = others[i]
-                aways = aways + (away(e, q, i * W + lane, p, C, LABELS, (i + 1) * W <= C),)
         unit = nothing + 1.0
         if ORDER != 1:
             largest = zero
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
-                    if HELD:
-                        d = aways[i]
-                    else:
-                        k = first + i * W + lane
-                        z, e, q, q_top = relative(*read(f, given, k, C, V, LABELS, False), pivot, LABELS, OUTSIDE)
-                        d = away(e, q, k, p, C, LABELS, False)
-                    largest = tl.maximum(largest, d)
+                    k = first + i * W + lane
+                    z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, C, V, LABELS, OUTSIDE)
+                    largest = tl.maximum(largest, away(e, q, k, p, C, LABELS, HELD and (i + 1) * W <= C))
             unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_top)
         if ORDER != INFINITE:
             unit = tl.maximum(unit, 2.0**-126)
         log_norm = log2_double(unit.to(tl.float64))
         if ORDER != INFINITE:
             per_unit = 1.0 / unit
+            log_pivot = (gap - log_total.to(tl.float64) - log_norm).to(tl.float32)  # log2 of p there per unit
             sums, slot = none, zero
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
-                    if HELD:
-                        d = aways[i]
+                    k = first + i * W + lane
+                    z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, C, V, LABELS, OUTSIDE)
+                    d = away(e, q, k, p, C, LABELS, HELD and (i + 1) * W <= C)
+                    if ORDER == GENERAL:
+                        log_d = log2(d * per_unit)
+                        if LABELS == GIVEN:  # p below float32 counts in orders near 0
+                            log_d = tl.where(q == 0.0, z + log_pivot, log_d)
+                        slot += tl.exp2(r * log_d)
                     else:
-                        k = first + i * W + lane
-                        z, e, q, q_top = relative(*read(f, given, k, C, V, LABELS, False), pivot, LABELS, OUTSIDE)
-                        d = away(e, q, k, p, C, LABELS, False)
-                    sums, slot = collected(sums, add_power(slot, d, per_unit, r, ORDER), i, TILES)
-            sums = row_total(sums, EACH) + add_power(nothing, d_top, per_unit, r, ORDER).to(tl.float64)
+                        slot = add_power(slot, d * per_unit, ORDER)
+                    sums, slot = collected(sums, slot, i, TILES)
+            if ORDER == GENERAL:
+                log_d = gap + (log2(rest) - log_total).to(tl.float64)  # of 1 - p
+                log_d = tl.where(sure & (q_rest == 0.0), log_d, log2_double(d_top.to(tl.float64)))
+                of_top = tl.exp2((order * (log_d - log_norm)).to(tl.float32))
+                of_pivot = tl.exp2(r * log2(tl.abs(label - p) * per_unit))
+            else:
+                of_top = add_power(nothing, d_top * per_unit, ORDER)
+                of_pivot = add_power(nothing, tl.abs(label - p) * per_unit, ORDER)
+            sums = row_total(sums, EACH) + of_top.to(tl.float64)
             if LABELS != GIVEN:
-                sums -= add_power(nothing, tl.abs(label - p), per_unit, r, ORDER).to(tl.float64)
+                sums -= of_pivot.to(tl.float64)
             log_norm = tl.fma(log2_double(sums), inverse, log_norm)
         value = exp2_double(power * log_norm)
 

@@ -207,14 +207,21 @@ def masked_exp_t(es, unit, excess):
 @triton.jit
 def deviations(es, u):
     """sum |e - u| of each row of which u is the mean: twice what is above it. Nothing is beyond a row's end."""
-    A: tl.constexpr = (len(es) + 31) // 32
-    slots = ()
-    for a in tl.static_range(A):
-        slot = above(es[a], u[:, None])
-        for i in tl.static_range(a + A, len(es), A):
-            slot += above(es[i], u[:, None])
-        slots = slots + ((slot,),)
-    return tl.sum(added(slots, A)[0], 1) * 2.0
+    more = ()
+    for i in tl.static_range(len(es)):
+        more = more + (above(es[i], u[:, None]),)
+    return tl.sum(tree_sum(more), 1) * 2.0
+
+
+@triton.jit
+def tree_sum(xs):
+    """The sum of tiles, halves first: no addition waits for the one before. (As sums of 2^t are made it would take
+    more registers.)
+    """
+    if len(xs) == 1:
+        return xs[0]
+    else:
+        return tree_sum(xs[: len(xs) // 2]) + tree_sum(xs[len(xs) // 2 :])
 
 
 @triton.jit

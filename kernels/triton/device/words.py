@@ -148,9 +148,13 @@ def log1p(r):
 
 @triton.jit
 def exp2_double(x):
-    """2^x of float64 x to float32's precision, over float64's range."""
-    n = tl.floor(tl.minimum(tl.maximum(x, -1022.0), 1024.0))
-    return tl.where(x < -1022.0, 0.0, tl.exp2((x - n).to(tl.float32)).to(tl.float64) * power_of_2(n))
+    """2^x of float64 x to float32's precision, over float64's range; by bits, since conversions are slow."""
+    fixed = tl.minimum(tl.maximum(x, -1022.0), 1024.0) + 1.5 * 2.0**29  # its last 23 bits are below 1
+    fixed = fixed.to(tl.int64, bitcast=True)
+    part = ((fixed & 0x7FFFFF) | 0x3F800000).to(tl.int32).to(tl.float32, bitcast=True) - 1.0
+    whole = (((fixed >> 23) & 0xFFF) ^ 0x800) - 0x800  # 12 bits with their sign
+    bits = tl.exp2(part).to(tl.int32, bitcast=True).to(tl.int64) << 29  # of float64, but for the bias of the exponent
+    return tl.where(x < -1022.0, 0.0, (bits + ((whole + 1023 - 127) << 52)).to(tl.float64, bitcast=True))
 
 
 @triton.jit
