@@ -178,6 +178,18 @@ def approximations(request, monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_sqrt", approximation(np.sqrt, worst_root))
 
 
+@pytest.mark.parametrize(("D", "dtype"), of_every_type([5, 37, 132, 139]), ids=str)
+def test_norms_are_the_same_wherever_rows_begin(triton_device, D, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(6, D).to(dtype).to(triton_device)
+    orders = (0, 0.1, 0.3, 1, 2, math.inf)
+    expected = fastood.norms(x, orders, backend="triton")
+    for offset, stride in ((0, D + 1), (1, D + 3), (2, D + 6), (4, D + 4)):
+        h = x.new_empty(8 * stride).as_strided((6, D), (stride, 1), offset)
+        h.copy_(x)
+        assert torch.equal(fastood.norms(h, orders, backend="triton"), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norms_of_every_order_and_size(triton_device, approximations, dtype):
     """The largest orders of ordinary features, and all orders of the largest and smallest: also of equal ones, whose
@@ -1022,7 +1034,8 @@ def test_tiles(itemsize):
             assert tile.shifted == (stride % tile.p > 0 and lanes > 1)
             assert tile.shifted or stride % tile.vec == 0
             assert columns % tile.vec == 0 or tile.vec == tile.p  # groups of words are whole
-            assert tile.w == shapes.logits_tile(columns, 0, 0, itemsize, lanes).w  # the same sums, wherever rows begin
+            # The same sums, wherever rows begin.
+            assert tile.w == shapes.logits_tile(columns, 0, 0, itemsize, lanes)[0].w
             elements = -(-columns // tile.w // tile.p) if lanes > 1 else columns
             assert elements * tile.w * tile.p // max(lanes, 1) <= 128  # of a thread, in registers
 

@@ -106,7 +106,7 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -
 
 
 def feats_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
-    """The same of features, which are never shifted: what a thread has, and so how sums round, hangs on `columns` alone."""
+    """The same of features, never shifted: what a thread has, and so how sums round, hangs on `columns` alone."""
     p = 4 // itemsize
     span = math.ceil(columns * itemsize / 16)
     return Tile(math.gcd(columns, stride, offset, 4 * p), p, False, 4 * min(lanes, _power_of_2(span)))

@@ -22,7 +22,6 @@ from fastood.kernels.triton.device.words import (
     words,
 )
 
-
 FOLD = tl.constexpr(4)  # words of a load
 
 
