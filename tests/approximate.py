@@ -1,12 +1,13 @@
-"""The interpreter's exp2, log2 and division in float32 replaced by models of what a GPU has for them.
+"""The interpreter's exp2, log2, square root and division in float32 replaced by models of what a GPU has for them.
 
 numpy's are nearly exact, and never flush; so the interpreter would pass what a GPU fails. PTX promises of
 - ex2.approx.ftz.f32: relative error at most 2^-22; subnormal results are 0;
 - lg2.approx.ftz.f32: absolute error at most 2^-22.6 for inputs in (1/2, 2), else relative; subnormal inputs are 0;
+- sqrt.approx.ftz.f32: relative error at most 2^-23; subnormal inputs are 0;
 - div.full.f32: at most 2 units in the last place.
-All else that Triton makes of the kernels (add, mul, fma, sqrt.rn, conversions, min and max) is exactly rounded and keeps
-subnormals: no other instruction in their PTX has .ftz or .approx. The models err up to that by a hash of the operands:
-the same operands give the same bits. Powers of two are exact.
+All else that Triton makes of the kernels (add, mul, fma, sqrt.rn, conversions, min and max) is exactly rounded and
+keeps subnormals: no other instruction in their PTX has .ftz or .approx. The models err up to that by a hash of the
+operands: the same operands give the same bits. Powers of two are exact.
 """
 
 import numpy as np
@@ -40,6 +41,11 @@ def log2(x):
     return (wide + np.where(inexact, error_of(x) * most, 0)).astype(np.float32)
 
 
+def sqrt(x):
+    wide = np.sqrt(np.where(np.abs(x) < TINY, 0, x).astype(np.float64))
+    return np.where(np.frexp(wide)[0] == 0.5, wide, wide * (1 + error_of(x) * 2.0**-24)).astype(np.float32)
+
+
 def divide(x, y):
     exact = x / y
     of_power = (np.abs(np.frexp(y)[0]) == 0.5) | ~np.isfinite(exact) | (exact == 0)
@@ -58,6 +64,6 @@ def install():
 
         return create
 
-    for name, model in (("exp2", exp2), ("log2", log2), ("fdiv", divide)):
+    for name, model in (("exp2", exp2), ("log2", log2), ("sqrt", sqrt), ("fdiv", divide)):
         create = f"create_{name}"
         setattr(InterpreterBuilder, create, of_float32(model, getattr(InterpreterBuilder, create)))
