@@ -116,8 +116,9 @@ def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bo
     """A kernel of device.batchgrad.py."""
     types = {"f_ptr": POINTERS[dtype], "h_ptr": POINTERS[dtype], "scale": "fp32", "inverse": "fp32", "sign": "fp32"}
     types |= dict.fromkeys(("stats_ptr", "out_ptr", "x_ptr", "sum_ptr", "g_ptr", "g_sums_ptr", "part_ptr"), "*fp32")
-    rows, feats = shapes.BATCHGRAD["ROWS"], shapes.BATCHGRAD["FEATS"]
-    constants, shape = shapes.BATCHGRAD, shapes.Shape(rows, shapes.BATCHGRAD["WARPS"], shapes.BATCHGRAD_REGISTERS)
+    rows, feats = shapes.BATCHGRAD_ROWS[math.inf], shapes.BATCHGRAD["FEATS"]
+    constants: dict[str, Any] = {"ROWS": rows, **shapes.BATCHGRAD}
+    shape = shapes.Shape(rows, shapes.BATCHGRAD["WARPS"], shapes.BATCHGRAD_REGISTERS)
     if name == "turned":
         constants = {"BIAS": bias, "ROWS": rows, "FEATS": feats, "SOME": shapes.TURNED_ROWS}
         shape = shapes.Shape(rows, 4)

@@ -570,7 +570,7 @@ def batchgrad(device, f, h, G, **options):
     return fastood.BatchGrad(G, **options).score(f, h, oriented=False, backend="triton").cpu()
 
 
-# Whole and partial blocks of 8 classes, 256 features, and 128 rows; steps of 8 features.
+# Whole and partial blocks of 16 classes, 256 features, and 128 rows; steps of 8 features.
 @pytest.mark.parametrize(
     ("N", "C", "D", "T", "bias", "dtype"),
     [
@@ -654,7 +654,8 @@ def test_batchgrad_bits_do_not_depend_on_the_batch(triton_device, monkeypatch):
     assert torch.equal(batchgrad(triton_device, f[::3], h[::3], G), whole[::3])
     assert torch.equal(batchgrad(triton_device, f[1:2], h[1:2], G), whole[1:2])
     monkeypatch.setattr(shapes, "TEMPORARY", 1)
-    monkeypatch.setattr(shapes, "BATCHGRAD", shapes.BATCHGRAD | {"ROWS": 32})
+    assert [shapes.rows_of_batchgrad(n) for n in (1, 128, 129)] == [32, 32, 128]
+    monkeypatch.setattr(shapes, "BATCHGRAD_ROWS", {math.inf: 32})
     assert shapes.batchgrad_rows(9, 6) == 32
     assert torch.equal(batchgrad(triton_device, f, h, G), whole)
 

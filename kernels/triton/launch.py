@@ -149,11 +149,12 @@ def gen(on: torch.device, f: Layout, h: None, q: None, stat: tuple[str, float, i
     return Program((Launch(device.gen.gen, arguments, constants, shape),))
 
 
-def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, plan: Plan) -> Program:
-    """anchors.sign times BatchGrad, [N] float32. `plan`: of the maximum, its probability and the rest's."""
+def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, plan: Plan, rows: int) -> Program:
+    """anchors.sign times BatchGrad, [N] float32, by programs of so many rows. `plan`: of the maximum, its probability
+    and the rest's."""
     g, g_sums = _prepared(anchors)
     T, C, D = anchors.temperature, f.columns, anchors.G.shape[1]
-    rows, feats = shapes.BATCHGRAD["ROWS"], shapes.BATCHGRAD["FEATS"]
+    feats = shapes.BATCHGRAD["FEATS"]
     class_blocks, feat_blocks = shapes.blocks_of(C, D)
     parts = feat_blocks * class_blocks
     buffers = (
@@ -191,7 +192,7 @@ def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors,
             part,
             *counts,
         ),
-        dict(shapes.BATCHGRAD),
+        {"ROWS": rows, **shapes.BATCHGRAD},
         shapes.Shape(rows, shapes.BATCHGRAD["WARPS"], shapes.BATCHGRAD_REGISTERS),
         (feat_blocks * class_blocks, 1),
     )
@@ -205,10 +206,10 @@ def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors,
     return Program((of_logits._replace(arguments=arguments), turned, summed, merged), buffers, rows, group)
 
 
-def batchgrad_route(anchors: Anchors) -> Route | None:
-    """None for temperatures that the kernels do not do."""
+def batchgrad_route(anchors: Anchors, rows: int) -> Route | None:
+    """By programs of so many rows; None for temperatures that the kernels do not do."""
     plan = shapes.plan_of(Want(("fmax", "msp", "one_minus_msp"), temperature=anchors.temperature), None)
-    return plan and Route((-1,), torch.float32, partial(batchgrad, anchors=anchors, plan=plan))
+    return plan and Route((-1,), torch.float32, partial(batchgrad, anchors=anchors, plan=plan, rows=rows))
 
 
 def _number(n: int) -> Argument:

@@ -1,8 +1,8 @@
 """How a call becomes launches: which sums it needs, and the shapes of programs. Plain Python, no Triton.
 
-Nothing here looks at the number of rows, so a row is summed in the same order whatever batch it is in, and a varying
-batch never compiles anything. One variant of a kernel is compiled for each set of: types, C, D, whether rows begin
-at 16-byte boundaries, sums, orders, number of scores, and type of the result.
+Nothing here looks at the number of rows, but for BatchGrad of few, whose sums are the same: a row is summed in the same
+order whatever batch it is in, and a varying batch compiles nothing else. One variant of a kernel is compiled for each
+set of: types, C, D, whether rows begin at 16-byte boundaries, sums, orders, number of scores, and type of the result.
 """
 
 from __future__ import annotations
@@ -146,8 +146,9 @@ def tiles_in_flight(columns: int, tile: Tile) -> int:
 NOTHING = Tile(1, 1, False, 1)
 
 # A program of BatchGrad is two warps of the same 128 rows, four a thread, and of eight classes each; 168 registers a
-# thread let six of them run on a multiprocessor at a time.
-BATCHGRAD = {"ROWS": 128, "CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2, "AHEAD": 0, "STAGES": 1, "FAR": 1}
+# thread let six of them run on a multiprocessor at a time. Fewer rows a program where all fit one: the same sums.
+BATCHGRAD = {"CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2}
+BATCHGRAD_ROWS = {128: 32, math.inf: 128}  # most rows of a call -> rows of a program
 BATCHGRAD_REGISTERS = 168
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
@@ -159,10 +160,15 @@ def blocks_of(C: int, D: int) -> tuple[int, int]:
     return math.ceil(C / BATCHGRAD["CLASSES"]), math.ceil(D / BATCHGRAD["FEATS"])
 
 
+def rows_of_batchgrad(N: int) -> int:
+    """Rows of a program, for a call of N: the only choice that depends on N."""
+    return next(rows for most, rows in BATCHGRAD_ROWS.items() if most >= N)
+
+
 def batchgrad_rows(C: int, D: int) -> int:
     """Rows that share BatchGrad's launches: their turned features, and a partial sum for each pair of blocks."""
     classes, feats = blocks_of(C, D)
-    rows = BATCHGRAD["ROWS"]
+    rows = max(BATCHGRAD_ROWS.values())
     return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
 
 

@@ -21,7 +21,7 @@ a row's bits would then depend.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.words import INF, INTERPRETED, NVIDIA
+from fastood.kernels.triton.device.words import INF
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -42,7 +42,7 @@ def turned(h_ptr, h_stride, x_ptr, sum_ptr, N, D, feat_blocks, BIAS: tl.constexp
         h = tl.where(d == D, 1.0, h)
     tl.store(x_ptr + ((row // ROWS) * feat_blocks * FEATS + d) * ROWS + row % ROWS, h)
     size = tl.abs(h).to(tl.float64)
-    total = tl.sum(tl.where(h < 0.0, size + 2.0**200, size), 1)
+    total = tl.sum(tl.where(h < 0.0, size + 2.0**200, size), 1)  # beyond float32, as a sum that is too large
     signed = (total > LARGEST) & (total < INF)
     rows = tl.num_programs(0) * SOME
     tl.store(sum_ptr + block.to(tl.int64) * rows + n, tl.where(signed, -1.0, total.to(tl.float32)))
@@ -74,14 +74,6 @@ def any_of(flags):
 
 
 @triton.jit
-def touch(ptr):
-    if NVIDIA and not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def add_where(flags, a, b):
     """Of tuples of tiles, a + b where the flag is set, else a."""
     out = ()
@@ -92,34 +84,14 @@ def add_where(flags, a, b):
 
 @triton.jit
 def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-           OWN: tl.constexpr, CLASSES: tl.constexpr, STEP: tl.constexpr, thread, lane, own,
-           WARPS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, FAR: tl.constexpr, never_ptr, never, start):  # fmt: skip
+           OWN: tl.constexpr, CLASSES: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """For each tile of rows: sum |turn G + pull h - |G| / 2|, or if SIGNED of max(|G|, |turn G + pull h|)."""
     totals = ()
     for _ in tl.static_range(TILES):
         totals = totals + (tl.zeros_like(turns[0]),)
-    x_at, g_at = x_ptr + lane, g_ptr + own // 2
-    keep = thread
-    pending = thread
-    TOUCHES: tl.constexpr = STEP * TILES * TILE // 8 // (32 * WARPS)
-    LINES: tl.constexpr = STEP * CLASSES // 8
-    for step in tl.range(steps, num_stages=STAGES):
-        at = (step + start) % steps if FAR == 0 else step
-        x = x_at + at * (STEP * TILES * TILE)
-        pairs = g_at + at * (STEP * CLASSES // 2)
-        if AHEAD:
-            at = tl.minimum(step + FAR, steps - 1)
-            next_x = x_ptr + (at * (STEP * TILES * TILE) + thread * 8)
-            next_g = g_ptr + (at * (STEP * CLASSES // 2) + tl.minimum(thread, LINES - 1) * 4)
-            if AHEAD == 1:
-                for j in tl.static_range(TOUCHES):
-                    touch(next_x + j * (256 * WARPS))
-                touch(next_g)
-            else:
-                keep ^= pending
-                pending = tl.load(next_g).to(tl.int32)
-                for j in tl.static_range(TOUCHES):
-                    pending ^= tl.load(next_x + j * (256 * WARPS)).to(tl.int32, bitcast=True)
+    for step in range(steps):  # pointers that are carried along would take a move for each load
+        x = x_ptr + step * (STEP * TILES * TILE)
+        pairs = g_ptr + step * (STEP * CLASSES // 2)
         hs, gs = (), ()
         for i in tl.static_range(STEP * TILES):
             hs = hs + (tl.load(x + i * TILE),)
@@ -143,8 +115,6 @@ def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.con
                 of_feats = of_feats + (in_pairs(terms),)
             more = more + (totals[t] + in_pairs(of_feats),)  # the long sum has few terms
         totals = more
-    if AHEAD == 2:
-        tl.store(never_ptr + thread, (keep ^ pending).to(tl.float32, bitcast=True), mask=never)
     return totals
 
 
@@ -152,7 +122,7 @@ def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.con
 def partial_sums(
     f_ptr, f_stride, stats_ptr, scale, inverse, x_ptr, sum_ptr, g_ptr, g_sums_ptr, part_ptr, N, C, steps, row_blocks,
     class_blocks, feat_blocks, ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATS: tl.constexpr, STEP: tl.constexpr,
-    WARPS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, FAR: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """What CLASSES classes and FEATS features add to BatchGrad, to part [feature blocks, class blocks, rows].
 
@@ -202,61 +172,17 @@ def partial_sums(
         totals = totals + (tl.where(infinite, INF, tl.where(plain, linear, 0.0)),)
         plains, signeds = plains + (given & plain,), signeds + (given & signed,)
 
-    x_ptr += (row_block.to(tl.int64) * feat_blocks + feat_block) * (FEATS * ROWS)
-    g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64))
+    x_ptr += (row_block.to(tl.int64) * feat_blocks + feat_block) * (FEATS * ROWS) + lane
+    g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64)) + own // 2
     steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
     if any_of(plains):
-        more = summed(
-            x_ptr,
-            g_ptr,
-            steps,
-            turns,
-            pulls,
-            False,
-            TILE,
-            TILES,
-            OWN,
-            CLASSES,
-            STEP,
-            thread,
-            lane,
-            own,
-            WARPS,
-            AHEAD,
-            STAGES,
-            FAR,
-            part_ptr,
-            N < 0,
-            class_block * 3,
-        )
+        more = summed(x_ptr, g_ptr, steps, turns, pulls, False, TILE, TILES, OWN, CLASSES, STEP)
         totals = add_where(plains, totals, more)
     if any_of(signeds):
         twice_turns, twice_pulls = (), ()
         for k in tl.static_range(TILES * OWN):
             twice_turns, twice_pulls = twice_turns + (2.0 * turns[k],), twice_pulls + (2.0 * pulls[k],)
-        more = summed(
-            x_ptr,
-            g_ptr,
-            steps,
-            twice_turns,
-            twice_pulls,
-            True,
-            TILE,
-            TILES,
-            OWN,
-            CLASSES,
-            STEP,
-            thread,
-            lane,
-            own,
-            WARPS,
-            AHEAD,
-            STAGES,
-            FAR,
-            part_ptr,
-            N < 0,
-            class_block * 3,
-        )
+        more = summed(x_ptr, g_ptr, steps, twice_turns, twice_pulls, True, TILE, TILES, OWN, CLASSES, STEP)
         totals = add_where(signeds, totals, more)
     part = (feat_block * class_blocks + class_block).to(tl.int64) * row_blocks + row_block
     part_ptr += part * ROWS + tl.arange(0, TILE)

@@ -41,10 +41,7 @@ def relative(v, q, pivot, LABELS: tl.constexpr, OUTSIDE: tl.constexpr):
     """log2 of p_k over p at the pivot, that ratio, the label, and what is the maximum's of it. `pivot`: its logit, a
     finite one, log2(e) / T."""
     q_top = tl.where(v > pivot[0], q, 0.0)
-    if LABELS == GIVEN and not OUTSIDE:
-        v = tl.where(v > pivot[0], -INF, v)
-    else:
-        v = tl.minimum(v, pivot[1])
+    v = tl.where(v > pivot[0], -INF, v) if LABELS == GIVEN and not OUTSIDE else tl.minimum(v, pivot[1])
     z = (v - pivot[1]) * pivot[2]
     return z, tl.exp2(z), q - q_top, q_top
 
