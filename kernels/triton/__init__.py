@@ -113,9 +113,9 @@ def plain(work: Job | Anchors, shape: tuple[int, ...]) -> Callable[[Any, Any, An
 def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     if traced(logits, feats, anchors.G) or feats.shape[1] == 0:
         return reference.batchgrad(logits, feats, anchors)
-    key = "triton", shapes.rows_of_batchgrad(len(logits))
+    key = "triton", (-1,)
     if key not in anchors.prepared:
-        anchors.prepared[key] = _launch().batchgrad_route(anchors, key[1])
+        anchors.prepared[key] = _launch().batchgrad_route(anchors)
     call = anchors.prepared[key]
     return reference.batchgrad(logits, feats, anchors) if call is None else call(logits, feats)
 

@@ -65,6 +65,7 @@ class Program(NamedTuple):
     buffers: tuple[Buffer, ...] = ()
     block: int = 1  # rows
     group: int = 0  # rows that share the buffers; 0: all
+    most: int = 0  # rows that it is for; 0: any number
 
 
 class Layout(NamedTuple):
@@ -95,7 +96,7 @@ def layout(x: Tensor | None) -> Layout | None:
 @lru_cache(maxsize=1024)
 def scores(
     on: torch.device, f: Layout | None, h: Layout | None, q: None, plan: Plan, bias: bool, log: bool, by_row: bool
-) -> Program:
+) -> tuple[Program]:
     """The columns of a plan, [N, columns], or [columns, N] where not `by_row`."""
     C, D = f.columns if f else 0, h.columns if h else 0
     shape = shapes.launch_shape(C, D, f.itemsize if f else 0)
@@ -110,7 +111,7 @@ def scores(
     if not by_row:
         strides = (Argument(NUMBER, 1), Argument(NUMBER, 0, 1))
     arguments = (*logits, *feats, _table(plan.table, on), Argument(OUT), *strides, Argument(NUMBER, 0, 1))
-    return Program((Launch(device.scores.scores, arguments, constants, shape),))
+    return (Program((Launch(device.scores.scores, arguments, constants, shape),)),)
 
 
 @lru_cache(maxsize=1024)
@@ -121,7 +122,7 @@ def gradient(
     q: Layout | None,
     stat: tuple[str, str, float, float, str],
     temperature: float,
-) -> Program:
+) -> tuple[Program]:
     """A gradient norm, [N] float64; q for the labels "given"."""
     _, labels, order, power, expectation = stat
     given = [x for x in (f, q) if x]
@@ -131,7 +132,7 @@ def gradient(
     rows = [Argument(NUMBER, x.stride // constants["V"]) for x in given]
     given_labels: tuple[Any, ...] = (Argument(LABELS), rows[1]) if q else (None, Argument(NUMBER))
     arguments = (Argument(LOGITS), rows[0], *given_labels, table, Argument(OUT), Argument(NUMBER, 0, 1))
-    return Program((Launch(device.gradient.gradient, arguments, constants, shape),))
+    return (Program((Launch(device.gradient.gradient, arguments, constants, shape),)),)
 
 
 # Bits of a float32 that logits of a narrower type leave 0.
@@ -139,19 +140,26 @@ UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 @lru_cache(maxsize=1024)
-def gen(on: torch.device, f: Layout, h: None, q: None, stat: tuple[str, float, int], temperature: float) -> Program:
+def gen(on: torch.device, f: Layout, h: None, q: None, stat: tuple[str, float, int], temperature: float) -> tuple[Program]:
     """[N] float64."""
     _, gamma, M = stat
     constants, shape = shapes.gen_constants(M, f.columns, f.stride, f.itemsize, UNUSED_BITS[f.dtype])
     table = _table((math.log2(math.e) / temperature, gamma, float(min(M, f.columns))), on)
     row = Argument(NUMBER, f.stride // constants["V"])
     arguments = (Argument(LOGITS), row, table, Argument(OUT), Argument(NUMBER, 0, 1))
-    return Program((Launch(device.gen.gen, arguments, constants, shape),))
+    return (Program((Launch(device.gen.gen, arguments, constants, shape),)),)
 
 
-def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, plan: Plan, rows: int) -> Program:
-    """anchors.sign times BatchGrad, [N] float32, by programs of so many rows. `plan`: of the maximum, its probability
-    and the rest's."""
+def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, plan: Plan) -> tuple[Program, ...]:
+    """anchors.sign times BatchGrad, [N] float32. `plan`: of the maximum, its probability and the rest's."""
+    of_rows = shapes.BATCHGRAD_ROWS.items()
+    return tuple(_batchgrad(on, f, h, anchors, plan, rows, most) for most, rows in of_rows)
+
+
+def _batchgrad(
+    on: torch.device, f: Layout, h: Layout, anchors: Anchors, plan: Plan, rows: int, most: int
+) -> Program:
+    """For up to `most` rows, by programs of `rows`."""
     g, g_sums = _prepared(anchors)
     T, C, D = anchors.temperature, f.columns, anchors.G.shape[1]
     feats = shapes.BATCHGRAD["FEATS"]
@@ -165,7 +173,7 @@ def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors,
     )
     x, sums, part, stats = (Argument(BUFFER + i) for i in range(4))
     N, blocks = Argument(NUMBER, 0, 1), Argument(NUMBER, 0, 0, 1)
-    (of_logits,) = scores(on, f, None, None, plan, bias=False, log=False, by_row=False).launches
+    ((of_logits,), *_), *_ = scores(on, f, None, None, plan, bias=False, log=False, by_row=False)
     where = of_logits.kernel.arg_names.index("out_ptr")
     arguments = (*of_logits.arguments[:where], stats, *of_logits.arguments[where + 1 :])
     turned = Launch(
@@ -203,13 +211,13 @@ def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors,
         shapes.Shape(shapes.MERGED["SOME"], 4),
     )
     group = shapes.batchgrad_rows(C, D)
-    return Program((of_logits._replace(arguments=arguments), turned, summed, merged), buffers, rows, group)
+    return Program((of_logits._replace(arguments=arguments), turned, summed, merged), buffers, rows, group, most)
 
 
-def batchgrad_route(anchors: Anchors, rows: int) -> Route | None:
-    """By programs of so many rows; None for temperatures that the kernels do not do."""
+def batchgrad_route(anchors: Anchors) -> Route | None:
+    """None for temperatures that the kernels do not do."""
     plan = shapes.plan_of(Want(("fmax", "msp", "one_minus_msp"), temperature=anchors.temperature), None)
-    return plan and Route((-1,), torch.float32, partial(batchgrad, anchors=anchors, plan=plan, rows=rows))
+    return plan and Route((-1,), torch.float32, partial(batchgrad, anchors=anchors, plan=plan))
 
 
 def _number(n: int) -> Argument:
@@ -232,10 +240,11 @@ def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
 
 
 class Route:
-    """Calls that give a result of `shape`, -1 standing for the rows, and of `dtype`; a program for each layout."""
+    """Calls that give a result of `shape`, -1 standing for the rows, and of `dtype`; a program for each layout, or
+    several for different numbers of rows."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, program: Callable[..., Program]) -> None:
-        self.shape, self.dtype, self.program = shape, dtype, program
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, programs: Callable[..., tuple[Program, ...]]) -> None:
+        self.shape, self.dtype, self.programs = shape, dtype, programs
         self.native = _native.route(shape, dtype == torch.float64) if _native else None
 
     def __call__(self, f: Tensor | None, h: Tensor | None, q: Tensor | None = None) -> Tensor:
@@ -249,28 +258,24 @@ class Route:
                 return out
         out = torch.empty([len(x) if n < 0 else n for n in self.shape], dtype=self.dtype, device=x.device)
         with _on(x.device):
-            _launched_by_triton(self._program(x.device, f, h, q), (f, h, q), out)
+            programs = self.programs(x.device, *map(layout, (f, h, q)))
+            _launched_by_triton(next(p for p in programs if not p.most or p.most >= len(x)), (f, h, q), out)
         return out
-
-    def _program(self, on: torch.device, *tensors: Tensor | None) -> Program:
-        return self.program(on, *map(layout, tensors))
 
     def _add(self, on: torch.device, *tensors: Tensor | None) -> bool:
         """Whether launcher.cpp can launch the program of such tensors, compiled and loaded here."""
         with _on(on), _beside_capture(on):
-            program = self._program(on, *tensors)
-            loaded = [_loaded(launch, program, tensors, self.dtype) for launch in program.launches]
-            if not all(loaded):
-                return False
-            launches, kept = zip(*(x for x in loaded if x), strict=True)
             inputs = tuple(
                 None if x is None else (_TYPES[x.dtype], x.shape[1], x.stride(0), x.data_ptr() % 16) for x in tensors
             )
-            buffers = tuple((b.per_row * b.dtype.itemsize, b.per_block * b.dtype.itemsize) for b in program.buffers)
-            device_type, index = dlpack_device(on)
-            _native.add_program(
-                self.native, inputs, device_type, index, program.block, program.group, buffers, launches, kept
-            )
+            for program in self.programs(on, *map(layout, tensors)):
+                loaded = [_loaded(launch, program, tensors, self.dtype) for launch in program.launches]
+                if not all(loaded):
+                    return False
+                launches, kept = zip(*(x for x in loaded if x), strict=True)
+                buffers = tuple((b.per_row * b.dtype.itemsize, b.per_block * b.dtype.itemsize) for b in program.buffers)
+                sizes = (program.block, program.group, program.most)
+                _native.add_program(self.native, inputs, *dlpack_device(on), *sizes, buffers, launches, kept)
         return True
 
 

@@ -46,7 +46,7 @@ struct Program {
   Input inputs[INPUTS];
   int32_t device_type, device_id;
   void* context;
-  int64_t block, group;  // rows of a block; rows that share the buffers, or all
+  int64_t block, group, most;  // rows of a block; rows that share the buffers, or all; most rows, or any
   std::vector<Buffer> buffers;
   std::vector<Launch> launches;
   PyObject* kept;  // the kernels, and tensors whose addresses are constants
@@ -84,14 +84,14 @@ template <class Read> static bool each(PyObject* tuple, Read read) {
 
 PyObject* add_program(PyObject*, PyObject* args) {
   PyObject *capsule, *inputs, *buffers, *launches, *kept;
-  long long block, group;
+  long long block, group, most;
   auto made = std::make_shared<Program>();
   Program& p = *made;
   p.kept = nullptr;
-  if (!PyArg_ParseTuple(args, "OO!iiLLO!O!O", &capsule, &PyTuple_Type, &inputs, &p.device_type, &p.device_id, &block,
-                        &group, &PyTuple_Type, &buffers, &PyTuple_Type, &launches, &kept))
+  if (!PyArg_ParseTuple(args, "OO!iiLLLO!O!O", &capsule, &PyTuple_Type, &inputs, &p.device_type, &p.device_id, &block,
+                        &group, &most, &PyTuple_Type, &buffers, &PyTuple_Type, &launches, &kept))
     return nullptr;
-  p.block = block, p.group = group;
+  p.block = block, p.group = group, p.most = most;
   auto* r = static_cast<Route*>(PyCapsule_GetPointer(capsule, ROUTE));
   if (!r) return nullptr;
   Input* input = p.inputs;
@@ -137,6 +137,7 @@ PyObject* add_program(PyObject*, PyObject* args) {
 }
 
 static bool fits(const Program& p, const Plain* given, const bool* there, int64_t rows) {
+  if (p.most && rows > p.most) return false;
   for (int i = 0; i < INPUTS; i++) {
     const Input& in = p.inputs[i];
     if (in.wanted && !there[i]) return false;

@@ -7,7 +7,7 @@ namespace fastood {
 
 // route(shape, of_float64): what programs are collected in; their result's shape, in which -1 stands for the rows.
 PyObject* route(PyObject*, PyObject* args);
-// add_program(route, inputs, device_type, device_id, block, group, buffers, launches, kept), as launch.py makes them:
+// add_program(route, inputs, device_type, device_id, block, group, most, buffers, launches, kept), as launch.py makes them:
 // inputs, of logits, feats and labels: None, or (type, columns, stride, offset from 16 bytes of the first row); buffers:
 // (bytes a row, bytes a block); launches: (function, threads, shared, rows, grid x a block, grid y, arguments), arguments
 // (base, bytes, at, per row, per block).

@@ -148,7 +148,7 @@ NOTHING = Tile(1, 1, False, 1)
 # A program of BatchGrad is two warps of the same 128 rows, four a thread, and of eight classes each; 168 registers a
 # thread let six of them run on a multiprocessor at a time. Fewer rows a program where all fit one: the same sums.
 BATCHGRAD = {"CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2}
-BATCHGRAD_ROWS = {128: 32, math.inf: 128}  # most rows of a call -> rows of a program
+BATCHGRAD_ROWS = {128: 32, 0: 128}  # most rows of a call, 0 for any -> rows of a program
 BATCHGRAD_REGISTERS = 168
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
@@ -158,11 +158,6 @@ TEMPORARY = 1 << 26  # numbers that BatchGrad keeps between its launches
 def blocks_of(C: int, D: int) -> tuple[int, int]:
     """Blocks of classes and of features that BatchGrad is split into."""
     return math.ceil(C / BATCHGRAD["CLASSES"]), math.ceil(D / BATCHGRAD["FEATS"])
-
-
-def rows_of_batchgrad(N: int) -> int:
-    """Rows of a program, for a call of N: the only choice that depends on N."""
-    return next(rows for most, rows in BATCHGRAD_ROWS.items() if most >= N)
 
 
 def batchgrad_rows(C: int, D: int) -> int:
