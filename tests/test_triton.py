@@ -931,7 +931,7 @@ def test_tiles(itemsize):
             assert tile.shifted == (stride % tile.p > 0 and lanes > 1)
             assert tile.shifted or stride % tile.vec == 0
             assert columns % tile.vec == 0 or tile.vec == tile.p  # groups of words are whole
-            assert tile.w == shapes.logits_tile(columns, 0, 0, itemsize, lanes).w  # the same sums, wherever rows begin
+            assert tile.w == shapes.logits_tile(columns, 0, 0, itemsize, lanes)[0].w  # the same sums anywhere
             elements = -(-columns // tile.w // tile.p) if lanes > 1 else columns
             assert elements * tile.w * tile.p // max(lanes, 1) <= 128  # of a thread, in registers
 
