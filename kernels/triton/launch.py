@@ -140,7 +140,9 @@ UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 @lru_cache(maxsize=1024)
-def gen(on: torch.device, f: Layout, h: None, q: None, stat: tuple[str, float, int], temperature: float) -> tuple[Program]:
+def gen(
+    on: torch.device, f: Layout, h: None, q: None, stat: tuple[str, float, int], temperature: float
+) -> tuple[Program]:
     """[N] float64."""
     _, gamma, M = stat
     constants, shape = shapes.gen_constants(M, f.columns, f.stride, f.itemsize, UNUSED_BITS[f.dtype])
@@ -156,9 +158,7 @@ def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors,
     return tuple(_batchgrad(on, f, h, anchors, plan, rows, most) for most, rows in of_rows)
 
 
-def _batchgrad(
-    on: torch.device, f: Layout, h: Layout, anchors: Anchors, plan: Plan, rows: int, most: int
-) -> Program:
+def _batchgrad(on: torch.device, f: Layout, h: Layout, anchors: Anchors, plan: Plan, rows: int, most: int) -> Program:
     """For up to `most` rows, by programs of `rows`."""
     g, g_sums = _prepared(anchors)
     T, C, D = anchors.temperature, f.columns, anchors.G.shape[1]
@@ -243,7 +243,9 @@ class Route:
     """Calls that give a result of `shape`, -1 standing for the rows, and of `dtype`; a program for each layout, or
     several for different numbers of rows."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, programs: Callable[..., tuple[Program, ...]]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, programs: Callable[..., tuple[Program, ...]]
+    ) -> None:
         self.shape, self.dtype, self.programs = shape, dtype, programs
         self.native = _native.route(shape, dtype == torch.float64) if _native else None
 
