@@ -116,7 +116,7 @@ def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bo
     """A kernel of device.batchgrad.py."""
     types = {"f_ptr": POINTERS[dtype], "h_ptr": POINTERS[dtype], "scale": "fp32", "inverse": "fp32", "sign": "fp32"}
     types |= dict.fromkeys(("stats_ptr", "out_ptr", "x_ptr", "sum_ptr", "g_ptr", "g_sums_ptr", "part_ptr"), "*fp32")
-    rows, feats = shapes.BATCHGRAD_ROWS[math.inf], shapes.BATCHGRAD["FEATS"]
+    rows, feats = shapes.BATCHGRAD_ROWS[0], shapes.BATCHGRAD["FEATS"]
     constants: dict[str, Any] = {"ROWS": rows, **shapes.BATCHGRAD}
     shape = shapes.Shape(rows, shapes.BATCHGRAD["WARPS"], shapes.BATCHGRAD_REGISTERS)
     if name == "turned":
@@ -439,8 +439,8 @@ CASES = [
     *(Case("all V terms", t, 128256, 0, EVERY_V, (), n, 2.2) for t, n in ((BFLOAT, 17.9), (FLOAT, 17.4))),
     *(Case("all V terms", t, 262144, 0, EVERY_V, (), n, 2.2) for t, n in ((BFLOAT, 16.4), (FLOAT, 16.1))),
     *(
-        Case("4 V terms", t, 50257, 0, V, (), n, 2.2, least_bits=8 * t.itemsize)
-        for t, n in ((BFLOAT, 17.8), (FLOAT, 16))
+        Case("4 V terms", t, C, 0, V, (), n, 2.2, least_bits=8 * t.itemsize)
+        for t, C, n in ((BFLOAT, 50257, 15.8), (FLOAT, 130001, 15.4))
     ),
     Case("energy x norm 0.3", BFLOAT, 128256, 4096, ("energy",), (0.3,), 5.6, 1.1),
     Case("4 V x 12 norms", BFLOAT, 128256, 4096, V, GRID, 13.2, 2.2),
@@ -488,26 +488,26 @@ CASES = [
 # The least share of the read ceiling that must be predicted, in percent, of bfloat16 and of float32, by what, C and D:
 # a point or two below what is reached.
 SHARES = {
-    ("energy", 1000, 0): (91,),
-    ("4 V terms", 1000, 0): (82, 96),
-    ("all V terms", 1000, 0): (72, 93),
-    ("4 V terms", 1001, 0): (79, 95),
-    ("all V terms", 1001, 0): (69, 91),
-    ("4 V terms", 21841, 0): (72, 93),
-    ("4 V terms", 100, 0): (74, 91),
-    ("4 V terms", 10, 0): (51, 69),
-    ("norms 1, 2", 0, 2048): (97, 98),
-    ("norm 0.3", 0, 2048): (76, 94),
-    ("12 norms", 0, 2048): (36, 73),
-    ("4 V x norms 1, 2", 1000, 2048): (89,),
-    ("energy x norm 0.3", 1000, 2048): (82,),
-    ("4 V x norm 0.3", 1000, 2048): (75,),
-    ("4 V x 12 norms", 1000, 2048): (41,),
-    ("E_q || e_Y - p ||_2, q given", 1000, 0): (78, 88),
-    ("E_q || e_Y - p ||_2, q given", 12288, 0): (70,),
-    ("E_q || e_Y - p ||_1^2, q predicted", 1000, 0): (64,),
-    ("E_q || e_Y - p ||_3, q uniform", 1000, 0): (40,),
-    ("|| q - p ||_2, q given", 1000, 0): (85,),
+    ("energy", 1000, 0): (95,),
+    ("4 V terms", 1000, 0): (90, 97),
+    ("all V terms", 1000, 0): (74, 95),
+    ("4 V terms", 1001, 0): (86, 97),
+    ("all V terms", 1001, 0): (69, 92),
+    ("4 V terms", 21841, 0): (69, 95),
+    ("4 V terms", 100, 0): (81, 93),
+    ("4 V terms", 10, 0): (53, 69),
+    ("norms 1, 2", 0, 2048): (98, 98),
+    ("norm 0.3", 0, 2048): (81, 97),
+    ("12 norms", 0, 2048): (41, 75),
+    ("4 V x norms 1, 2", 1000, 2048): (97,),
+    ("energy x norm 0.3", 1000, 2048): (87,),
+    ("4 V x norm 0.3", 1000, 2048): (87,),
+    ("4 V x 12 norms", 1000, 2048): (49,),
+    ("E_q || e_Y - p ||_2, q given", 1000, 0): (78, 91),
+    ("E_q || e_Y - p ||_2, q given", 12288, 0): (64,),
+    ("E_q || e_Y - p ||_1^2, q predicted", 1000, 0): (61,),
+    ("E_q || e_Y - p ||_3, q uniform", 1000, 0): (37,),
+    ("|| q - p ||_2, q given", 1000, 0): (90,),
 }
 assert SHARES.keys() <= {(case.what, case.C, case.D) for case in CASES}
 
