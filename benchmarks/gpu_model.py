@@ -12,9 +12,9 @@ to do for each warp, each of which takes so many clocks where it has nothing els
 
 They overlap, but not perfectly: the time is the norm of order `overlap` of the four. `python -m benchmarks.gpu_static
 --fit` fits the two by least squares of the logarithm of the share, in which more than all of the ceiling, which is
-torch.sum's, counts as all, and prints the error: 4.7% rms, 13% at most, 5% for a kernel left out of the fit. A time
-for each load, by the bytes in flight, was tried: these kernels, which hold twice the warps of those before, fit none. The
-model knows no barriers, and no second sweep from the cache: rows beyond 24576 classes are not predicted.
+torch.sum's, counts as all, and prints the error: 4.7% rms, 13% at most, 5% for a kernel that is left out of the fit. A
+time for each load, by the bytes in flight, was tried: these kernels hold twice the warps of those before, and fit none.
+The model knows no barriers, and no second sweep from the cache: rows beyond 24576 classes are not predicted.
 """
 
 from __future__ import annotations

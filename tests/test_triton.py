@@ -1159,7 +1159,7 @@ more = [Case("", t, C, D, stats, GRID, 0, 0) for t in (BFLOAT, FLOAT) for C, D i
 for case in (*more, *CASES):
     with contextlib.suppress(Made):
         compile_case(case, target)
-assert any(fn.__name__ == "in_one" for _, fn, _ in seen)
+assert len(seen) > 1000  # the hook was called
 """
 
 

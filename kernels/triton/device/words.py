@@ -39,22 +39,6 @@ def row_max(x):
 
 
 @triton.jit
-def in_one(sums, A: tl.constexpr, SHIFTED: tl.constexpr):
-    """Each sum's tile, of the tuples of A = 1 or 2 accumulators.
-
-    A is an argument because Triton 3.6 names what it compiles by the tensors in a tuple alone, and would take one
-    function for ((x, y),) and ((x,), (y,)): wherever the shape of a tuple of tuples varies, a constant has to say it.
-    """
-    out = ()
-    for i in tl.static_range(len(sums[0])):
-        tile = sums[0][i].to(tl.float64) if SHIFTED else sums[0][i]
-        if A == 2:
-            tile += sums[1][i]
-        out = out + (tile,)
-    return out
-
-
-@triton.jit
 def row_sums(tiles):
     """The sums of each row of several tiles: together, they wait once where other warps or programs share the row."""
     if INTERPRETED:
