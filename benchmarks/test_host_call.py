@@ -34,6 +34,7 @@ def stubbed_driver(monkeypatch):
     monkeypatch.setattr(launch, "compiled_kernel", compiled)
     yield
     _plan._PLANS.clear()
+    launch._driver.cache_clear()  # which tells the native part the real ones
     _native.use_driver(0, 0, 0, 0)
 
 

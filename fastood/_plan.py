@@ -83,7 +83,7 @@ class Plan:
             if out is not None and chosen not in self.ways:
                 short = chosen.plain(self.job, self.shape)
                 if short is not None:
-                    self.ways[chosen] = short
+                    self.ways = {**self.ways, chosen: short}  # another thread may be going through them
         if out is None:
             out = self._composed(f, h, q, chosen, by_row).reshape(shape).to(dtype)
         return give(out, as_numpy)

@@ -216,7 +216,9 @@ class BatchGrad:
             As in ``fastood.score``. float64 where an input or G is, else float32.
         """
         anchors = self._oriented if flag("oriented", oriented) else self.anchors
-        way = anchors.prepared.get(("way", backend)) if isinstance(backend, str) else None
+        way = None
+        if isinstance(backend, str) and not torch.compiler.is_compiling():
+            way = anchors.prepared.get(("way", backend))
         if way is not None:
             out = way(logits, feats, None)
             if out is not None:
@@ -235,7 +237,8 @@ class BatchGrad:
         dtype = result_dtype(f, h, G)
         chosen = select(backend, f.device, dtype)
         out = chosen.batchgrad(f, h, anchors).to(dtype)
-        anchors.prepared["way", backend] = chosen.plain(anchors, (-1,))
+        if not G.requires_grad:
+            anchors.prepared["way", backend] = chosen.plain(anchors, (-1,))
         return give(out, as_numpy)
 
     def save(self, path: str | os.PathLike[str]) -> None:

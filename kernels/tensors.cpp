@@ -97,7 +97,7 @@ PyObject* use_torch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (int i = 0; i < KINDS; i++) Py_INCREF(as_kind[i] = PyTuple_GetItem(args[1], i));
   for (int i = 0; i < WATCHERS; i++) Py_INCREF(watchers[i] = PyTuple_GetItem(args[3], i));
   Py_INCREF(forward_ad = args[4]);
-  exchange = found->major == 1 && found->borrow ? found : nullptr;
+  exchange = found->major == 1 && found->borrow && found->stream ? found : nullptr;
   Py_RETURN_NONE;
 }
 

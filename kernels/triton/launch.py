@@ -233,6 +233,8 @@ def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
         G = G.unflatten(1, (-1, feats)).unflatten(0, (-1, classes)).transpose(1, 2)  # by class block and feature block
         above, below = (x.clamp(min=0).sum(-1, dtype=torch.float64) for x in (G, -G))
         anchors.prepared["triton G"] = G.transpose(2, 3).contiguous(), torch.stack([above, below], -1).float()
+        if G.is_cuda:  # other streams read it too
+            torch.cuda.current_stream(G.device).synchronize()
     return anchors.prepared["triton G"]
 
 
@@ -248,13 +250,15 @@ class Route:
     ) -> None:
         self.shape, self.dtype, self.programs = shape, dtype, programs
         self.native = _native.route(shape, dtype == torch.float64) if _native else None
+        self.known: set[Any] = set()  # for which native has its programs, or never will
 
     def __call__(self, f: Tensor | None, h: Tensor | None, q: Tensor | None = None) -> Tensor:
         f, h, q = (None if x is None else _readable(x) for x in (f, h, q))
         x = next(x for x in (f, h, q) if x is not None)
         if self.native and len(x) and has_driver(x.device):
             out = _native.launch(self.native, f, h, q)
-            if out is None and self._add(x.device, f, h, q):
+            key = x.device, *map(layout, (f, h, q))
+            if out is None and key not in self.known and self._add(x.device, f, h, q):
                 out = _native.launch(self.native, f, h, q)
             if out is not None:
                 return out
@@ -266,6 +270,7 @@ class Route:
 
     def _add(self, on: torch.device, *tensors: Tensor | None) -> bool:
         """Whether launcher.cpp can launch the program of such tensors, compiled and loaded here."""
+        self.known.add((on, *map(layout, tensors)))
         with _on(on), _beside_capture(on):
             inputs = tuple(
                 None if x is None else (_TYPES[x.dtype], x.shape[1], x.stride(0), x.data_ptr() % 16) for x in tensors
@@ -369,14 +374,17 @@ def _value(x: Any, tensors: list[Any], rows: int, blocks: int) -> Any:
 
 def _readable(x: Tensor) -> Tensor:
     """`x` with the elements of a row beside each other, in memory that may be read from a 16-byte boundary on."""
-    if x.stride(1) != 1 and x.shape[1] != 1:
-        x = x.contiguous()
+    x = x.detach().resolve_neg()
+    if x.dtype == torch.float64:  # labels, which the kernel reads as float32
+        x = x.float()
+    if (x.stride(1) != 1 and x.shape[1] != 1) or (x.data_ptr() == 0 and x.numel()):
+        x = x.clone(memory_format=torch.contiguous_format)  # the second: torch's tensor of zeros without memory
     if x.data_ptr() % 16 and (x.data_ptr() - x.storage_offset() * x.element_size()) % 16:
         x = x.clone(memory_format=torch.contiguous_format)  # memory of someone else's, which begins anywhere
     return x
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 16)  # a CUDA graph has the addresses
 def _table(numbers: tuple[float, ...], on: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.float64, device=on)

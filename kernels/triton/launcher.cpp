@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace fastood {
@@ -14,6 +15,7 @@ static int (*current_context)(void** context) = nullptr;
 static int (*push_context)(void* context) = nullptr;
 static int (*pop_context)(void** context) = nullptr;
 
+constexpr int OUT_OF_MEMORY = 2;  // as the driver numbers its errors
 constexpr int INPUTS = 3;                     // logits, feats, labels
 enum Base { NUMBER, INPUT = 1, OUT = INPUT + INPUTS, BUFFER };  // BUFFER + i: the i-th
 
@@ -63,7 +65,7 @@ struct Route {
 };
 
 static const char ROUTE[] = "fastood route";
-constexpr size_t MOST_PROGRAMS = 64;
+constexpr size_t MOST_PROGRAMS = 1024;  // the others are launched by Triton
 
 static void free_route(PyObject* capsule) { delete static_cast<Route*>(PyCapsule_GetPointer(capsule, ROUTE)); }
 
@@ -131,8 +133,7 @@ PyObject* add_program(PyObject*, PyObject* args) {
   p.context = nullptr;
   current_context(&p.context);  // the one that the kernels were loaded in
   Py_INCREF(p.kept = kept);
-  if (r->programs.size() >= MOST_PROGRAMS) r->programs.clear();
-  r->programs.push_back(std::move(made));
+  if (r->programs.size() < MOST_PROGRAMS) r->programs.push_back(std::move(made));
   Py_RETURN_NONE;
 }
 
@@ -236,8 +237,10 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   void* stream = nullptr;
   const std::vector<int64_t> nowhere(BUFFER + (found ? found->buffers.size() : 0));
   if (!found || launch_all(*found, nowhere.data(), found->group ? std::min(found->group, rows) : rows, nullptr, true) ||
-      !current_stream(found->device_type, found->device_id, &stream))
+      !current_stream(found->device_type, found->device_id, &stream)) {
+    PyErr_Clear();
     Py_RETURN_NONE;
+  }
   PyObject *x = args[1 + first], *scratch = nullptr;
   void *out_data = nullptr, *memory = nullptr;
   PyObject* out = empty_beside(x, given[first].type, r->kind, r->shape, rows, &out_data);
@@ -256,7 +259,11 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const int64_t out_row = r->kind == OF_FLOAT64 ? 8 : 4;  // of what is done in groups, which has one column
   PyThreadState* held = PyEval_SaveThread();
-  const int error = launch_on(*found, given, rows, static_cast<char*>(out_data), out_row, static_cast<char*>(memory), stream);
+  int error = OUT_OF_MEMORY;
+  try {
+    error = launch_on(*found, given, rows, static_cast<char*>(out_data), out_row, static_cast<char*>(memory), stream);
+  } catch (const std::bad_alloc&) {
+  }
   PyEval_RestoreThread(held);
   found.reset();
   Py_XDECREF(scratch);  // the stream is done with it before it hands it on

@@ -115,7 +115,8 @@ def feats_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int
 def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> tuple[Tile, int]:
     """The same of logits, and of rows that are read tile by tile how many tiles are in flight, else 0.
 
-    `w` hangs on `columns` and the lanes alone: wherever rows begin, sums are the same. Rows of odd length are read word
+    `w` hangs on `columns` and the lanes alone: wherever rows begin, sums are the same; of long rows and of halves of at
+    most 16 classes in the same layout. Rows of odd length are read word
     by word, with whole lines a warp, and SHIFTED are those of halves that may begin in the middle of a word.
     """
     if is_streamed(columns):

@@ -122,7 +122,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                         exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, unit, excess) * back, exp_t)
                 if any_row(again):
                     # In tiles of four logits a thread, so that what is rare is not what takes the most registers.
-                    SOME: tl.constexpr = W // P if N % 8 == 0 else W
+                    SOME: tl.constexpr = W // P if N % 8 == 0 and W >= P else W
                     some = tl.arange(0, SOME)[None, :]
                     other, sum1, sum2, sum3, sum4 = sums_again(
                         ptr, base, head, some, n, m, scale, N, VEC, P, SHIFTED, SOME

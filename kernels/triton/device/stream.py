@@ -62,10 +62,10 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
     sums = no_exp(zero, SUMS)
     for group in range(GROUPS - 1):
         us = read_tiles(ptr, base, group * (W * K), C, VEC, P, W, K, False, "")
-        top, ref, sums = add_words(top, ref, sums, us, scale, group * EACH, zero == 0.0, EACH, VW, P, TYPE, SUMS)
+        top, ref, sums = add_words(top, ref, sums, us, scale, group * EACH, zero == 0.0, VW, P, TYPE, SUMS)
     last = read_tiles(ptr, base, (GROUPS - 1) * W * K, C, VEC, P, W, REST, True, "")
     own = lane < C // VEC - ((GROUPS - 1) * K + REST - 1) * LANES  # of the last tile
-    top, ref, sums = add_words(top, ref, sums, last, scale, (GROUPS - 1) * EACH, own, EACH, VW, P, TYPE, SUMS)
+    top, ref, sums = add_words(top, ref, sums, last, scale, (GROUPS - 1) * EACH, own, VW, P, TYPE, SUMS)
 
     tops = unpack(top, P, TYPE)
     high = tops[0] if P == 1 else larger(tops[0], tops[1])
@@ -180,7 +180,7 @@ def of_threads(u, VW: tl.constexpr):
 
 
 @triton.jit
-def add_words(top, ref, sums, us, scale, before, own, EACH: tl.constexpr, VW: tl.constexpr, P: tl.constexpr,
+def add_words(top, ref, sums, us, scale, before, own, VW: tl.constexpr, P: tl.constexpr,
               TYPE: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Adds words to the sums of their slots, which have `before` elements; `own`: the last VW words are the row's."""
     LEN: tl.constexpr = len(us)

@@ -5,10 +5,7 @@ program holds ROWS rows as tiles [ROWS, W] of words, `xs` being the tuple of the
 in such a tile is a *slot*, with sums of its own until the row is reduced. Every multiplication that feeds an
 addition is an explicit fma, so that results do not hang on the compiler's contraction.
 
-A row of features that begins anywhere is read from the 16-byte group that holds its first element (SHIFTED): `head`
-elements of the first group are not its own. The slots then hold the same elements in the same order as for any other
-head, in other places; summing them in float64 makes the order of places disappear in the rounding to float32. Rows of
-logits are moved into place as they are read: load_tile.
+Rows of logits that begin between words are moved into place as they are read: load_tile.
 """
 
 import torch
@@ -142,15 +139,6 @@ def exp2_double(x):
 
 
 @triton.jit
-def power_of_2(n):
-    """2^n in float64 of whole numbers -1022 <= n <= 1024, the last of which is infinity."""
-    return ((n.to(tl.int32) + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
-
-
-# ---- reading
-
-
-@triton.jit
 def small(ptr, mask=None, other=None):
     """A load of what many programs read, worth keeping in the cache."""
     return tl.load(ptr, mask=mask, other=other, eviction_policy="evict_last")
@@ -250,18 +238,6 @@ def smaller_words(a, b, P: tl.constexpr, TYPE: tl.constexpr):
     else:
         PTX: tl.constexpr = "min.f16x2 $0, $1, $2;" if tl.float16 == TYPE else "min.bf16x2 $0, $1, $2;"
         return tl.inline_asm_elementwise(PTX, "=r,r,r", [a, b], tl.uint32, True, 1)
-
-
-@triton.jit
-def is_own(word, j: tl.constexpr, head, n, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
-    """Which elements, the j-th of their word, are the row's own: where it is not SHIFTED, a group is or is not."""
-    if SHIFTED:
-        return (word * P + j - head).to(tl.uint32) < n
-    else:
-        return word // (VEC // P) < n // VEC
-
-
-# ---- reading rows of logits
 
 
 @triton.jit
