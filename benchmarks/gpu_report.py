@@ -113,9 +113,8 @@ def markdown(whole: dict[str, Any]) -> str:
         lines.append(f"| {what} | {kernel(what, 'bfloat16')} | {kernel(what, 'float32')} |")
     lines += [
         "",
-        "| A call of one row, C=1000 D=2048 float32, "
-        + known["card"]
-        + " | µs on the host | µs to replay it as a CUDA graph |",
+        f"| A call of one row, C=1000 D=2048 float32, {known['card']} | µs on the host | µs of a graph's replay |",
+        +known["card"] + " | µs on the host | µs to replay it as a CUDA graph |",
         "|---|---|---|",
     ]
     for row in figures.get("calls", []):
