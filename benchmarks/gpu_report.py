@@ -114,7 +114,6 @@ def markdown(whole: dict[str, Any]) -> str:
     lines += [
         "",
         f"| A call of one row, C=1000 D=2048 float32, {known['card']} | µs on the host | µs of a graph's replay |",
-        +known["card"] + " | µs on the host | µs to replay it as a CUDA graph |",
         "|---|---|---|",
     ]
     for row in figures.get("calls", []):
