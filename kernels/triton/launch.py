@@ -255,27 +255,28 @@ class Route:
     def __call__(self, f: Tensor | None, h: Tensor | None, q: Tensor | None = None) -> Tensor:
         f, h, q = (None if x is None else _readable(x) for x in (f, h, q))
         x = next(x for x in (f, h, q) if x is not None)
+        key = x.device, *map(layout, (f, h, q))
         if self.native and len(x) and has_driver(x.device):
             out = _native.launch(self.native, f, h, q)
-            key = x.device, *map(layout, (f, h, q))
-            if out is None and key not in self.known and self._add(x.device, f, h, q):
+            if out is None and key not in self.known and self._add(key, f, h, q):
                 out = _native.launch(self.native, f, h, q)
             if out is not None:
                 return out
         out = torch.empty([len(x) if n < 0 else n for n in self.shape], dtype=self.dtype, device=x.device)
         with _on(x.device):
-            programs = self.programs(x.device, *map(layout, (f, h, q)))
-            _launched_by_triton(next(p for p in programs if not p.most or p.most >= len(x)), (f, h, q), out)
+            fitting = (p for p in self.programs(*key) if not p.most or p.most >= len(x))
+            _launched_by_triton(next(fitting), (f, h, q), out)
         return out
 
-    def _add(self, on: torch.device, *tensors: Tensor | None) -> bool:
-        """Whether launcher.cpp can launch the program of such tensors, compiled and loaded here."""
-        self.known.add((on, *map(layout, tensors)))
+    def _add(self, key: tuple[Any, ...], *tensors: Tensor | None) -> bool:
+        """Whether launcher.cpp can launch the programs of `key`, the device and layouts, compiled and loaded here."""
+        on = key[0]
+        self.known.add(key)
         with _on(on), _beside_capture(on):
             inputs = tuple(
                 None if x is None else (_TYPES[x.dtype], x.shape[1], x.stride(0), x.data_ptr() % 16) for x in tensors
             )
-            for program in self.programs(on, *map(layout, tensors)):
+            for program in self.programs(*key):
                 loaded = [_loaded(launch, program, tensors, self.dtype) for launch in program.launches]
                 if not all(loaded):
                     return False
