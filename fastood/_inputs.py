@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastood._fork import one_thread_if_forked
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Array = Tensor | np.ndarray
@@ -37,6 +39,7 @@ def _from_numpy(name: str, x: np.ndarray) -> Tensor:
 
 def take(**named: Any) -> tuple[list[Tensor | None], bool]:
     """Matrices [N, *] as tensors, and whether they came as numpy arrays. None stays None."""
+    one_thread_if_forked()
     tensors: list[Tensor | None] = []
     kinds: dict[str, str] = {}
     for name, x in named.items():

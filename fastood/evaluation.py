@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastood import metrics
+from fastood._fork import one_thread_if_forked
 from fastood._inputs import order_of
 from fastood._version import __version__
 from fastood.api import BEST_NORM, PAPER_NORMS, PAPER_V, scores, sweep
@@ -74,6 +75,7 @@ def score_rows(
     >>> score_rows([chunk, chunk], methods=["tv"], norms=(None, 2))
     {'tv': array([0.48201379, 0.48201379]), 'tv*||h||_2': array([2.41006895, 2.41006895])}
     """
+    one_thread_if_forked()
     orders = [None if r is None else order_of("norms", r) for r in norms]
     parts: dict[str, list[Scores]] = {}
     for logits, feats in chunks:
@@ -249,6 +251,8 @@ def sweep_auroc(
     array([[1., 1.]])
     """
 
+    one_thread_if_forked()
+
     def grid(chunks: Chunks) -> dict[str, Scores]:
         parts = []
         for f, h in chunks:
@@ -268,6 +272,7 @@ def sweep_auroc(
 
 def _vectors(where: str, columns: Mapping[str, ArrayLike]) -> dict[str, Scores]:
     """The scores of one set, checked here because here both the score and the set have names."""
+    one_thread_if_forked()
     arrays = {}
     for label, x in columns.items():
         if isinstance(x, Tensor):

@@ -15,12 +15,15 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from fastood._fork import one_thread_if_forked
+
 __all__ = ["METRICS", "aupr_in", "aupr_out", "auroc", "evaluate", "fpr95_in", "fpr95_out"]
 
 
 def _ranks(id_scores: Any, ood_scores: Any) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
     """Who is in-distribution, and every score's rank. All metrics here depend on the order alone,
     and unlike scores, ranks are finite (energy and ||h||_0.1 may be infinite)."""
+    one_thread_if_forked()
     arrays = []
     for name, x in (("id_scores", id_scores), ("ood_scores", ood_scores)):
         if isinstance(x, torch.Tensor):
