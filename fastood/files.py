@@ -420,9 +420,9 @@ def _leaves(held: Any, key: str, seen: set[int]) -> Iterator[tuple[str, Block]]:
 def _pt_array(path: Path, key: str, x: Block) -> _Array:
     if isinstance(x, np.ndarray):
         return _Array(key, x.shape, "string" if x.dtype == object else x.dtype.name, _slices(x, x.shape))
-    dtype = str(x.dtype).removeprefix("torch.")
-    if x.layout is not torch.strided or x.device.type != "cpu":
-        kind = "on no device" if x.device.type == "meta" else f"{x.layout}".removeprefix("torch.")
+    dtype, layout = (str(kind).removeprefix("torch.") for kind in (x.dtype, x.layout))
+    if x.is_nested or x.is_meta or layout != "strided":
+        kind = "nested" if x.is_nested else "on no device" if x.is_meta else layout
         raise FileError(f"{path}: {key!r} must be a dense tensor, got one that is {kind}")
     if x.numel() * x.itemsize > x.untyped_storage().nbytes():
         raise FileError(f"{path}: {key!r} must hold every number of its shape {list(x.shape)}, got an expanded tensor")
