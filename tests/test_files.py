@@ -269,6 +269,15 @@ def test_wide_columns_in_numeric_order(tmp_path, dtype, names, rows_per_chunk):
         np.testing.assert_array_equal(feats.numpy(), -x[:, :3], strict=True)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_few_wide_columns(tmp_path, width):
+    columns = {f"logit_{i}": LOGITS[:, i] for i in range(width)}
+    pq.write_table(pa.table(columns | {"y_0": FEATS[:, 0], "y_1": FEATS[:, 0]}), tmp_path / "x.parquet")
+    with open_rows(tmp_path / "x.parquet") as rows:
+        assert (rows.classes, rows.logits_key, rows.others) == (width, f"logit_0..{width - 1}", ["y_0", "y_1"])
+    np.testing.assert_array_equal(read(tmp_path / "x.parquet")[0], LOGITS[:, :width])
+
+
 def test_wide_columns_of_ones_own_name_from_pandas_nulls(tmp_path):
     table = pa.table({"a.b_1": pa.array([1.0, None]), "a.b_0": [3.0, 4.0]})
     pq.write_table(table, tmp_path / "x.parquet")
