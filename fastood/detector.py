@@ -627,10 +627,7 @@ class _Sample:
         if self.sketched:
             known = f"a sketch of {self.n} rows knows ranks to {SKETCH_ERROR:g} of them"
             return f"tpr={tpr:g} is out of reach: {known}; fit on at most {EXACT_ROWS} rows"
-        least = max(math.ceil(1 / (1 - tpr)) - 3, 1)
-        while _rank(least, tpr) < 1:
-            least += 1
-        return f"tpr={tpr:g} takes at least {least} in-distribution rows, got {self.n}"
+        return f"tpr={tpr:g} takes at least {rows_needed(tpr)} in-distribution rows, got {self.n}"
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy, which the library's sketch refuses."""
@@ -677,6 +674,21 @@ def _rank(n: int, tpr: float) -> int:
     while k / (n + 1) > 1 - tpr:
         k -= 1
     return k
+
+
+def rows_needed(tpr: float) -> int:
+    """The fewest calibration rows of which a threshold can promise `tpr`.
+
+    Examples
+    --------
+    >>> from fastood.detector import rows_needed
+    >>> rows_needed(0.95)
+    19
+    """
+    n = max(math.ceil(1 / (1 - tpr)) - 2, 1)  # or the next, or the one after it, in float64
+    while _rank(n, tpr) < 1:
+        n += 1
+    return n
 
 
 def _new_sketch() -> Any:
