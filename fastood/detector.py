@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastood._choice import Choice
 
 EXACT_ROWS = 2_000_000
-"""So many calibration scores (16 MB) are kept as they are; of more, a sketch."""
+"""So many calibration scores are kept as they are (16 MB in a file); of more, a sketch."""
 
 SKETCH_K = 32768
 SKETCH_ERROR = 1e-4
@@ -117,9 +117,8 @@ class Detector:
         **params: Any,
     ) -> None:
         entry = _entry(method)
-        Plan(
-            [(entry, order_of_norm(entry, norm, True))], (-1,), temperature, bias, False, True, params
-        )  # refuses bad ones
+        # Refuses what fastood.score would refuse.
+        Plan([(entry, order_of_norm(entry, norm, True))], (-1,), temperature, bias, False, True, params)
         if number("tpr", tpr, above=0) >= 1:
             raise ValueError(f"tpr must be a number between 0 and 1, got {tpr!r}")
         self.method, self.norm, self.temperature, self.bias = method, norm, float(temperature), bool(bias)
@@ -286,9 +285,9 @@ class Detector:
         id : (logits [N, C], feats [N, D])
             In-distribution rows that the model was not trained on; feats may be None.
         ood : dict, optional
-            Name of an outlier set -> (logits, feats). Without any, outliers are made of the rows of `id`, of two kinds:
-            convex combinations of two rows of different predicted classes, and rows whose every column comes from
-            another row. What is best for those need not be best for real ones: at the least, try the result on some.
+            Name of an outlier set -> (logits, feats). Without any, outliers are made of the rows of `id`, of two kinds
+            (up to 5000 each): convex combinations of two rows of different predicted classes, and rows whose every
+            column comes from another row. What is best for those need not be best for real ones: at the least, try the result on some.
         candidates : list, optional
             Settings of a Detector (dicts of method, norm, temperature, bias, ...) or names of methods. Left out: the V
             terms of fastood alone and, with feats, times ||h||_0.3, ||h||_1 and ||h||_2, at temperatures 1, 2 and 10;

@@ -168,7 +168,7 @@ def test_outliers_without_a_finite_score_count_as_refused():
         ({"ood": rows()}, TypeError, "ood must be None or a dict of name -> (logits, feats)"),
         ({"ood": {}}, TypeError, "ood must be None or a dict"),
         ({"ood": {"a": rows(3)}}, ValueError, "ood['a'] must have at least 4 rows, got 3"),
-        ({"ood": {"a": (rows()[0], None)}}, ValueError, "5 of logits and 6 of feats, got 5 of logits and none of feats"),
+        ({"ood": {"a": (rows()[0], None)}}, ValueError, "6 of feats, got 5 of logits and none of feats"),
         ({"ood": {"a": rows(C=4)}}, ValueError, "5 of logits and 6 of feats, got 4 of logits and 6 of feats"),
         ({"candidates": []}, ValueError, "candidates must not be empty"),
         ({"candidates": "msp"}, TypeError, "candidates must be a list of settings of a Detector, or of names"),
