@@ -287,7 +287,8 @@ class Detector:
         ood : dict, optional
             Name of an outlier set -> (logits, feats). Without any, outliers are made of the rows of `id`, of two kinds
             (up to 5000 each): convex combinations of two rows of different predicted classes, and rows whose every
-            column comes from another row. What is best for those need not be best for real ones: at the least, try the result on some.
+            column comes from another row. What is best for those need not be best for real ones: at the least, try
+            the result on some.
         candidates : list, optional
             Settings of a Detector (dicts of method, norm, temperature, bias, ...) or names of methods. Left out: the V
             terms of fastood alone and, with feats, times ||h||_0.3, ||h||_1 and ||h||_2, at temperatures 1, 2 and 10;
