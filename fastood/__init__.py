@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastood.api import norms, row_stats, score, scores, sweep, warm_up
+from fastood.detector import Detector
 from fastood.gradients import BatchGrad, anchor_gradient, batchgrad, deep_batchgrad, deep_gradient_norm, gradient_norm
 from fastood.kernels import STATISTICS, backends
 from fastood.registry import SCORES, Score, register
@@ -20,6 +21,7 @@ __all__ = [
     "SCORES",
     "STATISTICS",
     "BatchGrad",
+    "Detector",
     "Score",
     "anchor_gradient",
     "backends",
