@@ -50,7 +50,7 @@ class Score:
     log_v, log_stats : optional
         log V over statistics of its own, where that is more exact than the logarithm of V.
     positive : bool
-        False for a V that is never above 0, which has no logarithm.
+        False for a V that is never above 0. It has no logarithm, and decides on ``multiplied``.
     gradient : dict, optional
         Of a last-layer gradient score: the arguments that make ``fastood.gradient_norm`` (and, for all
         parameters, ``fastood.deep_gradient_norm``) the same raw quantity. U is then fixed to
@@ -89,6 +89,15 @@ class Score:
         """The inputs without which it cannot be computed: "logits", "feats"."""
         logits = ("logits",) if self.stats else ()
         return logits + (("feats",) if self.gradient or not self.stats else ())
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether ||h||_r multiplies V where features are given and the caller names no norm.
+
+        Not a V that is never above 0 once turned to higher = more in-distribution: a larger U would lower
+        it. Nor a gradient score, whose U is fixed.
+        """
+        return not self.gradient and self.positive == (self.higher == "in")
 
     @property
     def power(self) -> float:

@@ -34,6 +34,33 @@ def test_default_is_energy_alone_or_times_norm_03():
     truth.assert_close(fastood.score(None, H, "norm", norm=math.inf), truth.norm(H, math.inf), 0)
 
 
+def test_a_v_that_is_never_above_0_is_multiplied_only_where_asked():
+    for name in ("neg_entropy", "gen"):
+        alone = fastood.score(F, method=name)
+        assert torch.equal(fastood.score(F, H, name), alone)
+        assert torch.equal(fastood.scores(F, H)[name], alone)
+        assert torch.equal(fastood.scores(F, H, [name, "msp"], norm=2)[name], fastood.score(F, H, name, norm=2))
+        truth.assert_close(fastood.score(F, H, name, norm=2), truth.widen(alone) * truth.norm(H, 2), 1e-5)
+    assert [e.name for e in fastood.SCORES.values() if e.multiplied] == [
+        *(name for name in V_TERMS if name not in ("neg_entropy", "gen")), "norm"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("higher", ["in", "out"])
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_larger_norm_never_lowers_a_score_of_ones_own_by_default(higher, positive):
+    """V = +-MSP: the same features twice as large do not make a row less in-distribution."""
+    factor = 1.0 if positive else -1.0
+    own = fastood.Score("own", "+-max p", "mine", higher, stats=("msp",), factor=factor, positive=positive)
+    try:
+        fastood.register(own)
+        once, twice = fastood.score(F, H, "own"), fastood.score(F, 2 * H, "own")
+        assert (twice >= once).all()
+        assert (twice > once).all() == own.multiplied == (positive == (higher == "in"))
+    finally:
+        fastood.SCORES.pop("own", None)
+
+
 def test_every_documented_method_is_registered():
     assert set(fastood.SCORES) == {
         *V_TERMS, "norm", "gradnorm", "exgrad", "eg_u_l1", "eg_u_l2sq", "eg_p_l2sq", "eg_p_logp_l2sq", "norm_eg_p_l2sq"
