@@ -1,6 +1,7 @@
 """What callers see: kinds and devices of results, defaults, orientation, errors, the seam with PyTorch."""
 
 import io
+import itertools
 import math
 import os
 import shutil
@@ -246,6 +247,24 @@ def test_gradients_at_masked_logits_and_zero_features():
     zeros = torch.zeros(1, 3, requires_grad=True)
     for r in (0.3, 1, 2, 3):
         assert torch.autograd.grad(fastood.norms(zeros, [r]).sum(), zeros)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("f", [[[3.0, -math.inf, -math.inf]], [[3.0]], [[3.0, 3.0, -math.inf]]])
+def test_a_row_of_one_class_has_finite_gradients(f):
+    """GEN and the E_p rows, and the logarithms of these: of a row of one class, which is 0 whatever its logit is, 0."""
+    h = torch.ones(1, 2)
+    alone = sum(x > -math.inf for x in f[0]) == 1
+    for dtype in (torch.float32, torch.float64):
+        for name, log in [("gen", False), *itertools.product(("exgrad", "eg_p_l2sq"), (False, True))]:
+            logits = torch.tensor(f, dtype=dtype, requires_grad=True)
+            got = fastood.score(logits, h, name, log=log)
+            assert torch.equal(got, fastood.score(logits.detach(), h, name, log=log)) or not alone
+            (slope,) = torch.autograd.grad(got.sum(), logits)
+            assert slope.isfinite().all(), (name, log)
+            assert not alone or slope.eq(0).all(), (name, log)
+            if log:
+                compiled = torch.compile(fastood.score, fullgraph=True, backend="eager")
+                assert got.item() == compiled(logits.detach(), h, name, log=True).item()
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": None}, {"norm": 2, "log": True}, {"method": "exgrad"}])
