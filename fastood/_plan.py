@@ -49,12 +49,13 @@ class Plan:
         self.ways: dict[Backend, Callable[[Any, Any, Any], Any]] = {}  # the short ones, once a longer one was gone
         self.job = None
         if not log and all(e.v is None and e.power in (1, 2) for e, _ in scores):
-            self.job = Job(self.want, tuple(self._product(e, r) for e, r in scores))
+            places = {stat: i for i, stat in enumerate(stats)}  # tuple.index is beyond torch.compile
+            self.job = Job(self.want, tuple(self._product(e, r, places) for e, r in scores))
 
-    def _product(self, entry: Score, order: float | None) -> Product:
+    def _product(self, entry: Score, order: float | None, places: Mapping[Stat, int]) -> Product:
         stats = entry.stats_for(self.params[entry.name])
         return Product(
-            self.want.stats.index(stats[0]) if stats else -1,
+            places[stats[0]] if stats else -1,
             -1 if order is None else self.want.orders.index(order),
             float(entry.sign(self.oriented) * entry.factor),
             int(entry.power),

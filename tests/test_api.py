@@ -252,6 +252,7 @@ def test_gradients_at_masked_logits_and_zero_features():
 @pytest.mark.parametrize("f", [[[3.0, -math.inf, -math.inf]], [[3.0]], [[3.0, 3.0, -math.inf]]])
 def test_a_row_of_one_class_has_finite_gradients(f):
     """GEN and the E_p rows, and the logarithms of these: of a row of one class, which is 0 whatever its logit is, 0."""
+    torch._dynamo.reset()  # which counts compilations of one function
     h = torch.ones(1, 2)
     alone = sum(x > -math.inf for x in f[0]) == 1
     for dtype in (torch.float32, torch.float64):
@@ -265,6 +266,25 @@ def test_a_row_of_one_class_has_finite_gradients(f):
             if log:
                 compiled = torch.compile(fastood.score, fullgraph=True, backend="eager")
                 assert got.item() == compiled(logits.detach(), h, name, log=True).item()
+
+
+@pytest.mark.parametrize("name", list(fastood.SCORES))
+def test_every_score_compiles_whole_for_any_shape(name):
+    torch._dynamo.reset()  # which counts compilations of one function
+    compiled = torch.compile(lambda f, h: fastood.score(f, h, name), fullgraph=True, dynamic=True, backend="eager")
+    for n, C, D in ((4, 7, 5), (3, 9, 2)):
+        f, h = torch.randn(n, C), torch.randn(n, D)
+        torch.testing.assert_close(compiled(f, h), fastood.score(f, h, name), rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_may_be_inputs_of_a_graph():
+    def grid(norm, temperature, gamma, M):
+        return fastood.sweep(F, H, ["gen", "msp"], [None, norm], temperature=temperature, gamma=gamma, M=M)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(grid, fullgraph=True, dynamic=True, backend="eager")
+    for numbers in ((2, 1.0, 0.1, 100), (0.3, 0.7, 0.5, 2)):
+        torch.testing.assert_close(compiled(*numbers), grid(*numbers), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": None}, {"norm": 2, "log": True}, {"method": "exgrad"}])
