@@ -112,7 +112,7 @@ _PLANS: dict[Any, Plan] = {}
 
 
 def typed(params: Mapping[str, Any]) -> list[tuple[str, Any, type]]:
-    """Parameters as part of a key: True equals 1, but is refused where 1 is not."""
+    """Parameters as part of a key: True equals 1, but is refused where 1 is not (and 1 where True is not)."""
     return [(name, x, x.__class__) for name, x in params.items()]
 
 

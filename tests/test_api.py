@@ -421,6 +421,33 @@ def test_bad_arguments_elsewhere(call, error, words):
         call()
 
 
+OF_SCORE = ("temperature", "norm", "bias", "log", "oriented")
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        (lambda **x: fastood.score(F, H, **x), OF_SCORE),
+        (lambda **x: fastood.score(F, method="gen", **x), ("gamma", "M")),
+        (lambda **x: fastood.scores(F, H, ["energy"], **x), OF_SCORE),
+        (lambda **x: fastood.scores(F, methods=["gen"], **x), ("gamma", "M")),
+        (lambda **x: fastood.sweep(F, H, **x), ("temperature", "bias", "log", "oriented")),
+        (lambda norms: fastood.sweep(F, H, norms=[norms]), ("norms",)),
+        (lambda **x: fastood.norms(H, [1], **x), ("bias", "log")),
+        (lambda orders: fastood.norms(H, [orders]), ("orders",)),
+        (lambda **x: fastood.gradient_norm(F, H, **x), ("temperature", "order", "power", "bias")),
+    ],
+)
+def test_what_equals_a_good_argument_is_refused_after_it(call, arguments):
+    """True == 1, and a call that was seen before is looked up by its arguments."""
+    for name in arguments:
+        pairs = [(True, 1), (False, 0.0)] if name in ("bias", "log", "oriented") else [(1, True), (1.0, True)]
+        for good, bad in pairs:
+            call(**{name: good})
+            with pytest.raises(TypeError, match=f"{name} must be"):
+                call(**{name: bad})
+
+
 # ---- backends
 
 
