@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import truth
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastood
 from fastood import _plan, kernels
@@ -88,6 +90,46 @@ def test_higher_means_in_distribution():
             assert raw_in < raw_out
         else:
             assert (raw_in, raw_out) == (inside, outside)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([2, 3, 10, 100, 101, 1000]),
+    D=st.sampled_from([1, 2, 64, 512]),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 3.0]),
+    lowest=st.sampled_from([0.0, 1.0, 30.0]),
+    size=st.sampled_from([1e-6, 1.0, 1e4]),
+)
+def test_a_larger_margin_and_larger_features_are_in_distribution_by_default(seed, C, D, spread, lowest, size):
+    """Every score, by its default arguments, has an AUROC above 1/2. What is assumed of the data:
+
+    An in-distribution row is an OOD one whose largest logit was raised and whose features were scaled up. If each is
+    scored above the row that it was made of, no two of them lose to each other's origins, so the AUROC is above 1/2.
+    - The largest logit of the OOD row is not negative, and so neither is energy: else a larger norm lowers it.
+    - The raise is log C + 2 or more, so that max p passes 0.88: GEN counts the M largest p alone, of which a small
+      raise in a flat row makes more.
+    - The features are up to 1.5 times as large: E_p's gradients, turned, fall with the norm, and 1 - S_2 must outweigh
+      it, which the raise makes at least 4 times smaller.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n = 16
+    f_out = torch.randn(n, C, generator=g) * spread
+    f_out = f_out - f_out.amax(1, keepdim=True) + lowest + torch.rand(n, 1, generator=g)
+    h_out = torch.randn(n, D, generator=g) * size
+    top = f_out.argmax(1, keepdim=True)
+    f_in = f_out.scatter_add(1, top, math.log(C) + 2 + torch.rand(n, 1, generator=g))
+    h_in = h_out * (1.1 + 0.4 * torch.rand(n, 1, generator=g))
+    for feats_in, feats_out in ((h_in, h_out), (None, None)):
+        all_in, all_out = fastood.scores(f_in, feats_in), fastood.scores(f_out, feats_out)
+        for name in all_in:
+            one_in, one_out = fastood.score(f_in, feats_in, name), fastood.score(f_out, feats_out, name)
+            for inside, outside in ((all_in[name], all_out[name]), (one_in, one_out)):
+                won, tied = inside[:, None] > outside, inside[:, None] == outside
+                auroc = (won.sum() + tied.sum() / 2).item() / n**2
+                if name == "norm_eg_p_l2sq":  # the zero row, which tells nothing from nothing
+                    assert auroc == 0.5
+                else:
+                    assert auroc > 0.5, name
 
 
 def test_scores_are_score_by_name():
