@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -96,6 +97,20 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
 def give(x: Tensor, as_numpy: bool) -> Any:
     """A result in the kind of the inputs."""
     return x.numpy() if as_numpy else x
+
+
+def vector(name: str, x: Any) -> NDArray[np.float64]:
+    """Scores [N], of any kind, as numbers that have an order."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array: leave masked rows out, knowingly, by its compressed()")
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().double().numpy()
+    a = np.asarray(x, dtype=np.float64)
+    if a.ndim != 1 or a.size == 0:
+        raise ValueError(f"{name} must be a non-empty vector, got shape {list(a.shape)}")
+    if bad := int(np.isnan(a).sum()):
+        raise ValueError(f"{name} must not hold NaN, got {bad} of {a.size}: leave those rows out, knowingly")
+    return a
 
 
 def number(
