@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastood._inputs import (
     choice,
+    did_you_mean,
     flag,
     give,
     label_probabilities,
@@ -137,7 +138,17 @@ def _bind_params(entries: Sequence[Score], params: Mapping[str, Any]) -> dict[st
     """The parameters of each score: its defaults, overridden by the caller's."""
     for name in params:
         if not any(name in e.params for e in entries):
-            raise TypeError(f"{name}: no such argument, nor a parameter of {', '.join(e.name for e in entries)}")
+            known = (
+                "norm",
+                "temperature",
+                "bias",
+                "log",
+                "oriented",
+                "backend",
+                *(p for e in entries for p in e.params),
+            )
+            of_scores, hint = ", ".join(e.name for e in entries), did_you_mean(name, known)
+            raise TypeError(f"{name}: no such argument, nor a parameter of {of_scores}{hint}")
     bound = {e.name: {**e.params, **{k: x for k, x in params.items() if k in e.params}} for e in entries}
     for entry in entries:
         if entry.params:

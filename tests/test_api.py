@@ -221,7 +221,6 @@ def test_numpy_arrays_of_every_layout(tmp_path):
     for array in (
         read_only,
         swapped,
-        F.numpy()[:, ::-1],
         F.numpy()[::-1][::-1],
         np.asfortranarray(F.numpy()),
         odd["f"],
@@ -230,6 +229,29 @@ def test_numpy_arrays_of_every_layout(tmp_path):
             warnings.simplefilter("error")
             np.testing.assert_allclose(fastood.score(array), expected, rtol=1e-6)
     assert (read_only == F.numpy()).all()
+
+
+@given(
+    shape=st.sampled_from([(0, 3), (1, 1), (1, 3), (3, 1), (2, 3)]),
+    steps=st.tuples(st.sampled_from([1, -1, 2, -2]), st.sampled_from([1, -1, 2, -2])),
+    dtype=st.sampled_from(["<f2", ">f2", "<f4", ">f4", "<f8", ">f8"]),
+    padding=st.integers(0, 3),
+    order=st.sampled_from("CF"),
+    read_only=st.booleans(),
+)
+def test_numpy_strides_of_every_kind(shape, steps, dtype, padding, order, read_only):
+    """Steps of either sign, of an axis of any length, in records of any width: what numpy holds is what is scored."""
+    whole = tuple(2 * n for n in shape)
+    fields = [("before", f"V{padding}"), ("f", dtype)] if padding else [("f", dtype)]
+    records = np.zeros(whole, dtype=fields, order=order)
+    records["f"] = np.random.default_rng(0).standard_normal(whole)
+    f = records["f"][:: steps[0], :: steps[1]][: shape[0], : shape[1]]
+    f.flags.writeable = not read_only
+    plain = np.array(f, dtype=f.dtype.newbyteorder("="), order="C", copy=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(fastood.score(f), fastood.score(plain))
+        assert np.array_equal(fastood.norms(f, [2]), fastood.norms(plain, [2]))
 
 
 def test_inputs_are_left_as_they_were():
@@ -379,6 +401,20 @@ assert "fastood" not in sys.modules
 # ---- errors
 
 
+class Frame:
+    """A data frame, as far as errors go."""
+
+    def to_numpy(self):
+        return F.numpy()
+
+
+class Table:
+    """An Arrow table."""
+
+    def __array__(self, dtype=None, copy=None):
+        return F.numpy()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -399,7 +435,19 @@ assert "fastood" not in sys.modules
         ({"feats": H.int()}, TypeError, "feats must be float16.*got torch.int32"),
         ({"feats": None, "norm": 1}, ValueError, "feats must be given for norm=1"),
         ({"feats": None, "method": "gradnorm"}, ValueError, "feats must be given: gradnorm = "),
-        ({"method": "enrgy"}, ValueError, "method must be one of 'msp', .*got 'enrgy'"),
+        ({"logits": F[None, None]}, ValueError, r"logits.movedim\(1, -1\).flatten\(0, -2\)"),
+        (
+            {"logits": F.numpy()[None, None]},
+            ValueError,
+            r"np.moveaxis\(logits, 1, -1\).reshape\(-1, logits.shape\[1\]\)",
+        ),
+        ({"logits": Frame()}, TypeError, r"got Frame; logits.to_numpy\(\) is one"),
+        ({"logits": Table()}, TypeError, r"got Table; np.asarray\(logits\) is one"),
+        ({"feats": np.ma.masked_array(H.numpy())}, TypeError, r"feats must not be a masked array: .*filled\(\)"),
+        ({"method": "enrgy"}, ValueError, "method must be one of 'msp', .*got 'enrgy': did you mean 'energy'?"),
+        ({"method": "MSP"}, ValueError, "got 'MSP': did you mean 'msp'?"),
+        ({"method": "mahalanobis"}, ValueError, "got 'mahalanobis'$"),
+        ({"temprature": 2}, TypeError, "nor a parameter of energy: did you mean 'temperature'?"),
         ({"method": "gradnorm", "norm": 2}, ValueError, "norm: gradnorm = .* has a norm of its own, got norm=2"),
         ({"method": "norm", "norm": None}, ValueError, "norm must be an order r >= 0 for 'norm', got None"),
         ({"norm": -1}, ValueError, "norm must be a number >= 0, got -1.0"),
@@ -413,7 +461,8 @@ assert "fastood" not in sys.modules
         ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
         ({"method": "neg_entropy", "log": True}, ValueError, "log: neg_entropy is never above 0"),
         ({"backend": "cuda"}, ValueError, r"backend \(or FASTOOD_BACKEND\) must be 'auto' or one of .*, got 'cuda'"),
-        ({"gama": 0.1}, TypeError, "gama: no such argument, nor a parameter of energy"),
+        ({"gama": 0.1}, TypeError, "gama: no such argument, nor a parameter of energy$"),
+        ({"gama": 0.1, "method": "gen"}, TypeError, "nor a parameter of gen: did you mean 'gamma'?"),
         ({"method": "gen", "gamma": 0}, ValueError, "gamma must be a finite number > 0, got 0.0"),
         ({"method": "gen", "M": 2.5}, ValueError, "M must be a whole number of classes, got 2.5"),
         ({"method": "gen", "M": 0}, ValueError, "M must be a finite number >= 1, got 0.0"),
@@ -441,6 +490,16 @@ def test_bad_arguments_are_named(arguments, error, words):
         (lambda: fastood.row_stats(F, "msp"), TypeError, "stats must be a list, got 'msp'"),
         (lambda: fastood.row_stats(F, [5]), ValueError, "stats must be one of 'fmax'.*got 5"),
         (lambda: fastood.score(F, method=np.array(["msp"])), ValueError, "method must be one of 'msp'"),
+        (
+            lambda: fastood.gradient_norm(F, H, torch.tensor([1, 2])),
+            ValueError,
+            r"labels must be \[2, 3\], a distribution per row, got \[2\]; .*torch.*one_hot\(labels, 3\).float\(\)",
+        ),
+        (
+            lambda: fastood.gradient_norm(F.numpy(), H.numpy(), np.array([1, 2])),
+            ValueError,
+            r"got \[2\]; of classes one-hot: np.eye\(3\)\[labels\]",
+        ),
         (lambda: fastood.register("x"), TypeError, "score must be a fastood.Score, got str"),
         (lambda: fastood.score(np.ma.masked_array(F.numpy())), TypeError, "logits must not be a masked array"),
         (
@@ -488,6 +547,17 @@ def test_what_equals_a_good_argument_is_refused_after_it(call, arguments):
             call(**{name: good})
             with pytest.raises(TypeError, match=f"{name} must be"):
                 call(**{name: bad})
+
+
+def test_what_errors_advise_works():
+    y, maps = torch.tensor([1, 2]), torch.randn(2, 3, 4, 5)
+    rows = maps.movedim(1, -1).flatten(0, -2)
+    scored = fastood.score(rows).reshape(2, 4, 5)
+    assert torch.equal(scored[:, 3, 2], fastood.score(maps[:, :, 3, 2].contiguous()))
+    assert np.array_equal(np.moveaxis(maps.numpy(), 1, -1).reshape(-1, maps.shape[1]), rows)
+    one_hot = torch.nn.functional.one_hot(y, 3).float()
+    of_numpy = fastood.gradient_norm(F.numpy(), H.numpy(), np.eye(3)[y.numpy()])
+    np.testing.assert_allclose(fastood.gradient_norm(F, H, one_hot), of_numpy, rtol=1e-6)
 
 
 # ---- backends
@@ -566,18 +636,28 @@ def test_a_score_of_ones_own():
         fastood.SCORES.pop("margin", None)
 
 
+FIELDS = {"name": "x", "formula": "", "source": "", "higher": "in", "stats": ("msp",), "v": lambda s: s["msp"]}
+
+
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "error", "words"),
     [
-        ({"higher": "ood"}, "higher must be 'in' or 'out', got 'ood'"),
-        ({"stats": ("entropy",)}, "stats: no row statistic 'entropy'"),
-        ({"gradient": {"order": 1, "power": 3}}, "gradient: power must be 1 or 2, got 3"),
+        ({"higher": "ood"}, ValueError, "higher must be 'in' or 'out', got 'ood'"),
+        ({"stats": ("entropy",)}, ValueError, "stats must be one of 'fmax', .*got 'entropy'"),
+        ({"stats": ("msp", "eneryg")}, ValueError, "got 'eneryg': did you mean 'energy'?"),
+        ({"stats": lambda r: (("power_sums", r),), "params": {"r": 2}}, ValueError, "did you mean 'power_sum'?"),
+        ({"log_stats": ("log_mps",), "log_v": lambda s: s["log_mps"]}, ValueError, "did you mean 'log_msp'?"),
+        ({"stats": "msp"}, TypeError, "stats must be a tuple of names, got 'msp'"),
     ],
 )
-def test_a_bad_score_is_refused(change, words):
-    fields = {"name": "x", "formula": "", "source": "", "higher": "in", "stats": ("msp",), "v": lambda s: s["msp"]}
-    with pytest.raises(ValueError, match=words):
-        fastood.register(fastood.Score(**{**fields, **change}))
+def test_a_bad_score_cannot_be_made(change, error, words):
+    with pytest.raises(error, match=words):
+        fastood.Score(**{**FIELDS, **change})
+
+
+def test_a_bad_score_is_refused():
+    with pytest.raises(ValueError, match="gradient: power must be 1 or 2, got 3"):
+        fastood.register(fastood.Score(**FIELDS, gradient={"order": 1, "power": 3}))
     assert "x" not in fastood.SCORES
 
 
@@ -594,6 +674,17 @@ def test_every_entry_says_what_it_is():
 
 
 # ---- import
+
+
+def test_parts_that_load_when_used_are_listed():
+    code = """
+import sys, fastood
+assert {*fastood.__all__, "evaluation", "metrics"} <= {*dir(fastood)}
+assert "sklearn" not in sys.modules
+assert fastood.evaluation is __import__("fastood.evaluation").evaluation
+assert fastood.metrics.auroc([1.0], [0.0]) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_import_is_light():
