@@ -159,7 +159,7 @@ def flag(name: str, x: Any) -> bool:
 def choice(name: str, x: Any, known: Sequence[str]) -> str:
     if not isinstance(x, str) or x not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {x!r}{did_you_mean(x, known)}")
-    return str(x)
+    return known[known.index(x)]  # a plain str: the str of an enum's member is its name
 
 
 def did_you_mean(x: Any, known: Iterable[str]) -> str:

@@ -160,7 +160,7 @@ def _bind_params(entries: Sequence[Score], params: Mapping[str, Any]) -> dict[st
 def stat_of(stat: Any) -> Stat:
     """`stat`, if it names a row statistic with good parameters."""
     name, *params = stat if isinstance(stat, tuple) and stat else (stat,)
-    choice("stats", name, tuple(STATISTICS))
+    name = choice("stats", name, tuple(STATISTICS))
     if name == "power_sum":
         if len(params) != 1:
             raise ValueError(f"stats: power_sum is asked for as ('power_sum', r), got {stat!r}")
@@ -175,4 +175,4 @@ def stat_of(stat: Any) -> Stat:
         return name, number("gamma", gamma, above=0), int(M)
     if name == "gradient":
         raise ValueError("stats: gradient is asked for by fastood.gradient_norm")
-    return str(name)
+    return name

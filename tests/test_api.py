@@ -1,5 +1,6 @@
 """What callers see: kinds and devices of results, defaults, orientation, errors, the seam with PyTorch."""
 
+import enum
 import io
 import itertools
 import math
@@ -188,6 +189,16 @@ def test_logs_where_the_score_itself_underflows():
         assert got.item() == pytest.approx(expected, rel=1e-6)
         got = fastood.score(sure / 100, ones, "eg_p_l2sq", temperature=0.01, log=True, backend=backend)
         assert got.item() == pytest.approx(-(expected - math.log(2) - 2 * math.log(0.01)), rel=1e-6)
+
+
+def test_names_may_be_members_of_an_enum():
+    class Name(str, enum.Enum):
+        TV = "tv"
+
+    expected = fastood.score(F, method="tv")
+    assert torch.equal(fastood.score(F, method=Name.TV), expected)
+    assert torch.equal(fastood.scores(F, methods=[Name.TV])["tv"], expected)
+    truth.assert_close(fastood.row_stats(F, [Name.TV])["tv"], truth.stat("tv", F), 1e-6)
 
 
 # ---- kinds, types, devices
