@@ -345,10 +345,10 @@ def demo(
     """
     from fastood.demo import conclusion, run
 
-    evaluation = run(out, seed, lambda line: typer.echo(line, err=True))
+    evaluation, written = run(out, seed, lambda line: typer.echo(line, err=True))
     print_table(evaluation)
     typer.echo("Written:")
-    for path in sorted(out.iterdir()):
+    for path in written:
         typer.echo(f"  {path}")
     typer.echo(conclusion(evaluation))
 

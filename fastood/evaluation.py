@@ -208,7 +208,7 @@ class Evaluation:
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """The table as CSV, its keys as the header."""
         with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ("ood", "score", *metrics.METRICS))
+            writer = csv.DictWriter(file, ("ood", "score", *metrics.METRICS), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
 

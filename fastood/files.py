@@ -400,20 +400,21 @@ def _pt(path: Path, resources: ExitStack) -> _Contents:
     held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(held, Tensor):
         held = {"logits": held}
-    return {key: partial(_pt_array, path, key, x) for key, x in _leaves(held)}
+    return {key: partial(_pt_array, path, key, x) for key, x in _leaves(held, "", set())}
 
 
-def _leaves(held: Any, prefix: str = "") -> Iterator[tuple[str, Block]]:
+def _leaves(held: Any, key: str, seen: set[int]) -> Iterator[tuple[str, Block]]:
     """The arrays in dicts, lists and tuples of them, each by its way there: "a.b" is held["a"]["b"]."""
-    for name, x in held.items() if isinstance(held, dict) else enumerate(held):
-        key = f"{prefix}{name}"
-        kinds = {type(item) for item in x} if isinstance(x, list | tuple) else set()
-        if isinstance(x, Tensor):
-            yield key, x
-        elif kinds == {str} or kinds == {int}:
-            yield key, np.array(x, object if str in kinds else None)
-        elif isinstance(x, dict | list | tuple):
-            yield from _leaves(x, f"{key}.")
+    if isinstance(held, Tensor):
+        yield key, held
+    elif isinstance(held, dict | list | tuple) and id(held) not in seen:  # which may hold itself
+        seen.add(id(held))
+        kinds = set() if isinstance(held, dict) else {type(x) for x in held}
+        if kinds == {str} or kinds == {int}:
+            yield key, np.array(held, object if str in kinds else None)
+        else:
+            for name, x in held.items() if isinstance(held, dict) else enumerate(held):
+                yield from _leaves(x, f"{key}.{name}" if key else f"{name}", seen)
 
 
 def _pt_array(path: Path, key: str, x: Block) -> _Array:
@@ -469,11 +470,35 @@ def _parquet_wide(path: Path, file: Any, stem: str, numbered: list[tuple[int, st
     if len(kinds) > 1:
         raise FileError(f"{path}: {key!r} must be columns of one type, got {' and '.join(kinds)}")
 
-    def blocks(n: int) -> Iterator[np.ndarray]:
+    def pieces(n: int) -> Iterator[np.ndarray]:
         for batch in file.iter_batches(batch_size=n, columns=names):
             yield np.column_stack([batch.column(name).to_numpy(zero_copy_only=False) for name in names])
 
-    return _Array(key, (file.metadata.num_rows, len(names)), _ARROW.get(kinds[0], kinds[0]), blocks)
+    return _parquet_array(path, key, (file.metadata.num_rows, len(names)), kinds[0], pieces)
+
+
+def _parquet_array(
+    path: Path, key: str, shape: tuple[int, ...], kind: str, pieces: Callable[[int], Iterator[np.ndarray]]
+) -> _Array:
+    """Of pieces that are cut where the file's row groups or its dictionaries are, and not alike in each column."""
+
+    def blocks(n: int) -> Iterator[np.ndarray]:
+        held: list[np.ndarray] = []
+        missing, lacking = n, shape[0]  # rows to the end of the block, and of the file
+        for piece in pieces(n):
+            lacking -= len(piece)
+            while len(piece) >= missing:
+                yield np.concatenate([*held, piece[:missing]]) if held else piece[:missing]
+                piece, held, missing = piece[missing:], [], n
+            if len(piece):
+                held.append(piece)
+                missing -= len(piece)
+        if held:
+            yield np.concatenate(held)
+        if lacking:
+            raise FileError(f"{path}: {key!r} must have the file's {shape[0]} rows, got {shape[0] - lacking}")
+
+    return _Array(key, shape, _ARROW.get(kind, kind), blocks)
 
 
 def _parquet_column(path: Path, file: Any, field: Any) -> _Array:
@@ -497,13 +522,13 @@ def _parquet_column(path: Path, file: Any, field: Any) -> _Array:
     elif pa.types.is_fixed_size_list(kind):
         width = [kind.list_size]
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        # Only the rows say how long they are; of no rows, any width is right.
-        width = [len(next(columns(1)).flatten()) if rows else 1]
+        # Only the rows say how long they are, empty ones among others being at fault; of no rows, any width is right.
+        width = [next((n for column in columns(1) if (n := len(column.flatten()))), 0 if rows else 1)]
     else:
         name = str(kind.value_type if pa.types.is_dictionary(kind) else kind)
-        return _Array(field.name, (rows,), _ARROW.get(name, name), scalars)
+        return _parquet_array(path, field.name, (rows,), name, scalars)
 
-    def blocks(n: int) -> Iterator[np.ndarray]:
+    def matrices(n: int) -> Iterator[np.ndarray]:
         for column in columns(n):
             values = column.flatten()
             if values.null_count:
@@ -516,8 +541,7 @@ def _parquet_column(path: Path, file: Any, field: Any) -> _Array:
                     raise FileError(f"{path}: {field.name!r} must have rows of one length, got {width[0]} and {other}")
             yield values.to_numpy(zero_copy_only=True).reshape(len(column), math.prod(width))
 
-    name = str(kind.value_type)
-    return _Array(field.name, (rows, *width), _ARROW.get(name, name), blocks)
+    return _parquet_array(path, field.name, (rows, *width), str(kind.value_type), matrices)
 
 
 _OPENERS: dict[str, Callable[[Path, ExitStack], _Contents]] = {
@@ -553,18 +577,25 @@ def writable(path: str | os.PathLike[str], *inputs: str | os.PathLike[str], suff
     path = Path(path)
     if path.is_dir():
         raise FileError(f"{path}: is a folder, not a file to write")
-    if suffixes and path.suffix.lower() not in suffixes and (path.is_file() or not path.exists()):
-        raise FileError(f"{path}: the file's name must end with {' or '.join(suffixes)}")
-    folder = _target(path).parent
-    if not folder.is_dir():
-        raise FileError(f"{path}: there is no folder {folder}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise FileError(f"{path}: may not be written to")
-    if (path.is_file() or not path.exists()) and not os.access(folder, os.W_OK):
-        raise FileError(f"{path}: the folder {folder} cannot be written to")
-    if path.exists() and any(Path(x).exists() and path.samefile(x) for x in inputs):
-        raise FileError(f"{path}: is an input; the output must be another file")
+    if path.exists():
+        if any(Path(x).exists() and path.samefile(x) for x in inputs):
+            raise FileError(f"{path}: is an input; the output must be another file")
+        if not os.access(path, os.W_OK):
+            raise FileError(f"{path}: cannot be written to")
+    if not _is_device(path):
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise FileError(f"{path}: the file's name must end with {' or '.join(suffixes)}")
+        folder = _target(path).parent
+        if not folder.is_dir():
+            raise FileError(f"{path}: there is no folder {folder}")
+        if not os.access(folder, os.W_OK):
+            raise FileError(f"{path}: the folder {folder} cannot be written to")
     return path
+
+
+def _is_device(path: Path) -> bool:
+    """Or a pipe, or whatever else can be opened and is no file."""
+    return path.exists() and not path.is_file()
 
 
 def _target(path: Path) -> Path:
@@ -591,7 +622,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     temporary.write_text("1.0")
     """
     path = writable(path)
-    if path.exists() and not path.is_file():
+    if _is_device(path):
         with TemporaryDirectory() as folder:
             temporary = Path(folder, f"output{path.suffix}")
             yield temporary
@@ -601,13 +632,17 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = _target(path)
     before = target.stat() if target.exists() else None
     temporary = target.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-    # Before it has the old file's mode, nobody else may look into it.
-    temporary.touch(0o666 if before is None else 0o600, exist_ok=False)
+    try:
+        # Until it has the old file's mode, nobody else may look into it.
+        temporary.touch(0o666 if before is None else 0o600, exist_ok=False)
+    except OSError as error:
+        raise FileError(f"{path}: no file can be made in {target.parent}: {error.strerror}") from error
     try:
         yield temporary
         if before is not None:
-            with suppress(PermissionError):
-                os.chown(temporary, before.st_uid, before.st_gid)
+            for uid, gid in ((-1, before.st_gid), (before.st_uid, -1)):
+                with suppress(OSError, AttributeError):  # few may give a file away, and Windows has no chown
+                    os.chown(temporary, uid, gid)
             temporary.chmod(stat.S_IMODE(before.st_mode))
         temporary.replace(target)
     finally:

@@ -622,13 +622,11 @@ def test_demo_prints_the_table_and_the_files(data, monkeypatch):
 
     def quick(out, seed, progress):
         progress("working")
-        out.mkdir()
-        (out / "picture.png").touch()
         assert seed == 3
         inside = {"msp": [0.9, 0.8], "energy": [3.0, 1.0], "energy*||h||_0.3": [1.0, 2.0]}
         noise = {"msp": [0.7], "energy": [4.0], "energy*||h||_0.3": [0.5]}
         blur = {"msp": [0.7], "energy": [2.0], "energy*||h||_0.3": [1.5]}
-        return evaluate(inside, {"noise": noise, "blur": blur})
+        return demo.Demo(evaluate(inside, {"noise": noise, "blur": blur}), [out / "picture.png"])
 
     monkeypatch.setattr(demo, "run", quick)
     result = run("demo", "--out", "here", "--seed", "3")
@@ -696,7 +694,9 @@ def test_without_its_packages_it_says_what_to_install():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_killed_run_leaves_nothing(data):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_killed_run_leaves_nothing(data, name):
+    number = getattr(signal, name)
     np.save("big.npy", np.zeros((500_000, 2), np.float32))
     before = sorted(os.listdir())
     with subprocess.Popen(
@@ -706,7 +706,7 @@ def test_a_killed_run_leaves_nothing(data):
         while sorted(os.listdir()) == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert sorted(os.listdir()) != before
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         process.wait(60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert sorted(os.listdir()) == before

@@ -34,7 +34,11 @@ def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "made" / "here"
     settings = torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.get_num_threads()  # noqa: NPY002
     said = []
-    evaluation = demo.run(out, progress=said.append)
+    out.mkdir(parents=True)
+    (out / "there before").touch()
+    evaluation, written = demo.run(out, progress=said.append)
+    (out / "there before").unlink()
+    assert written == sorted(out.iterdir())
     assert torch.equal(torch.get_rng_state(), settings[0])
     assert np.random.get_state()[1].tolist() == settings[1]  # noqa: NPY002
     assert torch.get_num_threads() == settings[2]
