@@ -19,8 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fastood import SCORES
-from fastood._data import inverted, label_of, oddities, some
+from fastood import SCORES, _data
 from fastood._inputs import choice, number, order_of
 
 if TYPE_CHECKING:
@@ -59,8 +58,9 @@ app = typer.Typer(
     help=(
         "Out-of-distribution scores from a classifier's logits and features.\n\n"
         "Files hold [bold]logits[/] \\[N, C] and [bold]feats[/] \\[N, D]: .npz, .npy (logits alone), .safetensors, .pt "
-        "or .parquet. They are read in chunks, so they may be larger than memory; .safetensors and .npy are the "
-        "fastest. Every score is higher for in-distribution rows.\n\n"
+        "or .parquet (columns of lists, or of a number each: logit_0, logit_1, ...). They are read in chunks, so they "
+        "may be larger than memory; .safetensors and .npy are the fastest. Every score is higher for in-distribution "
+        "rows.\n\n"
         "[bold]To begin with:[/]  fastood demo"
     ),
 )
@@ -111,7 +111,7 @@ def score(
         str | None,
         typer.Option(
             help="Order r of the ||h||_r that multiplies a V term: 0.3, 2, inf; 'none' for none.",
-            show_default="0.3 with feats, none without",
+            show_default="0.3 with feats; none without, and for a score that is never above 0",
         ),
     ] = None,
     temperature: Temperature = 1.0,
@@ -176,13 +176,14 @@ def score(
     options: dict[str, Any] = {"temperature": temperature, "bias": bias, "log": log, "oriented": not raw}
 
     odd: _Odd = {}
-    nans, negative = _Nans(), Counter[str]()
+    nans, below_0 = _Nans(), Counter[str]()
     with open_rows(source, logits_key, feats_key, id_key) as rows:
         # The scores of no rows: which there will be, and what is refused is refused before any row is read.
         no_rows = [None if width is None else torch.empty(0, width) for width in (rows.classes, rows.dim)]
-        entries = [SCORES[name] for name in fastood.scores(no_rows[0], no_rows[1], methods, norm=order, **options)]
+        none = fastood.scores(no_rows[0], no_rows[1], methods, norm=order, **options, backend="reference")
+        entries = [SCORES[name] for name in none]
         orders = [order_or_default(e, ... if e.gradient else order, rows.dim is not None) for e in entries]
-        labels = {e.name: label_of(e, r, log=log, oriented=not raw) for e, r in zip(entries, orders, strict=True)}
+        labels = {e.name: _data.label_of(e, r, log=log, oriented=not raw) for e, r in zip(entries, orders, strict=True)}
         used = _used(zip(entries, orders, strict=True))
         metadata = {"fastood": fastood.__version__, "method": list(labels), "norm": orders, **options}
         with (
@@ -197,13 +198,13 @@ def score(
                 if nan == "fail" and nans.rows:
                     first = nans.seen - len(bad) + int(bad.argmax())
                     raise ValueError(f"{source}: row {first}, counted from 0, has a NaN score; see --nan")
-                if not log:  # below 0 is not what the logarithm of a score tells
-                    negative.update({label: int((x < 0).sum()) for label, x in columns.items()})
+                if not log:  # a logarithm below 0 is of a positive score
+                    below_0.update(_data.negative(columns))
                 if nan == "drop":
                     columns = {label: x[~bad] for label, x in columns.items()}
                     ids = None if ids is None else ids[~bad]
                 writer.write(columns, ids)
-    _warn(odd, {source: inverted(negative, nans.seen)})
+    _warn(odd, {source: _data.inverted(below_0, nans.seen)})
     typer.echo(f"{out}: {nans.seen - (nans.rows if nan == 'drop' else 0):,} rows of {', '.join(labels.values())}")
     typer.echo(_contents(rows, used))
     nans.tell(source, _NAN[nan], log)
@@ -346,6 +347,7 @@ def demo(
     from fastood.demo import conclusion, run
 
     evaluation, written = run(out, seed, lambda line: typer.echo(line, err=True))
+    _warn({}, {"the ID set": _inverted(evaluation)})
     print_table(evaluation)
     typer.echo("Written:")
     for path in written:
@@ -456,10 +458,9 @@ class _Nans:
 
     def tell(self, path: Path, fate: str, log: bool = False) -> None:
         if self.rows:
-            typer.echo(
-                f"{path}: {self.rows:,} of {self.seen:,} rows have a NaN score ({some(self.of)}) and are {fate}: they "
-                "hold NaN, or logits that hold +inf or are all -inf" + (", or U * V has no logarithm" if log else "")
-            )
+            why = "they hold NaN, or logits that hold +inf or are all -inf" + (", or U * V < 0" if log else "")
+            count = f"{self.rows:,} of {self.seen:,} rows have a NaN score"
+            typer.echo(f"{path}: {count} ({_data.some(self.of)}) and are {fate}: {why}")
 
 
 def _used(columns: Iterable[tuple[Score, float | EllipsisType | None]]) -> set[str]:
@@ -490,7 +491,8 @@ def _looked_at(chunks: Chunks, rows: Rows, odd: _Odd) -> Chunks:
     """The same chunks; what the first one of them makes doubtful is noted in `odd`."""
     for i, (logits, feats) in enumerate(chunks):
         if i == 0:
-            for text in oddities(logits, feats, rows.logits_key or "", rows.feats_key or ""):
+            text = _data.oddity(logits, feats, rows.logits_key, rows.feats_key)
+            if text:
                 odd.setdefault(text, []).append(rows.path)
         yield logits, feats
 
@@ -498,8 +500,8 @@ def _looked_at(chunks: Chunks, rows: Rows, odd: _Odd) -> Chunks:
 def _inverted(evaluation: Evaluation) -> str | None:
     """On V terms times a norm that are negative in more than one of 100 in-distribution rows."""
     rows = evaluation.counts()["id"]
-    negative = {label: int((x < 0).sum()) for label, x in evaluation.id_scores.items()}
-    return inverted({label: n for label, n in negative.items() if 100 * n > rows}, rows)
+    below_0 = _data.negative(evaluation.id_scores)
+    return _data.inverted({label: n for label, n in below_0.items() if 100 * n > rows}, rows)
 
 
 def _warn(odd: _Odd, of_file: Mapping[Any, str | None]) -> None:

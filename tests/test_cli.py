@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors
+import torch
 from typer.testing import CliRunner
 
 import fastood
+from fastood._data import oddity
 from fastood.cli import app
 
 N, C, D = 40, 6, 9
@@ -200,7 +202,7 @@ def test_nan_is_counted_and_explained(holes):
     with np.load("out.npz") as out:
         assert [np.isnan(out[x]).nonzero()[0].tolist() for x in ("msp", "energy")] == [[3, 4, 6], [3, 4]]
     np.save("negative.npy", np.full((5, 2), -9.0))
-    assert "no logarithm" in run("score", "negative.npy", "out.npz", "--log").stdout
+    assert "or U * V < 0" in run("score", "negative.npy", "out.npz", "--log").stdout
 
 
 def test_nan_rows_can_be_dropped_with_their_ids_or_refused(holes):
@@ -297,22 +299,31 @@ def test_probabilities_and_log_probabilities_are_told_from_logits(data):
     assert line.startswith("warning: p.npy, p.npy: 'logits' looks like probabilities")
 
 
-def test_swapped_names_are_told(data):
-    """A last layer of relu'd features and one of features of both signs, the names right and swapped."""
-    rng = np.random.default_rng(5)
-    h = rng.normal(size=(120, 50))
-    for feats, classes in ((h, 10), (h, 80), (np.maximum(h, 0), 10), (np.maximum(h, 0), 80)):
-        logits = feats @ rng.normal(size=(50, classes)) + rng.normal(size=classes)
-        for dtype in (np.float64, np.float16):
-            np.savez("right.npz", logits=logits.astype(dtype), feats=feats.astype(dtype))
-            np.savez("wrong.npz", feats=logits.astype(dtype), logits=feats.astype(dtype))
-            assert warnings("score", "right.npz", "out.npz", "--method", "msp") == []
-            told = warnings("score", "wrong.npz", "out.npz", "--method", "msp")
-            if classes == 80 and feats is h:  # neither width nor sign tells
-                assert told == []
-            else:
-                (line,) = told
-                assert "'logits' [N, 50] looks like the features of 'feats'" in line
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("classes", [10, 80])
+def test_swapped_names_are_told(relu, classes):
+    """Features of both signs or after a ReLU, and a linear layer of them; the names right and swapped."""
+    g = torch.Generator().manual_seed(5)
+    h = torch.randn(120, 50, generator=g, dtype=torch.float64)
+    h = h.relu() if relu else h
+    f = h @ torch.randn(50, classes, generator=g, dtype=torch.float64) + 1
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        logits, feats = f.to(dtype), h.to(dtype)
+        assert oddity(logits, feats, "z", "h") is None
+        told = oddity(feats, logits, "z", "h")
+        if classes == 80 and not relu:  # neither width nor sign tells
+            assert told is None
+        else:
+            assert told is not None
+            assert "'z' [N, 50] looks like the features of 'h'" in told
+
+
+def test_a_swap_is_said_once(data):
+    f, h = data
+    np.savez("val.npz", logits=np.maximum(h, 0), feats=f)
+    (line,) = warnings("eval", "--id", "val.npz", "--ood", "ood=val.npz", "--method", "msp", "--norm", "none")
+    assert line.startswith("warning: val.npz, val.npz: 'logits' [N, 9] looks like the features of 'feats' [N, 6]")
+    assert "--logits-key and --feats-key" in line
 
 
 def test_an_unlike_first_chunk_is_no_reason_to_fail(data):
