@@ -48,6 +48,7 @@ class _Array(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     blocks: Callable[[int], Iterator[Block]]
+    columns: Sequence[str] = ()  # what `key` stands for, where it is no name itself
 
 
 # By name; an array is looked at when it is asked for, so that one beside it may be of any kind.
@@ -66,7 +67,7 @@ class Rows:
     logits_key, feats_key, id_key : str or None
         What the file calls them, "logit_0..9" for ten columns of a number each; None where there are none.
     others : list of str
-        What else the file holds.
+        What other arrays the file holds.
     """
 
     def __init__(
@@ -212,8 +213,8 @@ def open_rows(
     except BaseException:
         resources.close()
         raise
-    used = {a.key for a in (logits, feats, ids) if a}
-    return Rows(path, logits, feats, ids, [name for name in _ranges(contents) if name not in used], resources)
+    used = {name for a in (logits, feats, ids) if a for name in (a.key, *a.columns)}
+    return Rows(path, logits, feats, ids, _ranges(name for name in contents if name not in used), resources)
 
 
 def _matrix(path: Path, contents: _Contents, asked: str | None, default: str) -> _Array | None:
@@ -266,7 +267,8 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _ranges(names: Iterable[str]) -> list[str]:
-    """Three or more of a, a_0, a_1, ... become one, "a_0..9"."""
+    """Three or more of a_0, a_1, ... become one, "a_0..9"."""
+    names = list(names)
     numbers: dict[str, list[int]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name):
@@ -420,9 +422,9 @@ def _leaves(held: Any, key: str, seen: set[int]) -> Iterator[tuple[str, Block]]:
 def _pt_array(path: Path, key: str, x: Block) -> _Array:
     if isinstance(x, np.ndarray):
         return _Array(key, x.shape, "string" if x.dtype == object else x.dtype.name, _slices(x, x.shape))
-    dtype = str(x.dtype).removeprefix("torch.")
-    if x.layout is not torch.strided or x.device.type != "cpu":
-        kind = "on no device" if x.device.type == "meta" else f"{x.layout}".removeprefix("torch.")
+    dtype, layout = (str(kind).removeprefix("torch.") for kind in (x.dtype, x.layout))
+    if x.is_nested or x.is_meta or layout != "strided":
+        kind = "nested" if x.is_nested else "on no device" if x.is_meta else layout
         raise FileError(f"{path}: {key!r} must be a dense tensor, got one that is {kind}")
     if x.numel() * x.itemsize > x.untyped_storage().nbytes():
         raise FileError(f"{path}: {key!r} must hold every number of its shape {list(x.shape)}, got an expanded tensor")
@@ -474,7 +476,8 @@ def _parquet_wide(path: Path, file: Any, stem: str, numbered: list[tuple[int, st
         for batch in file.iter_batches(batch_size=n, columns=names):
             yield np.column_stack([batch.column(name).to_numpy(zero_copy_only=False) for name in names])
 
-    return _parquet_array(path, key, (file.metadata.num_rows, len(names)), kinds[0], pieces)
+    array = _parquet_array(path, key, (file.metadata.num_rows, len(names)), kinds[0], pieces)
+    return array._replace(columns=names)
 
 
 def _parquet_array(

@@ -114,6 +114,7 @@ def test_tables_on_disk_are_the_evaluation(digits):
     evaluation, out = digits
     found = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert found["results"] == evaluation.table()
+    assert b"\r" not in (out / "scores.csv").read_bytes()
     assert found["counts"] == {"id": 506, "ood": {"digits_7-9": 533, "photos": 300}}
     with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
         assert [float(row["auroc"]) for row in csv.DictReader(file)] == [row["auroc"] for row in evaluation.table()]

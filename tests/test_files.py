@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import stat
 import struct
@@ -55,7 +56,7 @@ def large_list(x):
 
 def save_parquet(path, layout=fixed_shape, **arrays):
     # Row groups of 4 do not divide the chunks that the tests read.
-    pq.write_table(pa.table({k: layout(x) for k, x in arrays.items()}), path, row_group_size=4)
+    pq.write_table(pa.table({k: layout(x) if x.ndim == 2 else x for k, x in arrays.items()}), path, row_group_size=4)
 
 
 def save_pt(path, **arrays):
@@ -268,6 +269,15 @@ def test_wide_columns_in_numeric_order(tmp_path, dtype, names, rows_per_chunk):
         np.testing.assert_array_equal(feats.numpy(), -x[:, :3], strict=True)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_few_wide_columns(tmp_path, width):
+    columns = {f"logit_{i}": LOGITS[:, i] for i in range(width)}
+    pq.write_table(pa.table(columns | {"y_0": FEATS[:, 0], "y_1": FEATS[:, 0]}), tmp_path / "x.parquet")
+    with open_rows(tmp_path / "x.parquet") as rows:
+        assert (rows.classes, rows.logits_key, rows.others) == (width, f"logit_0..{width - 1}", ["y_0", "y_1"])
+    np.testing.assert_array_equal(read(tmp_path / "x.parquet")[0], LOGITS[:, :width])
+
+
 def test_wide_columns_of_ones_own_name_from_pandas_nulls(tmp_path):
     table = pa.table({"a.b_1": pa.array([1.0, None]), "a.b_0": [3.0, 4.0]})
     pq.write_table(table, tmp_path / "x.parquet")
@@ -465,6 +475,35 @@ def test_truncated_and_foreign_files(save):
         assert f"cannot be read as {path.suffix}" in complaint(path)
 
 
+def broken(whole, rng):
+    """Cut off, or with a few bytes changed, taken out or put in."""
+    at, few = rng.randrange(len(whole)), rng.randint(1, 8)
+    other = bytes(rng.choice([0, 255, rng.randrange(256)]) for _ in range(few))
+    return rng.choice(
+        [
+            whole[:at],
+            whole[:at] + other + whole[at + few :],
+            whole[:at] + whole[at + few :],
+            whole[:at] + other + whole[at:],
+        ]
+    )
+
+
+def test_what_is_broken_is_refused_in_words_or_read(save):
+    path = save(logits=LOGITS, feats=FEATS, id=np.arange(N))
+    whole, rng, refused = path.read_bytes(), random.Random(0), []
+    for _ in range(40):
+        path.write_bytes(broken(whole, rng))
+        try:
+            with open_rows(path, id_key="id") as rows:
+                found = [len(ids) for _, ids in zip(rows.chunks(5), rows.ids(5), strict=True)]
+            assert sum(found) == rows.rows
+        except FileError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all(str(path) in text and "\n" not in text for text in refused)
+
+
 def test_a_pt_that_torch_did_not_write(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"not at all" * 20)
@@ -593,12 +632,14 @@ def test_a_tensor_of_any_kind_beside_the_logits_in_safetensors(tmp_path):
     assert "'packed' must hold float32" in complaint(tmp_path / "x.safetensors", logits_key="packed")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_tensors_in_a_pt_file_that_hold_less_than_their_shape(tmp_path):
     one = torch.zeros(1, 1)
     cases = {
         "must hold every number of its shape [10, 1099511627776], got an expanded tensor": one.expand(10, 2**40),
         "must be a dense tensor, got one that is sparse_coo": torch.eye(3).to_sparse(),
         "must be a dense tensor, got one that is on no device": torch.empty(10, 2**40, device="meta"),
+        "must be a dense tensor, got one that is nested": torch.nested.nested_tensor([one[0], one[0]]),
     }
     for message, x in cases.items():
         torch.save({"logits": x, "feats": torch.ones(3, 2)}, tmp_path / "x.pt")
