@@ -12,7 +12,7 @@ from fastood.kernels import STATISTICS, backends
 from fastood.registry import SCORES, Score, register
 
 if TYPE_CHECKING:
-    from fastood import metrics
+    from fastood import evaluation, metrics
 
 from fastood._version import __version__ as __version__
 
@@ -26,6 +26,7 @@ __all__ = [
     "batchgrad",
     "deep_batchgrad",
     "deep_gradient_norm",
+    "evaluation",
     "gradient_norm",
     "metrics",
     "norms",
@@ -40,6 +41,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # scikit-learn takes longer to import than all the rest of fastood: it loads when used.
-    if name == "metrics":
-        return import_module("fastood.metrics")
+    if name in ("evaluation", "metrics"):
+        return import_module(f"fastood.{name}")
     raise AttributeError(f"module 'fastood' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -97,7 +97,10 @@ def score(
     >>> fastood.score(logits, feats, "exgrad", oriented=False)
     tensor([0.4946, 0.9975])
     """
-    key: Any = (method, norm, feats is None, temperature, bias, log, oriented, backend, type(norm), type(temperature))
+    key: Any = (
+        method, norm, feats is None, temperature, bias, log, oriented, backend,
+        norm.__class__, temperature.__class__, bias.__class__, log.__class__, oriented.__class__,
+    )  # fmt: skip
     if params:
         key = (key, *typed(params))
     plan = known_plan(key)
@@ -147,7 +150,7 @@ def scores(
     else:
         entries = _entries("methods", methods)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (*entries, norm, type(norm), feats is None, *options, backend, type(temperature), *typed(params))
+    key = (*entries, norm, type(norm), feats is None, *options, *map(type, options), backend, *typed(params))
     plan = known_plan(key)
     if plan is None:
         columns = [(e, _order(e, ... if e.gradient else norm, feats is not None)) for e in entries]
@@ -193,7 +196,7 @@ def sweep(
     entries: list[Score] = _entries("v", v)
     orders: list[Any] = _names("norms", norms)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    of_call: tuple[Any, ...] = (*options, type(temperature), feats is None, backend, *typed(params))
+    of_call: tuple[Any, ...] = (*options, *map(type, options), feats is None, backend, *typed(params))
     key = ("sweep", *entries, *orders, *map(type, orders), *of_call)
     plan = known_plan(key)
     if plan is None:
@@ -236,7 +239,7 @@ def norms(
     if feats is None:
         raise TypeError("feats must be a torch tensor or a numpy array, got None")
     orders = _names("orders", orders)
-    key = ("norms", *orders, *map(type, orders), log, bias, backend)
+    key = ("norms", *orders, *map(type, orders), log, bias, type(log), type(bias), backend)
     plan = known_plan(key)
     if plan is None:
         if not orders:

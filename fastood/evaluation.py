@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastood import metrics
 from fastood._data import label_of
-from fastood._inputs import choice, order_of
+from fastood._inputs import choice, order_of, vector
 from fastood._version import __version__
 from fastood.api import BEST_NORM, PAPER_NORMS, PAPER_V, scores, sweep
 from fastood.api import norms as norms_of
@@ -227,6 +227,8 @@ def evaluate(id_scores: Mapping[str, ArrayLike], ood_scores: Mapping[str, Mappin
     ------
     ValueError
         Naming score and set, where scores hold NaN, are missing, or differ in length within a set.
+    TypeError
+        Where scores are a masked array: whether masked rows count is not for a metric to decide.
 
     Examples
     --------
@@ -310,16 +312,7 @@ def _vectors(where: str, columns: Mapping[str, ArrayLike]) -> dict[str, Scores]:
     """The scores of one set, checked here because here both the score and the set have names."""
     arrays = {}
     for label, x in columns.items():
-        if isinstance(x, Tensor):
-            x = x.detach().double().cpu().numpy()
-        a = np.asarray(x, dtype=np.float64)
-        if a.ndim != 1 or a.size == 0:
-            raise ValueError(f"{where}: score {label!r} must be a non-empty vector, got shape {list(a.shape)}")
-        if bad := int(np.isnan(a).sum()):
-            raise ValueError(
-                f"{where}: score {label!r} must not hold NaN, got {bad} of {a.size}: leave those rows out, knowingly"
-            )
-        arrays[label] = a
+        arrays[label] = vector(f"{where}: score {label!r}", x)
     _same_length(f"{where}: all scores must be of the same inputs", arrays)
     return arrays
 

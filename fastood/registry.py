@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fastood._inputs import choice
 from fastood.kernels import STATISTICS, Stat
 from fastood.kernels.reference import Powers
 
@@ -58,6 +59,11 @@ class Score:
     params : dict
         Parameters of the formula with their defaults.
 
+    Raises
+    ------
+    ValueError
+        Where `higher` or a statistic is not one that fastood knows.
+
     Examples
     --------
     A score of one's own, the margin between the free energy and the largest logit:
@@ -83,6 +89,14 @@ class Score:
     positive: bool = True
     gradient: Mapping[str, Any] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.higher not in ("in", "out"):
+            raise ValueError(f"higher must be 'in' or 'out', got {self.higher!r}")
+        if isinstance(self.stats, str):
+            raise TypeError(f"stats must be a tuple of names, got {self.stats!r}")
+        for stat in (*self.stats_for(self.params), *self.log_stats):
+            choice("stats", stat if isinstance(stat, str) else stat[0], tuple(STATISTICS))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -147,17 +161,12 @@ def register(score: Score) -> Score:
     Raises
     ------
     ValueError
-        Where the name is taken, or ``higher``, a statistic or ``gradient`` is not one that fastood knows.
+        Where the name is taken, or the power of ``gradient`` is one that fastood has no formula for.
     """
     if not isinstance(score, Score):
         raise TypeError(f"score must be a fastood.Score, got {type(score).__name__}")
     if score.name in SCORES:
         raise ValueError(f"name: a score called {score.name!r} is registered already")
-    if score.higher not in ("in", "out"):
-        raise ValueError(f"higher must be 'in' or 'out', got {score.higher!r}")
-    for stat in (*score.stats_for(score.params), *score.log_stats):
-        if (stat if isinstance(stat, str) else stat[0]) not in STATISTICS:
-            raise ValueError(f"stats: no row statistic {stat!r}; there are {', '.join(STATISTICS)}")
     if score.gradient and score.gradient["power"] not in (1, 2):
         raise ValueError(f"gradient: power must be 1 or 2, got {score.gradient['power']!r}")
     SCORES[score.name] = score
