@@ -42,8 +42,8 @@ class Demo(NamedTuple):
 def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], object] = print) -> Demo:
     """Train, score and evaluate; takes about ten seconds. The same seed gives the same numbers.
 
-    Every score of ``fastood.SCORES`` is there, the V terms alone and times ||h||_0.3 and ||h||_1; the
-    gradient scores also "deep", by all of the network's parameters; and BatchGrad.
+    Every score of ``fastood.SCORES`` is there, the V terms alone and (those that take a norm by default) times
+    ||h||_0.3 and ||h||_1; the gradient scores also "deep", by all of the network's parameters; and BatchGrad.
 
     Parameters
     ----------
@@ -76,9 +76,11 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     anchors = torch.stack([(train_labels == c).nonzero()[0, 0] for c in range(_KNOWN)])
     anchor_logits, anchor_feats = _logits_and_feats(model, train[anchors])
     G = anchor_gradient(anchor_logits.double(), anchor_feats.double(), train_labels[anchors])
+    multiplied = [entry.name for entry in SCORES.values() if entry.multiplied]
     scores: dict[str, dict[str, Scores]] = {}
     for name, (logits, feats) in outputs.items():
-        scores[name] = score_rows([(logits, feats)], norms=(None, 0.3, 1))
+        scores[name] = score_rows([(logits, feats)])
+        scores[name] |= score_rows([(logits, feats)], methods=multiplied, norms=(1,))
         scores[name]["batchgrad"] = batchgrad(logits.double(), feats.double(), G).numpy()
         progress(f"gradients by all parameters: {name}")
         scores[name] |= _deep_scores(model, sets[name])
