@@ -75,7 +75,7 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
         tensors.append(x)
     if len(kinds) > 1 and len(set(kinds.values())) > 1:
         raise TypeError("mixed inputs: " + ", ".join(f"{name} is a {kind}" for name, kind in kinds.items()))
-    return tensors, "numpy array" in kinds.values()
+    return tensors, "numpy array" in list(kinds.values())
 
 
 def logits_and_feats(logits: Any, feats: Any) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -129,7 +129,7 @@ def number(
     name: str, x: Any, *, above: float = -math.inf, at_least: float = -math.inf, infinite: bool = False
 ) -> float:
     """A real number > `above` and >= `at_least`, as float; NaN never, infinity only where `infinite`."""
-    if isinstance(x, bool | np.bool_) or not isinstance(x, Real):
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     try:
         x = float(x)
@@ -151,7 +151,7 @@ def order_of(name: str, x: Any, above: float = -math.inf) -> float:
 
 
 def flag(name: str, x: Any) -> bool:
-    if not isinstance(x, bool | np.bool_):
+    if not isinstance(x, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {x!r}")
     return bool(x)
 
