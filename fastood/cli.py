@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import EllipsisType
@@ -18,17 +19,22 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fastood import SCORES
+from fastood import SCORES, _data
 from fastood._inputs import choice, number, order_of
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
+    from numpy import bool_
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from fastood.evaluation import Evaluation
     from fastood.files import Rows
+    from fastood.registry import Score
 
     Chunks = Iterator[tuple[Tensor | None, Tensor | None]]
+    _Odd = dict[str, list[Path]]
 
 
 class _Group(TyperGroup):
@@ -52,8 +58,9 @@ app = typer.Typer(
     help=(
         "Out-of-distribution scores from a classifier's logits and features.\n\n"
         "Files hold [bold]logits[/] \\[N, C] and [bold]feats[/] \\[N, D]: .npz, .npy (logits alone), .safetensors, .pt "
-        "or .parquet. They are read in chunks, so they may be larger than memory; .safetensors and .npy are the "
-        "fastest. Every score is higher for in-distribution rows.\n\n"
+        "or .parquet (columns of lists, or of a number each: logit_0, logit_1, ...). They are read in chunks, so they "
+        "may be larger than memory; .safetensors and .npy are the fastest. Every score is higher for in-distribution "
+        "rows.\n\n"
         "[bold]To begin with:[/]  fastood demo"
     ),
 )
@@ -78,6 +85,16 @@ LogitsKey = Annotated[str | None, typer.Option(help="What the file calls the log
 FeatsKey = Annotated[str | None, typer.Option(help="What the file calls the features.", show_default="feats")]
 Temperature = Annotated[float, typer.Option(help="T > 0 of the softmax.")]
 Bias = Annotated[bool, typer.Option("--bias", help="Count the last layer's bias: \\[h; 1] for h.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+Backend = Annotated[str, typer.Option(help="'auto', or one that 'fastood info' lists.")]
+Nan = Annotated[
+    str,
+    typer.Option(
+        metavar="drop|keep|fail",
+        help="Rows that have a NaN score: drop them from every column; keep them, as NaN in a file and as the lowest "
+        "score in eval, for which NaN > threshold is false, too; or fail. They are counted in any case.",
+    ),
+]
 
 
 @app.command(no_args_is_help=True)
@@ -94,22 +111,38 @@ def score(
         str | None,
         typer.Option(
             help="Order r of the ||h||_r that multiplies a V term: 0.3, 2, inf; 'none' for none.",
-            show_default="0.3 with feats, none without",
+            show_default="0.3 with feats; none without, and for a score that is never above 0",
         ),
     ] = None,
     temperature: Temperature = 1.0,
     bias: Bias = False,
-    log: Annotated[bool, typer.Option("--log", help="log(U * V), finite where U * V overflows.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="The paper's signs: not every score is then higher = ID.")] = False,
+    log: Annotated[
+        bool, typer.Option("--log", help='log(U * V), finite where U * V overflows; columns are called "log ...".')
+    ] = False,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help='The paper\'s signs: not every score is then higher = ID; columns are called "raw ...".'
+        ),
+    ] = False,
     logits_key: LogitsKey = None,
     feats_key: FeatsKey = None,
+    id_key: Annotated[
+        str | None, typer.Option(help="What the file calls the rows' IDs, to be written beside their scores.")
+    ] = None,
+    nan: Nan = "keep",
     chunk_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows read at a time.", show_default="64 MiB of them")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
-    backend: Annotated[str, typer.Option(help="'auto', or one that 'fastood info' lists.")] = "auto",
+    device: Device = "cpu",
+    backend: Backend = "auto",
 ) -> None:
     """Score every row of a file.
+
+    A column is called after what it holds: energy, energy*||h||_0.3, exgrad,
+    ||h||_0.3, with raw and log before it: raw log exgrad. The metadata of
+    .parquet and .safetensors say, as JSON, how the columns were made: fastood's
+    version, method, norm, temperature, bias, log, oriented.
 
     [bold]Examples[/]
 
@@ -121,6 +154,10 @@ def score(
 
         fastood score val.pt scores.npz --method msp --method tv --norm none
 
+    A table whose columns have names of their own, with the rows' IDs, without rows that have no score:
+
+        fastood score val.parquet scores.csv --logits-key z --feats-key h --id-key image --nan drop
+
     Everything the file allows, on a GPU:
 
         fastood score val.npy scores.parquet --method all --device cuda
@@ -128,49 +165,49 @@ def score(
     import torch
 
     import fastood
+    from fastood.api import _order as order_or_default
     from fastood.files import open_rows, save_scores, writable
 
     methods = _methods(method or ["energy"], norm is not None)
     order: float | EllipsisType | None = ... if norm is None else _order(norm)
     number("--temperature", temperature, above=0)
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device must be a torch device such as cpu or cuda:0, got {device!r}") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: torch finds no GPU here for {device!r}")
+    choice("--nan", nan, tuple(_NAN))
+    place = _device(device)
+    options: dict[str, Any] = {"temperature": temperature, "bias": bias, "log": log, "oriented": not raw}
 
-    nan: dict[str, int] = {}
-    with (
-        open_rows(source, logits_key, feats_key) as rows,
-        save_scores(writable(out, source)) as writer,
-        _bars() as chunks_of,
-    ):
-        for chunk in chunks_of(rows, chunk_rows):
-            logits, feats = (None if x is None else x.to(target) for x in chunk)
-            found: dict[str, Tensor] = fastood.scores(
-                logits,
-                feats,
-                methods,
-                norm=order,
-                temperature=temperature,
-                bias=bias,
-                log=log,
-                oriented=not raw,
-                backend=backend,
-            )
-            writer.write(found)
-            for name, x in found.items():
-                nan[name] = nan.get(name, 0) + int(x.isnan().sum())
-        count = rows.rows
-    typer.echo(f"{out}: {count:,} rows of {', '.join(nan)}")
-    if any(nan.values()):
-        typer.echo("NaN: " + ", ".join(f"{name} in {n:,} rows" for name, n in nan.items() if n))
-        typer.echo(
-            "A row is NaN where it holds NaN, where its logits hold +inf or are all -inf"
-            + (", or where U * V has no logarithm" if log else "")
-            + ". Leave such rows out before evaluating."
-        )
+    odd: _Odd = {}
+    nans, below_0 = _Nans(), Counter[str]()
+    with open_rows(source, logits_key, feats_key, id_key) as rows:
+        # The scores of no rows: which there will be, and what is refused is refused before any row is read.
+        no_rows = [None if width is None else torch.empty(0, width) for width in (rows.classes, rows.dim)]
+        none = fastood.scores(no_rows[0], no_rows[1], methods, norm=order, **options, backend="reference")
+        entries = [SCORES[name] for name in none]
+        orders = [order_or_default(e, ... if e.gradient else order, rows.dim is not None) for e in entries]
+        labels = {e.name: _data.label_of(e, r, log=log, oriented=not raw) for e, r in zip(entries, orders, strict=True)}
+        used = _used(zip(entries, orders, strict=True))
+        metadata = {"fastood": fastood.__version__, "method": list(labels), "norm": orders, **options}
+        with (
+            save_scores(writable(out, source), metadata=_as_json(metadata), id_key=rows.id_key) as writer,
+            _bars() as chunks_of,
+        ):
+            chunks = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
+            for (logits, feats), ids in zip(chunks, rows.ids(chunk_rows), strict=True):
+                found = fastood.scores(logits, feats, list(labels), norm=order, **options, backend=backend)
+                columns = {labels[name]: x.cpu().numpy() for name, x in found.items()}
+                bad = nans.count(columns)
+                if nan == "fail" and nans.rows:
+                    first = nans.seen - len(bad) + int(bad.argmax())
+                    raise ValueError(f"{source}: row {first}, counted from 0, has a NaN score; see --nan")
+                if not log:  # a logarithm below 0 is of a positive score
+                    below_0.update(_data.negative(columns))
+                if nan == "drop":
+                    columns = {label: x[~bad] for label, x in columns.items()}
+                    ids = None if ids is None else ids[~bad]
+                writer.write(columns, ids)
+    _warn(odd, {source: _data.inverted(below_0, nans.seen)})
+    typer.echo(f"{out}: {nans.seen - (nans.rows if nan == 'drop' else 0):,} rows of {', '.join(labels.values())}")
+    typer.echo(_contents(rows, used))
+    nans.tell(source, _NAN[nan], log)
 
 
 @app.command("eval", no_args_is_help=True)
@@ -179,7 +216,10 @@ def evaluate(
     ood: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="An OOD set, repeatable.")],
     norm: Annotated[
         list[str] | None,
-        typer.Option(help="Order of ||h||_r, or 'none'; repeatable.", show_default="none and 0.3"),
+        typer.Option(
+            help="Order of ||h||_r, or 'none'; repeatable.",
+            show_default="none and 0.3; none for a score that is never above 0",
+        ),
     ] = None,
     temperature: Temperature = 1.0,
     bias: Bias = False,
@@ -189,6 +229,9 @@ def evaluate(
     html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report as HTML.")] = None,
     logits_key: LogitsKey = None,
     feats_key: FeatsKey = None,
+    nan: Nan = "drop",
+    device: Device = "cpu",
+    backend: Backend = "auto",
 ) -> None:
     """How well each score separates in-distribution rows from OOD ones.
 
@@ -201,32 +244,48 @@ def evaluate(
     One score, plain and times ||h||_2, with a report:
 
         fastood eval --id val.npz --ood svhn.npz --method msp --norm none --norm 2 --html a.html
+
+    Tables whose columns have names of their own, NaN rows counted as rejected, on a GPU:
+
+        fastood eval --id val.parquet --ood svhn.parquet --logits-key z --feats-key h --nan keep --device cuda
     """
     from fastood.evaluation import evaluate as evaluation_of
-    from fastood.evaluation import score_rows
+    from fastood.evaluation import score_rows, settle_nan
     from fastood.files import open_rows, writable
 
     files = _named_files(ood)
-    written: dict[Path, str] = {}
-    for option, path in {"--json": json_file, "--csv": csv_file, "--html": html_file}.items():
-        if path:
-            target = writable(path, id_file, *files.values()).resolve()
-            if target in written:
-                raise ValueError(f"{option}: {written[target]} writes {path} already")
-            written[target] = option
+    for output, suffixes in ((json_file, (".json",)), (csv_file, (".csv",)), (html_file, (".html", ".htm"))):
+        if output:
+            writable(output, id_file, *files.values(), suffixes=suffixes)
     methods = _methods(method or ["all"], bool(norm))
-    norms = tuple(_order(text) for text in norm) if norm else (None, 0.3)
+    norms = tuple(map(_order, norm)) if norm else ...
     number("--temperature", temperature, above=0)
+    choice("--nan", nan, tuple(_NAN))
+    place = _device(device)
+    options: dict[str, Any] = {"temperature": temperature, "bias": bias, "backend": backend}
 
+    odd: _Odd = {}
+    scored, nans = [], []
     with ExitStack() as stack:
         sets = [stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *files.values())]
-        _check_alike(sets, logits_key, feats_key, methods, norms)
+        every = [SCORES[name] for name in methods or SCORES]
+        used = _used((e, r) for e in every for r in ((... if e.multiplied else None,) if norms is ... else norms))
+        _check_alike(sets, logits_key, feats_key, used)
         with _bars() as chunks_of:
-            id_scores, *ood_scores = (
-                score_rows(chunks_of(rows), methods=methods, norms=norms, temperature=temperature, bias=bias)
-                for rows in sets
-            )
+            for rows in sets:
+                chunks = _on(place, _looked_at(chunks_of(rows), rows, odd))
+                columns = score_rows(chunks, methods=methods, norms=norms, **options)
+                counted = _Nans()
+                if counted.count(columns).all() and rows.rows and nan == "drop":
+                    raise ValueError(f"{rows.path}: every row has a NaN score")
+                nans.append(counted)
+                scored.append(settle_nan(columns, nan))
+        id_scores, *ood_scores = scored
         evaluation = evaluation_of(id_scores, dict(zip(files, ood_scores, strict=True)))
+        _warn(odd, {id_file: _inverted(evaluation)})
+        for rows, counted in zip(sets, nans, strict=True):
+            typer.echo(_contents(rows, used))
+            counted.tell(rows.path, _NAN_IN_EVAL[nan])
         print_table(evaluation)
         if json_file:
             evaluation.to_json(json_file)
@@ -235,26 +294,15 @@ def evaluate(
         if html_file:
             from fastood.report import write_html
 
-            figures = _heatmap(sets, list(files), temperature, bias)
+            figures = _heatmap(sets, list(files), place, nan=nan, **options)
             title = f"OOD detection: {id_file.stem} against {', '.join(files)}"
             write_html(html_file, evaluation, title=title, figures=figures)
 
 
-def _check_alike(
-    sets: list[Rows],
-    logits_key: str | None,
-    feats_key: str | None,
-    methods: list[str] | None,
-    norms: Sequence[float | None],
-) -> None:
+def _check_alike(sets: list[Rows], logits_key: str | None, feats_key: str | None, used: set[str]) -> None:
     """FileError where a set cannot be of the first one's network, or lacks what a score takes from another."""
     from fastood.files import FileError
 
-    taken = {"logits", "feats"}
-    if methods is not None:
-        taken = {name for method in methods for name in SCORES[method].needs}
-        if "logits" in taken and any(r is not None for r in norms):
-            taken.add("feats")  # of the V terms; a gradient score needs them anyway
     of_logits = "logits", logits_key or "logits", [rows.classes for rows in sets]
     of_feats = "feats", feats_key or "feats", [rows.dim for rows in sets]
     for name, key, widths in (of_logits, of_feats):
@@ -265,12 +313,12 @@ def _check_alike(
         for path, width in having.items():
             if width != wanted:
                 raise FileError(f"{path}: {key!r} must have {wanted} columns as in {first}, got {width}")
-        if name in taken and None in widths:
+        if name in used and None in widths:
             lacking = sets[widths.index(None)].path
             raise FileError(f"{lacking}: must hold {key!r} as {first} does, or --method and --norm do without")
 
 
-def _heatmap(sets: list[Rows], names: list[str], temperature: float, bias: bool) -> dict[str, Figure]:
+def _heatmap(sets: list[Rows], names: list[str], device: torch.device, **options: Any) -> dict[str, Figure]:
     """Figure 2 of the ID set and the OOD sets called `names`, where all of them have logits and feats."""
     from fastood import plots
     from fastood.api import PAPER_V
@@ -279,9 +327,9 @@ def _heatmap(sets: list[Rows], names: list[str], temperature: float, bias: bool)
     if any(rows.classes is None or rows.dim is None for rows in sets):
         return {}
     with _bars() as chunks_of:
-        inside, *outside = (chunks_of(rows) for rows in sets)
+        inside, *outside = (_on(device, chunks_of(rows)) for rows in sets)
         chunks = dict(zip(names, outside, strict=True))
-        auroc = sweep_auroc(inside, chunks, PAPER_V, plots.FIGURE_2_NORMS, temperature=temperature, bias=bias)
+        auroc = sweep_auroc(inside, chunks, PAPER_V, plots.FIGURE_2_NORMS, **options)
     return {plots.FIGURE_2: plots.heatmap(auroc, PAPER_V, plots.FIGURE_2_NORMS)}
 
 
@@ -298,10 +346,11 @@ def demo(
     """
     from fastood.demo import conclusion, run
 
-    evaluation = run(out, seed, lambda line: typer.echo(line, err=True))
+    evaluation, written = run(out, seed, lambda line: typer.echo(line, err=True))
+    _warn({}, {"the ID set": _inverted(evaluation)})
     print_table(evaluation)
     typer.echo("Written:")
-    for path in sorted(out.iterdir()):
+    for path in written:
         typer.echo(f"  {path}")
     typer.echo(conclusion(evaluation))
 
@@ -382,6 +431,109 @@ def print_table(evaluation: Evaluation) -> None:
         "where 95% of ID rows are; lower is better. AUPR-in counts ID rows as positive,\n"
         "AUPR-out OOD rows. * marks the best AUROC of a set."
     )
+
+
+# ---- what is said of the data
+
+_NAN = {"keep": "kept", "drop": "left out", "fail": ""}
+_NAN_IN_EVAL = _NAN | {"keep": "counted as the lowest score"}
+
+
+class _Nans:
+    """Counts the rows that have a NaN score, and says so."""
+
+    def __init__(self) -> None:
+        self.seen = self.rows = 0
+        self.of = Counter[str]()
+
+    def count(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[bool_]:
+        """Which rows of these further scores, label -> [n], hold NaN."""
+        import numpy as np
+
+        nan = {label: np.isnan(x) for label, x in columns.items()}
+        self.of.update({label: int(x.sum()) for label, x in nan.items() if x.any()})
+        bad: NDArray[bool_] = np.any([*nan.values()], axis=0)
+        self.seen, self.rows = self.seen + len(bad), self.rows + int(bad.sum())
+        return bad
+
+    def tell(self, path: Path, fate: str, log: bool = False) -> None:
+        if self.rows:
+            why = "they hold NaN, or logits that hold +inf or are all -inf" + (", or U * V < 0" if log else "")
+            count = f"{self.rows:,} of {self.seen:,} rows have a NaN score"
+            typer.echo(f"{path}: {count} ({_data.some(self.of)}) and are {fate}: {why}")
+
+
+def _used(columns: Iterable[tuple[Score, float | EllipsisType | None]]) -> set[str]:
+    """What scores times norms of these orders are computed from."""
+    return {name for entry, r in columns for name in (*entry.needs, *(() if r is None else ("feats",)))}
+
+
+def _contents(rows: Rows, used: set[str]) -> str:
+    """One line on what was found in a file, under which names, and used."""
+    from fastood.files import listed
+
+    said = []
+    matrices = ("logits", rows.logits_key, rows.classes), ("feats", rows.feats_key, rows.dim)
+    for name, key, width in matrices:
+        if key is None:
+            said.append(f"no {name} (--{name}-key names them)")
+        else:
+            called = "" if key == name else f" {key!r}"
+            said.append(f"{name}{called} [{rows.rows}, {width}]" + ("" if name in used else " (not used)"))
+    if rows.id_key is not None:
+        said.append(f"IDs {rows.id_key!r}")
+    if rows.others:
+        said.append(f"also holds {listed(rows.others)}")
+    return f"{rows.path}: {', '.join(said)}"
+
+
+def _looked_at(chunks: Chunks, rows: Rows, odd: _Odd) -> Chunks:
+    """The same chunks; what the first one of them makes doubtful is noted in `odd`."""
+    for i, (logits, feats) in enumerate(chunks):
+        if i == 0:
+            text = _data.oddity(logits, feats, rows.logits_key, rows.feats_key)
+            if text:
+                odd.setdefault(text, []).append(rows.path)
+        yield logits, feats
+
+
+def _inverted(evaluation: Evaluation) -> str | None:
+    """On V terms times a norm that are negative in more than one of 100 in-distribution rows."""
+    rows = evaluation.counts()["id"]
+    below_0 = _data.negative(evaluation.id_scores)
+    return _data.inverted({label: n for label, n in below_0.items() if 100 * n > rows}, rows)
+
+
+def _warn(odd: _Odd, of_file: Mapping[Any, str | None]) -> None:
+    of_files = [(", ".join(map(str, paths)), text) for text, paths in odd.items()]
+    for where, text in (*of_files, *of_file.items()):
+        if text:
+            typer.echo(f"warning: {where}: {text}", err=True)
+
+
+# ---- arguments and chunks
+
+
+def _on(device: torch.device, chunks: Chunks) -> Chunks:
+    for logits, feats in chunks:
+        yield None if logits is None else logits.to(device), None if feats is None else feats.to(device)
+
+
+def _device(text: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"--device must be a torch device such as cpu or cuda:0, got {text!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: torch finds no GPU here for {text!r}")
+    return device
+
+
+def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Each fact as JSON, which has no infinity: "inf"."""
+    return {name: json.dumps(fact).replace("Infinity", '"inf"') for name, fact in facts.items()}
 
 
 @contextmanager

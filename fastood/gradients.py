@@ -95,7 +95,7 @@ def gradient_norm(
         _given(name, x)
     kind, q = (labels, None) if isinstance(labels, str) else (..., labels)
     numbers: tuple[Any, ...] = (order, power, temperature)
-    key = ("gradient_norm", kind, expectation, *numbers, *map(type, numbers), bias, backend)
+    key = ("gradient_norm", kind, expectation, *numbers, *map(type, numbers), bias, type(bias), backend)
     plan = known_plan(key)
     if plan is None:
         T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fastood._inputs import choice
 from fastood.kernels import STATISTICS, Stat
 from fastood.kernels.reference import Powers
 
@@ -50,13 +51,18 @@ class Score:
     log_v, log_stats : optional
         log V over statistics of its own, where that is more exact than the logarithm of V.
     positive : bool
-        False for a V that is never above 0, which has no logarithm.
+        False for a V that is never above 0. It has no logarithm, and decides on ``multiplied``.
     gradient : dict, optional
         Of a last-layer gradient score: the arguments that make ``fastood.gradient_norm`` (and, for all
         parameters, ``fastood.deep_gradient_norm``) the same raw quantity. U is then fixed to
         ``(||h||_order / T) ** power``.
     params : dict
         Parameters of the formula with their defaults.
+
+    Raises
+    ------
+    ValueError
+        Where `higher` or a statistic is not one that fastood knows.
 
     Examples
     --------
@@ -84,11 +90,28 @@ class Score:
     gradient: Mapping[str, Any] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.higher not in ("in", "out"):
+            raise ValueError(f"higher must be 'in' or 'out', got {self.higher!r}")
+        if isinstance(self.stats, str):
+            raise TypeError(f"stats must be a tuple of names, got {self.stats!r}")
+        for stat in (*self.stats_for(self.params), *self.log_stats):
+            choice("stats", stat if isinstance(stat, str) else stat[0], tuple(STATISTICS))
+
     @property
     def needs(self) -> tuple[str, ...]:
         """The inputs without which it cannot be computed: "logits", "feats"."""
         logits = ("logits",) if self.stats else ()
         return logits + (("feats",) if self.gradient or not self.stats else ())
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether ||h||_r multiplies V where features are given and the caller names no norm.
+
+        Not a V that is never above 0 once turned to higher = more in-distribution: a larger U would lower
+        it. Nor a gradient score, whose U is fixed.
+        """
+        return not self.gradient and self.positive == (self.higher == "in")
 
     @property
     def power(self) -> float:
@@ -138,17 +161,12 @@ def register(score: Score) -> Score:
     Raises
     ------
     ValueError
-        Where the name is taken, or ``higher``, a statistic or ``gradient`` is not one that fastood knows.
+        Where the name is taken, or the power of ``gradient`` is one that fastood has no formula for.
     """
     if not isinstance(score, Score):
         raise TypeError(f"score must be a fastood.Score, got {type(score).__name__}")
     if score.name in SCORES:
         raise ValueError(f"name: a score called {score.name!r} is registered already")
-    if score.higher not in ("in", "out"):
-        raise ValueError(f"higher must be 'in' or 'out', got {score.higher!r}")
-    for stat in (*score.stats_for(score.params), *score.log_stats):
-        if (stat if isinstance(stat, str) else stat[0]) not in STATISTICS:
-            raise ValueError(f"stats: no row statistic {stat!r}; there are {', '.join(STATISTICS)}")
     if score.gradient and score.gradient["power"] not in (1, 2):
         raise ValueError(f"gradient: power must be 1 or 2, got {score.gradient['power']!r}")
     SCORES[score.name] = score

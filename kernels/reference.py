@@ -156,8 +156,9 @@ class Softmax:
 
     @lazy
     def log_r1(self) -> Tensor:
-        """Finite where r1 itself underflows."""
-        return self.gap + self.total.log()
+        """Finite where r1 itself underflows; without another class log 0, but no slope of it, which would be NaN."""
+        alone = self.total == 0
+        return torch.where(alone, -math.inf, self.gap + torch.where(alone, 1.0, self.total).log())
 
     @lazy
     def r2(self) -> Tensor:

@@ -11,11 +11,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors
+import torch
 from typer.testing import CliRunner
 
 import fastood
+from fastood._data import oddity
 from fastood.cli import app
 
 N, C, D = 40, 6, 9
@@ -68,11 +72,67 @@ def norm(h, r):
 def test_score_is_energy_times_the_norm(data):
     f, h = data
     result = run("score", "val.npz", "out.npz")
-    assert result.stdout == f"out.npz: {N} rows of energy\n"
-    assert result.stderr == ""
+    said = f"val.npz: logits [{N}, {C}], feats [{N}, {D}]\n"
+    assert result.stdout == f"out.npz: {N} rows of energy*||h||_0.3\n" + said
+    assert f"negative energy*||h||_0.3 in {(logsumexp(f) < 0).sum()} of {N} rows" in result.stderr
     with np.load("out.npz") as out:
-        assert list(out) == ["energy"]
-        np.testing.assert_allclose(out["energy"], logsumexp(f) * norm(h, 0.3), rtol=1e-12)
+        assert list(out) == ["energy*||h||_0.3"]
+        np.testing.assert_allclose(out["energy*||h||_0.3"], logsumexp(f) * norm(h, 0.3), rtol=1e-12)
+
+
+def test_without_features_the_name_and_the_summary_say_so(data):
+    f, h = data
+    np.savez("own.npz", logits=f, penultimate=h, labels=np.zeros(N, int), split=np.zeros(N, int), fold=np.zeros(N, int))
+    holds = "also holds 'penultimate', 'labels', 'split', 'fold'"
+    assert run("score", "own.npz", "out.npz").stdout == (
+        f"out.npz: {N} rows of energy\nown.npz: logits [{N}, {C}], no feats (--feats-key names them), {holds}\n"
+    )
+    with np.load("out.npz") as out:
+        np.testing.assert_allclose(out["energy"], logsumexp(f), rtol=1e-12)
+    stdout = run("score", "own.npz", "out.npz", "--feats-key", "penultimate").stdout
+    assert f"feats 'penultimate' [{N}, {D}], also holds 'labels', 'split', 'fold'\n" in stdout
+    assert f"feats [{N}, {D}] (not used)\n" in run("score", "val.npz", "out.npz", "--norm", "none").stdout
+    assert f"logits [{N}, {C}] (not used)" in run("score", "val.npz", "out.npz", "--method", "norm").stdout
+
+
+def columns_of(*options, suffix=".parquet"):
+    run("score", "val.npz", f"out{suffix}", *options)
+    return pq.read_table("out.parquet").column_names
+
+
+def test_columns_say_what_they_hold(data):
+    three = ["--method", "energy", "--method", "exgrad", "--method", "norm"]
+    assert columns_of(*three) == ["energy*||h||_0.3", "exgrad", "||h||_0.3"]
+    assert columns_of(*three, "--norm", "inf") == ["energy*||h||_inf", "exgrad", "||h||_inf"]
+    assert columns_of("--norm", "0.3000000001") == ["energy*||h||_0.3000000001"]
+    assert columns_of(*three, "--log") == ["log energy*||h||_0.3", "log exgrad", "log ||h||_0.3"]
+    assert columns_of(*three, "--raw", "--norm", "2") == ["raw energy*||h||_2", "raw exgrad", "raw ||h||_2"]
+    assert columns_of("--raw", "--log", "--norm", "none") == ["raw log energy"]
+    # eval calls the same scores the same.
+    run("eval", "--id", "val.npz", "--ood", "near.npz", "--norm", "inf", "--csv", "t.csv")
+    with open("t.csv", newline="") as file:
+        assert columns_of("--method", "all", "--norm", "inf") == [row["score"] for row in csv.DictReader(file)]
+
+
+def metadata_of(path):
+    if path.endswith(".parquet"):
+        return {k.decode(): json.loads(v) for k, v in pq.read_schema(path).metadata.items()}
+    with safetensors.safe_open(path, "np") as file:
+        return {k: json.loads(v) for k, v in file.metadata().items()}
+
+
+@pytest.mark.parametrize("out", ["out.parquet", "out.safetensors"])
+def test_metadata_say_how_the_scores_were_made(data, out):
+    made = {"fastood": fastood.__version__, "method": ["energy"], "norm": [0.3]}
+    made |= {"temperature": 1.0, "bias": False, "log": False, "oriented": True}
+    run("score", "val.npz", out)
+    assert metadata_of(out) == made
+    methods = ["--method", "exgrad", "--method", "msp", "--method", "eg_p_l2sq"]
+    run("score", "val.npz", out, *methods, "--norm", "inf", "--temperature", "2", "--bias", "--log", "--raw")
+    made |= {"method": ["exgrad", "msp", "eg_p_l2sq"], "norm": [1, "inf", 2]}
+    assert metadata_of(out) == made | {"temperature": 2.0, "bias": True, "log": True, "oriented": False}
+    run("score", "val.npz", out, "--method", "gen")
+    assert metadata_of(out)["norm"] == [None]
 
 
 @pytest.mark.parametrize("rows", [1, 7, N, 1000])
@@ -83,8 +143,8 @@ def test_options_reach_the_scores_whatever_the_chunks(data, rows):
     log_u = np.log(norm(np.hstack([h, np.ones((N, 1))]), 2))
     lse = logsumexp(f / 3)
     with np.load("out.npz") as out, np.errstate(invalid="ignore"):
-        np.testing.assert_allclose(out["energy"], np.log(3 * lse) + log_u, rtol=1e-10)
-        np.testing.assert_allclose(out["msp"], f.max(-1) / 3 - lse + log_u, rtol=1e-10)
+        np.testing.assert_allclose(out["log energy*||h||_2"], np.log(3 * lse) + log_u, rtol=1e-10)
+        np.testing.assert_allclose(out["log msp*||h||_2"], f.max(-1) / 3 - lse + log_u, rtol=1e-10)
 
 
 def test_norm_none_and_inf_and_raw(data):
@@ -100,8 +160,10 @@ def test_norm_none_and_inf_and_raw(data):
 
 def test_all_is_what_the_file_allows(data):
     f, h = data
-    run("score", "val.npz", "out.parquet", "--method", "all")
-    assert pq.read_table("out.parquet").column_names == list(fastood.SCORES)
+    names = columns_of("--method", "all")
+    assert [{"||h||_0.3": "norm"}.get(x, x.removesuffix("*||h||_0.3")) for x in names] == list(fastood.SCORES)
+    assert {"msp*||h||_0.3", "neg_entropy", "gen", "exgrad"} <= set(names)  # a V never above 0 takes no norm
+    assert {"msp*||h||_2", "neg_entropy*||h||_2", "gen*||h||_2"} <= set(columns_of("--method", "all", "--norm", "2"))
     np.save("logits.npy", f)
     run("score", "logits.npy", "out.csv", "--method", "all")
     with open("out.csv", newline="") as file:
@@ -110,8 +172,8 @@ def test_all_is_what_the_file_allows(data):
     np.savez("feats.npz", feats=h)
     run("score", "feats.npz", "out.npz", "--method", "all")
     with np.load("out.npz") as out:
-        assert list(out) == ["norm"]
-        np.testing.assert_allclose(out["norm"], norm(h, 0.3), rtol=1e-10)
+        assert list(out) == ["||h||_0.3"]
+        np.testing.assert_allclose(out["||h||_0.3"], norm(h, 0.3), rtol=1e-10)
 
 
 def test_keys_of_ones_own(data):
@@ -121,21 +183,166 @@ def test_keys_of_ones_own(data):
     np.testing.assert_allclose(np.load("out.npy"), logsumexp(f) * norm(h, 1), rtol=1e-12)
 
 
-def test_nan_is_counted_and_explained(data):
+@pytest.fixture
+def holes(data):
+    """The logits of holes.npz: two rows of NaN (3 and 4) and one of -inf (6), whose energy is no NaN."""
     f, _ = data
     f[3:5] = np.nan
     f[6] = -np.inf
-    np.save("holes.npy", f)
-    result = run("score", "holes.npy", "out.npz", "--method", "msp", "--method", "energy", "--chunk-rows", "4")
-    assert "NaN: msp in 3 rows, energy in 2 rows\n" in result.stdout
+    np.savez("holes.npz", logits=f, key=np.arange(N) * 10)
+    return f
+
+
+def test_nan_is_counted_and_explained(holes):
+    two = ["--method", "msp", "--method", "energy", "--chunk-rows", "4"]
+    result = run("score", "holes.npz", "out.npz", *two)
+    assert f"3 of {N} rows have a NaN score (msp, energy) and are kept: they hold NaN, or" in result.stdout
     assert "all -inf" in result.stdout
+    assert result.stdout.count("\n") == 3
+    with np.load("out.npz") as out:
+        assert [np.isnan(out[x]).nonzero()[0].tolist() for x in ("msp", "energy")] == [[3, 4, 6], [3, 4]]
     np.save("negative.npy", np.full((5, 2), -9.0))
-    assert "no logarithm" in run("score", "negative.npy", "out.npz", "--log").stdout
+    assert "or U * V < 0" in run("score", "negative.npy", "out.npz", "--log").stdout
+
+
+def test_nan_rows_can_be_dropped_with_their_ids_or_refused(holes):
+    two = ["--method", "msp", "--method", "energy", "--chunk-rows", "4", "--id-key", "key"]
+    result = run("score", "holes.npz", "out.npz", *two, "--nan", "drop")
+    assert result.stdout.startswith(f"out.npz: {N - 3} rows of msp, energy\n")
+    assert f"3 of {N} rows have a NaN score (msp, energy) and are left out" in result.stdout
+    whole = np.delete(np.arange(N), [3, 4, 6])
+    with np.load("out.npz") as out:
+        assert list(out) == ["key", "msp", "energy"]
+        np.testing.assert_array_equal(out["key"], whole * 10)
+        np.testing.assert_allclose(out["energy"], logsumexp(holes[whole]), rtol=1e-12)
+        assert len(out["msp"]) == len(whole)
+    before = sorted(os.listdir())
+    text = complaint("score", "holes.npz", "new.npz", "--chunk-rows", "2", "--nan", "fail")
+    assert text == "error: holes.npz: row 3, counted from 0, has a NaN score; see --nan\n"
+    assert sorted(os.listdir()) == before
+
+
+def test_ids_stand_beside_the_scores(data):
+    f, h = data
+    names = [f"image {i}" for i in range(N)]
+    wide = {f"logit_{i}": f[:, i] for i in range(C)} | {f"feat_{i}": h[:, i] for i in range(D)}
+    pq.write_table(pa.table({"image": names, **wide}), "val.parquet")
+    keys = ["--logits-key", "logit", "--feats-key", "feat"]
+    result = run("score", "val.parquet", "out.parquet", *keys, "--id-key", "image", "--chunk-rows", "7")
+    said = f"logits 'logit_0..{C - 1}' [{N}, {C}], feats 'feat_0..{D - 1}' [{N}, {D}], IDs 'image'\n"
+    assert result.stdout.endswith(said)
+    table = pq.read_table("out.parquet").to_pydict()
+    assert list(table) == ["image", "energy*||h||_0.3"]
+    assert table["image"] == names
+    np.testing.assert_allclose(table["energy*||h||_0.3"], logsumexp(f) * norm(h, 0.3), rtol=1e-12)
+    # eval reads such tables, too.
+    wide = run("eval", "--id", "val.parquet", "--ood", "val.parquet", *keys, "--method", "energy").stdout
+    assert "0.500000" in wide
+
+
+# ---- warnings about the data
+
+
+def warnings(*arguments):
+    """The lines on stderr of a run that ends well."""
+    lines = run(*arguments).stderr.splitlines()
+    assert all(line.startswith("warning: ") for line in lines)
+    return lines
+
+
+def test_scores_that_a_norm_inverts_are_warned_of(data):
+    f, h = data
+    for name, x in (("val", f - 60), ("ood", f / 3 - 60)):
+        np.savez(name, logits=x, feats=h)
+    sets = ["--id", "val.npz", "--ood", "ood.npz"]
+    (line,) = warnings("eval", *sets)
+    assert line == (
+        f"warning: val.npz: negative energy*||h||_0.3, max_logit*||h||_0.3 in {N} of {N} rows, "
+        "where a larger norm makes a row look less in-distribution; --norm none leaves the norm out"
+    )
+    assert warnings("eval", *sets, "--norm", "none") == []
+    assert warnings("eval", *sets, "--method", "gen", "--method", "msp") == []
+    assert len(warnings("eval", *sets, "--method", "gen", "--norm", "2")) == 1
+    (line,) = warnings("score", "val.npz", "out.npz")
+    assert f"val.npz: negative energy*||h||_0.3 in {N} of {N} rows" in line
+    assert warnings("score", "val.npz", "out.npz", "--norm", "none") == []
+    assert warnings("score", "val.npz", "out.npz", "--method", "all", "--norm", "none") == []
+
+
+def test_a_few_rows_below_0_matter_to_score_and_not_to_eval(data):
+    f = np.full((200, C), 5.0)
+    f[:2] -= 60
+    np.savez("val.npz", logits=f, feats=np.ones((200, D)))
+    one = ["--method", "energy"]
+    assert "in 2 of 200 rows" in warnings("score", "val.npz", "out.npz")[0]
+    assert warnings("eval", "--id", "val.npz", "--ood", "near.npz", *one) == []
+    f[2] -= 60
+    np.savez("val.npz", logits=f, feats=np.ones((200, D)))
+    assert "in 3 of 200 rows" in warnings("eval", "--id", "val.npz", "--ood", "near.npz", *one)[0]
+    # What OOD rows are below is no fault.
+    assert warnings("eval", "--id", "near.npz", "--ood", "val.npz", *one, "--norm", "none") == []
+
+
+def test_probabilities_and_log_probabilities_are_told_from_logits(data):
+    f, _ = data
+    log_p = f - logsumexp(f)[:, None]
+    for dtype in (np.float64, np.float32, np.float16):
+        np.save("p.npy", np.exp(log_p).astype(dtype))
+        np.save("log_p.npy", log_p.astype(dtype))
+        np.save("f.npy", f.astype(dtype))
+        (line,) = warnings("score", "p.npy", "out.npz", "--method", "tv")
+        assert line.startswith("warning: p.npy: 'logits' looks like probabilities")
+        (line,) = warnings("score", "log_p.npy", "out.npz", "--method", "tv")
+        assert line.startswith("warning: log_p.npy: 'logits' looks like log-probabilities")
+        assert warnings("score", "f.npy", "out.npz") == []
+    (line,) = warnings("eval", "--id", "p.npy", "--ood", "a=p.npy", "--ood", "f.npy", "--method", "msp")
+    assert line.startswith("warning: p.npy, p.npy: 'logits' looks like probabilities")
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("classes", [10, 80])
+def test_swapped_names_are_told(relu, classes):
+    """Features of both signs or after a ReLU, and a linear layer of them; the names right and swapped."""
+    g = torch.Generator().manual_seed(5)
+    h = torch.randn(120, 50, generator=g, dtype=torch.float64)
+    h = h.relu() if relu else h
+    f = h @ torch.randn(50, classes, generator=g, dtype=torch.float64) + 1
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        logits, feats = f.to(dtype), h.to(dtype)
+        assert oddity(logits, feats, "z", "h") is None
+        told = oddity(feats, logits, "z", "h")
+        if classes == 80 and not relu:  # neither width nor sign tells
+            assert told is None
+        else:
+            assert told is not None
+            assert "'z' [N, 50] looks like the features of 'h'" in told
+
+
+def test_a_swap_is_said_once(data):
+    f, h = data
+    np.savez("val.npz", logits=np.maximum(h, 0), feats=f)
+    (line,) = warnings("eval", "--id", "val.npz", "--ood", "ood=val.npz", "--method", "msp", "--norm", "none")
+    assert line.startswith("warning: val.npz, val.npz: 'logits' [N, 9] looks like the features of 'feats' [N, 6]")
+    assert "--logits-key and --feats-key" in line
+
+
+def test_an_unlike_first_chunk_is_no_reason_to_fail(data):
+    for logits, feats in (
+        (np.full((9, 12), np.nan), np.ones((9, 3))),
+        (np.full((40, 12), -np.inf), np.ones((40, 3))),
+        (np.zeros((40, 12)), np.zeros((40, 3))),
+        (np.full((40, 12), 1e308), np.full((40, 3), -1e308)),
+        (np.ones((40, 1)), np.full((40, 3), np.nan)),
+        (np.zeros((0, 12)), np.zeros((0, 3))),
+    ):
+        np.savez("odd.npz", logits=logits, feats=feats)
+        assert warnings("score", "odd.npz", "out.npz", "--method", "msp") == []
 
 
 def test_no_rows(data):
     np.save("none.npy", np.zeros((0, 4)))
-    assert run("score", "none.npy", "out.csv", "--method", "msp").stdout == "out.csv: 0 rows of msp\n"
+    said = "out.csv: 0 rows of msp\nnone.npy: logits [0, 4], no feats (--feats-key names them)\n"
+    assert run("score", "none.npy", "out.csv", "--method", "msp").stdout == said
     with open("out.csv") as file:
         assert file.read().split() == ["msp"]
 
@@ -156,6 +363,8 @@ def test_no_rows(data):
         (["val.npz", "out.npz", "--temperature", "0"], "--temperature must be a finite number > 0, got 0.0"),
         (["val.npz", "out.npz", "--backend", "abacus"], "must be 'auto' or one of ['"),
         (["val.npz", "out.npz", "--device", "abacus"], "--device must be a torch device"),
+        (["val.npz", "out.npz", "--nan", "omit"], "--nan must be one of 'keep', 'drop', 'fail', got 'omit'"),
+        (["val.npz", "out.npz", "--id-key", "image"], "val.npz: must hold 'image', found 'logits', 'feats'"),
         (["val.npz", "out.npz", "--log", "--method", "gen"], "log: gen is never above 0"),
         (["val.npz", "out.npy", "--method", "all"], "a .npy file holds one score"),
         (["far.npz", "out.npz", "--logits-key", "feats", "--feats-key", "x"], "must hold 'x'"),
@@ -262,13 +471,18 @@ def test_eval_takes_a_file_whose_name_holds_an_equals_sign(data):
         (["--ood", "near.npz", "--ood", "near=far.npz"], "--ood: 'near' names two sets"),
         (["--ood", "x=nope.npz"], "nope.npz: no such file"),
         (["--ood", "near.npz", "--json", "nowhere/t.json"], "nowhere"),
-        (["--ood", "near.npz", "--csv", "val.npz"], "val.npz: is an input"),
-        (["--ood", "near.npz", "--html", "near.npz"], "near.npz: is an input"),
-        (["--ood", "near.npz", "--json", "x.html", "--html", "./x.html"], "--html: --json writes x.html already"),
+        (["--ood", "near.npz", "--csv", "val.csv"], "val.csv: is an input"),
+        (["--ood", "near.npz", "--html", "near.html"], "near.html: is an input"),
+        (["--ood", "near.npz", "--html", "e.pdf"], "e.pdf: the file's name must end with .html or .htm"),
+        (["--ood", "near.npz", "--csv", "e.json"], "e.json: the file's name must end with .csv"),
+        (["--ood", "near.npz", "--json", "e"], "e: the file's name must end with .json"),
         (["--ood", "near="], "--ood: 'near=' lacks the FILE of NAME=FILE"),
         (["--ood", "=near.npz"], "--ood: '=near.npz' lacks the NAME of NAME=FILE"),
         (["--ood", "near.npz", "--norm", "x"], "--norm must be a number >= 0, 'inf' or 'none', got 'x'"),
         (["--ood", "near.npz", "--method", "nope"], "--method must be one of 'all', 'msp'"),
+        (["--ood", "near.npz", "--device", "abacus"], "--device must be a torch device"),
+        (["--ood", "near.npz", "--backend", "abacus"], "must be 'auto' or one of ['"),
+        (["--ood", "near.npz", "--nan", "omit"], "--nan must be one of 'keep', 'drop', 'fail', got 'omit'"),
         (["--ood", "near.npz", "--temperature", "nan"], "--temperature must be a finite number > 0, got nan"),
         (
             ["--ood", "near.npz", "--method", "gradnorm", "--method", "exgrad", "--norm", "2"],
@@ -277,6 +491,8 @@ def test_eval_takes_a_file_whose_name_holds_an_equals_sign(data):
     ],
 )
 def test_eval_mistakes(data, arguments, message):
+    os.symlink("val.npz", "val.csv")
+    os.symlink("near.npz", "near.html")
     before = sorted(os.listdir())
     assert message in complaint("eval", "--id", "val.npz", *arguments)
     assert sorted(os.listdir()) == before
@@ -345,13 +561,67 @@ def test_eval_shows_a_bar_for_every_reading(data, monkeypatch):
     assert bars == 2 * [("val.npz", N), ("near.npz", N), ("far.npz", 25)]
 
 
-def test_eval_of_nan_names_the_set_and_the_score(data):
-    logits = np.zeros((3, C))
-    logits[1] = np.nan
-    np.save("holes.npy", logits)
-    text = complaint("eval", "--id", "val.npz", "--ood", "holes.npy", "--method", "msp", "--norm", "none")
-    assert "'holes'" in text
-    assert "'msp'" in text
+def auroc_in(path):
+    with open(path, newline="") as file:
+        return {row["score"]: float(row["auroc"]) for row in csv.DictReader(file)}
+
+
+def test_eval_drops_nan_rows_keeps_them_as_the_lowest_or_fails(data, monkeypatch):
+    from fastood import plots
+
+    grids = []
+    heatmap = plots.heatmap
+    monkeypatch.setattr(plots, "heatmap", lambda grid, *more: grids.append(grid) or heatmap(grid, *more))
+    f, h = data
+    g, k = save("near.npz", 2, 1)
+    f[:3] = np.nan
+    np.savez("val.npz", logits=f, feats=h)
+    k[7] = np.nan
+    np.savez("near.npz", logits=g, feats=k)
+    command = ["eval", "--id", "val.npz", "--ood", "near.npz", "--method", "energy", "--csv", "t.csv"]
+    e, d = (logsumexp(x) for x in (f, g))
+    whole = np.arange(N) != 7
+    result = run(*command)
+    assert f"val.npz: 3 of {N} rows have a NaN score (energy, energy*||h||_0.3) and are left out" in result.stdout
+    assert f"near.npz: 1 of {N} rows have a NaN score (energy*||h||_0.3) and are left out" in result.stdout
+    # The row without a norm is out of the energies, too: all scores are of the same rows.
+    assert auroc_in("t.csv")["energy"] == pytest.approx(auroc(e[3:], d[whole]), abs=1e-12)
+    run(*command, "--html", "t.html")
+    result = run(*command, "--nan", "keep", "--html", "t.html")
+    assert "are counted as the lowest score" in result.stdout
+    low = np.where(np.isnan(e), -np.inf, e)
+    assert auroc_in("t.csv")["energy"] == pytest.approx(auroc(low, d), abs=1e-12)
+    u, v = (np.where(np.isnan(x), -np.inf, x) for x in (e * norm(h, 0.3), d * norm(k, 0.3)))
+    assert auroc_in("t.csv")["energy*||h||_0.3"] == pytest.approx(auroc(u, v), abs=1e-12)
+    dropped, kept = (grid[0, plots.FIGURE_2_NORMS.index(0.3)] for grid in grids)
+    assert kept == pytest.approx(auroc(u, v), abs=1e-12)
+    assert dropped == pytest.approx(auroc(u[3:], v[whole]), abs=1e-12)
+    text = complaint(*command, "--nan", "fail")
+    assert "the ID set: score 'energy' must not hold NaN, got 3 of 40" in text
+    np.savez("near.npz", logits=np.full((4, C), np.nan), feats=k[:4])
+    assert complaint(*command) == "error: near.npz: every row has a NaN score\n"
+
+
+def test_eval_says_what_it_read_and_computes_where_it_is_told(data, monkeypatch):
+    asked = []
+    import fastood.evaluation as evaluation
+
+    scores = evaluation.scores
+
+    def noted(*args, **options):
+        asked.append((args[0].device.type, options["backend"]))
+        return scores(*args, **options)
+
+    monkeypatch.setattr(evaluation, "scores", noted)
+    command = ["eval", "--id", "val.npz", "--ood", "near.npz", "--method", "msp", "--norm", "none"]
+    result = run(*command, "--device", "cpu", "--backend", "reference")
+    assert result.stdout.startswith(
+        f"val.npz: logits [{N}, {C}], feats [{N}, {D}] (not used)\n"
+        f"near.npz: logits [{N}, {C}], feats [{N}, {D}] (not used)\n"
+    )
+    assert asked == 2 * [("cpu", "reference")]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--device: torch finds no GPU here for 'cuda'" in complaint(*command, "--device", "cuda")
 
 
 # ---- demo, info, version, help
@@ -363,13 +633,11 @@ def test_demo_prints_the_table_and_the_files(data, monkeypatch):
 
     def quick(out, seed, progress):
         progress("working")
-        out.mkdir()
-        (out / "picture.png").touch()
         assert seed == 3
         inside = {"msp": [0.9, 0.8], "energy": [3.0, 1.0], "energy*||h||_0.3": [1.0, 2.0]}
         noise = {"msp": [0.7], "energy": [4.0], "energy*||h||_0.3": [0.5]}
         blur = {"msp": [0.7], "energy": [2.0], "energy*||h||_0.3": [1.5]}
-        return evaluate(inside, {"noise": noise, "blur": blur})
+        return demo.Demo(evaluate(inside, {"noise": noise, "blur": blur}), [out / "picture.png"])
 
     monkeypatch.setattr(demo, "run", quick)
     result = run("demo", "--out", "here", "--seed", "3")
@@ -437,7 +705,9 @@ def test_without_its_packages_it_says_what_to_install():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_killed_run_leaves_nothing(data):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_killed_run_leaves_nothing(data, name):
+    number = getattr(signal, name)
     np.save("big.npy", np.zeros((500_000, 2), np.float32))
     before = sorted(os.listdir())
     with subprocess.Popen(
@@ -447,7 +717,7 @@ def test_a_killed_run_leaves_nothing(data):
         while sorted(os.listdir()) == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert sorted(os.listdir()) != before
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         process.wait(60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert sorted(os.listdir()) == before

@@ -369,6 +369,17 @@ def test_log_scores(backend, data):
         truth.assert_close(got, total, allowed, f"log {name}")
 
 
+@pytest.mark.parametrize("f", [[[3.0, -math.inf, -math.inf], [-2e30, -math.inf, -math.inf]], [[3.0], [-2.0]]])
+@pytest.mark.parametrize("T", [1.0, 1e-10, 1e30])
+def test_the_log_of_a_gradient_that_is_0(backend, f, T):
+    """Without a second class p is 1 and ExGrad 0: its logarithm is -inf, whose turned sign says in-distribution."""
+    f, h = torch.tensor(f), torch.ones(2, 3)
+    for name in ("exgrad", "eg_p_l2sq"):
+        for oriented, expected in ((False, -math.inf), (True, math.inf)):
+            got = fastood.score(f, h, name, temperature=T, log=True, oriented=oriented, backend=backend)
+            assert got.tolist() == [expected, expected], name
+
+
 # ---- rows that have no softmax, and batches
 
 
@@ -397,8 +408,9 @@ def test_bad_rows_are_nan_alone(backend, dtype):
             assert got[1:6].isnan().all(), name
     h[1, 0] = nan
     f = torch.tensor([good] * 7, dtype=dtype)
-    for name, got in fastood.scores(f, h, backend=backend).items():
-        assert got.isnan().tolist() == [False, True] + [False] * 5, name
+    for norm, without_feats in ((0.3, ()), (..., ("neg_entropy", "gen"))):
+        for name, got in fastood.scores(f, h, norm=norm, backend=backend).items():
+            assert got.isnan().tolist() == [False, name not in without_feats] + [False] * 5, name
 
 
 @given(

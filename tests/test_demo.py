@@ -34,7 +34,11 @@ def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "made" / "here"
     settings = torch.get_rng_state(), np.random.get_state()[1].tolist(), torch.get_num_threads()  # noqa: NPY002
     said = []
-    evaluation = demo.run(out, progress=said.append)
+    out.mkdir(parents=True)
+    (out / "there before").touch()
+    evaluation, written = demo.run(out, progress=said.append)
+    (out / "there before").unlink()
+    assert written == sorted(out.iterdir())
     assert torch.equal(torch.get_rng_state(), settings[0])
     assert np.random.get_state()[1].tolist() == settings[1]  # noqa: NPY002
     assert torch.get_num_threads() == settings[2]
@@ -110,6 +114,7 @@ def test_tables_on_disk_are_the_evaluation(digits):
     evaluation, out = digits
     found = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert found["results"] == evaluation.table()
+    assert b"\r" not in (out / "scores.csv").read_bytes()
     assert found["counts"] == {"id": 506, "ood": {"digits_7-9": 533, "photos": 300}}
     with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
         assert [float(row["auroc"]) for row in csv.DictReader(file)] == [row["auroc"] for row in evaluation.table()]

@@ -82,6 +82,20 @@ def test_every_score_once_per_norm_and_chunks_do_not_matter():
         np.testing.assert_array_equal(s, whole[label])
 
 
+def test_a_v_that_is_never_above_0_is_multiplied_only_where_asked():
+    (logits, feats), _ = two_sets(n=40)
+    chunks = [(logits, feats)]
+    v = [e.name for e in fastood.SCORES.values() if e.stats and not e.gradient]
+    assert list(score_rows(chunks, methods=v)) == [
+        label for name in v for label in ((name,) if name in ("neg_entropy", "gen") else (name, f"{name}*||h||_0.3"))
+    ]
+    assert list(score_rows(chunks, methods=["gen"], norms=(None, 2))) == ["gen", "gen*||h||_2"]
+    # Of rows with one V, the one with larger features is never lower by default.
+    twice = score_rows([(logits, 2 * feats)])
+    for label, s in score_rows(chunks, methods=[name for name in v if name not in ("energy", "max_logit")]).items():
+        assert (twice[label] >= s).all(), label
+
+
 def test_temperature_and_bias_reach_the_scores():
     (logits, feats), _ = two_sets(n=20)
     got = score_rows([(logits, feats)], methods=["tv", "exgrad", "norm"], norms=(2,), temperature=5.0, bias=True)

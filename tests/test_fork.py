@@ -33,6 +33,12 @@ def deterministic(f, h):
     torch.use_deterministic_algorithms(True)
     return fastood.score(f, h)
 
+def detected(f, h, new):
+    new.partial_fit(f[:16_000], h[:16_000], labels[:16_000])
+    return {"accept": new.accept(f, h), "p": new.p_value(f, h)}
+
+fitted = fastood.Detector(per_class=True).fit(f, h)
+
 EITHER = {  # of tensors and of arrays
     "scores": lambda f, h: fastood.scores(f, h),
     "scores log": lambda f, h: fastood.scores(f, h, log=True),
@@ -48,8 +54,11 @@ EITHER = {  # of tensors and of arrays
     "BatchGrad": lambda f, h: fastood.BatchGrad.from_anchors(f[:8], h[:8], anchors).score(f, h),
     "BatchGrad of the parent": lambda f, h: detector.score(f, h),
     "batchgrad": lambda f, h: fastood.batchgrad(f, h, detector.anchors.G),
+    "Detector": lambda f, h: detected(f, h, fastood.Detector()),
+    "Detector per class": lambda f, h: detected(f, h, fastood.Detector(per_class=True)),
+    "Detector of the parent": lambda f, h: fitted.accept(f, h),
     "metrics": lambda f, h: metrics.evaluate(f[:, 0], f[:, 1]),
-    "evaluate": lambda f, h: evaluation.evaluate({"f": f[:, 0]}, {"o": {"f": f[:, 1]}}).table()[0],
+    "evaluation": lambda f, h: evaluation.evaluate({"f": f[:, 0]}, {"o": {"f": f[:, 1]}}).table()[0],
 }
 TENSORS = {
     "score deterministic": lambda: deterministic(f, h),
@@ -60,6 +69,7 @@ TENSORS = {
     "deep_gradient_norm given": lambda: fastood.deep_gradient_norm(net, h, q),
     "deep_batchgrad": lambda: fastood.deep_batchgrad(net, h, h[:8], anchors),
     "warm_up": lambda: fastood.warm_up(N, N, methods=["gen", "eg_u_l2sq"], device="cpu"),
+    "Detector.choose": lambda: fastood.Detector.choose((f, h), candidates=["msp", "tv"]).accept(f, h),
     "score_rows": lambda: evaluation.score_rows([(f, h)]),
     "sweep_auroc": lambda: evaluation.sweep_auroc([(f, h)], {"o": [(q, h)]}, ["msp"], [None, 1]),
 }

@@ -202,7 +202,9 @@ def _torch_threads() -> int:
 
 if _native is not None:
     _kinds = tuple({"dtype": dtype} for dtype in (torch.float32, torch.float64, torch.uint8))
-    _native.use_torch(Tensor, _kinds, Tensor.__dlpack_c_exchange_api__, MODES, forward_ad)
+    # Since 2.10. Without it no tensor is read in C++, and every call goes the long way.
+    if exchange := getattr(Tensor, "__dlpack_c_exchange_api__", None):
+        _native.use_torch(Tensor, _kinds, exchange, MODES, forward_ad)
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))
