@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastood._fork import one_thread_if_forked
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Array = Tensor | np.ndarray
@@ -39,6 +41,7 @@ def _from_numpy(name: str, x: np.ndarray) -> Tensor:
 
 def take(**named: Any) -> tuple[list[Tensor | None], bool]:
     """Matrices [N, *] as tensors, and whether they came as numpy arrays. None stays None."""
+    one_thread_if_forked()
     tensors: list[Tensor | None] = []
     kinds: dict[str, str] = {}
     for name, x in named.items():
@@ -113,6 +116,7 @@ def give(x: Tensor, as_numpy: bool) -> Any:
 
 def vector(name: str, x: Any) -> NDArray[np.float64]:
     """Scores [N], of any kind, as numbers that have an order."""
+    one_thread_if_forked()
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array: leave masked rows out, knowingly, by its compressed()")
     if isinstance(x, Tensor):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastood._fork import one_thread_if_forked
 from fastood._inputs import ArrayT, choice, give, logits_and_feats, order_of, result_dtype, temperature_of
 from fastood._plan import Plan, keep, known_plan, stat_of, typed
 from fastood.kernels import STATISTICS, Stat, Want, select
@@ -318,6 +319,7 @@ def warm_up(
     >>> import fastood, torch
     >>> fastood.warm_up(1000, 2048, torch.bfloat16, ["energy", "gradnorm"], device="cpu")
     """
+    one_thread_if_forked()
     logits = torch.zeros(1, C, dtype=dtype, device=device)
     feats = None if D is None else torch.zeros(1, D, dtype=dtype, device=device)
     for name in _names("methods", methods):

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastood._fork import one_thread_if_forked
 from fastood._inputs import Array, ArrayT, flag, number
 from fastood._plan import Plan
 from fastood._version import __version__
@@ -203,6 +204,7 @@ class Detector:
         if self.rows == 0:
             self._forget()  # what an empty batch may have left
             self._decide_norm(order_of_norm(_entry(self.method), self.norm, feats is not None))
+        one_thread_if_forked()
         with torch.no_grad():
             s, c = self._scored(logits, feats, backend)
         if self.rows == 0:
@@ -430,6 +432,7 @@ class Detector:
         s = self.score(logits, feats, backend=backend)
         if not self.per_class:
             return s, None
+        one_thread_if_forked()
         if self._by_logits:
             return s, logits.argmax(1)
         if logits is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastood import metrics
 from fastood._data import label_of
+from fastood._fork import one_thread_if_forked
 from fastood._inputs import choice, order_of, vector
 from fastood._version import __version__
 from fastood.api import BEST_NORM, PAPER_NORMS, PAPER_V, scores, sweep
@@ -78,6 +79,7 @@ def score_rows(
     >>> score_rows([chunk, chunk], methods=["tv"], norms=(None, 2))
     {'tv': array([0.48201379, 0.48201379]), 'tv*||h||_2': array([2.41006895, 2.41006895])}
     """
+    one_thread_if_forked()
     by_default = isinstance(norms, EllipsisType)
     asked = (None, BEST_NORM) if isinstance(norms, EllipsisType) else norms
     orders = [None if r is None else order_of("norms", r) for r in asked]
@@ -289,6 +291,8 @@ def sweep_auroc(
     >>> sweep_auroc([sure], {"unsure": [unsure]}, v=["msp"], norms=[None, 1])
     array([[1., 1.]])
     """
+
+    one_thread_if_forked()
 
     def grid(chunks: Chunks) -> dict[str, Scores]:
         parts = []

@@ -208,6 +208,9 @@ static bool read_plain(PyObject* const* tensors, Request* q) {
   return (!feats || rows[1] == q->rows) && (!labels || (rows[2] == q->rows && q->labels.columns == q->logits.columns));
 }
 
+// Whether torch does so many elements on more than one thread.
+static bool shared_out(int64_t elements) { return elements > 32768; }  // at::internal::GRAIN_SIZE
+
 // plain(plan, shape, logits, feats, labels), those that are not needed None: the products of plain CPU tensors as
 // float32 of `shape`, in which -1 stands for the rows; None where they are any others, and a longer way must be gone,
 // which can tell what is wrong with them.
@@ -215,7 +218,10 @@ static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, 5);
   if (!plan) return nullptr;
   Request q{*plan};
-  if (watched() || !read_plain(args + 2, &q)) {
+  // Without a pool (a forked child) what torch itself would share out, such as filling a result where it is told to be
+  // deterministic, goes the longer way too, which sees to torch's threads first.
+  if (watched() || !read_plain(args + 2, &q) ||
+      (!parallel_for && shared_out(q.rows * int64_t(plan->products.size())))) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
