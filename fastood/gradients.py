@@ -333,6 +333,7 @@ def batchgrad(
     return BatchGrad(G, temperature=temperature, bias=bias).score(logits, feats, oriented=oriented)
 
 
+@torch.inference_mode(False)  # in which torch 2.8 gets gradients wrong
 def deep_gradient_norm(
     model: nn.Module,
     inputs: Tensor,
@@ -378,9 +379,10 @@ def deep_gradient_norm(
     """
     T, order, power = _gradient_arguments(labels, order, power, expectation, temperature)
     params, fixed = _parameters(model, inputs)
-    return _deep_norms(model, params, fixed, inputs, labels, order, power, expectation, T, max_bytes)
+    return _deep_norms(model, params, fixed, _normal(inputs), labels, order, power, expectation, T, max_bytes)
 
 
+@torch.inference_mode(False)  # in which torch 2.8 gets gradients wrong
 def deep_batchgrad(
     model: nn.Module,
     inputs: Tensor,
@@ -420,19 +422,17 @@ def deep_batchgrad(
     params, fixed = _parameters(model, inputs)
     if not isinstance(anchors, Tensor):
         raise TypeError(f"anchors must be a torch tensor, got {type(anchors).__name__}")
-    params, fixed = _parameters(model, inputs)
-    if not isinstance(anchors, Tensor):
-        raise TypeError(f"anchors must be a torch tensor, got {type(anchors).__name__}")
     first = _logits(model, params, fixed, anchors[:1])
     labels = _classes("anchor_labels", anchor_labels, len(anchors), first.shape[1], first.device)
     constant = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in params.items()}
+    anchors = _normal(anchors)
     for i in range(0, len(anchors), 32):
         x, y = anchors[i : i + 32], labels[i : i + 32]
         logits, pull = torch.func.vjp(lambda params, x=x: _logits(model, params, fixed, x), params)[:2]
         off, size = _unit(_off(reference.Softmax(logits.double(), T), y))
         for name, g in pull(off.to(logits.dtype))[0].items():
             constant[name] += (g.double() * (size / T)).to(_wide(g))
-    raw = _deep_norms(model, params, fixed, inputs, "predicted", 1.0, 1.0, "outside", T, max_bytes, constant)
+    raw = _deep_norms(model, params, fixed, _normal(inputs), "predicted", 1.0, 1.0, "outside", T, max_bytes, constant)
     return -raw if oriented else raw
 
 
@@ -452,12 +452,17 @@ def _parameters(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str, T
         raise ValueError(
             "model must be in eval mode: call model.eval(), or its scores depend on the batch and on dropout"
         )
-    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    params = {name: _normal(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("model must have a parameter that requires a gradient")
-    fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    fixed.update(model.named_buffers())
+    fixed = {name: _normal(p.detach()) for name, p in model.named_parameters() if not p.requires_grad}
+    fixed.update({name: _normal(x) for name, x in model.named_buffers()})
     return params, fixed
+
+
+def _normal(x: Tensor) -> Tensor:
+    """`x`, also of inference mode, as a tensor that autograd can keep."""
+    return x.clone() if x.is_inference() else x
 
 
 def _logits(model: nn.Module, params: dict[str, Tensor], fixed: dict[str, Tensor], inputs: Tensor) -> Tensor:
