@@ -143,14 +143,14 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
             # In tiles of four logits a thread, for the same reason.
             LESS: tl.constexpr = W // P if N % 8 == 0 and W >= P else W
             less = tl.arange(0, LESS)[None, :]
-            sum_t, kl, deviation = of_all(
+            sum_t, kl, deviation = read_again(
                 ptr, base, head, less, n, m, pivot, rest, sum_t, deviation, scale, N, VEC, P, SHIFTED, LESS, SUMS
             )
     return m, pivot, rest, squares, exp_t, sum_t, deviation, kl, rare
 
 
 @triton.jit
-def of_all(ptr, base, head, w, n, m, pivot, rest, sum_t, deviation, scale, N: tl.constexpr, VEC: tl.constexpr,
+def read_again(ptr, base, head, w, n, m, pivot, rest, sum_t, deviation, scale, N: tl.constexpr, VEC: tl.constexpr,
            P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """sum t, KL(u || p) and sum |2^t - u|, of some rows from reading them again: where sum t, masked classes aside, is
     beyond float32, and where a row is nearly flat.

@@ -22,7 +22,7 @@ from fastood.kernels.triton.device.softmax import (
     TV,
     deviations_again,
     largest_first,
-    of_all,
+    read_again,
     sums_again,
 )
 from fastood.kernels.triton.device.words import (
@@ -137,7 +137,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                 other = deviations_again(ptr, base, head, w, C, m, scale, u, C, VEC, P, False, W)
                 deviation = tl.where(again, other, deviation)
         if (TV | SUMLOGP) & SUMS:
-            sum_t, kl, deviation = of_all(
+            sum_t, kl, deviation = read_again(
                 ptr, base, head, w, C, m, pivot, rest, sum_t, deviation, scale, C, VEC, P, False, W, SUMS
             )
     return m, pivot, rest, squares, exp_t, sum_t, deviation, kl, rare
