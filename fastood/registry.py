@@ -241,8 +241,7 @@ register(
         "KL(u || p) = -log C - 1/C sum_k log p_k",
         "the divergence inside Eq. 1",
         "in",
-        stats=("sumlogp",),
-        v=lambda s: (-math.log(s.C) - s["sumlogp"] / s.C).clamp(min=0),
+        stats=("kl_uniform",),
     )
 )
 register(Score(

@@ -53,9 +53,10 @@ STATISTICS: dict[str, str] = {
     "s2": "S_2 = sum_k p_k^2",
     "one_minus_s2": "1 - S_2 = sum_k p_k (1 - p_k), to relative precision",
     "log_one_minus_s2": "log (1 - S_2), finite where 1 - S_2 underflows",
-    "tv": "1/2 sum_k |1/C - p_k|",
+    "tv": "1/2 sum_k |1/C - p_k|, to relative precision",
     "plogp": "sum_k p_k log p_k",
     "sumlogp": "sum_k log p_k",
+    "kl_uniform": "KL(u || p) = -log C - 1/C sum_k log p_k, to relative precision",
     "power_sum": "('power_sum', r): S_r = sum_k p_k^r, r > 0",
     "gen": "('gen', gamma, M): sum over the M largest p of p^gamma (1 - p)^gamma",
     "gradient": (

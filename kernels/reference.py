@@ -9,6 +9,8 @@ The softmax is split into one maximum and the rest, and the rest has a pivot of 
 
 1 - p_max = r_1 / (1 + r_1) and its kin then keep their relative precision when p_max is 1 - 1e-30
 and beyond, where a plain sum of exponentials has long been rounded to 1.
+
+Nearly flat rows are read again, for what is a difference to the uniform distribution: see Level.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fastood.kernels.seam import traced
 
 if TYPE_CHECKING:
     from fastood.kernels import Anchors, Stat, Want
@@ -76,6 +80,10 @@ def row_sum(x: Tensor) -> Tensor:
         return x.sum(-1)
     body = x.shape[-1] // block * block
     return row_sum(x[..., :body].unflatten(-1, (-1, block)).sum(-1)) + x[..., body:].sum(-1)
+
+
+def row_mean(x: Tensor) -> Tensor:
+    return row_sum(x) / x.shape[-1]
 
 
 class lazy:
@@ -216,7 +224,8 @@ class Softmax:
     def tv(self) -> Tensor:
         # p and 1/C both sum to 1, so half the absolute differences are the positive ones.
         above = row_sum((self.e * self._rows(self.p_2) - 1 / self.C).relu())
-        return (self.msp - 1 / self.C) + above.double()
+        tv = (self.msp - 1 / self.C) + above.double()
+        return self._again(tv, tv < FLAT_TV, lambda level: level.tv)
 
     @lazy
     def plogp(self) -> Tensor:
@@ -226,8 +235,29 @@ class Softmax:
         return self.p_2 * (row_sum(self.e * z).double() + gap * self.total) - self.r1.log1p()
 
     @lazy
+    def mean_z(self) -> Tensor:
+        """mean of (f_k - f_max) / T, float64: neither a term nor their sum overflows where the mean does not."""
+        unit = 2.0 ** -self.C.bit_length() if self.T > 1e-100 else 1.0
+        below = (self.f.double() * unit - self.f_max.double()[:, None] * unit) / self.T
+        return row_sum(below) / (unit * self.C)
+
+    @lazy
     def sumlogp(self) -> Tensor:
-        return row_sum(self._relative(self.f, self.f_max)).double() - self.C * self.r1.log1p()
+        return self.C * (self.mean_z - self.r1.log1p())
+
+    @lazy
+    def kl_uniform(self) -> Tensor:
+        kl = (self.r1.log1p() - math.log(self.C)) - self.mean_z
+        return self._again(kl, (kl < FLAT_KL) | (kl < FLAT_KL_SHARE * -self.mean_z), lambda level: level.kl_uniform)
+
+    def _again(self, stat: Tensor, flat: Tensor, exact: Callable[[Level], Tensor]) -> Tensor:
+        """`stat`, but of rows that are `flat` what is `exact`."""
+        if traced(self.f):  # which no size may depend on, and no gradient be NaN
+            return torch.where(flat, exact(Level(self.f.where(flat[:, None], 0), self.T)), stat)
+        if not flat.any():
+            return stat
+        rows = flat.nonzero()[:, 0]
+        return stat.index_copy(0, rows, exact(Level(self.f[rows], self.T)))
 
     def power_sum(self, r: float) -> Tensor:
         return self.msp**r + self.power_sum_rest(r)
@@ -295,6 +325,47 @@ class Softmax:
     def _peeled(self, q: Tensor) -> Tensor:
         """q of the peeled maximum, float64."""
         return q.gather(-1, self.top[:, None])[:, 0].double()
+
+
+# Below these what the sums of exponentials give loses too much: KL(u || p) itself, and its share of -mean z; and TV.
+FLAT_KL, FLAT_KL_SHARE, FLAT_TV = 1.0, 1 / 8, 1 / 8
+
+
+class Level:
+    """Nearly flat rows, by how far each logit is from the level, the one whose class would have p = 1/C, float64.
+
+    With x_k = (f_k - level) / T,  p_k - 1/C = expm1(x_k) / C  and  KL(u || p) = mean(e^x_k - 1 - x_k),  in which
+    nothing cancels.
+    """
+
+    def __init__(self, f: Tensor, T: float) -> None:
+        self.f, self.T = f.double(), T
+        level = self.f.detach().amax(-1)
+        for _ in range(2):  # the second time for what the first rounded away
+            level = level + T * row_mean(self._beside(level, self.f.detach()).expm1()).log1p()
+        x = self._beside(level, self.f)
+        self.x = x - row_mean(x.expm1()).log1p()[:, None]  # and for the rounding of the level itself
+
+    def _beside(self, level: Tensor, f: Tensor) -> Tensor:
+        if self.T <= 1:
+            return (f - level[:, None]) / self.T
+        return (f / 2 - level[:, None] / 2) / (self.T / 2)
+
+    @property
+    def tv(self) -> Tensor:
+        return row_mean(self.x.expm1().relu())
+
+    @property
+    def kl_uniform(self) -> Tensor:
+        return row_mean(exp_tail(self.x))
+
+
+def exp_tail(x: Tensor) -> Tensor:
+    """e^x - 1 - x in float64, to relative precision."""
+    near, series = x.clamp(-1, 1), torch.zeros_like(x)
+    for k in range(19, 1, -1):
+        series = (series + 1) * near / k
+    return torch.where(x.abs() < 1, series * near, x.expm1() - x)
 
 
 def gradient(

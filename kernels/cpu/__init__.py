@@ -45,6 +45,7 @@ _STATS = {
     "gen": 12,
     "log_one_minus_s2": 13,
     "gradient": 14,
+    "kl_uniform": 15,
 }
 _LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}

@@ -36,10 +36,20 @@ struct LogitsState {
   double exp;      // rest: sum exp z
   double squares;  // rest: sum exp 2z
   double exp_z;    // rest: sum z exp z
-  double z;        // all: sum z
+  double below;    // all: sum (f - max) DIFFERENCE
   double powers[MAX_POWER_SUMS];  // rest: sum exp rz
   int64_t n;
   bool nan;
+};
+
+// Differences to the maximum are summed in this unit, for they may be beyond the doubles, as their sum may be.
+constexpr double DIFFERENCE = 0x1p-64;
+
+// Of a row read again, x = (f - level) / T - shift.
+struct LevelSums {
+  double expm1;  // sum of e^x - 1
+  double tail;   // sum of e^x - 1 - x
+  double above;  // sum of max(e^x - 1, 0)
 };
 
 // y = |h|^order of a normal float h = 2^e m, from tables as long as a vector, of 16 floats or of 8: 2^(order e) by the low
@@ -144,6 +154,8 @@ struct Kernels {
   // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN; kept: as for tv.
   void (*gradient[TYPES])(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan,
                           const GradientPlan& gradient, const NormsPlan& norms, const GradientRow& row, GradientState* state);
+  // These sums over a row that is nearly flat, so that no e^x overflows.
+  LevelSums (*level[TYPES])(const void* f, int64_t n, double temperature, double level, double shift);
   double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
                        double gamma, int64_t M);
   // log2 of the exponentials' sum below the maximum, also where it is below the doubles.

@@ -86,9 +86,9 @@ template <class T, class In> static bool any_nan(const In* f, int64_t n) {
   return any<T>(nan);
 }
 
-// Differences to the maximum are summed in this unit, for they may be beyond the type, as their sum may be; and
-// multiplied by exponentials in that of the power of two below T, for with a small T they might be subnormal.
-constexpr double DIFFERENCE = 0x1p-12;
+// Differences to the maximum are multiplied by exponentials in the unit of the power of two below T, for with a small T
+// they might be subnormal; and summed in this one, for they may be beyond the type, as their sum may be.
+template <class T> constexpr T difference_unit() { return sizeof(T) == 4 ? T(0x1p-12) : T(DIFFERENCE); }
 
 static double power_below(double x) { return __builtin_ldexp(1.0, __builtin_ilogb(x)); }
 
@@ -118,7 +118,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
           squares[u] += e * e;
           exp_z[u] += e * (d * per_T);
           if (sum_z) {
-            V<T> difference = v * T(DIFFERENCE) - softmax.max * T(DIFFERENCE);
+            V<T> difference = v * difference_unit<T>() - softmax.max * difference_unit<T>();
             if (first) difference = from_lane<T>(first) ? difference : V<T>{};  // the padding is no masked class
             z[u] += difference;
           }
@@ -137,7 +137,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   if constexpr (MORE) {
     state->squares = unit * unit * all_squares;
     state->exp_z = unit * power / plan.temperature * all_exp_z;
-    state->z = all_z / plan.temperature / DIFFERENCE;
+    state->below = all_z * (DIFFERENCE / difference_unit<T>());
   }
 }
 
@@ -244,6 +244,40 @@ static double tv(const void* data, int64_t n, const LogitsPlan& plan, double max
         flush);
   }
   return sum_of<T>(sum);
+}
+
+// ---- nearly flat rows, read again
+
+// See LevelSums.
+template <class In>
+static LevelSums level_sums(const void* data, int64_t n, double temperature, double level, double shift) {
+  typedef typename Arithmetic<In>::type T;
+  const In* f = static_cast<const In*>(data);
+  const V<T> centre = all<T>(T(level)), away = all<T>(T(shift));
+  const T per_T = T(1 / temperature);
+  V<T> expm1[2] = {}, tail[2] = {}, above[2] = {};
+  LevelSums sums = {};
+  for_blocks<2, T, 32 * Vec<T>::lanes>(
+      f, n, T(level),
+      [&](int u, V<T> v, int64_t, int64_t first) __attribute__((always_inline)) {
+        const V<T> x = (v - centre) * per_T - away;
+        const I<T> near = (x < 1) & (x > -1);
+        V<T> beyond = exp_tail(x), rise = x + beyond;
+        if (any<T>(~near)) {
+          const V<T> e = exp2_sum<T, true>(x * T(1.4426950408889634), V<T>{}, x != x) - 1;
+          rise = near ? rise : e;
+          beyond = near ? beyond : e - x;
+        }
+        if (first) {  // the padding is no class
+          rise = from_lane<T>(first) ? rise : V<T>{};
+          beyond = from_lane<T>(first) ? beyond : V<T>{};
+        }
+        expm1[u] += rise;
+        tail[u] += beyond;
+        above[u] += rise > 0 ? rise : V<T>{};
+      },
+      [&] { sums.expm1 += take<2, T>(expm1), sums.tail += take<2, T>(tail), sums.above += take<2, T>(above); });
+  return sums;
 }
 
 // ---- GEN
@@ -361,7 +395,7 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
       const V<T> d = x[k] - max, held = larger(all<T>(softmax.lowest), d);
       squares = add_where(unequal(x[k], max), squares, e[k] * e[k]);
       exp_z += e[k] * (held * per_T);
-      z += x[k] * T(DIFFERENCE) - max * T(DIFFERENCE);
+      z += x[k] * difference_unit<T>() - max * difference_unit<T>();
     }
     if (plan.sums & TV) {
       const V<T> scale = 1 / (all<T>(T(n)) - rest + exp * T(unit));
@@ -380,7 +414,7 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
       if (more) {
         s->squares = unit * unit * squares[row];
         s->exp_z = unit * power / plan.temperature * exp_z[row];
-        s->z = z[row] / plan.temperature / DIFFERENCE;
+        s->below = z[row] * (DIFFERENCE / difference_unit<T>());
       }
       if (plan.sums & TV) tv[start + row] = above[row];
       if (sizeof(T) == 4 && plan.sums && s->exp < 0x1p-128 && __builtin_isfinite(s->max) && !s->nan)

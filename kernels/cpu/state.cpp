@@ -21,6 +21,7 @@ int sums_for(int stat) {
     case ONE_MINUS_S2: return EXP | SQUARES;
     case TOTAL_VARIATION: return EXP | TV;
     case PLOGP_STAT: return EXP | PLOGP;
+    case KL_UNIFORM:
     case SUMLOGP_STAT: return EXP | SUMLOGP;
     default: return EXP;
   }
@@ -40,15 +41,16 @@ LogitsPlan sharper(const LogitsPlan& plan, double r) {
   return of_power;
 }
 
-// The sums of `s` with its maximum no longer at the top, but z = gap below it.
-static void lower(const LogitsPlan& plan, LogitsState* s, double gap) {
+// The sums of `s` relative to a larger maximum than its own.
+static void lower(const LogitsPlan& plan, LogitsState* s, double max) {
+  const double gap = (s->max - max) / plan.temperature;
+  s->below += double(s->n) * (s->max * DIFFERENCE - max * DIFFERENCE);
   const double w = std::exp(gap), mass = s->ties + s->exp;
   s->exp_z = w == 0 ? 0 : w * (s->exp_z + gap * mass);
   s->exp = w * mass;
   s->squares = w * w * (s->ties + s->squares);
   for (int r = 0; r < plan.power_sums; r++)
     s->powers[r] = std::exp(gap * plan.power[r]) * (s->ties + s->powers[r]);
-  s->z += s->n * gap;
   s->ties = 0;
 }
 
@@ -56,21 +58,31 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
   LogitsState other = b;
   const bool finite = std::isfinite(a->max) && std::isfinite(other.max);
   if (a->max < other.max) {
-    if (finite) lower(plan, a, (a->max - other.max) / plan.temperature);
-    else if (other.max < INF) a->z = a->n ? -INF : 0;  // all masked so far
+    if (finite) lower(plan, a, other.max);
+    else if (other.max < INF) a->below = a->n ? -INF : 0;  // all masked so far
     a->max = other.max;
   } else if (other.max < a->max) {
-    if (finite) lower(plan, &other, (other.max - a->max) / plan.temperature);
-    else if (a->max < INF) other.z = other.n ? -INF : 0;
+    if (finite) lower(plan, &other, a->max);
+    else if (a->max < INF) other.below = other.n ? -INF : 0;
   }
   a->ties += other.ties;
   a->exp += other.exp;
   a->squares += other.squares;
   a->exp_z += other.exp_z;
-  a->z += other.z;
+  a->below += other.below;
   for (int r = 0; r < plan.power_sums; r++) a->powers[r] += other.powers[r];
   a->n += other.n;
   a->nan |= other.nan;
+}
+
+// mean z; finite where the sum of z, or one z, is not.
+static double mean_z(const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
+  return s.below / double(classes) / (plan.temperature * DIFFERENCE);
+}
+
+bool nearly_flat(int stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
+  if (stat == TOTAL_VARIATION) return value < 0.125;
+  return stat == KL_UNIFORM && (value < 1 || value < -0.125 * mean_z(plan, s, classes));
 }
 
 void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
@@ -102,7 +114,12 @@ void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* 
     case TOTAL_VARIATION:
     case GRADIENT: return each([&](S, int64_t i, double, double) { return swept[i]; });
     case PLOGP_STAT: return each([&](S s, int64_t i, double r1, double) { return s.exp_z / (1 + r1) - log1p[i]; });
-    case SUMLOGP_STAT: return each([&](S s, int64_t i, double, double) { return s.z - classes * log1p[i]; });
+    case SUMLOGP_STAT:
+      return each([&](S s, int64_t i, double, double) { return classes * (mean_z(plan, s, classes) - log1p[i]); });
+    case KL_UNIFORM: {
+      const double log_C = std::log(double(classes));
+      return each([&](S s, int64_t i, double, double) { return (log1p[i] - log_C) - mean_z(plan, s, classes); });
+    }
     case POWER_SUM:
       return each([&](S s, int64_t, double r1, double) {
         return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);

@@ -7,7 +7,7 @@ namespace fastood {
 
 // The statistics of kernels/__init__.py, in its order.
 enum Stat : int {
-  FMAX, LSE, ENERGY, MSP, ONE_MINUS_MSP, LOG_MSP, S2, ONE_MINUS_S2, TOTAL_VARIATION, PLOGP_STAT, SUMLOGP_STAT, POWER_SUM, GEN, LOG_ONE_MINUS_S2, GRADIENT
+  FMAX, LSE, ENERGY, MSP, ONE_MINUS_MSP, LOG_MSP, S2, ONE_MINUS_S2, TOTAL_VARIATION, PLOGP_STAT, SUMLOGP_STAT, POWER_SUM, GEN, LOG_ONE_MINUS_S2, GRADIENT, KL_UNIFORM
 };
 
 // What an order r of a norm is made from.
@@ -22,6 +22,9 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b);
 inline double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
 void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
                 const double* swept, const double* log1p, double* out);
+
+// Whether a row is so near the uniform distribution that its sums do not tell this statistic, KL(u || p) or TV.
+bool nearly_flat(int stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes);
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);
 void clear(const NormsPlan& plan, NormsState* s);

@@ -303,6 +303,35 @@ template <int SHIFT> INLINE V<double> exp2_fraction(V<double> f) {
   return p * f + UNIT;
 }
 
+// e^x - 1 - x for |x| <= 1; relative error of the polynomial 2^-25.7 (float), 2^-54.8 (double).
+INLINE V<float> exp_tail(V<float> x) {
+  V<float> p = 2.806280235745362e-06f * x + 2.535851308493875e-05f;
+  p = p * x + 0.00019838102161884308f;
+  p = p * x + 0.001388539676554501f;
+  p = p * x + 0.008333339355885983f;
+  p = p * x + 0.04166673496365547f;
+  p = p * x + 0.1666666716337204f;
+  p = p * x + 0.5f;
+  return p * x * x;
+}
+
+INLINE V<double> exp_tail(V<double> x) {
+  V<double> p = 7.746178593018827e-13 * x + 1.1639194124150522e-11;
+  p = p * x + 1.6057679623801638e-10;
+  p = p * x + 2.0874435575864273e-09;
+  p = p * x + 2.5052117695907823e-08;
+  p = p * x + 2.755733506893373e-07;
+  p = p * x + 2.7557319191381816e-06;
+  p = p * x + 2.4801587246096818e-05;
+  p = p * x + 0.00019841269841324198;
+  p = p * x + 0.0013888888888981404;
+  p = p * x + 0.008333333333333299;
+  p = p * x + 0.04166666666666609;
+  p = p * x + 0.16666666666666666;
+  p = p * x + 0.5;
+  return p * x * x;
+}
+
 // 2^y * 2^SHIFT of any y <= 0, -inf included, or NaN; relative error of the polynomials 2^-26.1 (of y - floor(y)) and
 // 2^-29.0.
 #if VECTOR_BYTES == 64

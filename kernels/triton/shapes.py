@@ -261,7 +261,7 @@ def gen_constants(M: int, C: int, stride: int, itemsize: int, shift: int) -> tup
 
 # ---- statistics. The numbers that device/scores.py gives them, and the sums they are made of.
 
-EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL = 1, 2, 4, 8, 16, 32
+EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL, KL = 1, 2, 4, 8, 16, 32, 64
 
 STATS = {
     "fmax": (0, 0),
@@ -272,13 +272,14 @@ STATS = {
     "tv": (5, EXP | TV),
     "sumlogp": (6, EXP | SUMLOGP),
     "log_one_minus_s2": (7, EXP | PEEL | SQUARES),
-    "one_minus_msp": (8, EXP | PEEL),
-    "log_msp": (9, EXP | PEEL),
-    "one_minus_s2": (10, EXP | PEEL | SQUARES),
-    "plogp": (11, EXP | PEEL | PLOGP),
+    "kl_uniform": (8, EXP | SUMLOGP | KL),
+    "one_minus_msp": (9, EXP | PEEL),
+    "log_msp": (10, EXP | PEEL),
+    "one_minus_s2": (11, EXP | PEEL | SQUARES),
+    "plogp": (12, EXP | PEEL | PLOGP),
 }
 
-LIGHT = 8  # from this number on a statistic vanishes with the rest of the row
+LIGHT = 9  # from this number on a statistic vanishes with the rest of the row
 
 # ---- norms
 

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from fastood.kernels.triton.device.gradient import collected, load, row_total, two_largest
-from fastood.kernels.triton.device.scores import log
-from fastood.kernels.triton.device.words import INF, LN2, exp2_double, log2, small
+from fastood.kernels.triton.device.words import INF, LN2, exp2_double, log, log2, small
 
 MINUS_INF = tl.constexpr(-0x7F800001)  # in the order of float32
 STRAIGHT = tl.constexpr(12)  # steps that also try the middle of two values

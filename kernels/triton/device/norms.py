@@ -18,6 +18,7 @@ from fastood.kernels.triton.device.words import (
     row_max,
     row_sums,
     smaller_words,
+    split,
     unpack,
     words,
 )
@@ -62,15 +63,6 @@ def log2_ratio(a, b):
     n, f = split(b)
     ratio = (e - f).to(tl.float32) + (log2(m) - log2(n))
     return tl.where(a > 0.0, tl.minimum(ratio, 0.0), -INF)
-
-
-@triton.jit
-def split(x):
-    """Mantissa in [1, 2) and exponent of x > 0, subnormal ones too."""
-    tiny = x < 2.0**-126
-    bits = tl.where(tiny, x * 2.0**24, x).to(tl.int32, bitcast=True)
-    mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    return mantissa, (bits >> 23) - tl.where(tiny, 151, 127)
 
 
 @triton.jit

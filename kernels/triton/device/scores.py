@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.norms import norm_sums, split
+from fastood.kernels.triton.device.norms import norm_sums
 from fastood.kernels.triton.device.softmax import PEEL, softmax_sums
 from fastood.kernels.triton.device.stream import streamed_sums
 from fastood.kernels.triton.device.words import (
@@ -11,17 +11,20 @@ from fastood.kernels.triton.device.words import (
     LN2,
     exp2_double,
     larger,
+    log,
     log1p,
     log2,
     place,
     reciprocal,
     small,
+    split,
 )
 
 # The statistics, as shapes.py numbers them.
 FMAX, LSE, ENERGY, MSP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 S2, TOTAL_VARIATION, SUMLOGP_STAT, LOG_ONE_MINUS_S2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
-ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
+KL_UNIFORM = tl.constexpr(8)
+ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11), tl.constexpr(12)
 
 
 @triton.jit
@@ -39,26 +42,13 @@ def root(sum, inverse, unit, GENERAL: tl.constexpr, LOG: tl.constexpr):
     return u * unit
 
 
-@triton.jit
-def log(x):
-    """ln x in float64 of x > 0, to float32's relative precision, which log2 has not near 1."""
-    mantissa, exponent = split(x)
-    above = mantissa > 1.4142135
-    mantissa = tl.where(above, mantissa * 0.5, mantissa)
-    s = (mantissa - 1.0) / (mantissa + 1.0)  # the series of 2 artanh s
-    q = s * s
-    series = tl.fma(tl.fma(tl.fma(tl.fma(q, 1.0 / 9, 1.0 / 7), q, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
-    exponent = tl.where(above, exponent + 1, exponent).to(tl.float64)
-    return tl.fma(exponent, tl.full(exponent.shape, LN2, tl.float64), series.to(tl.float64))
-
-
 # ---- statistics and scores
 
 
 @triton.jit
 def parts_of(sums, scale, PEEL_: tl.constexpr):
     """What `statistic` needs of the sums of rows."""
-    m, pivot, rest, squares, exp_t, sum_t, deviation, rare = sums
+    m, pivot, rest, squares, exp_t, sum_t, deviation, kl, rare = sums
     if PEEL_:
         weight = tl.full(m.shape, 1.0, tl.float64)
         far = tl.zeros_like(weight)
@@ -71,15 +61,15 @@ def parts_of(sums, scale, PEEL_: tl.constexpr):
             squares *= near * near
             ratio *= near
             exp_t = tl.where(rest > 0.0, tl.fma(gap.to(tl.float32), rest, exp_t), 0.0)
-        return m, weight, rest, squares, ratio, exp_t, sum_t, deviation, rare, far
+        return m, weight, rest, squares, ratio, exp_t, sum_t, deviation, rare, far, kl
     else:
-        return m, 1.0, rest, squares, squares, exp_t, sum_t, deviation, False, 0.0
+        return m, 1.0, rest, squares, squares, exp_t, sum_t, deviation, False, 0.0, kl
 
 
 @triton.jit
 def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
     """One statistic of kernels/__init__.py; those that vanish with the rest in units of its weight."""
-    m, weight, rest, squares, ratio, cross, sum_t, deviation, _, gap = parts
+    m, weight, rest, squares, ratio, cross, sum_t, deviation, _, gap, kl = parts
     if PEEL_:
         near = weight.to(tl.float32)
         r = rest * near
@@ -103,7 +93,9 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
     elif CODE == TOTAL_VARIATION:
         return deviation * inverse * 0.5
     elif CODE == SUMLOGP_STAT:
-        return tl.fma(sum_t, LN2, -(total_log * C))
+        return tl.fma(sum_t, tl.full(sum_t.shape, LN2, tl.float64), -(total_log * C).to(tl.float64))
+    elif CODE == KL_UNIFORM:
+        return kl
     elif CODE == ONE_MINUS_MSP:
         return rest * inverse
     elif CODE == LOG_MSP:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastood.kernels.triton.device.level import FLAT_TV, kl_uniform, of_flat_rows, sum_t_again
 from fastood.kernels.triton.device.words import (
     INF,
     above,
@@ -30,6 +31,7 @@ PLOGP = tl.constexpr(4)
 SUMLOGP = tl.constexpr(8)
 TV = tl.constexpr(16)
 PEEL = tl.constexpr(32)  # the rest beside one maximum, to relative precision
+KL = tl.constexpr(64)  # KL(u || p), beside SUMLOGP
 
 DEEP = tl.constexpr(2.0**-80)  # a rest below this is summed again from a pivot of its own
 FAR = tl.constexpr(16384.0)  # rows with a maximum beyond this times T / log2(e) are summed again
@@ -41,10 +43,10 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                  P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Of t = (f - max) log2(e) / T over rows of LEAST <= n <= N logits, `rest` meaning all elements but one maximum:
 
-    max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, sum t, sum |2^t - u| with u = (sum 2^t) / n.
+    max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, sum t, sum |2^t - u| with u = (sum 2^t) / n, KL(u || p).
 
     The three sums over the rest are relative to the pivot: the maximum, or where they would vanish the next
-    largest logit; last comes whether any row may have such a pivot. Without PEEL the rest is what remains of the sum
+    largest logit; last comes whether any row may have such a pivot. sum t and KL are float64. Without PEEL the rest is what remains of the sum
     after 1 is taken away.
     """
     TYPE: tl.constexpr = ptr.dtype.element_ty
@@ -62,8 +64,9 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     rest = tl.zeros_like(m)
     squares = rest
     exp_t = rest
-    sum_t = rest
+    sum_t = rest.to(tl.float64)
     deviation = rest
+    kl = sum_t
     pivot = m
     rare = False
     if EXP & SUMS:
@@ -109,7 +112,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
             exp_t = tl.fma(totals[0], back, -(excess * part))
             totals = totals[1:]
         if SUMLOGP & SUMS:
-            sum_t = tl.fma(excess, -1.0 * n, totals[0])
+            sum_t = totals[0].to(tl.float64) - excess.to(tl.float64) * n
         if TV & SUMS:
             u = (rest + 1.0) * unit / N
             deviation = deviations(es, u) * back
@@ -136,7 +139,39 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                         u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / N
                         other = deviations_again(ptr, base, head, some, n, m, scale, u, N, VEC, P, SHIFTED, SOME)
                         deviation = tl.where(again, other, deviation)
-    return m, pivot, rest, squares, exp_t, sum_t, deviation, rare
+        if (TV | SUMLOGP) & SUMS:
+            # In tiles of four logits a thread, for the same reason.
+            LESS: tl.constexpr = W // P if N % 8 == 0 and W >= P else W
+            less = tl.arange(0, LESS)[None, :]
+            sum_t, kl, deviation = read_again(
+                ptr, base, head, less, n, m, pivot, rest, sum_t, deviation, scale, N, VEC, P, SHIFTED, LESS, SUMS
+            )
+    return m, pivot, rest, squares, exp_t, sum_t, deviation, kl, rare
+
+
+@triton.jit
+def read_again(ptr, base, head, w, n, m, pivot, rest, sum_t, deviation, scale, N: tl.constexpr, VEC: tl.constexpr,
+           P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
+    """sum t, KL(u || p) and sum |2^t - u|, of some rows from reading them again: where sum t, masked classes aside, is
+    beyond float32, and where a row is nearly flat.
+    """
+    of_max = tl.where(pivot == m, rest, 0.0)
+    flat = m != m
+    kl = sum_t
+    if SUMLOGP & SUMS:
+        beyond = (sum_t < -1e37) & (m > -INF)
+        if any_row(beyond):
+            other = sum_t_again(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
+            sum_t = tl.where(beyond, other, sum_t)
+    if KL & SUMS:
+        kl, flat = kl_uniform(of_max, sum_t, n)
+    if TV & SUMS:
+        flat |= deviation < (1.0 + of_max) * (2 * FLAT_TV)
+    if any_row(flat):
+        other, tv = of_flat_rows(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
+        kl = tl.where(flat, other, kl)
+        deviation = tl.where(flat, 2.0 * tv.to(tl.float32) * (1.0 + of_max), deviation)
+    return sum_t, kl, deviation
 
 
 @triton.jit
@@ -261,7 +296,7 @@ def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constex
             sum3 = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), sum3)
             sum4 += tl.where(own, (halves[j].to(tl.float64) - top.to(tl.float64)) * scale, 0.0)
     sum1, sum2 = tl.sum(sum1, 1) + ties, tl.sum(sum2, 1) + ties
-    return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1), tl.sum(sum4, 1)))
+    return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1))) + (tl.sum(sum4, 1),)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from fastood.kernels.triton.device.softmax import (
     TV,
     deviations_again,
     largest_first,
+    read_again,
     sums_again,
 )
 from fastood.kernels.triton.device.words import (
@@ -73,8 +74,9 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
     rest = tl.zeros_like(m)
     squares = rest
     exp_t = rest
-    sum_t = rest
+    sum_t = rest.to(tl.float64)
     deviation = rest
+    kl = sum_t
     pivot = m
     rare = False
     if EXP & SUMS:
@@ -108,7 +110,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
         if PLOGP & SUMS:
             exp_t = ((totals[2 if SQUARES & SUMS else 1] - excess * of_all) / unit).to(tl.float32)
         if SUMLOGP & SUMS:
-            sum_t = (totals[len(totals) - 1] - C * excess.to(tl.float64)).to(tl.float32)
+            sum_t = totals[len(totals) - 1] - C * excess.to(tl.float64)
         if TV & SUMS:
             mean = ((wide + 1.0) * unit / C).to(tl.float32)[:, None]
             slot = words_above(last, scale, highest, mean, P, TYPE)
@@ -118,9 +120,9 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                 slot += words_above(us, scale, highest, mean, P, TYPE)
             deviation = (tl.sum(slot.to(tl.float64), 1) * 2.0 / unit).to(tl.float32)
         rare = any_row(again)
+        w = tl.arange(0, W)[None, :]
+        head = tl.zeros_like(m).to(tl.int32)[:, None]
         if rare:
-            w = tl.arange(0, W)[None, :]
-            head = tl.zeros_like(m).to(tl.int32)[:, None]
             other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, C, m, scale, C, VEC, P, False, W)
             if PEEL & SUMS:
                 pivot = tl.where(again, other, m)
@@ -134,7 +136,11 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                 u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / C
                 other = deviations_again(ptr, base, head, w, C, m, scale, u, C, VEC, P, False, W)
                 deviation = tl.where(again, other, deviation)
-    return m, pivot, rest, squares, exp_t, sum_t, deviation, rare
+        if (TV | SUMLOGP) & SUMS:
+            sum_t, kl, deviation = read_again(
+                ptr, base, head, w, C, m, pivot, rest, sum_t, deviation, scale, C, VEC, P, False, W, SUMS
+            )
+    return m, pivot, rest, squares, exp_t, sum_t, deviation, kl, rare
 
 
 @triton.jit

@@ -128,6 +128,28 @@ def log1p(r):
 
 
 @triton.jit
+def split(x):
+    """Mantissa in [1, 2) and exponent of x > 0, subnormal ones too."""
+    tiny = x < 2.0**-126
+    bits = tl.where(tiny, x * 2.0**24, x).to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    return mantissa, (bits >> 23) - tl.where(tiny, 151, 127)
+
+
+@triton.jit
+def log(x):
+    """ln x in float64 of x > 0, to float32's relative precision, which log2 has not near 1."""
+    mantissa, exponent = split(x)
+    above = mantissa > 1.4142135
+    mantissa = tl.where(above, mantissa * 0.5, mantissa)
+    s = (mantissa - 1.0) / (mantissa + 1.0)  # the series of 2 artanh s
+    q = s * s
+    series = tl.fma(tl.fma(tl.fma(tl.fma(q, 1.0 / 9, 1.0 / 7), q, 1.0 / 5), q, 1.0 / 3), q, 1.0) * (s + s)
+    exponent = tl.where(above, exponent + 1, exponent).to(tl.float64)
+    return tl.fma(exponent, tl.full(exponent.shape, LN2, tl.float64), series.to(tl.float64))
+
+
+@triton.jit
 def exp2_double(x):
     """2^x of float64 x to float32's precision, over float64's range; by bits, since conversions are slow."""
     fixed = tl.minimum(tl.maximum(x, -1022.0), 1024.0) + 1.5 * 2.0**29  # its last 23 bits are below 1
