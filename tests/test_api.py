@@ -362,6 +362,9 @@ def test_numbers_may_be_inputs_of_a_graph():
         torch.testing.assert_close(compiled(*numbers), grid(*numbers), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.9", reason="needs torch 2.9: the format that 2.8 exports to has no infinite constants"
+)
 @pytest.mark.parametrize("options", [{}, {"norm": None}, {"norm": 2, "log": True}, {"method": "exgrad"}])
 def test_exported_program_needs_no_fastood(options):
     class Served(torch.nn.Module):
