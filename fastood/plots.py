@@ -95,9 +95,7 @@ def histograms(id_scores: ArrayLike, ood_scores: Mapping[str, ArrayLike], label:
     ax.stairs(_shares(inside, edges), edges, fill=True, color=_ID_COLOUR, alpha=0.4, label="ID")
     for (name, x), colour, stroke in zip(sets.items(), cycle(_OOD_COLOURS), cycle(_STROKES), strict=False):
         # A name that starts with an underscore would have no legend entry without the word before it.
-        ax.stairs(
-            _shares(x, edges), edges, color=colour, linewidth=1.6, linestyle=stroke, label=_plain(f"OOD: {name}")
-        )
+        ax.stairs(_shares(x, edges), edges, color=colour, linewidth=1.6, linestyle=stroke, label=_plain(f"OOD: {name}"))
     t = threshold(inside)
     at = np.clip(t, edges[0], edges[-1])  # an infinite one stands at its end of the axis
     ax.axvline(at, color="black", linewidth=1.2)
