@@ -184,13 +184,14 @@ class Evaluation:
         A threshold that is infinite is a string, "inf" or "-inf": JSON has no such number.
         """
         found = self.recommendation
-        t = found.threshold
+        fields = asdict(found)
+        counts, t = fields.pop("counts"), fields.pop("threshold")
         document = {
             "fastood": __version__,
             "convention": CONVENTION,
-            "counts": self.counts(),
+            "counts": counts,
             "recommendation": {
-                **asdict(found),
+                **fields,
                 "threshold": t if isfinite(t) else str(t),
                 "tied": found.tied,
                 "doubt": found.doubt,

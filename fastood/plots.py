@@ -88,8 +88,8 @@ def histograms(id_scores: ArrayLike, ood_scores: Mapping[str, ArrayLike], label:
     sets = {name: np.asarray(x, dtype=np.float64) for name, x in ood_scores.items()}
     inside = np.asarray(id_scores, dtype=np.float64)
     edges = _bin_edges([inside, *sets.values()])
-    columns = 3 if max(map(len, sets), default=0) < 12 else 1
-    figure = Figure(figsize=(5.4, 3.1 + 0.22 * -(-(1 + len(sets)) // columns)), layout="constrained")
+    columns = 2 if max(map(len, sets), default=0) < 12 else 1
+    figure = Figure(figsize=(4.4, 2.7 + 0.22 * -(-(1 + len(sets)) // columns)), layout="constrained")
     ax = figure.subplots()
     # A pale area for ID, strong lines for OOD: told apart without colours, too.
     ax.stairs(_shares(inside, edges), edges, fill=True, color=_ID_COLOUR, alpha=0.4, label="ID")

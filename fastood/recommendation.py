@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,9 +31,10 @@ METHOD = (
     "sets, is recommended; its AUROC and FPR95 are those on the second halves, with 95% percentile intervals of "
     f"{_RESAMPLES} bootstrap resamples of the rows within each set; none where resampling changes nothing, as it does "
     "without a mistake. Another score is shown to be worse where the 95% interval of its AUROC minus the recommended "
-    "one's (DeLong's variance, second halves) lies below 0; every comparison is a chance of error by itself. Rows count "
-    "as independent: frames of one video are not, and make intervals too narrow. The threshold, what it keeps and what "
-    "it accepts are of all rows; the share that it keeps of new ID rows has the 95% interval of an order statistic."
+    "one's (DeLong's variance, second halves) lies below 0; every comparison is a chance of error by itself. Rows "
+    "count as independent: frames of one video are not, and make intervals too narrow. The threshold, what it keeps "
+    "and what it accepts are of all rows; the share that it keeps of new ID rows has the 95% interval of an order "
+    "statistic."
 )
 
 
@@ -80,7 +82,7 @@ class Recommendation:
     accepted : dict
         Name of the OOD set -> how many of all its rows the threshold accepts.
     counts : dict
-        Name of the set, "ID" first -> how many rows it has.
+        {"id": N, "ood": {name: M}}: how many rows there are in all.
     """
 
     score: str
@@ -91,7 +93,7 @@ class Recommendation:
     threshold: float
     kept: Estimate
     accepted: dict[str, int]
-    counts: dict[str, int]
+    counts: dict[str, Any]
 
     @property
     def tied(self) -> list[str]:
@@ -103,10 +105,10 @@ class Recommendation:
         """What speaks against relying on it, as a sentence; "" where nothing does."""
         auroc = self.overall(self.auroc)
         if not self.held_out:
-            name = min(self.counts, key=lambda name: self.counts[name])
+            fewest = min(self.counts["id"], *self.counts["ood"].values())
             return (
-                f"These are the rows that it was chosen by, which flatters: a held-out half and intervals take "
-                f"{ROWS_NEEDED} rows in every set, and {name} has {self.counts[name]:,}."
+                "These are the rows that it was chosen by, which flatters: a held-out half and intervals take "
+                f"{ROWS_NEEDED} rows in every set, and the smallest here has {fewest:,}."
             )
         if (auroc.interval[0] if auroc.interval else auroc.value) <= 0.5:
             return "No score is shown to be better than chance."
@@ -127,7 +129,7 @@ class Recommendation:
         yield f"Recommended: {self.score}, with AUROC {auroc} and FPR95 {fpr95_in}{mean}{half}."
         if self.doubt:
             yield self.doubt
-        accepted = ", ".join(f"{n:,} of {self.counts[name]:,} {name}" for name, n in self.accepted.items())
+        accepted = ", ".join(f"{n:,} of {self.counts['ood'][name]:,} {name}" for name, n in self.accepted.items())
         yield f"Accept where {self.score} >= {self.threshold!r}: {self.keeps}; accepts {accepted}."
         if self.tied:
             more = f" and {len(self.tied) - named} more" if len(self.tied) > named else ""
@@ -145,7 +147,7 @@ class Recommendation:
     @property
     def keeps(self) -> str:
         """What the threshold does to ID rows, in words."""
-        n = self.counts["ID"]
+        n = self.counts["id"]
         text = f"keeps {round(self.kept.value * n):,} of the {n:,} ID rows that it is made of"
         return text + (" ({:.1%} to {:.1%} of new ones)".format(*self.kept.interval) if self.kept.interval else "")
 
@@ -182,8 +184,11 @@ def recommend(id_scores: Scores, ood_scores: Mapping[str, Scores]) -> Recommenda
     >>> f"{found.auroc['noise']}"
     '0.942 (0.920 to 0.962)'
     """
-    counts = {"ID": _rows(id_scores), **{name: _rows(columns) for name, columns in ood_scores.items()}}
-    held_out = min(_rows(id_scores), *map(_rows, ood_scores.values())) >= ROWS_NEEDED
+    counts: dict[str, Any] = {
+        "id": _rows(id_scores),
+        "ood": {name: _rows(columns) for name, columns in ood_scores.items()},
+    }
+    held_out = min(_rows(id_scores), *counts["ood"].values()) >= ROWS_NEEDED
     every = id_scores, ood_scores
     first, second = _halves(*every) if held_out else (every, every)
     mean_auroc = {label: _placements(label, *first)[0].mean() for label in id_scores}
