@@ -401,7 +401,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """An evaluation for people: one section per OOD set, the best AUROC of each marked."""
+    """An evaluation for people: one section per OOD set, the best AUROC of each marked; then what follows from it.
+
+    The recommendation is last, where a terminal still shows it after a long table.
+    """
     columns = {"auroc": "AUROC", "fpr95_in": "FPR95", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
     rows = evaluation.table()
     table = Table("OOD set")
@@ -429,8 +432,10 @@ def print_table(evaluation: Evaluation) -> None:
     typer.echo(
         "Scores are higher for in-distribution (ID) rows. FPR95: share of OOD rows accepted\n"
         "where 95% of ID rows are; lower is better. AUPR-in counts ID rows as positive,\n"
-        "AUPR-out OOD rows. * marks the best AUROC of a set."
+        "AUPR-out OOD rows. * marks the best AUROC of a set.\n"
     )
+    # Broken between words on a terminal, not at all elsewhere.
+    console.print(str(evaluation.recommendation), markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 # ---- what is said of the data

@@ -101,7 +101,7 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     norms = plots.FIGURE_2_NORMS
     grid = sweep_auroc([outputs["id"]], {name: [outputs[f"ood_{name}"]] for name in ood}, norms=norms)
     simplex, heatmap = plots.simplex(), plots.heatmap(grid, PAPER_V, norms)
-    best = evaluation.best(1)[0]
+    best = evaluation.recommendation.score
     ood_scores = {name: columns[best] for name, columns in evaluation.ood_scores.items()}
     _save(simplex, new("figure1_simplex.png"))
     _save(heatmap, new("figure2_heatmap.png"))
@@ -115,18 +115,17 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
 
 
 def conclusion(evaluation: Evaluation) -> str:
-    """Two lines on what ``run`` found: the best score, and what energy reaches without and with the norm.
+    """A line on what energy reaches on ``run``'s images without and with the norm.
 
     Examples
     --------
     >>> print(demo.conclusion(demo.run("fastood-demo").evaluation))  # doctest: +SKIP
     """
     mean = {row["score"]: row["auroc"] for row in evaluation.table() if row["ood"] == "average"}
-    best = evaluation.best(1)[0]
     default = f"energy*||h||_{BEST_NORM:g}"
     return (
-        f"Best AUROC, mean over the OOD sets: {best} with {mean[best]:.6f}.\n"
-        f"energy alone has {mean['energy']:.6f}; {default}, the default of fastood.score, has {mean[default]:.6f}."
+        f"AUROC, mean over the OOD sets: energy alone {mean['energy']:.6f}; {default}, the default of fastood.score, "
+        f"{mean[default]:.6f}."
     )
 
 

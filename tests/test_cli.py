@@ -541,9 +541,27 @@ def test_eval_marks_the_best_of_each_set(data):
     sets = ["--id", "val.npz", "--ood", "low.npz", "--ood", "high.npz"]
     text = run("eval", *sets, "--method", "msp", "--method", "gen", "--method", "norm", "--norm", "1").stdout
     marked = [line.split("│")[2].strip() for line in text.splitlines() if "*│" in line.replace(" ", "")]
-    # low: msp and gen are right throughout; high: wrong throughout, where the norm ties; the mean: all are 0.5
+    # the mean: all are 0.5; low: msp and gen are right throughout; high: wrong throughout, where the norm ties
     assert marked == ["msp*||h||_1", "gen*||h||_1", "||h||_1", "msp*||h||_1", "gen*||h||_1", "||h||_1"]
     assert "* marks the best AUROC" in text
+
+
+def test_eval_ends_with_what_to_do(data):
+    import torch
+
+    from fastood.evaluation import evaluate, score_rows
+
+    f, h = RNG.normal(size=(2, 150, C)), RNG.normal(size=(2, 150, D))
+    f[0, :, 0] += 4
+    for name, *x in zip(("in", "out"), f, h, strict=True):
+        np.savez(name, logits=x[0], feats=x[1])
+    result = run("eval", "--id", "in.npz", "--ood", "out.npz", "--method", "msp", "--json", "t.json")
+    scores = [score_rows([tuple(map(torch.from_numpy, x))], methods=["msp"]) for x in zip(f, h, strict=True)]
+    found = evaluate(scores[0], {"out": scores[1]}).recommendation
+    assert result.stdout.endswith(f"\n\n{found}\n")
+    with open("t.json", encoding="utf-8") as file:
+        assert json.load(file)["recommendation"]["threshold"] == found.threshold
+    assert f"Accept where {found.score} >= {found.threshold!r}: keeps 143 of the 150 ID rows" in result.stdout
 
 
 def test_eval_shows_a_bar_for_every_reading(data, monkeypatch):
@@ -645,8 +663,8 @@ def test_demo_prints_the_table_and_the_files(data, monkeypatch):
     assert "0.500000" in result.stdout
     assert os.path.join("here", "picture.png") in result.stdout
     assert result.stdout.endswith(
-        "Best AUROC, mean over the OOD sets: msp with 1.000000.\n"
-        "energy alone has 0.250000; energy*||h||_0.3, the default of fastood.score, has 0.750000.\n"
+        "AUROC, mean over the OOD sets: energy alone 0.250000; "
+        "energy*||h||_0.3, the default of fastood.score, 0.750000.\n"
     )
     assert result.stderr == "working\n"
 
