@@ -46,8 +46,8 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, sum t, sum |2^t - u| with u = (sum 2^t) / n, KL(u || p).
 
     The three sums over the rest are relative to the pivot: the maximum, or where they would vanish the next
-    largest logit; last comes whether any row may have such a pivot. sum t and KL are float64. Without PEEL the rest is what remains of the sum
-    after 1 is taken away.
+    largest logit; last comes whether any row may have such a pivot. sum t and KL are float64. Without PEEL the rest
+    is what remains of the sum after 1 is taken away.
     """
     TYPE: tl.constexpr = ptr.dtype.element_ty
     us = load_row(ptr, base, head, w, n, N, LEAST, VEC, P, SHIFTED, W)
