@@ -27,8 +27,8 @@ class _Writable:
 def _from_numpy(name: str, x: np.ndarray) -> Tensor:
     if not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
-    if any(step < 0 or step % x.itemsize for step in x.strides):
-        x = np.ascontiguousarray(x)
+    if not x.flags.aligned or any(step < 0 or step % x.itemsize for step in x.strides):
+        x = x.copy()  # which ascontiguousarray does not where an axis is of length 1, whatever its stride
     try:
         return torch.from_numpy(x if x.flags.writeable else np.asarray(_Writable(x)))
     except TypeError:
