@@ -2,6 +2,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <memory>
 
@@ -112,6 +113,12 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
   }
 }
 
+// v (norm / divisor)^power; 0 times what overflowed is 0 of finite features, whose norm is finite.
+static double times(double v, double norm, const Product& p) {
+  const double u = (norm == DBL_MAX ? INFINITY : norm) / p.divisor, factor = p.power == 2 ? u * u : u;
+  return v == 0 && std::isinf(factor) && std::isfinite(norm) ? v : v * factor;
+}
+
 static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
   double stats[MAX_STATS][BATCH], norms[MAX_ORDERS][BATCH], log1p[BATCH] = {};
   if (!q.plan.stats.empty()) {
@@ -153,13 +160,10 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
     const Product& p = q.plan.products[k];
     double score[BATCH];
     for (int64_t i = 0; i < count; i++) score[i] = p.stat < 0 ? p.factor : p.factor * stats[p.stat][i];
-    if (p.order >= 0 && p.divisor == 1 && p.power == 1) {
-      for (int64_t i = 0; i < count; i++) score[i] *= norms[p.order][i];
+    if (p.order >= 0 && p.divisor == 1 && p.power == 1 && !q.out_double) {
+      for (int64_t i = 0; i < count; i++) score[i] *= norms[p.order][i];  // times the largest double is beyond float too
     } else if (p.order >= 0) {
-      for (int64_t i = 0; i < count; i++) {
-        const double u = norms[p.order][i] / p.divisor;
-        score[i] *= p.power == 2 ? u * u : u;
-      }
+      for (int64_t i = 0; i < count; i++) score[i] = times(score[i], norms[p.order][i], p);
     }
     const int64_t first = row * q.row_stride + int64_t(k) * q.product_stride;
     for (int64_t i = 0; i < count; i++) {

@@ -275,7 +275,10 @@ double norm(const Order& order, const NormsPlan& plan, const NormsState& s, doub
 
 void norms_from_roots(const Order& order, const NormsPlan& plan, const NormsState* states, int64_t count, const double* root,
                       double* out) {
-  for (int64_t i = 0; i < count; i++) out[i] = norm(order, plan, states[i], root[i]);
+  for (int64_t i = 0; i < count; i++) {
+    out[i] = norm(order, plan, states[i], root[i]);
+    if (states[i].max < INF) out[i] = std::min(out[i], std::numeric_limits<double>::max());  // finite, as the features are
+  }
 }
 
 double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) {
