@@ -39,6 +39,7 @@ static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const Logit
 
 static GradientState gradient_chunk(const Request& q, int64_t row, int64_t chunk, const GradientRow& about, const void* kept) {
   GradientState state{};
+  clear(q.gradient_norms(), &state.difference);
   const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.logits.columns - start);
   const void* labels = q.labels.data ? q.labels.at(row, start) : nullptr;
   kernels->gradient[q.logits.type](q.logits.at(row, start), n, kept, labels, q.labels.type, q.plan.logits, q.plan.gradient,
@@ -129,7 +130,8 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
 
   if (q.plan.bias && !q.orders().empty()) {
     const double one = 1;
-    NormsState last{};
+    NormsState last;
+    clear(q.norms_plan(), &last);
     kernels->norms[FLOAT64](&one, 1, q.norms_plan(), &one, &last);
     for (int64_t i = 0; i < count; i++) merge(q.norms_plan(), &batch->norms[i], last);
   }
@@ -260,7 +262,8 @@ static void run_split(const Request& q) {
         batch.swept[row] = gradient(q, row, split.merged[row], gradient_row(q, split.merged[row]), *state);
       }
     }
-    NormsState h{};
+    NormsState h;
+    clear(q.norms_plan(), &h);
     if (split.feat_chunks) h = split.norms[row * split.feat_chunks];
     for (int64_t c = 1; c < split.feat_chunks; c++) merge(q.norms_plan(), &h, split.norms[row * split.feat_chunks + c]);
     batch.norms[row] = h;
