@@ -74,10 +74,11 @@ struct NormsPlan {
   int slots;        // in use, integers included
   double order[MAX_ORDERS + 7];
   bool scaled[MAX_ORDERS + 7];
-  // The small orders again, as a processor with permutations of a vector forms them: order 0.5 as a square root in slot
-  // `root` (0 if it is not wanted), the others by tables.
+  // The small orders again, as a processor with permutations of a vector forms them: 0.5 as a square root, in slot `root`,
+  // those below by tables, those above by the square root times one. Slots are 0 for what is not wanted.
   int root, tables;
-  int table_slot[MAX_ORDERS];
+  double table_order[MAX_ORDERS];
+  int table_slot[MAX_ORDERS], product_slot[MAX_ORDERS];
   PowerTable<16> wide[MAX_ORDERS];
   PowerTable<8> narrow[MAX_ORDERS];
   uint64_t wanted;  // bits: the slots in use, and EXTREMES

@@ -568,13 +568,14 @@ template <int WIDTH, class T> INLINE void add_in_turn(V<T>* total, V<T>* sums) {
   }
 }
 
-// In one pass over at most SPAN elements: the sums of TABLES fractional powers from the table `first` on, with the first of
-// them those of square roots and of the INTEGERS first integer powers, and, with 6 of those, the extremes. Gives the slots
+// In one pass over at most SPAN elements: the sums of TABLES fractional powers from the table `first` on, and of their
+// products with square roots; with the first of them those of square roots and of the INTEGERS first integer powers, and,
+// with 6 of those, the extremes. Gives the slots
 // that are done, of all that are wanted: each by itself, or an order's bits would hang on those beside it. The others need
 // care: where an element is not finite, or for the tables subnormal, or an integer power out of range.
 constexpr int64_t SPAN = 2048;
 
-template <int TABLES, int INTEGERS, class In>
+template <int TABLES, int INTEGERS, bool PRODUCTS, class In>
 static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int first, const In* next, NormsState* state) {
   typedef V<float> F;
   typedef PowerTable<Vec<float>::lanes> Table;
@@ -586,10 +587,13 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
   const Table* table = plan.narrow + first;
 #endif
   const F centre = load(table[0].centre);
-  const bool rooted = plan.root && first == 0;
+  const int* product_slot = plan.product_slot + first;
+  bool multiplied = false;
+  for (int k = 0; k < TABLES && PRODUCTS; k++) multiplied |= product_slot[k] != 0;
+  const bool rooted = plan.root || multiplied;
   F low[TABLES + 1], high[TABLES + 1], mantissa[TABLES + 1];
-  F power[TABLES + 1][W] = {}, root[W] = {}, integer[INTEGERS + 1][W] = {};
-  F all_power[TABLES + 1] = {}, all_root = {}, all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
+  F power[TABLES + 1][W] = {}, product[TABLES + 1][W] = {}, root[W] = {}, integer[INTEGERS + 1][W] = {};
+  F all_power[TABLES + 1] = {}, all_product[TABLES + 1] = {}, all_root = {}, all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
   UNROLL for (int k = 0; k < TABLES; k++) {
     low[k] = load(table[k].exponent[0]);
     high[k] = load(table[k].exponent[1]);
@@ -603,7 +607,8 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
         const I<float> bits = (I<float>)v, magnitude = bits & 0x7fffffff;
         const F a = (F)magnitude;
         const auto some = unequal(a, F{});
-        if (rooted) root[u] += square_root(a);
+        F square = {};
+        if (rooted) root[u] += square = square_root(a);
         if constexpr (TABLES > 0) {
           F scale[TABLES];
           UNROLL for (int k = 0; k < TABLES; k++) scale[k] = exponent_power(low[k], high[k], bits >> 23);
@@ -614,12 +619,16 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
           }
           const F m = (F)((bits & 0x007fffff) | 0x3f800000);
           const F t = m * choose(centre, bits >> MANTISSA) - 1.0f;
+          F kept[TABLES];
           UNROLL for (int k = 0; k < TABLES; k++) {
             const F c = choose(mantissa[k], bits >> MANTISSA);
             F series = all<float>(table[k].t[Table::DEGREE]);
-            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = fused(series, t, all<float>(table[k].t[d]));
-            power[k][u] += where(some, scale[k] * fused(c * t, series, c));
+            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = series * t + table[k].t[d];
+            power[k][u] += kept[k] = where(some, scale[k] * (c * t * series + c));
           }
+          if (PRODUCTS && multiplied)
+            UNROLL for (int k = 0; k < TABLES; k++)
+              if (product_slot[k]) product[k][u] = fused(kept[k], square, product[k][u]);
         }
         if constexpr (INTEGERS > 0) {
           integer[0][u] += a;
@@ -636,7 +645,10 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
         }
       },
       [&] {
-        UNROLL for (int k = 0; k < TABLES; k++) add_in_turn<W, float>(&all_power[k], power[k]);
+        UNROLL for (int k = 0; k < TABLES; k++) {
+          add_in_turn<W, float>(&all_power[k], power[k]);
+          if (PRODUCTS) add_in_turn<W, float>(&all_product[k], product[k]);
+        }
         add_in_turn<W, float>(&all_root, root);
         UNROLL for (int p = 0; p < INTEGERS; p++) add_in_turn<W, float>(&all_integer[p], integer[p]);
       });
@@ -646,9 +658,11 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
     done |= uint64_t(1) << slot;
   };
   const double roots = sum_of<float>(all_root);
-  if (rooted && roots < __builtin_inf()) add(plan.root, roots);
-  if (!any<float>(odd))
-    for (int k = 0; k < TABLES; k++) add(plan.table_slot[first + k], sum_of<float>(all_power[k]));
+  if (plan.root && first == 0 && roots < __builtin_inf()) add(plan.root, roots);
+  for (int k = 0; k < TABLES && !any<float>(odd); k++) {
+    if (plan.table_slot[first + k]) add(plan.table_slot[first + k], sum_of<float>(all_power[k]));
+    if (product_slot[k]) add(product_slot[k], sum_of<float>(all_product[k]));
+  }
   if constexpr (INTEGERS > 0) {
     const double unit = 0.5 / state->unit, all_of_them = sum_of<float>(all_integer[0]);
     double scale = 1;
@@ -670,13 +684,13 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
 
 template <class In> using AtOnce = uint64_t (*)(const In*, int64_t, const NormsPlan&, int, const In*, NormsState*);
 
-template <int INTEGERS, class In> static AtOnce<In> with_tables(int tables) {
-  switch (tables) {
-    case 0: return norms_at_once<0, INTEGERS, In>;
-    case 1: return norms_at_once<1, INTEGERS, In>;
-    case 2: return norms_at_once<2, INTEGERS, In>;
-    case 3: return norms_at_once<3, INTEGERS, In>;
-    default: return norms_at_once<TABLES_AT_ONCE, INTEGERS, In>;
+template <int INTEGERS, class In> static AtOnce<In> with_tables(const NormsPlan& plan, int first) {
+  switch (plan.tables - first) {
+    case 0: return norms_at_once<0, INTEGERS, false, In>;
+    case 1: return plan.product_slot[first] ? norms_at_once<1, INTEGERS, true, In> : norms_at_once<1, INTEGERS, false, In>;
+    case 2: return norms_at_once<2, INTEGERS, true, In>;
+    case 3: return norms_at_once<3, INTEGERS, true, In>;
+    default: return norms_at_once<TABLES_AT_ONCE, INTEGERS, true, In>;
   }
 }
 #endif
@@ -688,15 +702,15 @@ static void norms(const void* data, int64_t n, const NormsPlan& plan, const void
 #if VECTOR_BYTES >= 32
   if constexpr (sizeof(T) == 4) {
     if (plan.tables || plan.root || plan.integers) {
-      const AtOnce<In> at_once = plan.extremes || plan.integers >> 3 ? with_tables<6, In>(plan.tables)
-                                 : plan.integers                     ? with_tables<2, In>(plan.tables)
-                                                                     : with_tables<0, In>(plan.tables);
+      const AtOnce<In> at_once = plan.extremes || plan.integers >> 3 ? with_tables<6, In>(plan, 0)
+                                 : plan.integers                     ? with_tables<2, In>(plan, 0)
+                                                                     : with_tables<0, In>(plan, 0);
       for (int64_t start = 0; start < n; start += SPAN) {
         const int64_t m = n - start < SPAN ? n - start : SPAN;
         const In* after = static_cast<const In*>(next) + start;
         uint64_t done = at_once(h + start, m, plan, 0, after, state);
         for (int first = TABLES_AT_ONCE; first < plan.tables; first += TABLES_AT_ONCE)
-          done |= with_tables<0, In>(plan.tables - first)(h + start, m, plan, first, after, state);
+          done |= with_tables<0, In>(plan, first)(h + start, m, plan, first, after, state);
         if (plan.wanted & ~done) norms_with_care<T>(h + start, m, plan, plan.wanted & ~done, state);
       }
       return;

@@ -146,6 +146,15 @@ template <int LANES> static void fill(PowerTable<LANES>* table, double r) {
   }
 }
 
+static int table_of(double r, NormsPlan* plan) {
+  for (int k = 0; k < plan->tables; k++)
+    if (plan->table_order[k] == r) return k;
+  plan->table_order[plan->tables] = r;
+  fill(&plan->wide[plan->tables], r);
+  fill(&plan->narrow[plan->tables], r);
+  return plan->tables++;
+}
+
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out) {
   *plan = NormsPlan{};
   plan->slots = FIRST_GROUP_SLOT;
@@ -192,14 +201,9 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
     plan->scaled[slot] = group.scaled;
     out[j] = {r, slot};
     plan->wanted |= uint64_t(1) << slot;
-    if (!float32 || r > UNSCALED) continue;
-    if (r == 0.5) {
-      plan->root = slot;
-      continue;
-    }
-    plan->table_slot[plan->tables] = slot;
-    fill(&plan->wide[plan->tables], r);
-    fill(&plan->narrow[plan->tables++], r);
+    if (float32 && r == 0.5) plan->root = slot;
+    else if (float32 && r < 0.5) plan->table_slot[table_of(r, plan)] = slot;
+    else if (float32 && r <= UNSCALED) plan->product_slot[table_of(std::round((r - 0.5) * 1e12) / 1e12, plan)] = slot;
   }
 }
 
