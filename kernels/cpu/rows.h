@@ -623,8 +623,8 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
           UNROLL for (int k = 0; k < TABLES; k++) {
             const F c = choose(mantissa[k], bits >> MANTISSA);
             F series = all<float>(table[k].t[Table::DEGREE]);
-            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = series * t + table[k].t[d];
-            power[k][u] += kept[k] = where(some, scale[k] * (c * t * series + c));
+            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = fused(series, t, all<float>(table[k].t[d]));
+            power[k][u] += kept[k] = where(some, scale[k] * fused(c * t, series, c));
           }
           if (PRODUCTS && multiplied)
             UNROLL for (int k = 0; k < TABLES; k++)
