@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastood._inputs import choice
 from fastood.kernels import STATISTICS, Stat
-from fastood.kernels.reference import Powers
+from fastood.kernels.reference import LARGEST, Powers
 
 
 class RowStats(dict[Stat, Tensor]):
@@ -139,7 +139,9 @@ class Score:
         elif log:
             raw = self.power * (u - math.log(self.divisor(s.T))) + v
         else:
-            raw = Powers(u / self.divisor(s.T))(self.power) * v
+            # 0 times what overflowed is 0 of finite features, whose norm is finite, see kernels/__init__.py.
+            factor = Powers(u.masked_fill(u == LARGEST, math.inf) / self.divisor(s.T))(self.power)
+            raw = factor.masked_fill((v == 0) & factor.isinf() & u.isfinite(), 0) * v
         return self.sign(oriented) * raw
 
     def _v(self, s: RowStats, params: Mapping[str, Any], log: bool) -> Any:

@@ -242,6 +242,20 @@ def test_numpy_arrays_of_every_layout(tmp_path):
     assert (read_only == F.numpy()).all()
 
 
+@pytest.mark.parametrize("fields", [[("x", "i1"), ("f", "<f4")], [("x", "i1"), ("f", "<f4"), ("y", "i1", 3)]])
+def test_numpy_arrays_of_one_row_or_one_column(fields):
+    """A stride along an axis of length 1 means nothing, and may be anything; nor need memory be aligned."""
+    records = np.zeros((3, 4), dtype=fields)
+    records["f"] = np.arange(12).reshape(3, 4)
+    for array in (records["f"], np.arange(12, dtype=np.float32).reshape(3, 4)):
+        for rows in (slice(1), slice(0, None, 2), slice(None)):
+            for columns in (slice(1), slice(None)):
+                part = array[rows, columns]
+                for view in (part, part[::-1], part[:, ::-1], part[::-1, ::-1]):
+                    expected = fastood.score(torch.from_numpy(view.copy()))
+                    assert np.array_equal(fastood.score(view), expected.numpy())
+
+
 def test_inputs_are_left_as_they_were():
     f, h = torch.randn(5, 7), torch.randn(5, 3)
     before = f.clone(), h.clone()

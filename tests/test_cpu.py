@@ -159,6 +159,22 @@ def test_gradients_at_chunk_edges(level, columns, order, power):
             assert abs(got.item() - expected) <= 400 * 2**-24 * expected
 
 
+@pytest.mark.parametrize("gap", [1.0, 1e8, 1e16, 1e19, 1e30])
+@pytest.mark.parametrize("order", [0.3, 1.5, 3, 1e5, 1e9, 1e18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_far_rows_and_orders(level, gap, order, dtype):
+    """Logarithms of about gap times order, whose difference is at most log C; nearly equal rows, where it is near 0."""
+    near = torch.tensor([[3.0, 2.99999, 0, 0], [2.0, 0, 0, -1], [1.0, 1, 1, 1]])
+    f = torch.cat([gap * torch.tensor([[1.0, 0, -0.3, 0.1], [0, 1, 1, 0.5]]), near]).to(dtype)
+    h, q = torch.ones(5, 1, dtype=dtype), torch.tensor([[1.0, 0, 0, 0]], dtype=dtype).expand(5, 4)
+    eps = truth.EPS[str(dtype).removeprefix("torch.")]
+    for labels, expectation in (("uniform", "outside"), ("predicted", "outside"), (q, "outside"), (q, "inside")):
+        for power in (1, 0.01):
+            got = fastood.gradient_norm(f, h, labels, order, power, expectation, backend="cpu")
+            expected, allowed = truth.gradient(f, labels, order, power, expectation, 1.0, eps)
+            truth.assert_close(got, expected, allowed, (labels, expectation, power))
+
+
 def test_many_orders_and_power_sums_at_once(level):
     h, f = torch.rand(3, 100) + 0.1, torch.randn(3, 40)
     orders = [0.05 * k for k in range(1, 100)]

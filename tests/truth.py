@@ -133,7 +133,8 @@ def gradient(f, labels, order, power, expectation, T, eps):
         w = q[i] if q is not None else {"predicted": p, "log_predicted": log_p}.get(labels, np.full_like(p, 1) / len(p))
 
         def size(a):
-            return a.max() if order == math.inf else (a**r).sum() ** (1 / r)
+            top = a.max()  # out of the powers, which otherwise vanish whatever their type
+            return top if order == math.inf or not top > 0 else top * ((a / top) ** r).sum() ** (1 / r)
 
         relative = (64 + 8 * min(spread, 104)) * eps * max(1, 1 / r) * (1 + x)
         if expectation == "inside":

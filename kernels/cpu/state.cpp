@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
-#include <vector>
 
 namespace fastood {
 
@@ -165,45 +163,19 @@ template <int LANES> static void fill(PowerTable<LANES>* table, double r) {
   }
 }
 
-// The small fractional orders as tables, a square root, and products of two of these.
-static void plan_tables(const double* orders, int count, const Order* made, NormsPlan* plan) {
-  plan->tables = true;
-  auto table_of = [&](double r) {
-    for (int k = 0; k < plan->table_count; k++)
-      if (std::fabs(plan->table_order[k] - r) <= 1e-15 * r) return k;
-    return plan->root && r == 0.5 ? MAX_TABLES : -1;
-  };
-  std::vector<int> rising(count);
-  std::iota(rising.begin(), rising.end(), 0);
-  std::sort(rising.begin(), rising.end(), [&](int i, int j) { return orders[i] < orders[j]; });
-  int last = -1;  // an order given twice has one slot
-  for (int j : rising) {
-    const double r = orders[j];
-    if (made[j].slot < FIRST_GROUP_SLOT || made[j].slot == last) continue;
-    last = made[j].slot;
-    int a = -1, b = -1;
-    for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table_order[k]);
-    if (r > UNSCALED) plan->tables = false;
-    else if (r == 0.5) plan->root = made[j].slot;
-    else if (b >= 0) plan->product[plan->products++] = {a, b, made[j].slot};
-    else if (plan->table_count == MAX_TABLES) plan->tables = false;
-    else {
-      const int k = plan->table_count++;
-      plan->table_order[k] = r;
-      plan->table_slot[k] = made[j].slot;
-      fill(&plan->wide[k], r);
-      fill(&plan->narrow[k], r);
-    }
-  }
+static int table_of(double r, NormsPlan* plan) {
+  for (int k = 0; k < plan->tables; k++)
+    if (plan->table_order[k] == r) return k;
+  plan->table_order[plan->tables] = r;
+  fill(&plan->wide[plan->tables], r);
+  fill(&plan->narrow[plan->tables], r);
+  return plan->tables++;
 }
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out) {
   *plan = NormsPlan{};
   plan->slots = FIRST_GROUP_SLOT;
   for (int p = 1; p <= 6; p++) plan->order[p] = p, plan->scaled[p] = true;
-  double least = INF;  // the base that small orders may be multiples of
-  for (int j = 0; j < count; j++)
-    if (orders[j] > 0 && orders[j] < least && orders[j] <= UNSCALED) least = orders[j];
   for (int j = 0; j < count; j++) {
     const double r = orders[j] > (float32 ? 1e9 : 1e18) ? INF : orders[j];  // from which no sum can tell it
     const int same = int(std::find(orders, orders + j, orders[j]) - orders);
@@ -213,18 +185,20 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
     }
     if (r == 0 || r == INF) {
       plan->extremes = true;
+      plan->wanted |= EXTREMES;
       plan->count |= r == 0;
       out[j] = {r, -1};
       continue;
     }
     if (r <= 6 && r == std::floor(r)) {
       plan->integers |= 1 << int(r);
+      plan->wanted |= 1 << int(r);
       out[j] = {r, int(r)};
       continue;
     }
-    const double multiple = std::round(r / least);
-    const bool shares = r <= UNSCALED && multiple <= 8 && std::fabs(multiple * least - r) <= 1e-15 * r;
-    const double base = shares ? least : r;
+    const double multiple = std::round(r / 0.1);
+    const bool shares = r <= UNSCALED && multiple >= 1 && std::fabs(multiple * 0.1 - r) <= 1e-15 * r;
+    const double base = shares ? 0.1 : r;
     int g = 0;
     while (g < plan->groups && !(plan->group[g].base == base)) g++;
     PowerGroup& group = plan->group[g];
@@ -243,8 +217,11 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
     plan->order[slot] = r;
     plan->scaled[slot] = group.scaled;
     out[j] = {r, slot};
+    plan->wanted |= uint64_t(1) << slot;
+    if (float32 && r == 0.5) plan->root = slot;
+    else if (float32 && r < 0.5) plan->table_slot[table_of(r, plan)] = slot;
+    else if (float32 && r <= UNSCALED) plan->product_slot[table_of(std::round((r - 0.5) * 1e12) / 1e12, plan)] = slot;
   }
-  if (float32) plan_tables(orders, count, out, plan);
 }
 
 void clear(const NormsPlan& plan, NormsState* s) {
@@ -256,11 +233,10 @@ void clear(const NormsPlan& plan, NormsState* s) {
 
 void rescale(const NormsPlan& plan, NormsState* s, double max) {
   const double shift = std::ilogb(max);
-  if (s->reference > 0) {
-    for (int p = 1; p < FIRST_GROUP_SLOT; p++) s->sum[p] *= std::exp2(p * (s->shift - shift));
-    for (int slot = FIRST_GROUP_SLOT; slot < plan.slots; slot++)
-      if (plan.scaled[slot]) s->sum[slot] *= std::pow(s->reference / max, plan.order[slot]);
-  }
+  for (int p = 1; p < FIRST_GROUP_SLOT; p++)  // whose unit is 1 before there is a reference
+    if (s->sum[p] > 0) s->sum[p] *= std::exp2(p * (s->shift - shift));
+  for (int slot = FIRST_GROUP_SLOT; slot < plan.slots; slot++)
+    if (plan.scaled[slot] && s->reference > 0) s->sum[slot] *= std::pow(s->reference / max, plan.order[slot]);
   s->reference = max;
   s->shift = shift;
   s->unit = std::exp2(shift);
@@ -270,7 +246,7 @@ void rescale(const NormsPlan& plan, NormsState* s, double max) {
 void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
   NormsState other = b;
   if (other.reference > a->reference) rescale(plan, a, other.reference);
-  else if (other.reference > 0 && other.reference < a->reference) rescale(plan, &other, a->reference);
+  else if (other.reference < a->reference) rescale(plan, &other, a->reference);
   for (int slot = 1; slot < plan.slots; slot++) a->sum[slot] += other.sum[slot];
   a->max = other.max > a->max ? other.max : a->max;
   a->nonzero += other.nonzero;
@@ -292,7 +268,10 @@ double norm(const Order& order, const NormsPlan& plan, const NormsState& s, doub
 
 void norms_from_roots(const Order& order, const NormsPlan& plan, const NormsState* states, int64_t count, const double* root,
                       double* out) {
-  for (int64_t i = 0; i < count; i++) out[i] = norm(order, plan, states[i], root[i]);
+  for (int64_t i = 0; i < count; i++) {
+    out[i] = norm(order, plan, states[i], root[i]);
+    if (states[i].max < INF) out[i] = std::min(out[i], std::numeric_limits<double>::max());  // finite, as the features are
+  }
 }
 
 double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) {

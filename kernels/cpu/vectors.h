@@ -124,6 +124,28 @@ template <class X> INLINE X square_root(X x) {
 }
 #endif
 
+// a b + c, fused where the processor can, which is otherwise the compiler's choice, place by place.
+#if VECTOR_BYTES == 64
+INLINE V<float> fused(V<float> a, V<float> b, V<float> c) {
+  return (V<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+INLINE V<double> fused(V<double> a, V<double> b, V<double> c) {
+  return (V<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif VECTOR_BYTES == 32
+INLINE V<float> fused(V<float> a, V<float> b, V<float> c) {
+  return (V<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+INLINE V<double> fused(V<double> a, V<double> b, V<double> c) {
+  return (V<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+INLINE V<float> fused(V<float> a, V<float> b, V<float> c) { return (V<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE V<double> fused(V<double> a, V<double> b, V<double> c) { return (V<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+#else
+template <class X> INLINE X fused(X a, X b, X c) { return a * b + c; }
+#endif
+
 // ---- tables of a vector's length
 
 #if VECTOR_BYTES == 64
