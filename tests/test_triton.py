@@ -1120,7 +1120,7 @@ def test_every_order_finds_its_sum():
 
 @needs_triton
 @only_compiled
-@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_compiles_ahead_of_time(architecture):
     """What benchmarks/gpu_static.py does not compile: rare statistics, orders and types; and for AMD, scores."""
     run = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, architecture], cwd=ROOT, capture_output=True, text=True)
