@@ -14,6 +14,7 @@ from fastood.registry import SCORES, Score, register
 
 if TYPE_CHECKING:
     from fastood import evaluation, metrics
+    from fastood.monitor import Monitor
 
 from fastood._version import __version__ as __version__
 
@@ -22,6 +23,7 @@ __all__ = [
     "STATISTICS",
     "BatchGrad",
     "Detector",
+    "Monitor",
     "Score",
     "anchor_gradient",
     "backends",
@@ -45,6 +47,8 @@ def __getattr__(name: str) -> Any:
     # scikit-learn takes longer to import than all the rest of fastood: it loads when used.
     if name in ("evaluation", "metrics"):
         return import_module(f"fastood.{name}")
+    if name == "Monitor":  # scipy is nearly as slow
+        return import_module("fastood.monitor").Monitor
     raise AttributeError(f"module 'fastood' has no attribute {name!r}")
 
 

@@ -1,8 +1,9 @@
-"""The command line: scores of files, evaluation, a demonstration, and what runs here."""
+"""The command line: scores of files, detectors and their decisions, evaluation, a demonstration, what runs here."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fastood import SCORES, _data
+from fastood import SCORES, Detector, _data
 from fastood._inputs import choice, number, order_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fastood.files import Rows
     from fastood.registry import Score
 
+    Columns = dict[str, NDArray[Any]]
     Chunks = Iterator[tuple[Tensor | None, Tensor | None]]
     _Odd = dict[str, list[Path]]
 
@@ -83,8 +85,16 @@ def _root(
 
 LogitsKey = Annotated[str | None, typer.Option(help="What the file calls the logits.", show_default="logits")]
 FeatsKey = Annotated[str | None, typer.Option(help="What the file calls the features.", show_default="feats")]
+Norm = Annotated[
+    str | None,
+    typer.Option(
+        help="Order r of the ||h||_r that multiplies a V term: 0.3, 2, inf; 'none' for none.",
+        show_default="0.3 with feats; none without, and for a score that is never above 0",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="T > 0 of the softmax.")]
 Bias = Annotated[bool, typer.Option("--bias", help="Count the last layer's bias: \\[h; 1] for h.")]
+ChunkRows = Annotated[int | None, typer.Option(min=1, help="Rows read at a time.", show_default="64 MiB of them")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 Backend = Annotated[str, typer.Option(help="'auto', or one that 'fastood info' lists.")]
 Nan = Annotated[
@@ -96,9 +106,12 @@ Nan = Annotated[
     ),
 ]
 
+_DETECTORS_OWN = "method", "norm", "temperature", "bias", "log", "raw"
+
 
 @app.command(no_args_is_help=True)
 def score(
+    ctx: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Logits and features.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Scores: .csv, .parquet, .npz, .npy, .safetensors, .pt.")],
     method: Annotated[
@@ -107,13 +120,7 @@ def score(
             help=f"A score, repeatable: {', '.join(SCORES)}; or 'all' that the file allows.", show_default="energy"
         ),
     ] = None,
-    norm: Annotated[
-        str | None,
-        typer.Option(
-            help="Order r of the ||h||_r that multiplies a V term: 0.3, 2, inf; 'none' for none.",
-            show_default="0.3 with feats; none without, and for a score that is never above 0",
-        ),
-    ] = None,
+    norm: Norm = None,
     temperature: Temperature = 1.0,
     bias: Bias = False,
     log: Annotated[
@@ -131,18 +138,29 @@ def score(
         str | None, typer.Option(help="What the file calls the rows' IDs, to be written beside their scores.")
     ] = None,
     nan: Nan = "keep",
-    chunk_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows read at a time.", show_default="64 MiB of them")
+    detector_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--detector",
+            metavar="FILE",
+            help="Score and decide by what 'fastood fit' wrote, whose settings stand for the options above.",
+        ),
     ] = None,
+    chunk_rows: ChunkRows = None,
     device: Device = "cpu",
     backend: Backend = "auto",
 ) -> None:
-    """Score every row of a file.
+    """Score every row of a file, or decide about it.
 
     A column is called after what it holds: energy, energy*||h||_0.3, exgrad,
     ||h||_0.3, with raw and log before it: raw log exgrad. The metadata of
     .parquet and .safetensors say, as JSON, how the columns were made: fastood's
     version, method, norm, temperature, bias, log, oriented.
+
+    With --detector there are two columns more: accept, whether to treat the row
+    as in-distribution (true or false in .csv, a bool elsewhere; never true of a
+    row with NaN), and p_value, by which 'accept' is p_value > 1 - tpr. The
+    metadata then say the detector's settings, too.
 
     [bold]Examples[/]
 
@@ -161,53 +179,250 @@ def score(
     Everything the file allows, on a GPU:
 
         fastood score val.npy scores.parquet --method all --device cuda
-    """
-    import torch
 
-    import fastood
-    from fastood.api import _order as order_or_default
+    A decision for every row:
+
+        fastood score requests.npz decisions.csv --detector det.safetensors
+    """
     from fastood.files import open_rows, save_scores, writable
 
+    sources = {f"--{name}": ctx.get_parameter_source(name) for name in _DETECTORS_OWN}
+    given = [name for name, origin in sources.items() if origin and origin.name == "COMMANDLINE"]
+    if detector_file and given:
+        raise ValueError(f"--detector has settings of its own: leave out {', '.join(given)}")
     methods = _methods(method or ["energy"], norm is not None)
     order: float | EllipsisType | None = ... if norm is None else _order(norm)
     number("--temperature", temperature, above=0)
     choice("--nan", nan, tuple(_NAN))
     place = _device(device)
     options: dict[str, Any] = {"temperature": temperature, "bias": bias, "log": log, "oriented": not raw}
+    detector = Detector.load(detector_file) if detector_file else None
 
     odd: _Odd = {}
-    nans, below_0 = _Nans(), Counter[str]()
+    nans, below_0, accepted = _Nans(), Counter[str](), 0
     with open_rows(source, logits_key, feats_key, id_key) as rows:
-        # The scores of no rows: which there will be, and what is refused is refused before any row is read.
-        no_rows = [None if width is None else torch.empty(0, width) for width in (rows.classes, rows.dim)]
-        none = fastood.scores(no_rows[0], no_rows[1], methods, norm=order, **options, backend="reference")
-        entries = [SCORES[name] for name in none]
-        orders = [order_or_default(e, ... if e.gradient else order, rows.dim is not None) for e in entries]
-        labels = {e.name: _data.label_of(e, r, log=log, oriented=not raw) for e, r in zip(entries, orders, strict=True)}
-        used = _used(zip(entries, orders, strict=True))
-        metadata = {"fastood": fastood.__version__, "method": list(labels), "norm": orders, **options}
+        work = (
+            _decisions(rows, detector, backend)
+            if detector
+            else _scores(rows, methods, order, backend=backend, **options)
+        )
         with (
-            save_scores(writable(out, source), metadata=_as_json(metadata), id_key=rows.id_key) as writer,
+            save_scores(writable(out, source), metadata=_as_json(work.metadata), id_key=rows.id_key) as writer,
             _bars() as chunks_of,
         ):
             chunks = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
             for (logits, feats), ids in zip(chunks, rows.ids(chunk_rows), strict=True):
-                found = fastood.scores(logits, feats, list(labels), norm=order, **options, backend=backend)
-                columns = {labels[name]: x.cpu().numpy() for name, x in found.items()}
-                bad = nans.count(columns)
+                columns = work.columns(logits, feats)
+                scores = {label: columns[label] for label in work.labels}
+                bad = nans.count(scores)
                 if nan == "fail" and nans.rows:
                     first = nans.seen - len(bad) + int(bad.argmax())
                     raise ValueError(f"{source}: row {first}, counted from 0, has a NaN score; see --nan")
                 if not log:  # a logarithm below 0 is of a positive score
-                    below_0.update(_data.negative(columns))
+                    below_0.update(_data.negative(scores))
+                if detector:
+                    accepted += int(columns["accept"].sum())
                 if nan == "drop":
                     columns = {label: x[~bad] for label, x in columns.items()}
                     ids = None if ids is None else ids[~bad]
-                writer.write(columns, ids)
+                writer.write(_as_written(columns, out), ids)
     _warn(odd, {source: _data.inverted(below_0, nans.seen)})
-    typer.echo(f"{out}: {nans.seen - (nans.rows if nan == 'drop' else 0):,} rows of {', '.join(labels.values())}")
-    typer.echo(_contents(rows, used))
+    written = nans.seen - (nans.rows if nan == "drop" else 0)
+    decided = f", {accepted:,} of them accepted" if detector else ""
+    typer.echo(f"{out}: {written:,} rows of {', '.join(work.labels)}{decided}")
+    typer.echo(_contents(rows, work.used))
     nans.tell(source, _NAN[nan], log)
+
+
+class _Work(NamedTuple):
+    """What `score` writes: the labels of its scores, and `columns(logits, feats)`, which may hold more."""
+
+    labels: list[str]
+    used: set[str]
+    metadata: dict[str, Any]
+    columns: Callable[[Tensor | None, Tensor | None], Columns]
+
+
+def _scores(
+    rows: Rows, methods: list[str] | None, order: float | EllipsisType | None, *, backend: str, **options: Any
+) -> _Work:
+    import torch
+
+    import fastood
+    from fastood.api import _order as order_or_default
+
+    # The scores of no rows: which there will be, and what is refused is refused before any row is read.
+    no_rows = [None if width is None else torch.empty(0, width) for width in (rows.classes, rows.dim)]
+    none = fastood.scores(no_rows[0], no_rows[1], methods, norm=order, **options, backend="reference")
+    entries = [SCORES[name] for name in none]
+    orders = [order_or_default(e, ... if e.gradient else order, rows.dim is not None) for e in entries]
+    log, oriented = options["log"], options["oriented"]
+    labels = {e.name: _data.label_of(e, r, log=log, oriented=oriented) for e, r in zip(entries, orders, strict=True)}
+
+    def columns(logits: Tensor | None, feats: Tensor | None) -> Columns:
+        found = fastood.scores(logits, feats, list(labels), norm=order, **options, backend=backend)
+        return {labels[name]: x.cpu().numpy() for name, x in found.items()}
+
+    metadata = {"fastood": fastood.__version__, "method": list(labels), "norm": orders, **options}
+    return _Work([*labels.values()], _used(zip(entries, orders, strict=True)), metadata, columns)
+
+
+def _decisions(rows: Rows, detector: Detector, backend: str) -> _Work:
+    import fastood
+
+    used = _check_fits(rows, detector)
+    label = _label(detector)
+
+    def columns(logits: Any, feats: Any) -> Columns:
+        p = detector.p_value(logits, feats, backend=backend)
+        s = detector.score(logits, feats, backend=backend)
+        return {k: x.cpu().numpy() for k, x in {label: s, "accept": p > 1 - detector.tpr, "p_value": p}.items()}
+
+    facts = _facts(detector)
+    metadata = {
+        "fastood": fastood.__version__,
+        "method": [facts["method"]],
+        "norm": [facts["norm"]],
+        "temperature": facts["temperature"],
+        "bias": facts["bias"],
+        "log": False,
+        "oriented": True,
+        "detector": {**facts, "threshold": _thresholds(detector)},
+    }
+    return _Work([label], used, metadata, columns)
+
+
+def _as_written(columns: Columns, out: Path) -> Columns:
+    """A bool as the word that readers of CSV take for one."""
+    import numpy as np
+
+    if out.suffix.lower() != ".csv":
+        return columns
+    return {k: np.where(x, "true", "false") if x.dtype == bool else x for k, x in columns.items()}
+
+
+@app.command(no_args_is_help=True)
+def fit(
+    source: Annotated[
+        Path, typer.Argument(metavar="ID", help="In-distribution logits and features, not of training data.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The detector: .safetensors.")],
+    method: Annotated[str, typer.Option(help=f"A score: {', '.join(SCORES)}.")] = "energy",
+    norm: Norm = None,
+    temperature: Temperature = 1.0,
+    bias: Bias = False,
+    tpr: Annotated[float, typer.Option(help="The share of in-distribution rows to accept.")] = 0.95,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="A threshold for every predicted class that has the rows for it.")
+    ] = False,
+    logits_key: LogitsKey = None,
+    feats_key: FeatsKey = None,
+    labels_key: Annotated[
+        str | None,
+        typer.Option(help="What the file calls the true classes: rows that the classifier gets wrong are left out."),
+    ] = None,
+    nan: Annotated[
+        str, typer.Option(metavar="drop|fail", help="Rows whose score is not finite: leave them out, or fail.")
+    ] = "fail",
+    chunk_rows: ChunkRows = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+) -> None:
+    """Make a detector: the threshold that accepts a stated share of rows like these.
+
+    Of new rows drawn like those of ID at least --tpr are accepted, on the average
+    over such files (split conformal prediction). Nothing is promised about
+    others: 'fastood eval --detector' says how many of some it accepts.
+
+    Fit on what decisions will see: rows of the same dtype, on the same device.
+
+    [bold]Examples[/]
+
+    Energy times ||h||_0.3, accepting 95% of rows like these:
+
+        fastood fit val.npz --out det.safetensors
+
+    A threshold per predicted class that keeps 99% of the rows that the classifier gets right:
+
+        fastood fit val.npz --out det.safetensors --method msp --norm none --tpr 0.99 --per-class --labels-key y
+
+    And then:
+
+        fastood score requests.npz decisions.csv --detector det.safetensors
+    """
+    import torch
+
+    from fastood.files import open_rows, writable
+
+    choice("--method", method, tuple(SCORES))
+    if norm is not None and SCORES[method].gradient:
+        raise ValueError(f"--norm: {method} has a norm of its own")
+    choice("--nan", nan, ("drop", "fail"))
+    number("--temperature", temperature, above=0)
+    if not 0 < tpr < 1:
+        raise ValueError(f"--tpr must be between 0 and 1, got {tpr}")
+    writable(out, source, suffixes=(".safetensors",))
+    place = _device(device)
+    order: float | EllipsisType | None = ... if norm is None else _order(norm)
+    detector = Detector(method, norm=order, temperature=temperature, bias=bias, tpr=tpr, per_class=per_class)
+
+    odd: _Odd = {}
+    below_0, seen, lost = Counter[str](), 0, 0
+    with open_rows(source, logits_key, feats_key, labels_key) as rows, _bars() as chunks_of:
+        chunks: Iterator[tuple[Any, Any]] = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
+        for (logits, feats), labels in zip(chunks, rows.ids(chunk_rows), strict=True):
+            if labels is not None and labels.dtype.kind not in "iu":
+                raise ValueError(f"{source}: {labels_key!r} must hold integers, the true classes, got strings")
+            s = detector.score(logits, feats, backend=backend)
+            finite = s.isfinite()
+            if not finite.all():
+                if nan == "fail":
+                    first = seen + int(finite.int().argmin())
+                    raise ValueError(f"{source}: the score of row {first}, counted from 0, is not finite; see --nan")
+                lost += int((~finite).sum())
+                logits, feats = (None if x is None else x[finite] for x in (logits, feats))
+                labels = None if labels is None else labels[finite.cpu().numpy()]
+            y = None if labels is None else torch.from_numpy(labels.astype(int))
+            detector.partial_fit(logits, feats, y, backend=backend)
+            seen += len(s)
+            below_0.update(_data.negative({_label(detector): s.cpu().numpy()}))
+    said = _promise(detector)  # or which rows are lacking
+    detector.save(out)
+    _warn(odd, {source: _data.inverted(below_0, seen)})
+    right = ", those that the classifier gets right" if labels_key else ""
+    of = f" of {seen:,}" if detector.rows < seen else ""
+    typer.echo(f"{out}: {_label(detector)}, fitted on {detector.rows:,}{of} rows{right}")
+    typer.echo(said)
+    typer.echo(_contents(rows, _used([(SCORES[method], _facts(detector)["norm"])]), "labels"))
+    if lost:
+        typer.echo(f"{source}: {lost:,} of {seen:,} rows have a score that is not finite and are left out")
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    source: Annotated[Path, typer.Argument(metavar="DETECTOR", help="What 'fastood fit' or Detector.save wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, every class's threshold among it.")] = False,
+) -> None:
+    """What is in a detector's file: settings, rows, thresholds, and what it promises.
+
+    [bold]Example[/]
+
+        fastood inspect det.safetensors --json
+    """
+    from safetensors import safe_open
+
+    detector = Detector.load(source)
+    with safe_open(source, "np") as file:
+        header = json.loads(file.metadata()["fastood"])  # which load has checked
+    facts = {"file": str(source), "format": header["version"], "fastood": header["fastood"], **_facts(detector)}
+    if as_json:
+        typer.echo(json.dumps({**facts, "threshold": _thresholds(detector)}, indent=2).replace("Infinity", '"inf"'))
+        return
+    facts["norm"] = "none" if facts["norm"] is None else f"{facts['norm']:g}"
+    for name, fact in facts.items():
+        if fact not in (None, {}):
+            typer.echo(f"{name.replace('_', ' ')}: {fact}")
+    typer.echo(_promise(detector))
 
 
 @app.command("eval", no_args_is_help=True)
@@ -230,6 +445,15 @@ def evaluate(
     logits_key: LogitsKey = None,
     feats_key: FeatsKey = None,
     nan: Nan = "drop",
+    detector_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--detector",
+            metavar="FILE",
+            help="What 'fastood fit' wrote: also say which share of each set it accepts, of all rows, those with a NaN "
+            "score among them.",
+        ),
+    ] = None,
     device: Device = "cpu",
     backend: Backend = "auto",
 ) -> None:
@@ -248,6 +472,10 @@ def evaluate(
     Tables whose columns have names of their own, NaN rows counted as rejected, on a GPU:
 
         fastood eval --id val.parquet --ood svhn.parquet --logits-key z --feats-key h --nan keep --device cuda
+
+    What a detector accepts of each; --id should be rows that it was not fitted on:
+
+        fastood eval --id test.npz --ood svhn.npz --detector det.safetensors --json table.json
     """
     from fastood.evaluation import evaluate as evaluation_of
     from fastood.evaluation import score_rows, settle_nan
@@ -263,17 +491,24 @@ def evaluate(
     choice("--nan", nan, tuple(_NAN))
     place = _device(device)
     options: dict[str, Any] = {"temperature": temperature, "bias": bias, "backend": backend}
+    detector = Detector.load(detector_file) if detector_file else None
 
     odd: _Odd = {}
+    accepted = dict.fromkeys((None, *files), 0)  # None: the ID set
     scored, nans = [], []
     with ExitStack() as stack:
         sets = [stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *files.values())]
         every = [SCORES[name] for name in methods or SCORES]
         used = _used((e, r) for e in every for r in ((... if e.multiplied else None,) if norms is ... else norms))
         _check_alike(sets, logits_key, feats_key, used)
-        with _bars() as chunks_of:
+        if detector:
             for rows in sets:
+                _check_fits(rows, detector)
+        with _bars() as chunks_of:
+            for name, rows in zip(accepted, sets, strict=True):
                 chunks = _on(place, _looked_at(chunks_of(rows), rows, odd))
+                if detector:
+                    chunks = _decided(chunks, detector, backend, accepted, name)
                 columns = score_rows(chunks, methods=methods, norms=norms, **options)
                 counted = _Nans()
                 if counted.count(columns).all() and rows.rows and nan == "drop":
@@ -287,8 +522,21 @@ def evaluate(
             typer.echo(_contents(rows, used))
             counted.tell(rows.path, _NAN_IN_EVAL[nan])
         print_table(evaluation)
+        decided = {}
+        if detector:
+            shares = [n / rows.rows if rows.rows else None for n, rows in zip(accepted.values(), sets, strict=True)]
+            decided = {
+                "detector": {
+                    **_facts(detector),
+                    "accepted": {"id": shares[0], "ood": dict(zip(files, shares[1:], strict=True))},
+                }
+            }
+            typer.echo(f"\n{detector_file}: {_label(detector)}, tpr {detector.tpr:.6g}, accepts")
+            for (name, n), rows in zip(accepted.items(), sets, strict=True):
+                share = f"{n / rows.rows:.6f}" if rows.rows else "-"
+                typer.echo(f"  {share} of {'the ID set' if name is None else name}: {n:,} of {rows.rows:,} rows")
         if json_file:
-            evaluation.to_json(json_file)
+            evaluation.to_json(json_file, **decided)
         if csv_file:
             evaluation.to_csv(csv_file)
         if html_file:
@@ -297,6 +545,16 @@ def evaluate(
             figures = _heatmap(sets, list(files), place, nan=nan, **options)
             title = f"OOD detection: {id_file.stem} against {', '.join(files)}"
             write_html(html_file, evaluation, title=title, figures=figures)
+
+
+def _decided(
+    chunks: Chunks, detector: Detector, backend: str, accepted: dict[str | None, int], name: str | None
+) -> Chunks:
+    """The same chunks; how many of their rows are accepted is added to those of `name`."""
+    for logits, feats in chunks:
+        f: Any = logits
+        accepted[name] += int(detector.accept(f, feats, backend=backend).sum())
+        yield logits, feats
 
 
 def _check_alike(sets: list[Rows], logits_key: str | None, feats_key: str | None, used: set[str]) -> None:
@@ -438,6 +696,62 @@ def print_table(evaluation: Evaluation) -> None:
     console.print(str(evaluation.recommendation), markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
+# ---- detectors
+
+
+def _label(detector: Detector) -> str:
+    return _data.label_of(SCORES[detector.method], _facts(detector)["norm"])
+
+
+def _facts(detector: Detector) -> dict[str, Any]:
+    """The settings, and what it was fitted on. A norm is the one that was decided, not what it was decided by."""
+    return {**detector._settings(), "rows": detector.rows}
+
+
+def _thresholds(detector: Detector) -> float | list[float]:
+    limit = detector.threshold
+    return limit if isinstance(limit, float) else limit.tolist()
+
+
+def _promise(detector: Detector) -> str:
+    """What it accepts, and how many rows like those that it was fitted on."""
+    from fastood.detector import _rank
+
+    n, limit = detector.rows, _thresholds(detector)
+    kept = f"at least {100 * detector.tpr:.6g}% of rows drawn like those that it was fitted on"
+    if isinstance(limit, float):
+        k = _rank(n, detector.tpr)
+        # Of one calibration set the share accepted is of Beta(n + 1 - k, k), where scores do not tie.
+        spread = 100 * math.sqrt(k * (n + 1 - k) / (n + 2)) / (n + 1)
+        return (
+            f"accepts scores >= {limit:.6g}: {kept}, on the average over sets of {n:,}; "
+            f"the share of one set has a standard deviation of {spread:.2g}%"
+        )
+    own = sum(detector._deciding(k) is not detector._all for k in range(len(limit)))
+    rest = "" if own == len(limit) else f"; {len(limit) - own} have too few rows and go by the threshold of all"
+    return (
+        f"accepts scores >= that of the predicted class, {min(limit):.6g} to {max(limit):.6g}: {kept}, on the average "
+        f"over such sets, in each of the {own} of {len(limit)} classes with a threshold of their own{rest}"
+    )
+
+
+def _check_fits(rows: Rows, detector: Detector) -> set[str]:
+    """What the detector reads; FileError where the file lacks it, or is of another network."""
+    from fastood.files import FileError
+
+    used = set()
+    for name, width, wanted in (("logits", rows.classes, detector.classes), ("feats", rows.dim, detector.dim)):
+        if wanted is not None and width != wanted:
+            key = {"logits": rows.logits_key, "feats": rows.feats_key}[name] or name
+            got = "none of them" if width is None else f"{width}"
+            raise FileError(
+                f"{rows.path}: {key!r} must have the {wanted} columns that the detector was fitted on, got {got}"
+            )
+        if wanted is not None:
+            used.add(name)
+    return used
+
+
 # ---- what is said of the data
 
 _NAN = {"keep": "kept", "drop": "left out", "fail": ""}
@@ -473,8 +787,8 @@ def _used(columns: Iterable[tuple[Score, float | EllipsisType | None]]) -> set[s
     return {name for entry, r in columns for name in (*entry.needs, *(() if r is None else ("feats",)))}
 
 
-def _contents(rows: Rows, used: set[str]) -> str:
-    """One line on what was found in a file, under which names, and used."""
+def _contents(rows: Rows, used: set[str], ids: str = "IDs") -> str:
+    """One line on what was found in a file, under which names, and used; `ids` is what its third array is."""
     from fastood.files import listed
 
     said = []
@@ -486,7 +800,7 @@ def _contents(rows: Rows, used: set[str]) -> str:
             called = "" if key == name else f" {key!r}"
             said.append(f"{name}{called} [{rows.rows}, {width}]" + ("" if name in used else " (not used)"))
     if rows.id_key is not None:
-        said.append(f"IDs {rows.id_key!r}")
+        said.append(f"{ids} {rows.id_key!r}")
     if rows.others:
         said.append(f"also holds {listed(rows.others)}")
     return f"{rows.path}: {', '.join(said)}"

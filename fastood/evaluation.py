@@ -215,8 +215,8 @@ class Evaluation:
         """{"id": N, "ood": {name: M}}: how many inputs each set has."""
         return {"id": _rows_of(self.id_scores), "ood": {name: _rows_of(s) for name, s in self.ood_scores.items()}}
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """The recommendation and the table with version, counts and conventions, as JSON.
+    def to_json(self, path: str | os.PathLike[str], **more: Any) -> None:
+        """The recommendation and the table with version, counts and conventions, and what `more` names, as JSON.
 
         A threshold that is infinite is a string, "inf" or "-inf": JSON has no such number.
         """
@@ -235,6 +235,7 @@ class Evaluation:
                 "method": METHOD,
             },
             "results": self.rows,
+            **more,
         }
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -111,7 +111,8 @@ def test_columns_say_what_they_hold(data):
     # eval calls the same scores the same.
     run("eval", "--id", "val.npz", "--ood", "near.npz", "--norm", "inf", "--csv", "t.csv")
     with open("t.csv", newline="") as file:
-        assert columns_of("--method", "all", "--norm", "inf") == [row["score"] for row in csv.DictReader(file)]
+        in_eval = {row["score"] for row in csv.DictReader(file)}  # by AUROC
+    assert set(columns_of("--method", "all", "--norm", "inf")) == in_eval
 
 
 def metadata_of(path):
@@ -642,6 +643,282 @@ def test_eval_says_what_it_read_and_computes_where_it_is_told(data, monkeypatch)
     assert "--device: torch finds no GPU here for 'cuda'" in complaint(*command, "--device", "cuda")
 
 
+# ---- fit, inspect, and what a detector decides
+
+
+@pytest.fixture
+def det(data):
+    """det.safetensors, fitted on val.npz with tpr 0.9: its scores and its threshold, the fourth lowest of 40."""
+    f, h = data
+    run("fit", "val.npz", "--out", "det.safetensors", "--norm", "2", "--tpr", "0.9", "--temperature", "2")
+    s = 2 * logsumexp(f / 2) * norm(h, 2)
+    return s, np.sort(s)[3]
+
+
+def test_fit_is_the_detector_of_all_rows(data, det):
+    limit = det[1]
+    loaded = fastood.Detector.load("det.safetensors")
+    assert (loaded.method, loaded.norm, loaded.temperature, loaded.bias, loaded.tpr) == ("energy", 2, 2, False, 0.9)
+    assert (loaded.rows, loaded.classes, loaded.dim) == (N, C, D)
+    assert loaded.threshold == pytest.approx(limit, rel=1e-12)
+    before = Path("det.safetensors").read_bytes()
+    command = ["fit", "val.npz", "--out", "det.safetensors", "--norm", "2", "--tpr", "0.9", "--temperature", "2"]
+    result = run(*command, "--chunk-rows", "7", "--backend", "reference")
+    assert fastood.Detector.load("det.safetensors").threshold == pytest.approx(limit, rel=1e-12)
+    share = 4 / 41  # which is refused, Beta(4, 37)
+    assert result.stdout == (
+        f"det.safetensors: energy*||h||_2, fitted on {N} rows\n"
+        f"accepts scores >= {loaded.threshold:.6g}: at least 90% of rows drawn like those that it was fitted on, on "
+        f"the average over sets of {N}; the share of one set has a standard deviation of "
+        f"{100 * (share * (1 - share) / 42) ** 0.5:.2g}%\n"
+        f"val.npz: logits [{N}, {C}], feats [{N}, {D}]\n"
+    )
+    run(*command)
+    assert Path("det.safetensors").read_bytes() == before
+    # What --norm stands for follows from the file.
+    run("fit", "val.npz", "--out", "det.safetensors")
+    assert fastood.Detector.load("det.safetensors").norm == 0.3
+    result = run("fit", "val.npz", "--out", "det.safetensors", "--method", "gen")
+    assert f"feats [{N}, {D}] (not used)" in result.stdout
+    assert fastood.Detector.load("det.safetensors").norm is None
+    run("fit", "val.npz", "--out", "det.safetensors", "--method", "exgrad", "--bias")
+    assert fastood.Detector.load("det.safetensors").bias
+
+
+def test_fit_by_class_on_rows_that_are_right(data):
+    f, h = data
+    y = f.argmax(-1)
+    y[:5] = (y[:5] + 1) % C
+    y[5:] = np.where(y[5:] == 2, 3, y[5:])  # nothing of class 2 is right
+    np.savez("val.npz", z=f, h=h, y=y)
+    keys = ["--logits-key", "z", "--feats-key", "h", "--labels-key", "y", "--chunk-rows", "9"]
+    result = run("fit", "val.npz", "--out", "det.safetensors", *keys, "--method", "tv", "--per-class", "--tpr", "0.5")
+    right = y == f.argmax(-1)
+    assert f"fitted on {right.sum()} of {N} rows, those that the classifier gets right\n" in result.stdout
+    assert "feats 'h' [40, 9], labels 'y'\n" in result.stdout
+    own = sum((y[right] == k).any() for k in range(C))
+    assert own < C
+    assert f"in each of the {own} of {C} classes with a threshold of their own; {C - own} have too few" in result.stdout
+    fitted = fastood.Detector("tv", norm=0.3, per_class=True, tpr=0.5).fit(f, h, y)
+    facts = json.loads(run("inspect", "det.safetensors", "--json").stdout)
+    np.testing.assert_allclose(facts["threshold"], fitted.threshold.numpy(), rtol=1e-12)
+    assert facts["per_class"] is True
+    assert f"{C - own} have too few rows and go by the threshold of all" in run("inspect", "det.safetensors").stdout
+    run("score", "val.npz", "out.npz", "--detector", "det.safetensors", *keys[:4])
+    with np.load("out.npz") as out:
+        np.testing.assert_array_equal(out["accept"], fitted.accept(f, h))
+        np.testing.assert_array_equal(out["p_value"], fitted.p_value(f, h))
+
+
+def test_fit_drops_rows_that_are_not_finite_or_fails(holes):
+    holes[7, 0] = np.inf
+    np.savez("holes.npz", logits=holes, y=holes.argmax(-1))
+    command = ["fit", "holes.npz", "--out", "det.safetensors", "--method", "energy", "--tpr", "0.9"]
+    for rows in (2, 100):
+        text = complaint(*command, "--chunk-rows", rows)
+        assert text == "error: holes.npz: the score of row 3, counted from 0, is not finite; see --nan\n"
+    assert not Path("det.safetensors").exists()
+    result = run(*command, "--nan", "drop", "--chunk-rows", "6", "--labels-key", "y")
+    assert f"fitted on {N - 4} of {N} rows" in result.stdout
+    assert f"holes.npz: 4 of {N} rows have a score that is not finite and are left out" in result.stdout
+    s = np.sort(logsumexp(np.delete(holes, [3, 4, 6, 7], 0)))
+    assert fastood.Detector.load("det.safetensors").threshold == pytest.approx(s[int(0.1 * (N - 4 + 1)) - 1], rel=1e-12)
+
+
+def test_fit_warns_of_the_data(data):
+    f, h = data
+    np.savez("val.npz", logits=f - 60, feats=h)
+    (line,) = warnings("fit", "val.npz", "--out", "det.safetensors")
+    assert f"val.npz: negative energy*||h||_0.3 in {N} of {N} rows" in line
+    np.savez("val.npz", logits=f - logsumexp(f)[:, None], feats=h)
+    (line,) = warnings("fit", "val.npz", "--out", "det.safetensors", "--method", "msp")
+    assert line.startswith("warning: val.npz: 'logits' looks like log-probabilities")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tpr", "0.99"], "tpr=0.99 takes at least 99 in-distribution rows, got 40"),
+        (["--tpr", "1"], "--tpr must be between 0 and 1, got 1.0"),
+        (["--tpr", "nan"], "--tpr must be between 0 and 1, got nan"),
+        (["--method", "all"], "--method must be one of 'msp', 'energy'"),
+        (["--method", "exgrad", "--norm", "2"], "--norm: exgrad has a norm of its own"),
+        (["--temperature", "-1"], "--temperature must be a finite number > 0, got -1.0"),
+        (["--nan", "keep"], "--nan must be one of 'drop', 'fail', got 'keep'"),
+        (["--out", "det.pkl"], "det.pkl: the file's name must end with .safetensors"),
+        (["--out", "nowhere/det.safetensors"], "nowhere"),
+        (["--labels-key", "y"], "val.npz: must hold 'y', found 'logits', 'feats', 'names', 'wrong'"),
+        (["--labels-key", "names"], "val.npz: 'names' must hold integers, the true classes, got strings"),
+        (["--labels-key", "wrong"], "labels must be classes from 0 to 5, got 9 to 9"),
+        (["--device", "abacus"], "--device must be a torch device"),
+        (["--backend", "abacus"], "must be 'auto' or one of ['"),
+    ],
+)
+def test_fit_mistakes(data, arguments, message):
+    save("val.npz", 5, 0, names=np.array(["a"] * N), wrong=np.full(N, 9))
+    before = sorted(os.listdir())
+    out = [] if "--out" in arguments else ["--out", "det.safetensors"]
+    assert message in complaint("fit", "val.npz", *out, *arguments)
+    assert sorted(os.listdir()) == before
+
+
+def test_inspect_says_what_the_file_holds(det):
+    facts = json.loads(run("inspect", "det.safetensors", "--json").stdout)
+    threshold = facts.pop("threshold")
+    assert threshold == pytest.approx(det[1], rel=1e-12)
+    assert facts == {
+        "file": "det.safetensors",
+        "format": 1,
+        "fastood": fastood.__version__,
+        "method": "energy",
+        "norm": 2,
+        "temperature": 2,
+        "bias": False,
+        "params": {},
+        "tpr": 0.9,
+        "per_class": False,
+        "classes": C,
+        "dim": D,
+        "rows": N,
+    }
+    text = run("inspect", "det.safetensors").stdout
+    assert f"norm: 2\ntemperature: 2.0\nbias: False\ntpr: 0.9\nper class: False\nclasses: {C}\n" in text
+    assert f"\naccepts scores >= {threshold:.6g}: at least 90% of rows" in text
+    run("fit", "val.npz", "--out", "det.safetensors", "--norm", "inf")
+    assert json.loads(run("inspect", "det.safetensors", "--json").stdout)["norm"] == "inf"
+    assert "norm: inf\n" in run("inspect", "det.safetensors").stdout
+    run("fit", "val.npz", "--out", "det.safetensors", "--norm", "none")
+    assert "norm: none\n" in run("inspect", "det.safetensors").stdout
+    assert "val.npz: cannot be read as a detector" in complaint("inspect", "val.npz")
+    assert "nope.safetensors: no such file" in complaint("inspect", "nope.safetensors")
+
+
+def expected_decisions(det, f, h):
+    calibration, limit = det
+    s = 2 * logsumexp(f / 2) * norm(h, 2)
+    return s, s >= limit, (1 + (calibration <= s[:, None]).sum(-1)) / (N + 1)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz", ".safetensors", ".pt"])
+def test_score_decides_by_a_detector(det, suffix):
+    f, h = save("near.npz", 4, 1, key=np.arange(N))
+    f[3], h[5, 1] = np.nan, np.nan
+    np.savez("near.npz", logits=f, feats=h, key=np.arange(N))
+    command = ["score", "near.npz", f"out{suffix}", "--detector", "det.safetensors", "--id-key", "key"]
+    result = run(*command, "--chunk-rows", "7")
+    s, accept, p = expected_decisions(det, f, h)
+    p[[3, 5]] = np.nan
+    assert 0 < accept.sum() < N
+    assert result.stdout == (
+        f"out{suffix}: {N} rows of energy*||h||_2, {accept.sum()} of them accepted\n"
+        f"near.npz: logits [{N}, {C}], feats [{N}, {D}], IDs 'key'\n"
+        f"near.npz: 2 of {N} rows have a NaN score (energy*||h||_2) and are kept: they hold NaN, or logits that hold "
+        "+inf or are all -inf\n"
+    )
+    out = decisions(suffix)
+    assert list(out) == ["key", "energy*||h||_2", "accept", "p_value"]
+    np.testing.assert_allclose(out["energy*||h||_2"], s, rtol=1e-12)
+    assert out["accept"].dtype == bool
+    np.testing.assert_array_equal(out["accept"], accept)
+    np.testing.assert_array_equal(out["p_value"], p)
+    result = run(*command, "--nan", "drop")
+    assert f"out{suffix}: {N - 2} rows of energy*||h||_2, {accept.sum()} of them accepted\n" in result.stdout
+    out = decisions(suffix)
+    np.testing.assert_array_equal(out["p_value"], np.delete(p, [3, 5]))
+    np.testing.assert_array_equal(out["key"], np.delete(np.arange(N), [3, 5]))
+    assert "near.npz: row 3, counted from 0, has a NaN score" in complaint(*command, "--nan", "fail")
+
+
+def decisions(suffix):
+    path = f"out{suffix}"
+    if suffix == ".csv":
+        with open(path, newline="") as file:
+            rows = [*csv.DictReader(file)]
+        words = {"true": True, "false": False}
+        return {k: np.array([words.get(row[k]) if k == "accept" else float(row[k]) for row in rows]) for k in rows[0]}
+    if suffix == ".parquet":
+        return {k: np.array(x) for k, x in pq.read_table(path).to_pydict().items()}
+    if suffix == ".npz":
+        with np.load(path) as out:
+            return dict(out)
+    if suffix == ".pt":
+        return {k: x.numpy() for k, x in torch.load(path).items()}
+    with safetensors.safe_open(path, "np") as file:
+        names = ["key", "energy*||h||_2", "accept", "p_value"]  # which the format keeps in an order of its own
+        assert sorted(file.keys()) == sorted(names)
+        return {k: file.get_tensor(k) for k in names}
+
+
+def test_metadata_say_which_detector_decided(det):
+    run("score", "near.npz", "out.parquet", "--detector", "det.safetensors")
+    made = {"fastood": fastood.__version__, "method": ["energy"], "norm": [2], "temperature": 2, "bias": False}
+    of = json.loads(run("inspect", "det.safetensors", "--json").stdout)
+    of = {name: x for name, x in of.items() if name not in ("file", "format", "fastood")}
+    assert metadata_of("out.parquet") == made | {"log": False, "oriented": True, "detector": of}
+
+
+def test_decisions_about_no_rows_and_warnings_about_some(det):
+    np.savez("none.npz", logits=np.zeros((0, C)), feats=np.zeros((0, D)))
+    result = run("score", "none.npz", "out.csv", "--detector", "det.safetensors")
+    assert "out.csv: 0 rows of energy*||h||_2, 0 of them accepted\n" in result.stdout
+    assert Path("out.csv").read_text() == "energy*||h||_2,accept,p_value\n"
+    np.savez("low.npz", logits=np.full((4, C), -60.0), feats=np.ones((4, D)))
+    (line,) = warnings("score", "low.npz", "out.csv", "--detector", "det.safetensors")
+    assert "low.npz: negative energy*||h||_2 in 4 of 4 rows" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "energy"], "--detector has settings of its own: leave out --method"),
+        (["--norm", "2", "--temperature", "1.0"], "leave out --norm, --temperature\n"),
+        (["--bias", "--log", "--raw"], "leave out --bias, --log, --raw\n"),
+        (["--detector", "val.npz"], "val.npz: cannot be read as a detector"),
+        (["--logits-key", "feats"], "near.npz: 'feats' must have the 6 columns that the detector was fitted on, got 9"),
+        (["--backend", "abacus"], "must be 'auto' or one of ['"),
+        (["--id-key", "accept"], "the IDs must not be called as a score is, 'accept'"),
+    ],
+)
+def test_score_by_detector_mistakes(det, arguments, message):
+    save("near.npz", 2, 1, accept=np.arange(N))
+    before = sorted(os.listdir())
+    assert message in complaint("score", "near.npz", "out.csv", "--detector", "det.safetensors", *arguments)
+    assert "a .npy file holds one score" in complaint("score", "near.npz", "o.npy", "--detector", "det.safetensors")
+    assert sorted(os.listdir()) == before
+
+
+def test_a_detector_that_needs_feats_says_so(det, data):
+    np.save("logits.npy", data[0])
+    text = complaint("score", "logits.npy", "out.csv", "--detector", "det.safetensors")
+    wanted = "'feats' must have the 9 columns that the detector was fitted on, got none of them"
+    assert text == f"error: logits.npy: {wanted}\n"
+    sets = ["--id", "val.npz", "--ood", "logits.npy", "--method", "msp", "--norm", "none"]
+    assert complaint("eval", *sets, "--detector", "det.safetensors") == text
+
+
+def test_eval_says_what_a_detector_accepts(det):
+    f, h = save("near.npz", 4, 1)
+    f[3] = np.nan
+    np.savez("near.npz", logits=f, feats=h)
+    g, k = save("far.npz", 1, 2, n=25)
+    sets = ["--id", "val.npz", "--ood", "near.npz", "--ood", "b=far.npz", "--method", "msp", "--norm", "none"]
+    result = run("eval", *sets, "--detector", "det.safetensors", "--json", "t.json")
+    near, far = (int(expected_decisions(det, *x)[1].sum()) for x in ((f, h), (g, k)))
+    assert result.stdout.endswith(
+        "\ndet.safetensors: energy*||h||_2, tpr 0.9, accepts\n"
+        f"  0.925000 of the ID set: 37 of {N} rows\n"
+        f"  {near / N:.6f} of near: {near} of {N} rows\n"
+        f"  {far / 25:.6f} of b: {far} of 25 rows\n"
+    )
+    document = json.loads(Path("t.json").read_text(encoding="utf-8"))
+    assert document["detector"]["accepted"] == {"id": 0.925, "ood": {"near": near / N, "b": far / 25}}
+    assert document["detector"]["method"] == "energy"
+    assert document["detector"]["rows"] == N
+    assert document["counts"]["ood"]["near"] == N - 1  # the metrics are of rows that have a score
+    run("eval", *sets, "--json", "t.json")
+    assert "detector" not in json.loads(Path("t.json").read_text(encoding="utf-8"))
+
+
 # ---- demo, info, version, help
 
 
@@ -690,7 +967,7 @@ def test_info_and_version():
     assert run("--version").stdout == f"fastood {fastood.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["score", "eval", "demo", "info"])
+@pytest.mark.parametrize("command", ["score", "fit", "inspect", "eval", "demo", "info"])
 def test_help_shows_examples(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = run(command, "--help").stdout
