@@ -87,12 +87,15 @@ class Plan:
                 if short is not None:
                     self.ways = {**self.ways, chosen: short}  # another thread may be going through them
         if out is None:
-            out = self._composed(f, h, q, chosen, by_row).reshape(shape).to(dtype)
+            out = self._composed(f, h, q, chosen, dtype, by_row).reshape(shape).to(dtype)
         return give(out, as_numpy)
 
-    def _composed(self, f: Tensor | None, h: Tensor | None, q: Tensor | None, chosen: Backend, by_row: bool) -> Tensor:
+    def _composed(
+        self, f: Tensor | None, h: Tensor | None, q: Tensor | None, chosen: Backend, dtype: torch.dtype, by_row: bool
+    ) -> Tensor:
         found, norms = chosen.row_stats(f, h, self.want, q)
-        stats = RowStats(found, f.shape[1] if f is not None else 0, self.want.temperature)
+        C = f.shape[1] if f is not None else 0
+        stats = RowStats(found, C, self.want.temperature, wide=dtype == torch.float64)
         columns = []
         for entry, order in self.scores:
             u = None if order is None or norms is None else norms[:, self.want.orders.index(order)]

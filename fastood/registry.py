@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fastood._inputs import choice
@@ -22,9 +23,10 @@ from fastood.kernels.reference import LARGEST, Powers
 class RowStats(dict[Stat, Tensor]):
     """What a formula sees: statistics [N] by name, the number of classes ``C``, the temperature ``T``."""
 
-    def __init__(self, stats: Mapping[Stat, Tensor], C: int, T: float) -> None:
+    def __init__(self, stats: Mapping[Stat, Tensor], C: int, T: float, wide: bool = False) -> None:
         super().__init__({name: stat.double() for name, stat in stats.items()})
         self.C, self.T = C, T
+        self.wide = wide  # whether scores come in float64, in which the largest double and infinity are two
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +141,15 @@ class Score:
         elif log:
             raw = self.power * (u - math.log(self.divisor(s.T))) + v
         else:
-            # 0 times what overflowed is 0 of finite features, whose norm is finite, see kernels/__init__.py.
-            factor = Powers(u.masked_fill(u == LARGEST, math.inf) / self.divisor(s.T))(self.power)
-            raw = factor.masked_fill((v == 0) & factor.isinf() & u.isfinite(), 0) * v
+            raw = v
+            if self.power in (1, 2):  # one by one: 0 stays 0 where a power overflows
+                for _ in range(int(self.power)):
+                    raw = raw * u / s.T if self.gradient else raw * u
+            else:
+                factor = Powers(u / self.divisor(s.T))(self.power)
+                raw = factor.masked_fill((v == 0) & factor.isinf() & u.isfinite(), 0) * v
+            if s.wide:
+                raw = torch.where(u == LARGEST, raw * LARGEST, raw)
         return self.sign(oriented) * raw
 
     def _v(self, s: RowStats, params: Mapping[str, Any], log: bool) -> Any:

@@ -196,16 +196,20 @@ static bool read_plain(PyObject* x, int64_t* rows, Matrix* m) {
   return true;
 }
 
-// What a plan needs of logits, feats and labels, where they are plain, are there if they are needed and fit together.
+// What a plan needs of logits, feats and labels, where they are plain and fit together; logits and feats may be there
+// without being needed.
 static bool read_plain(PyObject* const* tensors, Request* q) {
   const bool logits = !q->plan.stats.empty(), feats = !q->plan.orders[0].empty();
   const bool labels = q->plan.gradient.wanted && q->plan.gradient.labels == GIVEN;
   int64_t rows[3] = {-1, -1, -1};
-  if ((tensors[0] != Py_None) != logits || (logits && !read_plain(tensors[0], &rows[0], &q->logits))) return false;
-  if ((tensors[1] != Py_None) != feats || (feats && !read_plain(tensors[1], &rows[1], &q->feats))) return false;
+  Matrix unread;
+  if (tensors[0] == Py_None ? logits : !read_plain(tensors[0], &rows[0], logits ? &q->logits : &unread)) return false;
+  if (tensors[1] == Py_None ? feats : !read_plain(tensors[1], &rows[1], feats ? &q->feats : &unread)) return false;
   if ((tensors[2] != Py_None) != labels || (labels && !read_plain(tensors[2], &rows[2], &q->labels))) return false;
-  q->rows = logits ? rows[0] : rows[1];
-  return (!feats || rows[1] == q->rows) && (!labels || (rows[2] == q->rows && q->labels.columns == q->logits.columns));
+  q->rows = std::max(rows[0], rows[1]);
+  for (int i = 0; i < 2; i++)
+    if (tensors[i] != Py_None && rows[i] != q->rows) return false;
+  return !labels || (rows[2] == q->rows && q->labels.columns == q->logits.columns);
 }
 
 // Whether torch does so many elements on more than one thread.

@@ -139,10 +139,10 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
   }
 }
 
-// v (norm / divisor)^power; 0 times what overflowed is 0 of finite features, whose norm is finite.
+// v (norm / divisor)^power, one by one: 0 stays 0 where a power overflows. The largest double stands for norms beyond it.
 static double times(double v, double norm, const Product& p) {
-  const double u = (norm == DBL_MAX ? INFINITY : norm) / p.divisor, factor = p.power == 2 ? u * u : u;
-  return v == 0 && std::isinf(factor) && std::isfinite(norm) ? v : v * factor;
+  for (int i = 0; i < p.power; i++) v = v * norm / p.divisor;
+  return norm == DBL_MAX ? v * DBL_MAX : v;
 }
 
 static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
