@@ -14,36 +14,34 @@ FLAT_KL, FLAT_KL_SHARE = tl.constexpr(1.0), tl.constexpr(0.125)  # as KL(u || p)
 
 
 @triton.jit
-def kl_uniform(rest, sum_t, n):
+def kl_uniform(rest, mean_t, n):
     """log mean e^z - mean z, and which rows are so flat that this loses too much."""
-    kl_of_max = log(1.0 + rest) - log(tl.zeros_like(rest) + n)
-    mean = sum_t * (tl.full(sum_t.shape, LN2, tl.float64) / n)
-    kl = kl_of_max - mean
-    return kl, (kl < FLAT_KL) | (kl < mean * -FLAT_KL_SHARE)
+    mean = mean_t.to(tl.float64) * LN2
+    kl = log(1.0 + rest) - log(tl.zeros_like(rest) + n) - mean
+    return kl.to(tl.float32), (kl < FLAT_KL) | (kl < mean * -FLAT_KL_SHARE)
 
 
 @triton.jit
 def of_flat_rows(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-                 SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """KL(u || p) and TV in float64."""
+                 SHIFTED: tl.constexpr, W: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):  # fmt: skip
+    """KL(u || p) and TV, as wanted."""
     per_T = scale * LN2
-    wide_m, wide_per_T = m.to(tl.float64), per_T.to(tl.float64)
     level, shift = m, tl.zeros_like(m)
-    tail, above = tl.zeros_like(wide_m), tl.zeros_like(wide_m)
+    tail, above = shift, shift
     # From the maximum to the level; for what was rounded on the way; and the sums that are wanted.
     for _ in range(3):
-        rise, tail, above = level_sums(ptr, base, head, w, n, level, shift, per_T, N, VEC, P, SHIFTED, W)
-        of_max = (level.to(tl.float64) - wide_m) * wide_per_T
-        found = of_max + shift.to(tl.float64) + log1p_double(rise / n)
-        level = (wide_m + found / wide_per_T).to(tl.float32)
-        shift = (found - (level.to(tl.float64) - wide_m) * wide_per_T).to(tl.float32)
-    return tail / n, above / n
+        rise, tail, above = level_sums(ptr, base, head, w, n, level, shift, per_T, N, VEC, P, SHIFTED, W, KL, TV)
+        off = log1p_near(rise)
+        before = level
+        level += off / per_T
+        shift = tl.fma(before - level, per_T, shift + off)
+    return tail, above
 
 
 @triton.jit
 def level_sums(ptr, base, head, w, n, level, shift, per_T, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-               SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """sum expm1(x), sum (e^x - 1 - x) and sum max(expm1(x), 0), x = (f - level) / T - shift."""
+               SHIFTED: tl.constexpr, W: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):  # fmt: skip
+    """mean expm1(x) and, as wanted, mean(e^x - 1 - x) and mean max(expm1(x), 0), x = (f - level) / T - shift."""
     TILES: tl.constexpr = (N + W * P - 1) // (W * P)
     zero = tl.zeros([level.shape[0], W], tl.float64)
     sum1, sum2, sum3 = zero, zero, zero
@@ -55,11 +53,16 @@ def level_sums(ptr, base, head, w, n, level, shift, per_T, N: tl.constexpr, VEC:
             e = tl.exp2(x * (1 / LN2)) - 1.0
             near = tl.abs(x) < 1.0
             tail = tl.where(near, exp_tail(x), e - x)
-            rise = tl.where(near, x + tail, e)
-            sum1 += tl.where(own, rise, 0.0).to(tl.float64)
-            sum2 += tl.where(own, tail, 0.0).to(tl.float64)
-            sum3 += tl.where(own, tl.maximum(rise, 0.0), 0.0).to(tl.float64)
-    return tl.sum(sum1, 1), tl.sum(sum2, 1), tl.sum(sum3, 1)
+            rise = tl.where(own, tl.where(near, x + tail, e), 0.0)
+            sum1 += rise.to(tl.float64)
+            if KL:
+                sum2 += tl.where(own, tail, 0.0).to(tl.float64)
+            if TV:
+                sum3 += tl.maximum(rise, 0.0).to(tl.float64)
+    sum1 = tl.sum(sum1, 1).to(tl.float32) / n
+    sum2 = tl.sum(sum2, 1).to(tl.float32) / n if KL else sum1
+    sum3 = tl.sum(sum3, 1).to(tl.float32) / n if TV else sum1
+    return sum1, sum2, sum3
 
 
 @triton.jit
@@ -75,18 +78,18 @@ def exp_tail(x):
 
 
 @triton.jit
-def log1p_double(x):
-    """log(1 + x) in float64, to relative precision near 0 and else to float32's: a series of 2 artanh(x / (2 + x))."""
+def log1p_near(x):
+    """log(1 + x), to relative precision near 0: the series of 2 artanh(x / (2 + x))."""
     s = x / (2.0 + x)
     q = s * s
-    series = (s + s) * tl.fma(tl.fma(tl.fma(tl.fma(q, 1.0 / 9, 1.0 / 7), q, 1.0 / 5), q, 1.0 / 3), q, 1.0)
-    return tl.where(tl.abs(x) < 0.25, series, (log2((1.0 + x).to(tl.float32)) * LN2).to(tl.float64))
+    series = (s + s) * tl.fma(tl.fma(tl.fma(q, 1.0 / 7, 1.0 / 5), q, 1.0 / 3), q, 1.0)
+    return tl.where(tl.abs(x) < 0.25, series, log2(1.0 + x) * LN2)
 
 
 @triton.jit
-def sum_t_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-                SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """sum (f - m) scale in float64, of rows in which it, or one of its terms, is beyond float32."""
+def mean_t_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+                 SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """mean (f - m) scale, summed in float64, of rows in which the sum, or one of its terms, is beyond float32."""
     TILES: tl.constexpr = (N + W * P - 1) // (W * P)
     slot = tl.zeros([m.shape[0], W], tl.float64)
     top, wide_scale = m[:, None].to(tl.float64), tl.zeros([1, 1], tl.float64) + scale
@@ -95,4 +98,4 @@ def sum_t_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.conste
         for j in tl.static_range(P):
             own = within(w + i * W, j, n, VEC, P)
             slot += tl.where(own, (halves[j].to(tl.float64) - top) * wide_scale, 0.0)
-    return tl.sum(slot, 1)
+    return (tl.sum(slot, 1) / n).to(tl.float32)

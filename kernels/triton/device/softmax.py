@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.level import FLAT_TV, kl_uniform, of_flat_rows, sum_t_again
+from fastood.kernels.triton.device.level import FLAT_TV, kl_uniform, mean_t_again, of_flat_rows
 from fastood.kernels.triton.device.words import (
     INF,
     above,
@@ -43,11 +43,11 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                  P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Of t = (f - max) log2(e) / T over rows of LEAST <= n <= N logits, `rest` meaning all elements but one maximum:
 
-    max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, sum t, sum |2^t - u| with u = (sum 2^t) / n, KL(u || p).
+    max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, mean t, sum |2^t - u| with u = (sum 2^t) / n, KL(u || p).
 
     The three sums over the rest are relative to the pivot: the maximum, or where they would vanish the next
-    largest logit; last comes whether any row may have such a pivot. sum t and KL are float64. Without PEEL the rest
-    is what remains of the sum after 1 is taken away.
+    largest logit; last comes whether any row may have such a pivot. Without PEEL the rest is what remains of the sum
+    after 1 is taken away.
     """
     TYPE: tl.constexpr = ptr.dtype.element_ty
     us = load_row(ptr, base, head, w, n, N, LEAST, VEC, P, SHIFTED, W)
@@ -64,9 +64,9 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     rest = tl.zeros_like(m)
     squares = rest
     exp_t = rest
-    sum_t = rest.to(tl.float64)
+    mean_t = rest
     deviation = rest
-    kl = sum_t
+    kl = rest
     pivot = m
     rare = False
     if EXP & SUMS:
@@ -112,66 +112,76 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
             exp_t = tl.fma(totals[0], back, -(excess * part))
             totals = totals[1:]
         if SUMLOGP & SUMS:
-            sum_t = totals[0].to(tl.float64) - excess.to(tl.float64) * n
+            mean_t = tl.fma(totals[0], 1.0 / n, -excess)
         if TV & SUMS:
             u = (rest + 1.0) * unit / N
             deviation = deviations(es, u) * back
+        again = far
         if PEEL & SUMS:
-            again = far | (rest < DEEP)
-            rare = any_row(again | (exp_t != exp_t))
+            again |= rest < DEEP
+        if SUMLOGP & SUMS:
+            again |= mean_t == -INF  # of a sum beyond float32, or a masked class
+        seen = again
+        if PLOGP & SUMS:
+            seen |= exp_t != exp_t
+        if TV & SUMS:
+            seen |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
+        if KL & SUMS:
+            kl, flat = kl_uniform(rest, mean_t, n)
+            seen |= flat
+        if (PEEL | SUMLOGP | TV) & SUMS:
+            rare = any_row(seen)
             if rare:
                 if PLOGP & SUMS:
                     if any_row(exp_t != exp_t):
                         exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, unit, excess) * back, exp_t)
-                if any_row(again):
-                    # In tiles of four logits a thread, so that what is rare is not what takes the most registers.
-                    SOME: tl.constexpr = W // P if N % 8 == 0 and W >= P else W
-                    some = tl.arange(0, SOME)[None, :]
-                    other, sum1, sum2, sum3, sum4 = sums_again(
-                        ptr, base, head, some, n, m, scale, N, VEC, P, SHIFTED, SOME
+                # In tiles of a word or a few a thread, so that what is rare is not what takes the most registers.
+                if PEEL & SUMS:
+                    if any_row(again):
+                        SOME: tl.constexpr = W // P if N % 8 == 0 and W >= P else W
+                        some = tl.arange(0, SOME)[None, :]
+                        other, sum1, sum2, sum3, sum4 = sums_again(
+                            ptr, base, head, some, n, m, scale, N, VEC, P, SHIFTED, SOME
+                        )
+                        pivot = tl.where(again, other, m)
+                        rest = tl.where(again, sum1, rest)
+                        squares = tl.where(again, sum2, squares)
+                        exp_t = tl.where(again, sum3, exp_t)
+                        mean_t = tl.where(again, sum4, mean_t)
+                        if TV & SUMS:
+                            u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / N
+                            other = deviations_again(ptr, base, head, some, n, m, scale, u, N, VEC, P, SHIFTED, SOME)
+                            deviation = tl.where(again, other, deviation)
+                LESS: tl.constexpr = W // 4 if W >= 4 and N % 4 == 0 else W
+                less = tl.arange(0, LESS)[None, :]
+                if SUMLOGP & SUMS and not PEEL & SUMS:
+                    if any_row(again):
+                        other = mean_t_again(ptr, base, head, less, n, m, scale, N, VEC, P, SHIFTED, LESS)
+                        mean_t = tl.where(again, other, mean_t)
+                if (TV | KL) & SUMS:
+                    of_max = tl.where(pivot == m, rest, 0.0)
+                    kl, deviation = flat_again(
+                        ptr, base, head, less, n, m, of_max, mean_t, deviation, scale, N, VEC, P, SHIFTED, LESS, SUMS
                     )
-                    pivot = tl.where(again, other, m)
-                    rest = tl.where(again, sum1, rest)
-                    squares = tl.where(again, sum2, squares)
-                    exp_t = tl.where(again, sum3, exp_t)
-                    sum_t = tl.where(again, sum4, sum_t)
-                    if TV & SUMS:
-                        u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / N
-                        other = deviations_again(ptr, base, head, some, n, m, scale, u, N, VEC, P, SHIFTED, SOME)
-                        deviation = tl.where(again, other, deviation)
-        if (TV | SUMLOGP) & SUMS:
-            # In tiles of four logits a thread, for the same reason.
-            LESS: tl.constexpr = W // P if N % 8 == 0 and W >= P else W
-            less = tl.arange(0, LESS)[None, :]
-            sum_t, kl, deviation = read_again(
-                ptr, base, head, less, n, m, pivot, rest, sum_t, deviation, scale, N, VEC, P, SHIFTED, LESS, SUMS
-            )
-    return m, pivot, rest, squares, exp_t, sum_t, deviation, kl, rare
+    return m, pivot, rest, squares, exp_t, mean_t, deviation, kl, rare
 
 
 @triton.jit
-def read_again(ptr, base, head, w, n, m, pivot, rest, sum_t, deviation, scale, N: tl.constexpr, VEC: tl.constexpr,
-           P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
-    """sum t, KL(u || p) and sum |2^t - u|, of some rows from reading them again: where sum t, masked classes aside, is
-    beyond float32, and where a row is nearly flat.
-    """
-    of_max = tl.where(pivot == m, rest, 0.0)
-    flat = m != m
-    kl = sum_t
-    if SUMLOGP & SUMS:
-        beyond = (sum_t < -1e37) & (m > -INF)
-        if any_row(beyond):
-            other = sum_t_again(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
-            sum_t = tl.where(beyond, other, sum_t)
+def flat_again(ptr, base, head, w, n, m, rest, mean_t, deviation, scale, N: tl.constexpr, VEC: tl.constexpr,
+               P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
+    """KL(u || p) and sum |2^t - u|, of nearly flat rows from reading them again."""
+    kl, flat = rest, m != m
     if KL & SUMS:
-        kl, flat = kl_uniform(of_max, sum_t, n)
+        kl, flat = kl_uniform(rest, mean_t, n)
     if TV & SUMS:
-        flat |= deviation < (1.0 + of_max) * (2 * FLAT_TV)
+        flat |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
     if any_row(flat):
-        other, tv = of_flat_rows(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W)
+        IS_KL: tl.constexpr = KL & SUMS > 0
+        IS_TV: tl.constexpr = TV & SUMS > 0
+        other, tv = of_flat_rows(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W, IS_KL, IS_TV)
         kl = tl.where(flat, other, kl)
-        deviation = tl.where(flat, 2.0 * tv.to(tl.float32) * (1.0 + of_max), deviation)
-    return sum_t, kl, deviation
+        deviation = tl.where(flat, (tv + tv) * (1.0 + rest), deviation)
+    return kl, deviation
 
 
 @triton.jit
@@ -265,7 +275,7 @@ def tree_sum(xs):
 @triton.jit
 def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
                SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """The three sums over the rest, and sum t, of rows read again: few are this certain, or this far from 0.
+    """The three sums over the rest, and mean t, of rows read again: few are this certain, or this far from 0.
 
     They are relative to the pivot, in front: where it is far below the maximum, the largest of the other logits.
     """
@@ -296,7 +306,7 @@ def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constex
             sum3 = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), sum3)
             sum4 += tl.where(own, (halves[j].to(tl.float64) - top.to(tl.float64)) * scale, 0.0)
     sum1, sum2 = tl.sum(sum1, 1) + ties, tl.sum(sum2, 1) + ties
-    return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1))) + (tl.sum(sum4, 1),)
+    return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1), tl.sum(sum4, 1) / n))
 
 
 @triton.jit

@@ -15,14 +15,17 @@ from fastood.kernels.triton.device.softmax import (
     DEEP,
     EXP,
     FAR,
+    FLAT_TV,
+    KL,
     PEEL,
     PLOGP,
     SQUARES,
     SUMLOGP,
     TV,
     deviations_again,
+    flat_again,
+    kl_uniform,
     largest_first,
-    read_again,
     sums_again,
 )
 from fastood.kernels.triton.device.words import (
@@ -74,9 +77,9 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
     rest = tl.zeros_like(m)
     squares = rest
     exp_t = rest
-    sum_t = rest.to(tl.float64)
+    mean_t = rest
     deviation = rest
-    kl = sum_t
+    kl = rest
     pivot = m
     rare = False
     if EXP & SUMS:
@@ -103,14 +106,13 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
         of_all = totals[0]
         wide = of_all / unit + others
         far = (tl.abs(m * scale) > FAR) & (tl.abs(m) < INF)
-        again = far | (wide < DEEP) if PEEL & SUMS else far
         rest = tl.where(tl.abs(m) < INF, wide, float("nan")).to(tl.float32)  # inf - inf was kept out of it
         if SQUARES & SUMS:
             squares = (totals[1] / (unit * unit) + others).to(tl.float32)
         if PLOGP & SUMS:
             exp_t = ((totals[2 if SQUARES & SUMS else 1] - excess * of_all) / unit).to(tl.float32)
         if SUMLOGP & SUMS:
-            sum_t = totals[len(totals) - 1] - C * excess.to(tl.float64)
+            mean_t = (totals[len(totals) - 1] / C - excess).to(tl.float32)
         if TV & SUMS:
             mean = ((wide + 1.0) * unit / C).to(tl.float32)[:, None]
             slot = words_above(last, scale, highest, mean, P, TYPE)
@@ -119,28 +121,41 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                 us = read_tiles(ptr, base, first, C, VEC, P, W, K, False, "evict_first")
                 slot += words_above(us, scale, highest, mean, P, TYPE)
             deviation = (tl.sum(slot.to(tl.float64), 1) * 2.0 / unit).to(tl.float32)
-        rare = any_row(again)
-        w = tl.arange(0, W)[None, :]
-        head = tl.zeros_like(m).to(tl.int32)[:, None]
+        again = far
+        if PEEL & SUMS:
+            again |= wide < DEEP
+        if SUMLOGP & SUMS:
+            again |= mean_t == -INF  # of a sum beyond float32, or a masked class
+        seen = again
+        if TV & SUMS:
+            seen |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
+        if KL & SUMS:
+            kl, flat = kl_uniform(rest, mean_t, C)
+            seen |= flat
+        rare = any_row(seen)
         if rare:
-            other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, C, m, scale, C, VEC, P, False, W)
-            if PEEL & SUMS:
-                pivot = tl.where(again, other, m)
-            else:
-                sum1, sum2 = tl.where(other == m, sum1, 0.0), tl.where(other == m, sum2, 0.0)
-            rest = tl.where(again, sum1, rest)
-            squares = tl.where(again, sum2, squares)
-            exp_t = tl.where(again, sum3, exp_t)
-            sum_t = tl.where(again, sum4, sum_t)
-            if TV & SUMS:
-                u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / C
-                other = deviations_again(ptr, base, head, w, C, m, scale, u, C, VEC, P, False, W)
-                deviation = tl.where(again, other, deviation)
-        if (TV | SUMLOGP) & SUMS:
-            sum_t, kl, deviation = read_again(
-                ptr, base, head, w, C, m, pivot, rest, sum_t, deviation, scale, C, VEC, P, False, W, SUMS
-            )
-    return m, pivot, rest, squares, exp_t, sum_t, deviation, kl, rare
+            w = tl.arange(0, W)[None, :]
+            head = tl.zeros_like(m).to(tl.int32)[:, None]
+            if any_row(again):
+                other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, C, m, scale, C, VEC, P, False, W)
+                if PEEL & SUMS:
+                    pivot = tl.where(again, other, m)
+                else:
+                    sum1, sum2 = tl.where(other == m, sum1, 0.0), tl.where(other == m, sum2, 0.0)
+                rest = tl.where(again, sum1, rest)
+                squares = tl.where(again, sum2, squares)
+                exp_t = tl.where(again, sum3, exp_t)
+                mean_t = tl.where(again, sum4, mean_t)
+                if TV & SUMS:
+                    u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / C
+                    other = deviations_again(ptr, base, head, w, C, m, scale, u, C, VEC, P, False, W)
+                    deviation = tl.where(again, other, deviation)
+            if (TV | KL) & SUMS:
+                of_max = tl.where(pivot == m, rest, 0.0)
+                kl, deviation = flat_again(
+                    ptr, base, head, w, C, m, of_max, mean_t, deviation, scale, C, VEC, P, False, W, SUMS
+                )
+    return m, pivot, rest, squares, exp_t, mean_t, deviation, kl, rare
 
 
 @triton.jit
