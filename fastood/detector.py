@@ -364,15 +364,7 @@ class Detector:
         tensor([False,  True, False])
         """
         s, c = self._scored(logits, feats, backend)
-        limit = self._limit(s)
-        if c is not None:
-            limit = limit.take(c)
-        accepted: Any
-        if isinstance(s, np.ndarray):
-            accepted = (s >= limit) & (s < math.inf)
-        else:
-            accepted = s.nan_to_num(-math.inf, -math.inf, -math.inf) >= limit  # the same, quicker
-        return accepted
+        return accepted(s, c, self._limit(s))
 
     def p_value(self, logits: ArrayT | None, feats: ArrayT | None = None, *, backend: str = "auto") -> ArrayT:
         """How usual each row is among the calibration rows: float64 [N]. Higher = more in-distribution.
@@ -611,6 +603,15 @@ class Detector:
         else:
             state = f"fitted on {self.rows} rows, threshold={self.threshold:.4g}"
         return f"Detector({self.method!r}{options}{', per_class=True' * self.per_class}; {state})"
+
+
+def accepted(s: Any, c: Any, limit: Any) -> Any:
+    """Scores against a threshold, or against that of predicted class c in [C] of them: bool [N]."""
+    if c is not None:
+        limit = limit.take(c)
+    if isinstance(s, np.ndarray):
+        return (s >= limit) & (s < math.inf)
+    return s.nan_to_num(-math.inf, -math.inf, -math.inf) >= limit  # the same, quicker
 
 
 class _Sample:
