@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastood._attach import attach
+from fastood._collect import collect
 from fastood.api import norms, row_stats, score, scores, sweep, warm_up
 from fastood.detector import Detector
 from fastood.gradients import BatchGrad, anchor_gradient, batchgrad, deep_batchgrad, deep_gradient_norm, gradient_norm
@@ -28,6 +29,7 @@ __all__ = [
     "attach",
     "backends",
     "batchgrad",
+    "collect",
     "deep_batchgrad",
     "deep_gradient_norm",
     "evaluation",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastood._fork import one_thread_if_forked
 from fastood._inputs import Array, ArrayT, flag, number
@@ -230,6 +230,41 @@ class Detector:
             for k, part in zip(present.tolist(), np.split(x[order], starts[1:]), strict=False):
                 self._of_class.setdefault(k, _Sample()).add(part)
         self._limits = {}
+        return self
+
+    def fit_loader(self, model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> Detector:
+        """``fit`` on all that a DataLoader gives, run through a model; a batch at a time is held in memory.
+
+        Parameters
+        ----------
+        model, loader, progress
+            As in ``fastood.collect``; the loader gives in-distribution inputs. Labels that it gives are not looked at:
+            to leave out rows that the classifier gets wrong, ``collect`` them, and ``fit`` with labels.
+
+        Returns
+        -------
+        Detector
+            Itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As ``fit`` and ``fastood.collect`` do.
+
+        Examples
+        --------
+        >>> import torch, fastood
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)).eval()
+        >>> detector = fastood.Detector("energy", norm=0.3).fit_loader(model, torch.randn(100, 8).split(32))
+        >>> detector.rows, detector.classes, detector.dim
+        (100, 10, 16)
+        """
+        from fastood._collect import run
+
+        self._forget()
+        for logits, feats, _ in run(model, loader, progress):
+            self.partial_fit(logits, feats)
+        self._calibrate()
         return self
 
     def merge(self, other: Detector) -> Detector:
