@@ -94,7 +94,7 @@ def attach(
     else:
         name = _find(model) if head is None else _checked_name(model, head)
         found = model.get_submodule(name)
-        attached = Attached(replaced(model, found, _Hole().train(found.training)), found, detector, repr(name), None)
+        attached = Attached(replaced(model, found, _Hole()), found, detector, repr(name), None)
     attached.training = model.training
     if example is not None:
         arguments, named = as_arguments(example)
@@ -237,9 +237,11 @@ def _replaced(module: nn.Module, old: nn.Module, new: nn.Module, done: dict[nn.M
 
 
 def require_eval(model: nn.Module, what: str) -> None:
+    # Modules that mode means nothing to are often made, by tracing or quantising, in the mode of training.
+    kinds = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._NormBase
     for name, module in model.named_modules():
-        if module.training:
-            part = f", but its part {name!r} is not" if name and not model.training else ""
+        if module.training and (module is model or isinstance(module, kinds)):
+            part = f", but its part {name!r} is not" if name else ""
             raise ValueError(f"{what} must be in eval mode{part}: call its eval()")
 
 
@@ -289,8 +291,10 @@ def _find(model: nn.Module) -> str:
 
 
 def _two(names: list[str]) -> ValueError:
-    choices = " or ".join(f"head={name!r}" for name in names)
-    return ValueError(f"model has more than one head: pass {choices}, or {_PAIR}")
+    return ValueError(
+        f"model has more than one head, {' and '.join(map(repr, names))}: where one alone gives the logits, pass its "
+        f"name, head={names[0]!r}; else {_PAIR}"
+    )
 
 
 def _last_linear(module: Any) -> str | None:

@@ -105,9 +105,10 @@ def run(model: nn.Module, loader: Iterable[Any], progress: bool) -> Iterator[Col
     one_thread_if_forked()
     flag("progress", progress)
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    if not isinstance(getattr(inner, "module", inner), Attached):  # of DataParallel
-        model = attach(model)
-    require_eval(model, "model")
+    inner = getattr(inner, "module", inner)  # of DataParallel
+    if not isinstance(inner, Attached):
+        model = inner = attach(model)
+    require_eval(inner, "model")
     device, labelled, batch = device_of(model), None, None
     for batch in _shown(loader) if progress else loader:
         inputs, labels = _parted(batch)
