@@ -64,8 +64,7 @@ def attach(
     -----
     The model is not changed: it has no hook and the same head as before. Parameters, buffers and all modules that the
     head is not inside of are shared with it. So ``to``, ``load_state_dict`` and training act on both; but say
-    ``eval()`` to what you use, the attached module. Attach first, then compile, quantise or wrap in DataParallel.
-
+    `
     Examples
     --------
     >>> import torch, fastood
@@ -140,7 +139,10 @@ class Attached(nn.Module):
             )
         one_thread_if_forked()
         require_eval(self, "the attached module")
-        (model,) = self._unchecked
+        pending = self._unchecked[:]
+        if not pending:  # another thread has done it since
+            return
+        (model,) = pending
         with torch.no_grad():
             expected = _tensor_of((model or self._with_head(self.head))(*args, **kwargs))
             if not isinstance(expected, Tensor) or _as_rows(expected).ndim != 2:

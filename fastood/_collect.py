@@ -109,7 +109,7 @@ def run(model: nn.Module, loader: Iterable[Any], progress: bool) -> Iterator[Col
     if not isinstance(inner, Attached):
         model = inner = attach(model)
     require_eval(inner, "model")
-    device, labelled, batch = device_of(model), None, None
+    device, labelled = device_of(model), None
     for batch in _shown(loader) if progress else loader:
         inputs, labels = _parted(batch)
         arguments, named = as_arguments(_moved(inputs, device))
