@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastood._attach import attach
+from fastood._attach import OODHead, attach
 from fastood._collect import collect
 from fastood.api import norms, row_stats, score, scores, sweep, warm_up
 from fastood.detector import Detector
@@ -24,6 +24,7 @@ __all__ = [
     "STATISTICS",
     "BatchGrad",
     "Detector",
+    "OODHead",
     "Score",
     "anchor_gradient",
     "attach",

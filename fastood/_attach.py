@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import did_you_mean
+from fastood._inputs import did_you_mean, result_dtype
 from fastood.detector import Detector, accepted
 
 # What torchvision, timm, Hugging Face and many others call the part of a classifier that holds its last layer.
@@ -83,9 +83,7 @@ def attach(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _refuse_wrapped(model)
     if detector is not None:
-        if not isinstance(detector, Detector):
-            raise TypeError(f"detector must be a fastood.Detector, got {type(detector).__name__}")
-        detector.threshold  # noqa: B018 (raises where it is not fitted)
+        _require_fitted(detector)
     if isinstance(head, tuple):
         if len(head) != 2 or not all(isinstance(part, nn.Module) for part in head):
             raise TypeError(f"head must be a name or {_PAIR}, got a tuple of {[type(x).__name__ for x in head]}")
@@ -144,7 +142,8 @@ class Attached(nn.Module):
             return
         (model,) = pending
         with torch.no_grad():
-            expected = _tensor_of((model or self._with_head(self.head))(*args, **kwargs))
+            whole = self._with_head(self.head) if model is None else model
+            expected = _tensor_of(whole(*args, **kwargs))
             if not isinstance(expected, Tensor) or _as_rows(expected).ndim != 2:
                 shape = f"shape {list(expected.shape)}" if isinstance(expected, Tensor) else type(expected).__name__
                 raise ValueError(
@@ -167,14 +166,14 @@ class Attached(nn.Module):
             if model is None:
                 # Scaled to where a soft cap shows, and turned to where a ReLU does. A power of 2, so as to be exact.
                 top = float(expected.double().abs().nan_to_num(0, 0, 0).max()) if expected.numel() else 0
-                factor = -(2.0 ** math.floor(math.log2(1e4 / top))) if 0 < top < 1e4 else -1.0
+                factor = -(2.0 ** min(math.floor(math.log2(1e4 / top)), 60)) if 0 < top < 1e4 else -1.0
                 scaled = self._with_head(_Scaled(self.head, factor))
                 self._compare(logits * factor, _as_rows(_tensor_of(scaled(*args, **kwargs))))
         if expected.isfinite().all(1).any():
             self._unchecked.clear()
 
     def _with_head(self, head: nn.Module) -> nn.Module:
-        """The body with `head` in its place again: the model, as long as its own modules' modes were not changed."""
+        """The body with `head` in its place again: with the model's, the model."""
         return replaced(self.body, next(m for m in self.body.modules() if isinstance(m, _Hole)), head)
 
     def _compare(self, logits: Tensor, expected: Tensor) -> None:
@@ -194,6 +193,65 @@ class Attached(nn.Module):
 
     def _wrong(self, what: str) -> ValueError:
         return ValueError(f"head={self._name} does not split the model: {what}; pass head='its name', or {_PAIR}")
+
+
+class OODHead(nn.Module):
+    """The last layer and a decision in one module, to export: feats [N, D] -> {"logits", "score", "accept"}.
+
+    The threshold is a buffer: it can be set in the module, in the state of an exported program, and in what runs it,
+    without exporting again.
+
+    Parameters
+    ----------
+    head : nn.Module
+        logits [N, C] = head(feats); of a 1x1 Conv2d, with feats flattened. ``attach(model).head`` is one.
+    detector : Detector
+        Fitted.
+
+    Attributes
+    ----------
+    threshold : Tensor
+        The least score that is accepted, a number or with ``per_class`` [C]; float32, float64 for a head in float64.
+        It stays so when the module is cast to a shorter type. Infinity accepts nothing.
+
+    Raises
+    ------
+    TypeError, RuntimeError, ValueError
+        Where head is no module, or detector none that is fitted.
+
+    Examples
+    --------
+    >>> import torch, fastood
+    >>> detector = fastood.Detector("msp", tpr=0.5).fit(torch.tensor([[1.0, 0], [2, 0], [3, 0]]))
+    >>> served = fastood.OODHead(torch.nn.Identity(), detector)
+    >>> served(torch.tensor([[1.5, 0], [2.5, 0]]))["accept"]
+    tensor([False,  True])
+    >>> _ = served.threshold.fill_(0.8)
+    >>> served(torch.tensor([[1.5, 0], [2.5, 0]]))["accept"]
+    tensor([True, True])
+    """
+
+    threshold: Tensor
+
+    def __init__(self, head: nn.Module, detector: Detector) -> None:
+        super().__init__()
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
+        _require_fitted(detector)
+        self.head, self.detector = head, detector
+        limit = detector._limit(torch.empty(0, dtype=result_dtype(*head.parameters()), device=device_of(head)))
+        self.register_buffer("threshold", limit.to(device_of(head), copy=True))
+
+    def forward(self, feats: Tensor) -> dict[str, Tensor]:
+        logits = _as_rows(_applied(self.head, feats))
+        s, c = self.detector._scored(logits, feats, "auto")
+        return {"logits": logits, "score": s, "accept": accepted(s, c, self.threshold)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OODHead:
+        threshold = self.threshold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.threshold = threshold.to(self.threshold.device)  # not in a half type, in which scores never are
+        return self
 
 
 class _Hole(nn.Identity):
@@ -228,7 +286,7 @@ def _replaced(module: nn.Module, old: nn.Module, new: nn.Module, done: dict[nn.M
         return new
     if module not in done:
         done[module] = module  # a module that has itself for a part ends here
-        children = {k: x and _replaced(x, old, new, done) for k, x in module._modules.items()}
+        children = {k: x if x is None else _replaced(x, old, new, done) for k, x in module._modules.items()}
         if any(children[k] is not x for k, x in module._modules.items()):
             # Parameters, buffers and hooks stay in the dictionaries that the original has them in: what is put there
             # later, as `to` does with buffers, both have.
@@ -236,6 +294,12 @@ def _replaced(module: nn.Module, old: nn.Module, new: nn.Module, done: dict[nn.M
             copy.__dict__ = {**module.__dict__, "_modules": children}
             done[module] = copy
     return done[module]
+
+
+def _require_fitted(detector: Any) -> None:
+    if not isinstance(detector, Detector):
+        raise TypeError(f"detector must be a fastood.Detector, got {type(detector).__name__}")
+    detector._calibrate()
 
 
 def require_eval(model: nn.Module, what: str) -> None:
