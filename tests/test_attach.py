@@ -354,6 +354,8 @@ def test_what_cannot_be_split_is_refused(form, message, small):
             for name, p in model.named_parameters():
                 if form is not Rectified or name != "fc.bias":
                     p.mul_(0.05)
+            if hasattr(model, "shift"):
+                model.shift.mul_(0.05)
     with pytest.raises(ValueError, match=message):
         fastood.attach(model, example=images())
     attached = fastood.attach(model)
