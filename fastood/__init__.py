@@ -6,6 +6,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastood._attach import OODHead, attach
+from fastood._collect import collect
 from fastood.api import norms, row_stats, score, scores, sweep, warm_up
 from fastood.detector import Detector
 from fastood.gradients import BatchGrad, anchor_gradient, batchgrad, deep_batchgrad, deep_gradient_norm, gradient_norm
@@ -24,10 +26,13 @@ __all__ = [
     "BatchGrad",
     "Detector",
     "Monitor",
+    "OODHead",
     "Score",
     "anchor_gradient",
+    "attach",
     "backends",
     "batchgrad",
+    "collect",
     "deep_batchgrad",
     "deep_gradient_norm",
     "evaluation",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastood._fork import one_thread_if_forked
 from fastood._inputs import Array, ArrayT, flag, number
@@ -232,6 +232,41 @@ class Detector:
         self._limits = {}
         return self
 
+    def fit_loader(self, model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> Detector:
+        """``fit`` on all that a DataLoader gives, run through a model; a batch at a time is held in memory.
+
+        Parameters
+        ----------
+        model, loader, progress
+            As in ``fastood.collect``; the loader gives in-distribution inputs. Labels that it gives are not looked at:
+            to leave out rows that the classifier gets wrong, ``collect`` them, and ``fit`` with labels.
+
+        Returns
+        -------
+        Detector
+            Itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As ``fit`` and ``fastood.collect`` do.
+
+        Examples
+        --------
+        >>> import torch, fastood
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)).eval()
+        >>> detector = fastood.Detector("energy", norm=0.3).fit_loader(model, torch.randn(100, 8).split(32))
+        >>> detector.rows, detector.classes, detector.dim
+        (100, 10, 16)
+        """
+        from fastood._collect import run
+
+        self._forget()
+        for logits, feats, _ in run(model, loader, progress):
+            self.partial_fit(logits, feats)
+        self._calibrate()
+        return self
+
     def merge(self, other: Detector) -> Detector:
         """Add the rows that another detector of the same settings was fitted on: shards, fitted in parallel.
 
@@ -364,15 +399,7 @@ class Detector:
         tensor([False,  True, False])
         """
         s, c = self._scored(logits, feats, backend)
-        limit = self._limit(s)
-        if c is not None:
-            limit = limit.take(c)
-        accepted: Any
-        if isinstance(s, np.ndarray):
-            accepted = (s >= limit) & (s < math.inf)
-        else:
-            accepted = s.nan_to_num(-math.inf, -math.inf, -math.inf) >= limit  # the same, quicker
-        return accepted
+        return accepted(s, c, self._limit(s))
 
     def p_value(self, logits: ArrayT | None, feats: ArrayT | None = None, *, backend: str = "auto") -> ArrayT:
         """How usual each row is among the calibration rows: float64 [N]. Higher = more in-distribution.
@@ -611,6 +638,15 @@ class Detector:
         else:
             state = f"fitted on {self.rows} rows, threshold={self.threshold:.4g}"
         return f"Detector({self.method!r}{options}{', per_class=True' * self.per_class}; {state})"
+
+
+def accepted(s: Any, c: Any, limit: Any) -> Any:
+    """Scores against a threshold, or against that of predicted class c in [C] of them: bool [N]."""
+    if c is not None:
+        limit = limit.take(c)
+    if isinstance(s, np.ndarray):
+        return (s >= limit) & (s < math.inf)
+    return s.nan_to_num(-math.inf, -math.inf, -math.inf) >= limit  # the same, quicker
 
 
 class _Sample:
