@@ -70,7 +70,8 @@ def test_the_decision_of_the_readme(monkeypatch, tmp_path):
             optimizer.step()
         known, noise = images(2000)[0], torch.randn(2000, 32)
         requests = torch.cat([known, noise, torch.full((1, 32), math.nan)])
-        names = {"model": model, "validation": images(2000)[0], "requests": requests}
+        validation = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images(2000)), batch_size=128)
+        names = {"model": model, "validation": validation, "requests": requests}
     exec(compile(block, "README.md", "exec"), names)
     accept, p = names["accept"], names["p"]
     assert 0.93 < accept[:2000].double().mean() < 0.97
@@ -78,6 +79,7 @@ def test_the_decision_of_the_readme(monkeypatch, tmp_path):
     assert not accept[-1]
     assert p[-1].isnan()
     torch.testing.assert_close(accept[:-1], p[:-1] > 1 - 0.95)
+    torch.testing.assert_close(names["accept_by_hand"], accept)
 
 
 def test_readme_lists_every_score():
