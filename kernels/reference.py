@@ -344,7 +344,8 @@ class Level:
         self.f, self.T = f.double(), T
         level = self.f.detach().amax(-1)
         for _ in range(2):  # the second time for what the first rounded away
-            level = level + T * row_mean(self._beside(level, self.f.detach()).expm1()).log1p()
+            away = row_mean(self._beside(level, self.f.detach()).expm1()).log1p()
+            level = (level / 2 + T / 2 * away) * 2  # each of which may be twice beyond the type
         x = self._beside(level, self.f)
         self.x = x - row_mean(x.expm1()).log1p()[:, None]  # and for the rounding of the level itself
 

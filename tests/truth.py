@@ -5,6 +5,7 @@ Nothing here imports fastood. A row is one vector; the functions take matrices a
 
 import math
 
+import mpmath
 import numpy as np
 
 LD = np.longdouble
@@ -53,10 +54,32 @@ def row_stat(name, f, T):
         "s2": lambda: (p**2).sum(),
         "one_minus_s2": lambda: not_p[top] * p[top] + (p[others] * not_p[others]).sum(),
         "log_one_minus_s2": lambda: log_one_minus_s2(f, T, top),
-        "tv": lambda: np.abs(LD(1) / C - p).sum() / 2,
+        "tv": lambda: to_uniform(f, T, np.abs(LD(1) / C - p).sum() / 2, of_tv),
         "plogp": lambda: sum((x * y for x, y in zip(p, log_p, strict=True) if x > 0), LD(0)),
-        "sumlogp": lambda: log_p.sum(),
+        "sumlogp": lambda: C * (log_p / C).sum(),
+        "kl_uniform": lambda: to_uniform(f, T, -np.log(LD(C)) - (log_p / C).sum(), of_kl_uniform),
     }[name]()
+
+
+def to_uniform(f, T, value, exact):
+    """`value`, or where that is a difference of nearly equal numbers, what comes of the definition in enough digits."""
+    if not value < 1 / 4:
+        return value
+    if (f == f[0]).all():
+        return LD(0)
+    apart = np.diff(np.unique(f[np.isfinite(f)])).min(initial=LD(T))
+    with mpmath.workdps(60 + 2 * math.ceil(np.log10(LD(T) / apart))):
+        z = [mpmath.mpf(float(x)) / mpmath.mpf(float(T)) for x in f]
+        e = [mpmath.exp(x) for x in z]
+        return LD(mpmath.nstr(exact(z, e, mpmath.fsum(e), len(z)), 25))
+
+
+def of_tv(z, e, total, C):
+    return mpmath.fsum(abs(x / total - mpmath.mpf(1) / C) for x in e) / 2
+
+
+def of_kl_uniform(z, e, total, C):
+    return mpmath.log(total / C) - mpmath.fsum(z) / C
 
 
 def log_one_minus_s2(f, T, top):
@@ -170,12 +193,15 @@ def tolerance(name, truth, f, T, eps):
     f = widen(f)
     with np.errstate(all="ignore"):
         size = np.where(np.isfinite(f), np.abs(f), 0).max(1, initial=0)
+        least = 2.0**-126 if eps > 1e-9 else 2.0**-1022
         relative_tail = (32 + 4 * np.minimum(span(f) / T, 104)) * eps
         return {
             "msp": lambda: 32 * eps * truth,
             "s2": lambda: 32 * eps * truth,
             "energy": lambda: 8 * eps * np.maximum(size, T * math.log(f.shape[1])) + 8 * eps * np.abs(truth),
-            "tv": lambda: 8 * eps + 64 * eps * truth,
+            # To relative precision, down to the normal numbers.
+            "tv": lambda: np.minimum(8 * eps, 64 * eps * truth) + 64 * eps * truth + least,
+            "kl_uniform": lambda: relative_tail * np.abs(truth) + least,
             "one_minus_msp": lambda: relative_tail * truth,
             "one_minus_s2": lambda: relative_tail * truth,
             "log_msp": lambda: relative_tail * np.abs(truth),

@@ -11,6 +11,8 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from fastood.kernels import Product, Want
 
@@ -34,6 +36,7 @@ LONG_ROWS = (1, 4)  # of features, beyond that table
 # Of logits beyond ROWS, by their bytes: warps of the program that reads a row in tiles of 16 bytes a thread, or where
 # rows begin anywhere of an element a thread; and how many of either are in flight.
 STREAM = {2: (8, 8, 32), 4: (16, 8, 24)}
+REGISTERS = 1 << 16  # of a multiprocessor: said, or else the compiler spills some of a long row for a second program
 TILES = 4  # of features in flight, 16 bytes a thread
 FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
@@ -48,7 +51,8 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Rows a program, its warps, and the most registers that a thread may have, where the compiler takes too many."""
+    """Rows a program, its warps, and the most registers that a thread may have, where the compiler takes too many
+    or too few."""
 
     rows: int
     warps: int
@@ -62,13 +66,15 @@ class Shape(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """What Triton is told."""
-        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
+        limit = self.registers and torch.version.hip is None  # which knows no such option
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if limit else {})
 
 
 def launch_shape(C: int, D: int, itemsize: int) -> Shape:
     """Of a call with C classes and D features, 0 for what it does not read. `itemsize`: of a logit."""
     if is_streamed(C):
-        return Shape(1, STREAM[itemsize][0])
+        warps = STREAM[itemsize][0]
+        return Shape(1, warps, REGISTERS // (32 * warps) if itemsize == 4 else 0)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
     return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
 

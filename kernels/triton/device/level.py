@@ -14,9 +14,9 @@ FLAT_KL, FLAT_KL_SHARE = tl.constexpr(1.0), tl.constexpr(0.125)  # as KL(u || p)
 
 
 @triton.jit
-def kl_uniform(rest, mean_t, n):
+def kl_uniform(rest, mean_z, n):
     """log mean e^z - mean z, and which rows are so flat that this loses too much."""
-    mean = mean_t.to(tl.float64) * LN2
+    mean = mean_z.to(tl.float64)
     kl = log(1.0 + rest) - log(tl.zeros_like(rest) + n) - mean
     return kl.to(tl.float32), (kl < FLAT_KL) | (kl < mean * -FLAT_KL_SHARE)
 
@@ -87,9 +87,9 @@ def log1p_near(x):
 
 
 @triton.jit
-def mean_t_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+def mean_z_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
                  SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """mean (f - m) scale, summed in float64, of rows in which the sum, or one of its terms, is beyond float32."""
+    """mean z, summed in float64, of rows in which the sum, or one of its terms, is beyond float32."""
     TILES: tl.constexpr = (N + W * P - 1) // (W * P)
     slot = tl.zeros([m.shape[0], W], tl.float64)
     top, wide_scale = m[:, None].to(tl.float64), tl.zeros([1, 1], tl.float64) + scale
@@ -98,4 +98,4 @@ def mean_t_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.const
         for j in tl.static_range(P):
             own = within(w + i * W, j, n, VEC, P)
             slot += tl.where(own, (halves[j].to(tl.float64) - top) * wide_scale, 0.0)
-    return (tl.sum(slot, 1) / n).to(tl.float32)
+    return (tl.sum(slot, 1) * (LN2 / n)).to(tl.float32)

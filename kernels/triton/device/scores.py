@@ -53,7 +53,7 @@ def root(sum, inverse, unit, GENERAL: tl.constexpr, LOG: tl.constexpr):
 @triton.jit
 def parts_of(sums, scale, PEEL_: tl.constexpr):
     """What `statistic` needs of the sums of rows."""
-    m, pivot, rest, squares, exp_t, mean_t, deviation, kl, rare = sums
+    m, pivot, rest, squares, exp_t, mean_z, deviation, kl, rare = sums
     if PEEL_:
         weight = tl.full(m.shape, 1.0, tl.float64)
         far = tl.zeros_like(weight)
@@ -66,15 +66,15 @@ def parts_of(sums, scale, PEEL_: tl.constexpr):
             squares *= near * near
             ratio *= near
             exp_t = tl.where(rest > 0.0, tl.fma(gap.to(tl.float32), rest, exp_t), 0.0)
-        return m, weight, rest, squares, ratio, exp_t, mean_t, deviation, rare, far, kl
+        return m, weight, rest, squares, ratio, exp_t, mean_z, deviation, rare, far, kl
     else:
-        return m, 1.0, rest, squares, squares, exp_t, mean_t, deviation, False, 0.0, kl
+        return m, 1.0, rest, squares, squares, exp_t, mean_z, deviation, False, 0.0, kl
 
 
 @triton.jit
 def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
     """One statistic of kernels/__init__.py; those that vanish with the rest in units of its weight."""
-    m, weight, rest, squares, ratio, cross, mean_t, deviation, _, gap, kl = parts
+    m, weight, rest, squares, ratio, cross, mean_z, deviation, _, gap, kl = parts
     if PEEL_:
         near = weight.to(tl.float32)
         r = rest * near
@@ -98,7 +98,7 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
     elif CODE == TOTAL_VARIATION:
         return deviation * inverse * 0.5
     elif CODE == SUMLOGP_STAT:
-        return tl.fma(mean_t, LN2, 0.0 - total_log).to(tl.float64) * C
+        return (mean_z - total_log).to(tl.float64) * C
     elif CODE == KL_UNIFORM:
         return kl
     elif CODE == ONE_MINUS_MSP:

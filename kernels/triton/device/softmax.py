@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.level import FLAT_TV, kl_uniform, mean_t_again, of_flat_rows
+from fastood.kernels.triton.device.level import FLAT_TV, kl_uniform, mean_z_again, of_flat_rows
 from fastood.kernels.triton.device.words import (
     INF,
+    LN2,
     above,
     any_row,
     fused,
@@ -43,7 +44,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                  P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Of t = (f - max) log2(e) / T over rows of LEAST <= n <= N logits, `rest` meaning all elements but one maximum:
 
-    max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, mean t, sum |2^t - u| with u = (sum 2^t) / n, KL(u || p).
+    max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, mean z, sum |2^t - u| with u = (sum 2^t) / n, KL(u || p).
 
     The three sums over the rest are relative to the pivot: the maximum, or where they would vanish the next
     largest logit; last comes whether any row may have such a pivot. Without PEEL the rest is what remains of the sum
@@ -64,7 +65,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     rest = tl.zeros_like(m)
     squares = rest
     exp_t = rest
-    mean_t = rest
+    mean_z = rest
     deviation = rest
     kl = rest
     pivot = m
@@ -112,7 +113,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
             exp_t = tl.fma(totals[0], back, -(excess * part))
             totals = totals[1:]
         if SUMLOGP & SUMS:
-            mean_t = tl.fma(totals[0], 1.0 / n, -excess)
+            mean_z = tl.fma(totals[0], LN2 / n, excess * -LN2)
         if TV & SUMS:
             u = (rest + 1.0) * unit / N
             deviation = deviations(es, u) * back
@@ -120,14 +121,14 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         if PEEL & SUMS:
             again |= rest < DEEP
         if SUMLOGP & SUMS:
-            again |= mean_t == -INF  # of a sum beyond float32, or a masked class
+            again |= mean_z == -INF  # of a sum beyond float32, or a masked class
         seen = again
         if PLOGP & SUMS:
             seen |= exp_t != exp_t
         if TV & SUMS:
             seen |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
         if KL & SUMS:
-            kl, flat = kl_uniform(rest, mean_t, n)
+            kl, flat = kl_uniform(rest, mean_z, n)
             seen |= flat
         if (PEEL | SUMLOGP | TV) & SUMS:
             rare = any_row(seen)
@@ -147,7 +148,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                         rest = tl.where(again, sum1, rest)
                         squares = tl.where(again, sum2, squares)
                         exp_t = tl.where(again, sum3, exp_t)
-                        mean_t = tl.where(again, sum4, mean_t)
+                        mean_z = tl.where(again, sum4, mean_z)
                         if TV & SUMS:
                             u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / N
                             other = deviations_again(ptr, base, head, some, n, m, scale, u, N, VEC, P, SHIFTED, SOME)
@@ -156,23 +157,23 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                 less = tl.arange(0, LESS)[None, :]
                 if SUMLOGP & SUMS and not PEEL & SUMS:
                     if any_row(again):
-                        other = mean_t_again(ptr, base, head, less, n, m, scale, N, VEC, P, SHIFTED, LESS)
-                        mean_t = tl.where(again, other, mean_t)
+                        other = mean_z_again(ptr, base, head, less, n, m, scale, N, VEC, P, SHIFTED, LESS)
+                        mean_z = tl.where(again, other, mean_z)
                 if (TV | KL) & SUMS:
                     of_max = tl.where(pivot == m, rest, 0.0)
                     kl, deviation = flat_again(
-                        ptr, base, head, less, n, m, of_max, mean_t, deviation, scale, N, VEC, P, SHIFTED, LESS, SUMS
+                        ptr, base, head, less, n, m, of_max, mean_z, deviation, scale, N, VEC, P, SHIFTED, LESS, SUMS
                     )
-    return m, pivot, rest, squares, exp_t, mean_t, deviation, kl, rare
+    return m, pivot, rest, squares, exp_t, mean_z, deviation, kl, rare
 
 
 @triton.jit
-def flat_again(ptr, base, head, w, n, m, rest, mean_t, deviation, scale, N: tl.constexpr, VEC: tl.constexpr,
+def flat_again(ptr, base, head, w, n, m, rest, mean_z, deviation, scale, N: tl.constexpr, VEC: tl.constexpr,
                P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """KL(u || p) and sum |2^t - u|, of nearly flat rows from reading them again."""
     kl, flat = rest, m != m
     if KL & SUMS:
-        kl, flat = kl_uniform(rest, mean_t, n)
+        kl, flat = kl_uniform(rest, mean_z, n)
     if TV & SUMS:
         flat |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
     if any_row(flat):
@@ -275,7 +276,7 @@ def tree_sum(xs):
 @triton.jit
 def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
                SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """The three sums over the rest, and mean t, of rows read again: few are this certain, or this far from 0.
+    """The three sums over the rest, and mean z, of rows read again: few are this certain, or this far from 0.
 
     They are relative to the pivot, in front: where it is far below the maximum, the largest of the other logits.
     """
@@ -306,7 +307,7 @@ def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constex
             sum3 = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), sum3)
             sum4 += tl.where(own, (halves[j].to(tl.float64) - top.to(tl.float64)) * scale, 0.0)
     sum1, sum2 = tl.sum(sum1, 1) + ties, tl.sum(sum2, 1) + ties
-    return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1), tl.sum(sum4, 1) / n))
+    return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1), tl.sum(sum4, 1) * (LN2 / n)))
 
 
 @triton.jit

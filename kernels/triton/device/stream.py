@@ -30,6 +30,7 @@ from fastood.kernels.triton.device.softmax import (
 )
 from fastood.kernels.triton.device.words import (
     INF,
+    LN2,
     above,
     any_row,
     filler,
@@ -77,7 +78,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
     rest = tl.zeros_like(m)
     squares = rest
     exp_t = rest
-    mean_t = rest
+    mean_z = rest
     deviation = rest
     kl = rest
     pivot = m
@@ -112,7 +113,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
         if PLOGP & SUMS:
             exp_t = ((totals[2 if SQUARES & SUMS else 1] - excess * of_all) / unit).to(tl.float32)
         if SUMLOGP & SUMS:
-            mean_t = (totals[len(totals) - 1] / C - excess).to(tl.float32)
+            mean_z = ((totals[len(totals) - 1] / C - excess) * LN2).to(tl.float32)
         if TV & SUMS:
             mean = ((wide + 1.0) * unit / C).to(tl.float32)[:, None]
             slot = words_above(last, scale, highest, mean, P, TYPE)
@@ -125,19 +126,20 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
         if PEEL & SUMS:
             again |= wide < DEEP
         if SUMLOGP & SUMS:
-            again |= mean_t == -INF  # of a sum beyond float32, or a masked class
+            again |= mean_z == -INF  # of a sum beyond float32, or a masked class
         seen = again
         if TV & SUMS:
             seen |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
         if KL & SUMS:
-            kl, flat = kl_uniform(rest, mean_t, C)
+            kl, flat = kl_uniform(rest, mean_z, C)
             seen |= flat
         rare = any_row(seen)
         if rare:
-            w = tl.arange(0, W)[None, :]
+            # In tiles of a word a thread, so that this is not what takes the most registers.
+            w = tl.arange(0, LANES)[None, :]
             head = tl.zeros_like(m).to(tl.int32)[:, None]
             if any_row(again):
-                other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, C, m, scale, C, VEC, P, False, W)
+                other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, C, m, scale, C, VEC, P, False, LANES)
                 if PEEL & SUMS:
                     pivot = tl.where(again, other, m)
                 else:
@@ -145,17 +147,17 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                 rest = tl.where(again, sum1, rest)
                 squares = tl.where(again, sum2, squares)
                 exp_t = tl.where(again, sum3, exp_t)
-                mean_t = tl.where(again, sum4, mean_t)
+                mean_z = tl.where(again, sum4, mean_z)
                 if TV & SUMS:
                     u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / C
-                    other = deviations_again(ptr, base, head, w, C, m, scale, u, C, VEC, P, False, W)
+                    other = deviations_again(ptr, base, head, w, C, m, scale, u, C, VEC, P, False, LANES)
                     deviation = tl.where(again, other, deviation)
             if (TV | KL) & SUMS:
                 of_max = tl.where(pivot == m, rest, 0.0)
                 kl, deviation = flat_again(
-                    ptr, base, head, w, C, m, of_max, mean_t, deviation, scale, C, VEC, P, False, W, SUMS
+                    ptr, base, head, w, C, m, of_max, mean_z, deviation, scale, C, VEC, P, False, LANES, SUMS
                 )
-    return m, pivot, rest, squares, exp_t, mean_t, deviation, kl, rare
+    return m, pivot, rest, squares, exp_t, mean_z, deviation, kl, rare
 
 
 @triton.jit
