@@ -120,7 +120,8 @@ def scores(
 ) -> dict[str, ArrayT]:
     """Many scores from one read of logits and feats: name -> [N]. Higher = more in-distribution.
 
-    The arguments are those of ``fastood.score``; `norm` multiplies the V terms among the methods.
+    The arguments are those of ``fastood.score``; `norm` multiplies the V terms among the methods. The values
+    are ``fastood.score``'s, on a CPU to the bit; see ``fastood.sweep``.
 
     Parameters
     ----------
@@ -169,8 +170,9 @@ def sweep(
 ) -> ArrayT:
     """Every V times every ||h||_r, the grid of Figure 2, from one read: [N, V, P].
 
-    Higher = more in-distribution. ``out[:, i, j]`` is ``score(logits, feats, v[i], norm=norms[j])``; the
-    other arguments are those of ``fastood.score``.
+    Higher = more in-distribution. ``out[:, i, j]`` is ``score(logits, feats, v[i], norm=norms[j])``, on a CPU
+    to the bit; on a GPU each is rounded by itself, within the numeric contract of CONTRIBUTING.md, so a
+    threshold is best taken from the call that it will serve. The other arguments are those of ``fastood.score``.
 
     Parameters
     ----------
