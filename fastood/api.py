@@ -127,9 +127,9 @@ def scores(
 ) -> dict[str, ArrayT]:
     """Many scores from one read of logits and feats: name -> [N]. Higher = more in-distribution.
 
-    The arguments are those of ``fastood.score``, and each value is what it gives for that name: `norm`
-    multiplies the V terms among the methods, left out those alone that take one by default. Keys are plain
-    names, whatever the norm: "energy" is U * V where a norm multiplies it.
+    The arguments are those of ``fastood.score``, and each value is what it gives for that name, on a CPU to the
+    bit (see ``fastood.sweep``): `norm` multiplies the V terms among the methods, left out those alone that take
+    one by default. Keys are plain names, whatever the norm: "energy" is U * V where a norm multiplies it.
 
     Parameters
     ----------
@@ -178,8 +178,10 @@ def sweep(
 ) -> ArrayT:
     """Every V times every ||h||_r, the grid of Figure 2, from one read: [N, V, P].
 
-    Higher = more in-distribution. ``out[:, i, j]`` is ``score(logits, feats, v[i], norm=norms[j])``: every norm
-    multiplies every V, a negative one too (see ``fastood.score``), whose other arguments these are.
+    Higher = more in-distribution. ``out[:, i, j]`` is ``score(logits, feats, v[i], norm=norms[j])``, on a CPU
+    to the bit; on a GPU each is rounded by itself, within the numeric contract of CONTRIBUTING.md, so a
+    threshold is best taken from the call that it will serve. Every norm multiplies every V, a negative one too
+    (see ``fastood.score``, whose other arguments these are).
 
     Parameters
     ----------

@@ -375,6 +375,29 @@ def test_products(backend, data, T, bias):
             truth.assert_close(got, u * v, allowed, f"{name} * ||h||_{r}")
 
 
+@given(data=st.data(), T=st.sampled_from([1.0, 0.5, 20.0]), bias=st.booleans(), log=st.booleans())
+def test_bits_do_not_depend_on_what_is_asked_for_beside(backend, data, T, bias, log):
+    """A threshold from a sweep is used on a score."""
+    if backend == "triton":
+        pytest.skip("a GPU's scores are held to the contract, not to each other's bits")
+    f = data.draw(logits())
+    h = data.draw(feats(rows=len(f)))
+    with_log = [name for name, entry in fastood.SCORES.items() if name != "norm" and (entry.positive or not log)]
+    options = {"temperature": T, "bias": bias, "log": log, "backend": backend}
+    v = data.draw(st.lists(st.sampled_from([x for x in with_log if not fastood.SCORES[x].gradient]), min_size=1, max_size=4))
+    orders = data.draw(st.lists(st.sampled_from([None, 0.2, 0.35, 0.6, 0.7, *ORDERS]), min_size=1, max_size=14))
+    grid = fastood.sweep(f, h, v, orders, **options)
+    for i, name in enumerate(v):
+        j = data.draw(st.integers(0, len(orders) - 1))
+        cell = fastood.score(f, h, name, norm=orders[j], **options)
+        assert torch.equal(cell.nan_to_num(7), grid[:, i, j].nan_to_num(7)), (name, orders[j])
+    names = data.draw(st.lists(st.sampled_from(with_log), min_size=1, max_size=6, unique=True))
+    for name, got in fastood.scores(f, h, names, norm=orders[0], **options).items():
+        own = {} if fastood.SCORES[name].gradient else {"norm": orders[0]}
+        alone = fastood.score(f, h, name, **own, **options)
+        assert torch.equal(alone.nan_to_num(7), got.nan_to_num(7)), name
+
+
 @given(data=st.data(), T=st.sampled_from([1.0, 0.5, 20.0, 1e-3]), bias=st.booleans())
 def test_gradient_scores(backend, data, T, bias):
     f = data.draw(logits())

@@ -324,14 +324,22 @@ def test_tiles_that_need_care(level, odd, where):
             truth.assert_close(got[:, j], expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
 
 
-def test_rows_of_one_value(level):
+@pytest.mark.parametrize("columns", [511, 8000, 70_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_one_value(level, columns, dtype):
     """Rounding errors of equal terms do not average out."""
-    h = torch.tensor([0.1, 1 / 3, 0.7, 1.1, 5.3])[:, None].expand(5, 8000).contiguous()
-    for r in (0.1, 0.3, 0.5, 0.8, 1, 2, 3, 6):
+    h = torch.tensor([0.1, 1 / 3, 0.7, 1.1, 5.3], dtype=dtype)[:, None].expand(5, columns).contiguous()
+    eps = truth.EPS[str(dtype).removeprefix("torch.")]
+    for r in (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 6):
         expected = truth.norm(h, r)
-        for orders in ([r], [0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf]):
+        for orders in ([r], [0, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 4, 5, 6, math.inf]):
             got = fastood.norms(h, orders, backend="cpu")[:, orders.index(r)]
-            truth.assert_close(got, expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
+            truth.assert_close(got, expected, truth.norm_tolerance(h, r, eps) * expected, f"r={r}")
+    f = torch.tensor([0.5, 1.0, 3.0], dtype=dtype)[:, None] * (torch.arange(columns) == 7)  # all but one are equal
+    for name in ("s2", "msp", "one_minus_s2", "tv", "plogp", "sumlogp", "energy"):
+        expected = truth.stat(name, f)
+        got = fastood.row_stats(f, [name], backend="cpu")[name]
+        truth.assert_close(got, expected, truth.tolerance(name, expected, f, 1.0, eps), name)
 
 
 # Around the 16 rows that are finished together, and the 48 classes up to which a row lies in a lane.

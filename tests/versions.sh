@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The oldest and the newest stack that pyproject.toml allows, each in a virtual environment of its own:
 #   tests/versions.sh                            both; some gigabytes to fetch, since old wheels of torch are CUDA's
-#   tests/versions.sh "python3.11 2.8.0 1.26.4 1.5.0"    one: a Python, torch, numpy, scikit-learn
+#   tests/versions.sh "python3.11 2.8.0 1.26.4 1.6.0"    one: a Python, torch, numpy, scikit-learn
 # Not part of .ci/run. What was tried, and when, stands in docs/versions.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-(($#)) || set -- "python3.11 2.8.0 1.26.4 1.5.0" "python3.13 2.14.1 2.4.6 1.9.1"
+(($#)) || set -- "python3.11 2.8.0 1.26.4 1.6.0" "python3.13 2.14.1 2.4.6 1.9.1"
 for stack; do
   read -r python torch numpy sklearn <<< "$stack"
   echo "== $python, torch $torch, numpy $numpy, scikit-learn $sklearn"

@@ -254,7 +254,7 @@ template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int
     v = load(end - lanes);
   } else {
     In held[lanes] = {};
-    for (int64_t j = 0; j < k; j++) held[lanes - k + j] = end[j - k];
+    __builtin_memcpy(held + (lanes - k), end - k, k * sizeof(In));
     v = load(held);
   }
   return from_lane<T>(lanes - k) ? v : all<T>(padding);
@@ -292,7 +292,8 @@ template <class T, class In> INLINE void load_columns(const In* x, int64_t strid
   constexpr int lanes = Vec<T>::lanes;
   In columns[lanes][lanes];
   for (int64_t row = 0; row < lanes; row++)
-    for (int64_t k = 0; k < n; k++) columns[k][row] = x[(row < rows ? row : 0) * stride + k];
+    for (int64_t k = 0; k < n; k++)
+      __builtin_memcpy(&columns[k][row], x + ((row < rows ? row : 0) * stride + k), sizeof(In));  // may lie anywhere
   for (int64_t k = 0; k < n; k++) out[k] = load(columns[k]);
 }
 #endif
@@ -373,7 +374,7 @@ template <int SHIFT> INLINE V<float> exp2_nonpositive(V<float> y) {
   constexpr float bias = Vec<float>::bias + SHIFT, magic = Vec<float>::magic + bias;
   y = larger(all(-bias), y);
   V<float> rounded = y + magic;  // the low bits are those of the result's exponent, 0 for y = -bias, which makes it 0
-  return exp2_fraction<0>(y - (rounded - magic)) * (V<float>)((I<float>)rounded << Vec<float>::mantissa);
+  return exp2_fraction<0>(y - (rounded - magic)) * (V<float>)((U<float>)rounded << Vec<float>::mantissa);
 }
 #endif
 
@@ -389,7 +390,7 @@ template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T>, V<T> n, V<T> f, I<T> 
 }
 #else
 template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T> rounded, V<T>, V<T> f, I<T> zero) {
-  V<T> power = (V<T>)(((I<T>)rounded + (Vec<T>::bias + SHIFT)) << Vec<T>::mantissa);
+  V<T> power = (V<T>)(((U<T>)rounded + (Vec<T>::bias + SHIFT)) << Vec<T>::mantissa);
   V<T> e = exp2_fraction<0>(f) * power;
   return zero ? V<T>{} : e;
 }
@@ -454,11 +455,12 @@ template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
 #else
 template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
   // 2^-1/2 in bits: the mantissa comes out in [2^-1/2, 2^1/2)
-  constexpr int64_t half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
+  constexpr typename Vec<T>::Unsigned half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
   I<T> subnormal = x < Vec<T>::least_normal;
   x = subnormal ? x * T(int64_t(1) << Vec<T>::mantissa) : x;
-  I<T> e = ((I<T>)x - typename Vec<T>::I{} - half) >> Vec<T>::mantissa;
-  *log = log2_mantissa((V<T>)((I<T>)x - (e << Vec<T>::mantissa)));
+  // Unsigned, which may wrap: of a NaN.
+  I<T> e = (I<T>)((U<T>)x - (typename Vec<T>::U{} + half)) >> Vec<T>::mantissa;
+  *log = log2_mantissa((V<T>)((U<T>)x - ((U<T>)e << Vec<T>::mantissa)));
   *exponent = __builtin_convertvector(e + (subnormal & -Vec<T>::mantissa), V<T>);
 }
 #endif
