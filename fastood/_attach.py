@@ -120,6 +120,7 @@ class Attached(nn.Module):
         self._unchecked = [model]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        one_thread_if_forked()
         if self._unchecked:
             self._check(args, kwargs)
         raw = _tensor_of(self.body(*args, **kwargs))
@@ -135,7 +136,6 @@ class Attached(nn.Module):
                 "the split is not checked yet, which a compiled or exported graph cannot do: "
                 "call the attached module on some inputs first, or attach with example=inputs"
             )
-        one_thread_if_forked()
         require_eval(self, "the attached module")
         pending = self._unchecked[:]
         if not pending:  # another thread has done it since
@@ -243,6 +243,7 @@ class OODHead(nn.Module):
         self.register_buffer("threshold", limit.to(device_of(head), copy=True))
 
     def forward(self, feats: Tensor) -> dict[str, Tensor]:
+        one_thread_if_forked()
         logits = _as_rows(_applied(self.head, feats))
         s, c = self.detector._scored(logits, feats, "auto")
         return {"logits": logits, "score": s, "accept": accepted(s, c, self.threshold)}

@@ -21,6 +21,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fastood import plots
+from fastood._fork import one_thread_if_forked
 from fastood.api import BEST_NORM, PAPER_V
 from fastood.evaluation import Evaluation, Scores, evaluate, score_rows, sweep_auroc
 from fastood.files import FileError, atomic
@@ -61,6 +62,7 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     >>> from fastood import demo
     >>> evaluation, written = demo.run("fastood-demo")  # doctest: +SKIP
     """
+    one_thread_if_forked()
     out = Path(out)
     if out.is_file():
         raise FileError(f"{out}: is a file; a folder is wanted to write to")

@@ -10,7 +10,7 @@ import pytest
 CODE = """
 import os, signal, sys, tempfile, threading
 import numpy as np, torch, fastood
-from fastood import evaluation, metrics
+from fastood import demo, evaluation, metrics
 
 N, C, D = 100_000, 4, 6
 torch.set_num_threads(2)
@@ -38,6 +38,16 @@ def detected(f, h, new):
     return {"accept": new.accept(f, h), "p": new.p_value(f, h)}
 
 fitted = fastood.Detector(per_class=True).fit(f, h)
+
+model = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.ReLU(), torch.nn.Linear(D, C)).eval()
+attached = fastood.attach(model, example=h[:2])
+decided = fastood.Detector().fit(*(x.detach() for x in attached(h)))
+
+@torch.no_grad()
+def monitored():
+    monitor = fastood.Monitor(fitted)
+    monitor.update(fitted.score(f, h), fitted.accept(f, h))
+    return {"rows": monitor.rows, "accepted": monitor.accepted, "median": monitor.quantile(0.5)}
 
 EITHER = {  # of tensors and of arrays
     "scores": lambda f, h: fastood.scores(f, h),
@@ -70,6 +80,12 @@ TENSORS = {
     "deep_batchgrad": lambda: fastood.deep_batchgrad(net, h, h[:8], anchors),
     "warm_up": lambda: fastood.warm_up(N, N, methods=["gen", "eg_u_l2sq"], device="cpu"),
     "Detector.choose": lambda: fastood.Detector.choose((f, h), candidates=["msp", "tv"]).accept(f, h),
+    "Monitor": monitored,
+    "attach": lambda: torch.cat(fastood.attach(model, example=h)(h), 1).detach(),
+    "attach before": lambda: torch.cat(attached(h), 1).detach(),
+    "attach with a detector": lambda: fastood.attach(model, detector=decided)(h)[3],
+    "OODHead": lambda: fastood.OODHead(model[2], decided)(h)["accept"],
+    "collect": lambda: fastood.collect(model, [h])._asdict(),
     "score_rows": lambda: evaluation.score_rows([(f, h)]),
     "sweep_auroc": lambda: evaluation.sweep_auroc([(f, h)], {"o": [(q, h)]}, ["msp"], [None, 1]),
 }
@@ -97,6 +113,14 @@ def in_child(work):
         os._exit(0 if work() else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+def demo_takes_one_thread():
+    def stop(line):
+        raise InterruptedError
+    try:
+        demo.run(folder, progress=stop)
+    except InterruptedError:
+        return torch.get_num_threads() == 1
+
 def in_threads(work):  # and in the one that lived through the fork after another one
     results = []
     other = threading.Thread(target=lambda: results.append(work()))
@@ -113,6 +137,7 @@ for name, call in calls.items():
         sys.exit(f"{name}: {code}")
 expected = calls["scores log torch"]()
 assert in_child(lambda: in_threads(lambda: same(calls["scores log torch"](), expected))) == 0
+assert in_child(demo_takes_one_thread) == 0
 assert in_child(lambda: torch.get_num_threads() == 2) == 0  # of a child that has no use for fastood
 """
 
