@@ -150,7 +150,7 @@ def test_nearly_flat_rows(backend, seed, C, exponent, offset, kind, T, dtype):
         x = x / 1000 + (rng.random((3, C)) < 4 / C)
     elif kind == "masked":
         x[:, C // 2] = -np.inf if C > 1 else 0
-    f = torch.from_numpy((x * min(T, 1e30 if dtype != torch.float16 else 1e3) * 2.0**exponent + offset)).to(dtype)
+    f = torch.from_numpy(x * min(T, 1e30 if dtype != torch.float16 else 1e3) * 2.0**exponent + offset).to(dtype)
     h = torch.randn(3, 5).to(dtype)
     got = fastood.row_stats(f, ["kl_uniform", "tv"], temperature=T, backend=backend)
     eps = eps_of(f)
@@ -163,7 +163,7 @@ def test_nearly_flat_rows(backend, seed, C, exponent, offset, kind, T, dtype):
 
 
 def test_a_temperature_keeps_the_order_of_rows(backend):
-    """At a T far above the logits KL(u || p) is half their variance over T^2, and TV half their mean deviation over T."""
+    """At T far above the logits KL(u || p) is half their variance over T^2, and TV half their mean deviation over T."""
     f = torch.randn(10, 300, generator=torch.Generator().manual_seed(0)) * 3
     wide = f.double()
     deviation = (wide - wide.mean(1, keepdim=True)).abs().mean(1) / 2
@@ -384,7 +384,8 @@ def test_bits_do_not_depend_on_what_is_asked_for_beside(backend, data, T, bias, 
     h = data.draw(feats(rows=len(f)))
     with_log = [name for name, entry in fastood.SCORES.items() if name != "norm" and (entry.positive or not log)]
     options = {"temperature": T, "bias": bias, "log": log, "backend": backend}
-    v = data.draw(st.lists(st.sampled_from([x for x in with_log if not fastood.SCORES[x].gradient]), min_size=1, max_size=4))
+    v_terms = [x for x in with_log if not fastood.SCORES[x].gradient]
+    v = data.draw(st.lists(st.sampled_from(v_terms), min_size=1, max_size=4))
     orders = data.draw(st.lists(st.sampled_from([None, 0.2, 0.35, 0.6, 0.7, *ORDERS]), min_size=1, max_size=14))
     grid = fastood.sweep(f, h, v, orders, **options)
     for i, name in enumerate(v):
