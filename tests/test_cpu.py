@@ -324,7 +324,7 @@ def test_tiles_that_need_care(level, odd, where):
             truth.assert_close(got[:, j], expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
 
 
-@pytest.mark.parametrize("columns", [511, 8000, 70_000])
+@pytest.mark.parametrize("columns", [511, 8192, 20_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_of_one_value(level, columns, dtype):
     """Rounding errors of equal terms do not average out."""
@@ -335,7 +335,7 @@ def test_rows_of_one_value(level, columns, dtype):
         for orders in ([r], [0, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 4, 5, 6, math.inf]):
             got = fastood.norms(h, orders, backend="cpu")[:, orders.index(r)]
             truth.assert_close(got, expected, truth.norm_tolerance(h, r, eps) * expected, f"r={r}")
-    f = torch.tensor([0.5, 1.0, 3.0], dtype=dtype)[:, None] * (torch.arange(columns) == 7)  # all but one are equal
+    f = torch.tensor([1e-3, 0.5, 3.0], dtype=dtype)[:, None] * (torch.arange(columns) == 7)  # all but one are equal
     for name in ("s2", "msp", "one_minus_s2", "tv", "plogp", "sumlogp", "energy"):
         expected = truth.stat(name, f)
         got = fastood.row_stats(f, [name], backend="cpu")[name]

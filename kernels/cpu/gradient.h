@@ -138,7 +138,7 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
   const ClassNorm<T, NORM> norm(s.plan, s.gradient, s.row);
   const T per_total = T(unit), log_total = T(s.row.log_total);
   V<T> sums[2] = {}, tops[2] = {};
-  double sum = 0;
+  Total sum;
   for_labels<T>(
       s, softmax,
       [&](int u, V<T> v, V<T> e, V<T> w, int64_t, int64_t first) __attribute__((always_inline)) {

@@ -65,13 +65,14 @@ template <int LANES> struct PowerTable {
 };
 constexpr int TABLES_AT_ONCE = 4;
 
-// One base power y = |h|^base costs one exp2; the orders that are whole multiples of it cost multiplications. Which base
-// an order has hangs on the order alone, or its bits would on the orders beside it.
+// One base power y = |h|^base costs one exp2; the orders that are small multiples of it, or 0.5 more, cost multiplications.
+// Which base an order has hangs on the order alone, or its bits would on the orders beside it.
 struct PowerGroup {
   double base, high;  // high: its leading bits
   bool scaled;        // of |h| / reference instead of |h|
   int multiples;
   int multiple[MAX_ORDERS];
+  bool rooted[MAX_ORDERS];  // times a square root
   int slot[MAX_ORDERS];  // where in NormsState.sum
 };
 

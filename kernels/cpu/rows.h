@@ -29,10 +29,13 @@ template <class T> struct Softmax {
 
 // Calls step(u, v, i, first) on every vector of x: u < WIDTH the accumulator to use, i where it begins, `first`
 // its first lane that counts, 0 but in a last vector that is not full; flush() after each LENGTH elements, so that
-// no sum of floats grows long.
+// no lane's sum grows long.
 constexpr int64_t BLOCK = 512;
 
-template <int WIDTH, class T, int64_t LENGTH = BLOCK, class In, class Step, class Flush>
+template <class T, int WIDTH>
+constexpr int64_t SHORT = 32 * WIDTH * Vec<T>::lanes < BLOCK ? 32 * WIDTH * Vec<T>::lanes : BLOCK;
+
+template <int WIDTH, class T, int64_t LENGTH = SHORT<T, WIDTH>, class In, class Step, class Flush>
 INLINE void for_blocks(const In* x, int64_t n, T padding, Step step, Flush flush) {
   constexpr int64_t lanes = Vec<T>::lanes;
   for (int64_t i = 0; i < n;) {
@@ -67,6 +70,17 @@ template <int WIDTH, class T> INLINE double take(V<T>* sums) {
   add_up<WIDTH, T>(&total, sums);
   return double(sum_of<T>(total));
 }
+
+// A sum of many doubles, in parts, or it would grow long itself.
+struct Total {
+  double sum = 0, part = 0;
+  int parts = 0;
+  void operator+=(double x) {
+    part += x;
+    if (++parts % 16 == 0) sum += part, part = 0;
+  }
+  operator double() const { return sum + part; }
+};
 
 // The largest element that is a number.
 template <class T, class In> static T max_of_row(const In* f, int64_t n) {
@@ -103,7 +117,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   const bool sum_z = plan.sums & SUMLOGP;
   V<T> exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
   I<T> others[W] = {};
-  double all_exp = 0, all_squares = 0, all_exp_z = 0, all_z = 0;
+  Total all_exp, all_squares, all_exp_z, all_z;
   for_blocks<W, T, 16 * W * lanes>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
@@ -145,14 +159,15 @@ template <class T, class In>
 static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int which, LogitsState* state) {
   const Softmax<T> softmax(all<T>(T(state->max)), sharper(plan, plan.power[which]));
   V<T> exp[4] = {};
+  Total total;
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         V<T> d, e = softmax.exp(v, &d);
         exp[u] = add_where(unequal(v, softmax.max), exp[u], e);
       },
-      [&] { state->powers[which] += take<4, T>(exp); });
-  state->powers[which] *= __builtin_ldexp(1.0, -Vec<T>::scaled);
+      [&] { total += take<4, T>(exp); });
+  state->powers[which] = total * __builtin_ldexp(1.0, -Vec<T>::scaled);
 }
 
 // The largest element below the maximum.
@@ -176,7 +191,7 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   const double power = power_below(plan.temperature);
   const T per_T = T(1 / power);
   V<T> exp[2] = {}, squares[2] = {}, exp_z[2] = {};
-  double sum = 0, square = 0, sum_z = 0;
+  Total sum, square, sum_z;
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
@@ -311,7 +326,7 @@ template <class T, class In> static double log2_of_rest(const In* f, int64_t n, 
   if (pivot == minus_inf<T>()) return pivot;
   const Softmax<T> softmax(all<T>(pivot), plan);
   V<T> sums[2] = {};
-  double sum = 0;
+  Total sum;
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
@@ -343,7 +358,8 @@ static double gen(const void* data, int64_t n, const LogitsPlan& plan, double ma
     return exp2_sum<T, true, Vec<T>::scaled>((v - softmax.max) * scale - log_total, (e + l) * power, v == minus_inf<T>());
   };
   V<T> sums[2] = {}, above[2] = {};
-  double sum = 0, count = 0;
+  Total total_sum;
+  double count = 0;
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
@@ -352,13 +368,13 @@ static double gen(const void* data, int64_t n, const LogitsPlan& plan, double ma
         sums[u] += wanted ? term(v) : V<T>{};
         above[u] += wanted ? all<T>(T(1)) : V<T>{};
       },
-      [&] { sum += take<2, T>(sums), count += take<2, T>(above); });
+      [&] { total_sum += take<2, T>(sums), count += take<2, T>(above); });
   // The maximum, whose 1 - p is rest / total; then what is equal to the M-th, as often as there is room for it.
   const double log_rest = rest > 0x1p-900 ? __builtin_log2(rest) : log2_of_rest<T>(f, n, plan, max);
   const double top = __builtin_exp2(gamma * (log_rest - 2 * __builtin_log2(total)));
   const double ties = double(count_at_least<T>(f, n, T(max))), most = double(M < n ? M : n);
   if (level >= max) return most * top;
-  sum = unit * sum + ties * top;
+  const double sum = unit * total_sum + ties * top;
   return level > minus_inf<T>() ? sum + (most - count - ties) * unit * double(term(all<T>(level))[0]) : sum;
 }
 
@@ -440,27 +456,25 @@ template <int P, class T> INLINE V<T> integer_power(V<T> x) {
   else return integer_power<P / 2, T>(x) * integer_power<P / 2, T>(x);
 }
 
-// How many elements until a lane has summed up 16.
-template <class T, int WIDTH> constexpr int64_t SHORT = 16 * WIDTH * Vec<T>::lanes;
-
-template <int P, class T> INLINE double sum_of_powers(const T* y, int64_t n) {
+// Sum of y^P, or where there are roots of their products with those.
+template <int P, class T> static double sum_of_powers(const T* y, const T* roots, int64_t n) {
   V<T> sums[4] = {}, total = {};
-  for_blocks<4, T, SHORT<T, 4>>(
-      y, n, T(0), [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { sums[u] += integer_power<P, T>(v); },
+  for_blocks<4, T>(
+      y, n, T(0),
+      [&](int u, V<T> v, int64_t i, int64_t) __attribute__((always_inline)) {
+        const V<T> power = integer_power<P, T>(v);
+        sums[u] = roots ? fused(power, load(roots + i), sums[u]) : sums[u] + power;
+      },
       [&] { add_up<4, T>(&total, sums); });
   return sum_of<T>(total);
 }
 
-template <class T> static double sum_of_powers(const T* y, int64_t n, int p) {
+template <class T> static double sum_of_powers(const T* y, const T* roots, int64_t n, int p) {
   switch (p) {
-    case 1: return sum_of_powers<1, T>(y, n);
-    case 2: return sum_of_powers<2, T>(y, n);
-    case 3: return sum_of_powers<3, T>(y, n);
-    case 4: return sum_of_powers<4, T>(y, n);
-    case 5: return sum_of_powers<5, T>(y, n);
-    case 6: return sum_of_powers<6, T>(y, n);
-    case 7: return sum_of_powers<7, T>(y, n);
-    default: return sum_of_powers<8, T>(y, n);
+    case 1: return sum_of_powers<1, T>(y, roots, n);
+    case 2: return sum_of_powers<2, T>(y, roots, n);
+    case 3: return sum_of_powers<3, T>(y, roots, n);
+    default: return sum_of_powers<4, T>(y, roots, n);
   }
 }
 
@@ -468,7 +482,7 @@ template <class T> static double sum_of_powers(const T* y, int64_t n, int p) {
 template <int MOST, class T> static void integer_sums(const T* a, int64_t n, T s1, T s2, uint64_t wanted, double* sum) {
   constexpr int W = 2;
   V<T> s[MOST][W] = {}, total[MOST] = {};
-  for_blocks<W, T, SHORT<T, W>>(
+  for_blocks<W, T>(
       a, n, T(0),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         V<T> y = v * s1 * s2;
@@ -487,21 +501,26 @@ template <int MOST, class T> static void integer_sums(const T* a, int64_t n, T s
     if (wanted >> (p + 1) & 1) sum[p + 1] += sum_of<T>(total[p]);
 }
 
-// Sums of y^multiple, y = |h|^base, for the multiples of a group whose slots are wanted.
-template <class T, bool SCALED>
-static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint64_t wanted, const NormsState& s, T* power,
-                       double* sum) {
-  uint64_t slots = 0;
-  for (int j = 0; j < group.multiples; j++) slots |= uint64_t(1) << group.slot[j];
-  if (!(slots & wanted)) return;
+// Sums of y^multiple, y = |h|^base, times the square root of |h| if that is asked for, of the slots of a group that are
+// wanted. ROOTED: of some it is.
+template <class T, bool SCALED, bool ROOTED>
+static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint64_t wanted, const NormsState& s, double* sum) {
   // base = high + low, high so short that its product with an exponent is exact
   const T base = T(group.base), high = T(group.high), low = T(group.base - double(high));
   const T shift = T(s.shift), shift_log = T(s.shift_log);
-  const bool keep = group.multiples > 1 || group.multiple[0] > 1;
-  V<T> sums[4] = {}, total = {};
-  for_blocks<4, T, SHORT<T, 4>>(
+  T power[BLOCK], root[BLOCK];
+  bool powers = false;
+  for (int j = 0; j < group.multiples; j++) powers |= group.multiple[j] && wanted >> group.slot[j] & 1;
+  V<T> sums[4] = {}, total = {}, roots[4] = {}, all_roots = {};
+  for_blocks<4, T>(
       a, whole, T(0),
       [&](int u, V<T> v, int64_t i, int64_t) __attribute__((always_inline)) {
+        if constexpr (ROOTED) {
+          const V<T> square = square_root(v);
+          __builtin_memcpy(root + i, &square, sizeof square);
+          roots[u] += square;
+          if (!powers) return;
+        }
         V<T> e, l;
         log2_parts<T>(v, &e, &l);
         if constexpr (SCALED) {
@@ -509,14 +528,33 @@ static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint6
           l -= shift_log;
         }
         V<T> y = exp2_sum<T, SCALED>(e * high, e * low + l * base, v == 0);
-        if (keep) __builtin_memcpy(power + i, &y, sizeof y);
+        if (!SCALED) __builtin_memcpy(power + i, &y, sizeof y);
         sums[u] += y;
       },
-      [&] { add_up<4, T>(&total, sums); });
-  const double first = sum_of<T>(total);
-  for (int j = 0; j < group.multiples; j++)
-    if (wanted >> group.slot[j] & 1)
-      sum[group.slot[j]] += group.multiple[j] == 1 ? first : sum_of_powers<T>(power, whole, group.multiple[j]);
+      [&] {
+        add_up<4, T>(&total, sums);
+        if constexpr (ROOTED) add_up<4, T>(&all_roots, roots);
+      });
+  for (int j = 0; j < group.multiples; j++) {
+    if (!(wanted >> group.slot[j] & 1)) continue;
+    if (group.multiple[j] == 0) sum[group.slot[j]] += sum_of<T>(all_roots);
+    else if (group.multiple[j] == 1 && !group.rooted[j]) sum[group.slot[j]] += sum_of<T>(total);
+    else sum[group.slot[j]] += sum_of_powers<T>(power, group.rooted[j] ? root : nullptr, whole, group.multiple[j]);
+  }
+}
+
+template <class T>
+static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint64_t wanted, const NormsState& s, double* sum) {
+  bool some = false, rooted = false;
+  for (int j = 0; j < group.multiples; j++) {
+    if (!(wanted >> group.slot[j] & 1)) continue;
+    some = true;
+    rooted |= group.rooted[j];
+  }
+  if (!some) return;
+  if (group.scaled) group_sums<T, true, false>(a, whole, group, wanted, s, sum);
+  else if (rooted) group_sums<T, false, true>(a, whole, group, wanted, s, sum);
+  else group_sums<T, false, false>(a, whole, group, wanted, s, sum);
 }
 
 // |h| of a tile, with its maximum, whether there is a NaN, and how many are not zero.
@@ -546,7 +584,7 @@ template <class T, bool COUNT, class In> static void read_tile(const In* h, int6
 // What is wanted of any chunk of any row.
 template <class T, class In>
 static void norms_with_care(const In* h, int64_t n, const NormsPlan& plan, uint64_t wanted, NormsState* state) {
-  T a[BLOCK], power[BLOCK];
+  T a[BLOCK];
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t m = n - start < BLOCK ? n - start : BLOCK;
     const int64_t whole = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the rest is zeros
@@ -565,10 +603,7 @@ static void norms_with_care(const In* h, int64_t n, const NormsPlan& plan, uint6
       else if (integers >> 2) integer_sums<2, T>(a, whole, s1, s2, integers, state->sum);
       else integer_sums<1, T>(a, whole, s1, s2, integers, state->sum);
     }
-    for (int g = 0; g < plan.groups; g++) {
-      if (plan.group[g].scaled) group_sums<T, true>(a, whole, plan.group[g], wanted, *state, power, state->sum);
-      else group_sums<T, false>(a, whole, plan.group[g], wanted, *state, power, state->sum);
-    }
+    for (int g = 0; g < plan.groups; g++) group_sums<T>(a, whole, plan.group[g], wanted, *state, state->sum);
   }
 }
 

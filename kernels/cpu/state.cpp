@@ -196,8 +196,8 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
       out[j] = {r, int(r)};
       continue;
     }
-    const double multiple = std::round(r / 0.1);
-    const bool shares = r <= UNSCALED && multiple >= 1 && std::fabs(multiple * 0.1 - r) <= 1e-15 * r;
+    const int tenths = int(std::round(r / 0.1));
+    const bool shares = r <= UNSCALED && tenths >= 1 && std::fabs(tenths * 0.1 - r) <= 1e-15 * r;
     const double base = shares ? 0.1 : r;
     int g = 0;
     while (g < plan->groups && !(plan->group[g].base == base)) g++;
@@ -212,7 +212,8 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
       plan->groups++;
     }
     const int slot = plan->slots++;
-    group.multiple[group.multiples] = shares ? int(multiple) : 1;
+    group.rooted[group.multiples] = shares && tenths >= 5;
+    group.multiple[group.multiples] = shares ? tenths % 5 : 1;
     group.slot[group.multiples++] = slot;
     plan->order[slot] = r;
     plan->scaled[slot] = group.scaled;

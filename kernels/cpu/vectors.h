@@ -117,6 +117,9 @@ INLINE V<double> square_root(V<double> x) { return (V<double>)_mm512_sqrt_pd((__
 #elif VECTOR_BYTES == 32
 INLINE V<float> square_root(V<float> x) { return (V<float>)_mm256_sqrt_ps((__m256)x); }
 INLINE V<double> square_root(V<double> x) { return (V<double>)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__SSE2__)
+INLINE V<float> square_root(V<float> x) { return (V<float>)_mm_sqrt_ps((__m128)x); }
+INLINE V<double> square_root(V<double> x) { return (V<double>)_mm_sqrt_pd((__m128d)x); }
 #else
 template <class X> INLINE X square_root(X x) {
   for (unsigned k = 0; k < sizeof x / sizeof x[0]; k++) x[k] = __builtin_sqrt(x[k]);
