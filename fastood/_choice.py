@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -80,18 +81,22 @@ def choose(
             f"id must have at least {needed} rows for tpr={options['tpr']:g}, half of them to choose and half to "
             f"calibrate, got {len(logits)}"
         )
+    _refuse_odd(logits, feats)
     detectors = [Detector(**settings, **options) for settings in _listed(candidates, feats is not None)]
     if not detectors:
         raise ValueError("candidates must not be empty")
-    generator = torch.Generator().manual_seed(seed)
-    choosing, judging = _halves((logits, feats), generator)
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    generator = torch.Generator("cpu").manual_seed(int(seed))
+    choosing, judging = _halves((logits, feats), int(seed))
     if outside is None:
         sets = {
             name: (_synthetic(name, choosing, generator), _synthetic(name, judging, generator)) for name in SYNTHETIC
         }
     else:
         if not isinstance(outside, Mapping) or not outside:
-            raise TypeError(f"ood must be None or a dict of name -> (logits, feats), got {outside!r}")
+            got = "an empty one" if isinstance(outside, Mapping) else type(outside).__name__
+            raise TypeError(f"ood must be None or a dict of name -> (logits, feats), got {got}")
         sets, columns = {}, _columns((logits, feats))
         for name, x in outside.items():
             rows = _rows(f"ood[{name!r}]", x)
@@ -99,7 +104,7 @@ def choose(
                 raise ValueError(f"ood[{name!r}] must have the columns of id, {columns}, got {_columns(rows)}")
             if len(rows[0]) < 4:
                 raise ValueError(f"ood[{name!r}] must have at least 4 rows, got {len(rows[0])}")
-            sets[name] = _halves(rows, generator)
+            sets[name] = _halves(rows, int(seed))
     placed = [_placements(d, choosing, [a for a, _ in sets.values()]) for d in detectors]
     aurocs = np.array([math.nan if p is None else p.auroc for p in placed])
     if np.isnan(aurocs).all():
@@ -115,7 +120,7 @@ def choose(
         table.append({**settings, **d.params, **dict(zip(("auroc", "behind", "stderr"), found, strict=True))})
     order = sorted(range(len(table)), key=lambda i: (math.isnan(aurocs[i]), -aurocs[i]))
     rivals = sum(row["behind"] < 2 * row["stderr"] or row["behind"] == 0 for row in table) - 1
-    chosen = detectors[best].fit(*judging)
+    chosen = detectors[best].partial_fit(*judging)  # without the warning of fit: this score was measured
     figures = {name: _placements(chosen, judging, [b]) for name, (_, b) in sets.items()}
     choice = Choice(
         table=[table[i] for i in order],
@@ -138,6 +143,18 @@ def _rows(name: str, x: Any) -> Rows:
     if f is None:
         raise TypeError(f"{name}: logits must be a torch tensor or a numpy array, got None")
     return f.detach(), None if h is None else h.detach()
+
+
+def _refuse_odd(logits: Tensor, feats: Tensor | None) -> None:
+    """Before a candidate is passed over for them, or half of the rows is counted alone."""
+    odd = ~logits.amax(1).isfinite()  # NaN among them, +inf, or -inf alone: no softmax
+    if feats is not None and feats.shape[1]:
+        odd |= ~feats.isfinite().all(1)
+    if rows := odd.nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"id: {len(rows)} of {len(logits)} rows hold NaN, infinite features, or logits without a softmax, the "
+            f"first of them row {rows[0]}: leave those rows out, knowingly"
+        )
 
 
 def _listed(candidates: Iterable[Any] | None, with_feats: bool) -> list[dict[str, Any]]:
@@ -170,9 +187,10 @@ def _columns(rows: Rows) -> str:
     return f"{f.shape[1]} of logits and {'none' if h is None else h.shape[1]} of feats"
 
 
-def _halves(rows: Rows, generator: torch.Generator) -> tuple[Rows, Rows]:
+def _halves(rows: Rows, seed: int) -> tuple[Rows, Rows]:
+    """Sets of the same length are split alike, so that a corrupted copy of a row stays in the row's half."""
     n = len(rows[0])
-    i = torch.randperm(n, generator=generator)
+    i = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return _at(rows, i[: n // 2]), _at(rows, i[n // 2 :])
 
 
@@ -187,15 +205,17 @@ def _synthetic(name: str, rows: Rows, generator: torch.Generator) -> Rows:
     f, h = rows
     n, m = len(f), min(len(f), _MOST)
     if name == "shuffled":
-        i, j = (None if x is None else torch.randint(n, (m, x.shape[1]), generator=generator) for x in (f, h))
+        i, j = (
+            None if x is None else torch.randint(n, (m, x.shape[1]), generator=generator, device="cpu") for x in (f, h)
+        )
         assert i is not None
         return f.gather(0, i.to(f.device)), None if h is None or j is None else h.gather(0, j.to(h.device))
     c = f.argmax(1).cpu()
-    i, j = torch.randint(n, (2, 20 * m), generator=generator)
+    i, j = torch.randint(n, (2, 20 * m), generator=generator, device="cpu")
     differ = (c[i] != c[j]).nonzero()[:m, 0]
     if len(differ) < 2:
         raise ValueError("id must have rows of several predicted classes, to make outliers of; or give ood")
-    weight = (0.3 + 0.4 * torch.rand(len(differ), 1, generator=generator)).to(f.device, f.dtype)
+    weight = (0.3 + 0.4 * torch.rand(len(differ), 1, generator=generator, device="cpu")).to(f.device, f.dtype)
     (fi, hi), (fj, hj) = _at(rows, i[differ]), _at(rows, j[differ])
     # A sum of two products, for between two logits of -inf, torch.lerp would find NaN.
     mixed = [None if x is None or y is None else weight * x + (1 - weight) * y for x, y in ((fi, fj), (hi, hj))]

@@ -166,9 +166,30 @@ def choice(name: str, x: Any, known: Sequence[str]) -> str:
     return known[known.index(x)]  # a plain str: the str of an enum's member is its name
 
 
+def class_labels(name: str, labels: Any, n: int, C: int) -> Tensor:
+    """`labels`, integers of any type, order and strides, as n of C classes: int64, on the device they are on."""
+    if isinstance(labels, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array: leave those rows out")
+    if isinstance(labels, np.ndarray):
+        if labels.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be integers, got numpy {labels.dtype}")
+        y = torch.from_numpy(labels.astype(np.int64))
+    elif not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch tensor or a numpy array of integers, got {type(labels).__name__}")
+    else:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {labels.dtype}")
+        y = labels.long()
+    if y.shape != (n,):
+        raise ValueError(f"{name} must be [{n}], one class per row, got shape {list(y.shape)}")
+    if n and (int(y.min()) < 0 or int(y.max()) >= C):
+        raise ValueError(f"{name} must be classes 0..{C - 1}, got {int(y.min())}..{int(y.max())}")
+    return y
+
+
 def did_you_mean(x: Any, known: Iterable[str]) -> str:
     """The end of a message about a name that is not known."""
-    close = get_close_matches(x.lower(), [*known], n=1) if isinstance(x, str) else []
+    close = get_close_matches(x.lower(), [name for name in known if name != x], n=1) if isinstance(x, str) else []
     return f": did you mean {close[0]!r}?" if close else ""
 
 

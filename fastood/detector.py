@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import EllipsisType
@@ -15,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastood._data import label_of
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import Array, ArrayT, flag, number
+from fastood._inputs import Array, ArrayT, class_labels, flag, number
 from fastood._plan import Plan
 from fastood._version import __version__
 from fastood.api import _entry, score
@@ -168,6 +170,12 @@ class Detector:
             Where a score is NaN or infinite (the message says how many are), or where the rows are too few
             for `tpr` (it says how many it takes).
 
+        Warns
+        -----
+        UserWarning
+            Where a norm multiplies V and a threshold is below 0: there V is negative, and a larger norm lowers the
+            score, so what has small features, as noise often has, is accepted.
+
         Notes
         -----
         `backend` as in ``fastood.score``.
@@ -183,6 +191,7 @@ class Detector:
         self._forget()
         self.partial_fit(logits, feats, labels, backend=backend)
         self._calibrate()
+        self._warn_if_inverted()
         return self
 
     def partial_fit(
@@ -221,7 +230,7 @@ class Detector:
                 raise ValueError("logits must be given with labels: they say which class a row is predicted to be")
             c = _numpy(logits.argmax(1) if c is None else c)
             if labels is not None:
-                right = c == _checked_labels(labels, logits)
+                right = c == _numpy(class_labels("labels", labels, *logits.shape))
                 x, c = x[right], c[right]
         self._all.add(x)
         if self.per_class:
@@ -265,6 +274,7 @@ class Detector:
         for logits, feats, _ in run(model, loader, progress):
             self.partial_fit(logits, feats)
         self._calibrate()
+        self._warn_if_inverted()
         return self
 
     def merge(self, other: Detector) -> Detector:
@@ -507,6 +517,18 @@ class Detector:
             self._limits = limits  # whole, for another thread may be reading
         return np.atleast_1d(self._limits[np.dtype(np.float64)])
 
+    def _warn_if_inverted(self) -> None:
+        entry = _entry(self.method)
+        if self._order is None or entry.gradient or not entry.stats:
+            return  # no norm multiplies a V
+        lowest = self._calibrate().min()
+        if lowest < 0:
+            warnings.warn(
+                f"a threshold of {label_of(entry, self._order)} is {lowest:.4g}: below 0 a larger norm makes a row "
+                "look less in-distribution, a smaller one is accepted; norm=None leaves the norm out",
+                stacklevel=3,
+            )
+
     def _fitted(self) -> None:
         if self.classes is None and self.dim is None:
             raise RuntimeError("the detector is not fitted: call fit, partial_fit or load first")
@@ -516,15 +538,17 @@ class Detector:
     def save(self, path: str | os.PathLike[str]) -> None:
         """To one .safetensors file, which ``Detector.load`` reads: settings, and the calibration scores.
 
-        It needs safetensors, which ``pip install "fastood[cli]"`` brings. The file appears whole or not at all.
+        The file appears whole or not at all. FileError (a ValueError) where it has another extension, or there can be
+        no such file.
 
         Examples
         --------
         >>> detector.save("detector.safetensors")  # doctest: +SKIP
         """
-        from fastood.files import atomic, library  # which `import fastood` need not load
+        from fastood.files import atomic, library, writable  # which `import fastood` need not load
 
         self._fitted()
+        path = writable(path, suffixes=(".safetensors",))
         samples = [self._all, *(self._of_class.get(k, _Sample()) for k in range(self.classes or 0) if self.per_class)]
         ranked = [sample.ranked() for sample in samples]
         tensors = {
@@ -802,17 +826,3 @@ def _new_sketch() -> Any:
 
 def _numpy(x: Any) -> NDArray[Any]:
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
-
-
-def _checked_labels(labels: Any, logits: Any) -> NDArray[Any]:
-    N, C = logits.shape
-    if not isinstance(labels, Tensor | np.ndarray):
-        raise TypeError(f"labels must be a torch tensor or a numpy array, got {type(labels).__name__}")
-    y = _numpy(labels)
-    if y.dtype.kind not in "iu":
-        raise TypeError(f"labels must be integers, the true classes, got {labels.dtype}")
-    if y.shape != (N,):
-        raise ValueError(f"labels must be [{N}], one class for every row of logits, got shape {list(y.shape)}")
-    if N and (y.min() < 0 or y.max() >= C):
-        raise ValueError(f"labels must be classes from 0 to {C - 1}, got {y.min()} to {y.max()}")
-    return y

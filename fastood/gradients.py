@@ -21,6 +21,7 @@ from fastood._fork import one_thread_if_forked
 from fastood._inputs import (
     ArrayT,
     choice,
+    class_labels,
     flag,
     give,
     label_probabilities,
@@ -576,24 +577,11 @@ def _gradient_arguments(
 
 def _classes(name: str, labels: Any, n: int, C: int, device: torch.device) -> Tensor:
     """`labels` as n classes of C, int64 on `device`, with a warning where a class has none."""
-    if isinstance(labels, np.ma.MaskedArray):
-        raise TypeError(f"{name} must not be a masked array: leave those anchors out")
+    y = class_labels(name, labels, n, C)
     if isinstance(labels, np.ndarray):
-        if labels.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be integers, got numpy {labels.dtype}")
-        y = torch.from_numpy(labels.astype(np.int64)).to(device)  # of any type, order and strides
-    elif not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch tensor or a numpy array of integers, got {type(labels).__name__}")
-    else:
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, got {labels.dtype}")
-        if labels.device != device:
-            raise ValueError(f"{name} must be on the device of logits, {device}, got {labels.device}")
-        y = labels.long()
-    if y.shape != (n,):
-        raise ValueError(f"{name} must be [{n}], one class per anchor, got shape {list(y.shape)}")
-    if n and (int(y.min()) < 0 or int(y.max()) >= C):
-        raise ValueError(f"{name} must be classes 0..{C - 1}, got {int(y.min())}..{int(y.max())}")
+        y = y.to(device)
+    elif y.device != device:
+        raise ValueError(f"{name} must be on the device of logits, {device}, got {y.device}")
     if missing := C - len(y.unique()):
         warnings.warn(
             f"{name}: {missing} of {C} classes have no anchor; BatchGrad (Eq. 6) takes one or more of each",

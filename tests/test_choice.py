@@ -56,15 +56,14 @@ def test_it_takes_the_best_and_says_so():
     assert (detector.rows, detector.tpr) == (200, 0.9)
     assert choice.auroc.keys() == choice.stderr.keys() == choice.accepted.keys() == outside.keys()
     # The figures are of the rows that did not choose, the threshold is of those of id among them.
-    g = torch.Generator().manual_seed(0)
-    i = torch.randperm(400, generator=g)[200:]
+    i = torch.randperm(400, generator=torch.Generator().manual_seed(0))[200:]
     kept = inside[0][i], inside[1][i]
     assert (
         detector.threshold
         == Detector(detector.method, norm=detector.norm, temperature=detector.temperature, tpr=0.9).fit(*kept).threshold
     )
     for name, (f, h) in outside.items():
-        j = torch.randperm(200, generator=g)[100:]
+        j = torch.randperm(200, generator=torch.Generator().manual_seed(0))[100:]
         s, o = detector.score(*kept), detector.score(f[j], h[j])
         assert choice.auroc[name] == pytest.approx(roc_auc_score([1] * 200 + [0] * 100, torch.cat([s, o])), abs=1e-12)
         assert choice.accepted[name] == (o >= detector.threshold).double().mean().item()
@@ -176,12 +175,47 @@ def test_outliers_without_a_finite_score_count_as_refused():
         ({"candidates": ["enrgy"]}, ValueError, "method must be one of"),
         ({"candidates": [{"norm": -1}]}, ValueError, "norm must be a number >= 0"),
         ({"id": (torch.ones(100, 3), None)}, ValueError, "id must have rows of several predicted classes"),
-        ({"id": (rows()[0].log(), None), "ood": {"a": (rows()[0], None)}}, ValueError, "candidates: none has a finite"),
+        ({"id": (rows()[0].log(), rows()[1])}, ValueError, "rows hold NaN, infinite features, or logits without a"),
+        ({"id": (rows()[0], rows()[1] / 0)}, ValueError, "the first of them row"),
+        ({"candidates": [{"method": "norm", "norm": 0.001}]}, ValueError, "candidates: none has a finite"),
+        ({"seed": "a"}, TypeError, "seed must be an integer, got str"),
+        ({"ood": [rows()]}, TypeError, "ood must be None or a dict of name -> (logits, feats), got list"),
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Detector.choose(**{"id": rows(), **arguments})
+
+
+def test_rows_without_a_score_are_refused_whichever_half_they_fall_in():
+    f, h = rows()
+    h[[3, 200]] = math.nan
+    for seed in range(4):
+        with pytest.raises(ValueError, match=r"id: 2 of 300 rows hold NaN, .* the first of them row 3: leave"):
+            Detector.choose((f, h), seed=seed)
+
+
+def test_a_corrupted_copy_of_a_row_stays_in_the_rows_half(monkeypatch):
+    """Or the half that judges would have been seen by the one that chooses."""
+    seen = []
+    placements = _choice._placements
+    monkeypatch.setattr(
+        _choice,
+        "_placements",
+        lambda d, inside, outside: seen.append((inside, outside)) or placements(d, inside, outside),
+    )
+    f, h = rows()
+    Detector.choose((f, h), {"blurred": (f / 2, h)}, ["msp"])
+    assert len(seen) == 2
+    for (inside, _), [(blurred, _)] in seen:
+        assert torch.equal(inside / 2, blurred)
+
+
+def test_under_another_default_device():
+    f, h = rows()
+    with torch.device("meta"):
+        chosen = Detector.choose((f, h), candidates=["msp"])
+    assert chosen.threshold == Detector.choose((f, h), candidates=["msp"]).threshold
 
 
 def test_a_detector_that_was_not_chosen_has_no_choice():

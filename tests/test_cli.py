@@ -749,7 +749,7 @@ def test_fit_warns_of_the_data(data):
         (["--out", "nowhere/det.safetensors"], "nowhere"),
         (["--labels-key", "y"], "val.npz: must hold 'y', found 'logits', 'feats', 'names', 'wrong'"),
         (["--labels-key", "names"], "val.npz: 'names' must hold integers, the true classes, got strings"),
-        (["--labels-key", "wrong"], "labels must be classes from 0 to 5, got 9 to 9"),
+        (["--labels-key", "wrong"], "labels must be classes 0..5, got 9..9"),
         (["--device", "abacus"], "--device must be a torch device"),
         (["--backend", "abacus"], "must be 'auto' or one of ['"),
     ],

@@ -238,17 +238,34 @@ def test_labels_leave_out_what_the_classifier_gets_wrong(per_class):
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        (torch.zeros(3), TypeError, "labels must be integers, the true classes, got torch.float32"),
-        (torch.zeros(3, dtype=torch.bool), TypeError, "labels must be integers, the true classes, got torch.bool"),
-        ([0, 1, 2], TypeError, "labels must be a torch tensor or a numpy array, got list"),
-        (torch.tensor([0, 1]), ValueError, "labels must be [3], one class for every row of logits, got shape [2]"),
-        (torch.tensor([0, 1, 5]), ValueError, "labels must be classes from 0 to 4, got 0 to 5"),
-        (torch.tensor([0, -1, 4]), ValueError, "labels must be classes from 0 to 4, got -1 to 4"),
+        (torch.zeros(3), TypeError, "labels must be integers, got torch.float32"),
+        (torch.zeros(3, dtype=torch.bool), TypeError, "labels must be integers, got torch.bool"),
+        ([0, 1, 2], TypeError, "labels must be a torch tensor or a numpy array of integers, got list"),
+        (np.ma.masked_array([0, 1, 2], [0, 0, 1]), TypeError, "labels must not be a masked array: leave those rows"),
+        (torch.tensor([0, 1]), ValueError, "labels must be [3], one class per row, got shape [2]"),
+        (torch.tensor([0, 1, 5]), ValueError, "labels must be classes 0..4, got 0..5"),
+        (torch.tensor([0, -1, 4]), ValueError, "labels must be classes 0..4, got -1..4"),
     ],
 )
 def test_bad_labels(labels, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Detector("msp").partial_fit(data(3)[0], labels=labels)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_a_norm_that_turns_the_score_round_is_said(per_class):
+    logits, feats = data()
+    with pytest.warns(UserWarning, match=r"a threshold of energy\*\|\|h\|\|_0.3 is -.*: below 0 .* norm=None") as seen:
+        fitted = Detector(per_class=per_class).fit(logits - 30, feats)
+    assert seen[0].filename == __file__
+    assert fitted.accept(logits - 30, feats * 1e-3).all()  # what it warns of
+    Detector(norm=None, per_class=per_class).fit(logits - 30, feats)
+    Detector("exgrad", per_class=per_class).fit(logits - 30, feats)
+    # A few negative rows are below a threshold that is not, and refused as they should be.
+    few = logits.clone()
+    few[:3] -= 30
+    fitted = Detector().fit(few, feats)
+    assert not fitted.accept(logits - 30, feats * 1e-3).any()
 
 
 # ---- batches and shards
@@ -403,13 +420,25 @@ def test_no_rows():
         ({"tpr": 95}, ValueError, "tpr must be a number between 0 and 1, got 95"),
         ({"tpr": 0}, ValueError, "tpr must be a finite number > 0, got 0"),
         ({"tpr": math.nan}, ValueError, "tpr must be a finite number > 0, got nan"),
-        ({"gamma": 0.1}, TypeError, "gamma: no such argument"),
+        ({"gamma": 0.1}, TypeError, "gamma: no such argument, nor a parameter of energy"),
         ({"method": "gen", "norm": None, "gamma": -1}, ValueError, "gamma must be a finite number > 0"),
     ],
 )
 def test_bad_settings(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Detector(**options)
+
+
+def test_no_argument_is_advised_in_its_own_place():
+    with pytest.raises(TypeError, match=r"log: no such argument, nor a parameter of energy$"):
+        Detector(log=True)
+
+
+def test_it_is_saved_under_a_name_that_says_what_it_is(tmp_path):
+    fitted = Detector("msp").fit(data()[0])
+    for name in ("x.pt", "x"):
+        with pytest.raises(FileError, match=r"x.*: the file's name must end with \.safetensors"):
+            fitted.save(tmp_path / name)
 
 
 def test_before_it_is_fitted():

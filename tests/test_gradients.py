@@ -311,7 +311,7 @@ def test_batchgrad_arguments():
         fastood.anchor_gradient(f, h, y.float())
     with pytest.raises(TypeError, match="labels must be a torch tensor or a numpy array of integers, got NoneType"):
         fastood.anchor_gradient(f, h, None)
-    with pytest.raises(ValueError, match=r"labels must be \[4\], one class per anchor, got shape \[3\]"):
+    with pytest.raises(ValueError, match=r"labels must be \[4\], one class per row, got shape \[3\]"):
         fastood.anchor_gradient(f, h, y[:3])
     for bad in (math.nan, math.inf, -math.inf):
         G[1, 1] = bad
@@ -355,13 +355,13 @@ def test_labels_of_anchors_are_integers_of_any_kind(kind, default_device):
 @pytest.mark.parametrize(
     ("labels", "error", "words"),
     [
-        (np.ma.masked_array(LABELS, [0, 0, 0, 1]), TypeError, "labels must not be a masked array: leave those anchors"),
+        (np.ma.masked_array(LABELS, [0, 0, 0, 1]), TypeError, "labels must not be a masked array: leave those rows"),
         (LABELS.astype(float), TypeError, "labels must be integers, got numpy float64"),
         (LABELS > 0, TypeError, "labels must be integers, got numpy bool"),
         (torch.from_numpy(LABELS > 0), TypeError, r"labels must be integers, got torch\.bool"),
         (LABELS.astype(object), TypeError, "labels must be integers, got numpy object"),
         (LABELS.astype("uint64") - 1, ValueError, r"labels must be classes 0\.\.2, got -1\.\.1"),
-        (LABELS[:, None], ValueError, r"labels must be \[4\], one class per anchor, got shape \[4, 1\]"),
+        (LABELS[:, None], ValueError, r"labels must be \[4\], one class per row, got shape \[4, 1\]"),
         (LABELS.tolist(), TypeError, "labels must be a torch tensor or a numpy array of integers, got list"),
     ],
 )
@@ -774,7 +774,7 @@ def test_deep_batchgrad_is_a_loop_of_autograd():
     ):
         with pytest.raises(ValueError, match="model must map inputs"):
             deep(Two(6, 4).double().eval())
-    with pytest.raises(ValueError, match=r"anchor_labels must be \[40\], one class per anchor, got shape \[39\]"):
+    with pytest.raises(ValueError, match=r"anchor_labels must be \[40\], one class per row, got shape \[39\]"):
         fastood.deep_batchgrad(net, x, anchors, labels[1:])
 
 
