@@ -22,7 +22,7 @@ settings.register_profile(
     "interpreter", settings.get_profile("default"), max_examples=8, suppress_health_check=list(HealthCheck)
 )
 # A fuzz of some minutes, before a release: see CONTRIBUTING.md.
-settings.register_profile("fuzz", settings.get_profile("default"), max_examples=1500)
+settings.register_profile("fuzz", settings.get_profile("default"), max_examples=500)
 settings.load_profile("default")
 
 

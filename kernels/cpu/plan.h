@@ -80,6 +80,7 @@ struct NormsPlan {
   bool count;       // l0
   bool extremes;    // l0 or l_inf
   int integers;     // bits 1..6: the orders that are formed by multiplication alone, in slots 1..6
+  bool scaled_integers;  // of |h| / 2^(shift + 1): those of floats stay within the doubles as they are
   int groups;
   PowerGroup group[MAX_ORDERS];
   int slots;        // in use, integers included

@@ -478,8 +478,9 @@ template <class T> static double sum_of_powers(const T* y, const T* roots, int64
   }
 }
 
-// Sums of integer powers 1..6 of y * scale in one pass, as far as `most`; those that are `wanted` are added.
-template <int MOST, class T> static void integer_sums(const T* a, int64_t n, T s1, T s2, uint64_t wanted, double* sum) {
+// Sums of integer powers 1..6 of y * scale in one pass, as far as `most`; those that are `wanted` are added, times unit^p.
+template <int MOST, class T>
+static void integer_sums(const T* a, int64_t n, T s1, T s2, uint64_t wanted, double unit, double* sum) {
   constexpr int W = 2;
   V<T> s[MOST][W] = {}, total[MOST] = {};
   for_blocks<W, T>(
@@ -497,8 +498,11 @@ template <int MOST, class T> static void integer_sums(const T* a, int64_t n, T s
         }
       },
       [&] { UNROLL for (int p = 0; p < MOST; p++) add_up<W, T>(&total[p], s[p]); });
-  UNROLL for (int p = 0; p < MOST; p++)
-    if (wanted >> (p + 1) & 1) sum[p + 1] += sum_of<T>(total[p]);
+  double scale = 1;
+  for (int p = 0; p < MOST; p++) {
+    scale *= unit;
+    if (wanted >> (p + 1) & 1) sum[p + 1] += scale * sum_of<T>(total[p]);
+  }
 }
 
 // Sums of y^multiple, y = |h|^base, times the square root of |h| if that is asked for, of the slots of a group that are
@@ -599,9 +603,10 @@ static void norms_with_care(const In* h, int64_t n, const NormsPlan& plan, uint6
     if (integers) {
       const int k = -int(state->shift) - 1, k1 = k < -126 ? -126 : k > 126 ? 126 : k;
       const T s1 = T(__builtin_ldexp(1.0, k1)), s2 = T(__builtin_ldexp(1.0, k - k1));
-      if (integers >> 3) integer_sums<6, T>(a, whole, s1, s2, integers, state->sum);
-      else if (integers >> 2) integer_sums<2, T>(a, whole, s1, s2, integers, state->sum);
-      else integer_sums<1, T>(a, whole, s1, s2, integers, state->sum);
+      const double unit = plan.scaled_integers ? 1 : 2 * state->unit;
+      if (integers >> 3) integer_sums<6, T>(a, whole, s1, s2, integers, unit, state->sum);
+      else if (integers >> 2) integer_sums<2, T>(a, whole, s1, s2, integers, unit, state->sum);
+      else integer_sums<1, T>(a, whole, s1, s2, integers, unit, state->sum);
     }
     for (int g = 0; g < plan.groups; g++) group_sums<T>(a, whole, plan.group[g], wanted, *state, state->sum);
   }
@@ -733,13 +738,11 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
     if (product_slot[k]) add(product_slot[k], sum_of<float>(all_product[k]));
   }
   if constexpr (INTEGERS > 0) {
-    const double unit = 0.5 / state->unit, all_of_them = sum_of<float>(all_integer[0]);
-    double scale = 1;
+    const double all_of_them = sum_of<float>(all_integer[0]);
     for (int p = 1; p <= INTEGERS; p++) {
       const double sum = sum_of<float>(all_integer[p - 1]);
-      scale *= unit;
       // What underflows in a power then counts for nothing in its sum.
-      if (all_of_them == 0 || (sum >= 0x1p-70 && sum < __builtin_inf())) add(p, scale * sum);
+      if (all_of_them == 0 || (sum >= 0x1p-70 && sum < __builtin_inf())) add(p, sum);
     }
     if (INTEGERS == 6 && all_of_them < __builtin_inf()) {
       const double max = max_of<float>(most);

@@ -175,6 +175,7 @@ static int table_of(double r, NormsPlan* plan) {
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out) {
   *plan = NormsPlan{};
   plan->slots = FIRST_GROUP_SLOT;
+  plan->scaled_integers = !float32;
   for (int p = 1; p <= 6; p++) plan->order[p] = p, plan->scaled[p] = true;
   for (int j = 0; j < count; j++) {
     const double r = orders[j] > (float32 ? 1e9 : 1e18) ? INF : orders[j];  // from which no sum can tell it
@@ -234,10 +235,11 @@ void clear(const NormsPlan& plan, NormsState* s) {
 
 void rescale(const NormsPlan& plan, NormsState* s, double max) {
   const double shift = std::ilogb(max);
-  for (int p = 1; p < FIRST_GROUP_SLOT; p++)  // whose unit is 1 before there is a reference
-    if (s->sum[p] > 0) s->sum[p] *= std::exp2(p * (s->shift - shift));
-  for (int slot = FIRST_GROUP_SLOT; slot < plan.slots; slot++)
-    if (plan.scaled[slot] && s->reference > 0) s->sum[slot] *= std::pow(s->reference / max, plan.order[slot]);
+  if (s->reference > 0) {
+    for (int p = 1; p < FIRST_GROUP_SLOT && plan.scaled_integers; p++) s->sum[p] *= std::exp2(p * (s->shift - shift));
+    for (int slot = FIRST_GROUP_SLOT; slot < plan.slots; slot++)
+      if (plan.scaled[slot]) s->sum[slot] *= std::pow(s->reference / max, plan.order[slot]);
+  }
   s->reference = max;
   s->shift = shift;
   s->unit = std::exp2(shift);
@@ -247,7 +249,7 @@ void rescale(const NormsPlan& plan, NormsState* s, double max) {
 void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
   NormsState other = b;
   if (other.reference > a->reference) rescale(plan, a, other.reference);
-  else if (other.reference < a->reference) rescale(plan, &other, a->reference);
+  else if (other.reference > 0 && other.reference < a->reference) rescale(plan, &other, a->reference);
   for (int slot = 1; slot < plan.slots; slot++) a->sum[slot] += other.sum[slot];
   a->max = other.max > a->max ? other.max : a->max;
   a->nonzero += other.nonzero;
@@ -256,14 +258,14 @@ void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
 
 double sum_of_powers(const Order& order, const NormsState& s) { return order.slot < 0 ? 0 : s.sum[order.slot]; }
 
-// Integer powers are of |h| / 2^(shift + 1), scaled ones of |h| / reference.
+// Scaled integer powers are of |h| / 2^(shift + 1), other scaled ones of |h| / reference.
 static bool integer(const Order& order) { return order.slot < FIRST_GROUP_SLOT; }
 
 double norm(const Order& order, const NormsPlan& plan, const NormsState& s, double root) {
   if (s.nan) return NaN;
   if (order.r == 0) return s.nonzero;
   if (order.r == INF || s.max == INF) return s.max;
-  if (integer(order)) return 2 * root * s.unit;
+  if (integer(order)) return plan.scaled_integers ? 2 * root * s.unit : root;
   return plan.scaled[order.slot] ? s.reference * root : root;
 }
 
@@ -280,7 +282,7 @@ double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) 
   if (order.r == 0) return std::log(s.nonzero);
   if (order.r == INF || s.max == INF) return std::log(s.max);
   const double log = std::log(sum_of_powers(order, s)) / order.r;
-  if (integer(order)) return (s.shift + 1) * 0.6931471805599453 + log;
+  if (integer(order)) return plan.scaled_integers ? (s.shift + 1) * 0.6931471805599453 + log : log;
   return plan.scaled[order.slot] ? std::log(s.reference) + log : log;
 }
 
