@@ -142,11 +142,12 @@ class Score:
             raw = self.power * (u - math.log(self.divisor(s.T))) + v
         else:
             raw = v
-            if self.power in (1, 2):  # one by one: 0 stays 0 where a power overflows
+            T = self.divisor(s.T)
+            if self.power in (1, 2):  # one by one, in an order in which nothing overflows before the score does: 0 stays 0
                 for _ in range(int(self.power)):
-                    raw = raw * u / s.T if self.gradient else raw * u
+                    raw = raw * u / T if T < 1 else raw * (u / T if self.gradient else u)
             else:
-                factor = Powers(u / self.divisor(s.T))(self.power)
+                factor = Powers(u / T)(self.power)
                 raw = factor.masked_fill((v == 0) & factor.isinf() & u.isfinite(), 0) * v
             if s.wide:
                 raw = torch.where(u == LARGEST, raw * LARGEST, raw)

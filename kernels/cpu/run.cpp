@@ -139,9 +139,10 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
   }
 }
 
-// v (norm / divisor)^power, one by one: 0 stays 0 where a power overflows. The largest double stands for norms beyond it.
+// v (norm / divisor)^power, one by one, in an order in which nothing overflows before the score does: 0 stays 0. The
+// largest double stands for norms beyond it.
 static double times(double v, double norm, const Product& p) {
-  for (int i = 0; i < p.power; i++) v = v * norm / p.divisor;
+  for (int i = 0; i < p.power; i++) v = p.divisor < 1 ? v * norm / p.divisor : v * (norm / p.divisor);
   return norm == DBL_MAX ? v * DBL_MAX : v;
 }
 
