@@ -102,7 +102,7 @@ Nan = Annotated[
     typer.Option(
         metavar="drop|keep|fail",
         help="Rows that have a NaN score: drop them from every column; keep them, as NaN in a file and as the lowest "
-        "score in eval, for which NaN > threshold is false, too; or fail. They are counted in any case.",
+        "score in eval, for which NaN >= threshold is false, too; or fail. They are counted in any case.",
     ),
 ]
 
@@ -214,10 +214,7 @@ def score(
             for (logits, feats), ids in zip(chunks, rows.ids(chunk_rows), strict=True):
                 columns = work.columns(logits, feats)
                 scores = {label: columns[label] for label in work.labels}
-                bad = nans.count(scores)
-                if nan == "fail" and nans.rows:
-                    first = nans.seen - len(bad) + int(bad.argmax())
-                    raise ValueError(f"{source}: row {first}, counted from 0, has a NaN score; see --nan")
+                bad = nans.count(source, scores, fail=nan == "fail")
                 if not log:  # a logarithm below 0 is of a positive score
                     below_0.update(_data.negative(scores))
                 if detector:
@@ -511,7 +508,8 @@ def evaluate(
                     chunks = _decided(chunks, detector, backend, accepted, name)
                 columns = score_rows(chunks, methods=methods, norms=norms, **options)
                 counted = _Nans()
-                if counted.count(columns).all() and rows.rows and nan == "drop":
+                bad = counted.count(rows.path, columns, fail=nan == "fail")
+                if bad.all() and rows.rows and nan == "drop":
                     raise ValueError(f"{rows.path}: every row has a NaN score")
                 nans.append(counted)
                 scored.append(settle_nan(columns, nan))
@@ -765,13 +763,16 @@ class _Nans:
         self.seen = self.rows = 0
         self.of = Counter[str]()
 
-    def count(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[bool_]:
-        """Which rows of these further scores, label -> [n], hold NaN."""
+    def count(self, path: Path, columns: Mapping[str, NDArray[Any]], *, fail: bool) -> NDArray[bool_]:
+        """Which rows of these further scores of a file, label -> [n], hold NaN. Where that is to fail, an error."""
         import numpy as np
 
         nan = {label: np.isnan(x) for label, x in columns.items()}
         self.of.update({label: int(x.sum()) for label, x in nan.items() if x.any()})
         bad: NDArray[bool_] = np.any([*nan.values()], axis=0)
+        if fail and bad.any():
+            first = self.seen + int(bad.argmax())
+            raise ValueError(f"{path}: row {first}, counted from 0, has a NaN score; see --nan")
         self.seen, self.rows = self.seen + len(bad), self.rows + int(bad.sum())
         return bad
 

@@ -142,7 +142,7 @@ def settle_nan(columns: Mapping[str, Scores], nan: str) -> dict[str, Scores]:
         What ``score_rows`` gives.
     nan : {"drop", "keep", "fail"}
         "drop" leaves a row out of all columns where one of them is NaN, so that all scores are of the same rows.
-        "keep" counts NaN as -inf, the lowest score: ``score > threshold`` is False for NaN too. "fail" changes
+        "keep" counts NaN as -inf, the lowest score: ``score >= threshold`` is False for NaN too. "fail" changes
         nothing, and ``evaluate`` refuses NaN.
 
     Examples

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from fastood._inputs import vector
 from fastood.api import PAPER_NORMS, row_stats
 from fastood.recommendation import threshold
 
@@ -80,13 +81,18 @@ def histograms(id_scores: ArrayLike, ood_scores: Mapping[str, ArrayLike], label:
     label : str
         What the score is called.
 
+    Raises
+    ------
+    TypeError, ValueError
+        Where scores are a masked array, hold NaN, or are none.
+
     Examples
     --------
     >>> from fastood import plots
     >>> figure = plots.histograms([0.9, 0.8], {"noise": [0.3, 0.4]}, "msp")
     """
-    sets = {name: np.asarray(x, dtype=np.float64) for name, x in ood_scores.items()}
-    inside = np.asarray(id_scores, dtype=np.float64)
+    sets = {name: vector(f"ood_scores[{name!r}]", x) for name, x in ood_scores.items()}
+    inside = vector("id_scores", id_scores)
     edges = _bin_edges([inside, *sets.values()])
     columns = 2 if max(map(len, sets), default=0) < 12 else 1
     figure = Figure(figsize=(4.4, 2.7 + 0.22 * -(-(1 + len(sets)) // columns)), layout="constrained")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta  # type: ignore[import-untyped]
 
+from fastood._inputs import vector
 from fastood.api import BEST_NORM
 
 Array = NDArray[np.float64]
@@ -158,14 +159,15 @@ def threshold(id_scores: ArrayLike) -> float:
     Parameters
     ----------
     id_scores : array [N]
-        Higher = more in-distribution; not NaN. With fewer than 20 of them, t is the lowest.
+        Higher = more in-distribution. With fewer than 20 of them, t is the lowest. NaN and an empty vector raise
+        ValueError, a masked array TypeError.
 
     Examples
     --------
     >>> threshold(range(100))
     5.0
     """
-    x = np.sort(np.asarray(id_scores, dtype=np.float64))
+    x = np.sort(vector("id_scores", id_scores))
     return float(x[len(x) - _kept(len(x))])
 
 

@@ -616,7 +616,7 @@ def test_eval_drops_nan_rows_keeps_them_as_the_lowest_or_fails(data, monkeypatch
     assert kept == pytest.approx(auroc(u, v), abs=1e-12)
     assert dropped == pytest.approx(auroc(u[3:], v[whole]), abs=1e-12)
     text = complaint(*command, "--nan", "fail")
-    assert "the ID set: score 'energy' must not hold NaN, got 3 of 40" in text
+    assert "val.npz: row 0, counted from 0, has a NaN score; see --nan" in text
     np.savez("near.npz", logits=np.full((4, C), np.nan), feats=k[:4])
     assert complaint(*command) == "error: near.npz: every row has a NaN score\n"
 

@@ -1,6 +1,7 @@
 """The recommendation: its numbers against definitions, its claims about chance by simulation."""
 
 import math
+import re
 from statistics import fmean
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from fastood import recommendation
 from fastood.evaluation import evaluate
+from fastood.plots import histograms
 from fastood.recommendation import Estimate, recommend, threshold
 
 
@@ -267,3 +269,20 @@ def test_in_words():
     assert listed.count(",") == 5
     assert listed.endswith(f" and {len(found.tied) - 6} more.")
     assert text.splitlines()[-1].startswith("The default of fastood.score, energy, differs by -0.")
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "message"),
+    [
+        (np.ma.masked_array([1.0, 2.0, 3.0], [1, 0, 0]), TypeError, "id_scores must not be a masked array"),
+        ([1.0, math.nan], ValueError, "id_scores must not hold NaN, got 1 of 2"),
+        ([], ValueError, "id_scores must be a non-empty vector, got shape [0]"),
+    ],
+)
+def test_scores_without_an_order_have_no_threshold(scores, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        threshold(scores)
+    with pytest.raises(error, match=re.escape(message)):
+        histograms(scores, {}, "a")
+    with pytest.raises(error, match=re.escape(message.replace("id_scores", "ood_scores['noise']"))):
+        histograms([1.0], {"noise": scores}, "a")
