@@ -143,7 +143,7 @@ class Score:
         else:
             raw = v
             T = self.divisor(s.T)
-            if self.power in (1, 2):  # one by one, in an order in which nothing overflows before the score does: 0 stays 0
+            if self.power in (1, 2):  # one by one, in an order in which nothing overflows before the score: 0 stays 0
                 for _ in range(int(self.power)):
                     raw = raw * u / T if T < 1 else raw * (u / T if self.gradient else u)
             else:
