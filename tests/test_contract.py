@@ -320,7 +320,9 @@ def test_bits_do_not_depend_on_what_is_asked_for_beside(backend, data, T, bias, 
     h = data.draw(feats(rows=len(f)))
     with_log = [name for name, entry in fastood.SCORES.items() if name != "norm" and (entry.positive or not log)]
     options = {"temperature": T, "bias": bias, "log": log, "backend": backend}
-    v = data.draw(st.lists(st.sampled_from([x for x in with_log if not fastood.SCORES[x].gradient]), min_size=1, max_size=4))
+    v = data.draw(
+        st.lists(st.sampled_from([x for x in with_log if not fastood.SCORES[x].gradient]), min_size=1, max_size=4)
+    )
     orders = data.draw(st.lists(st.sampled_from([None, 0.2, 0.35, 0.6, 0.7, *ORDERS]), min_size=1, max_size=14))
     grid = fastood.sweep(f, h, v, orders, **options)
     for i, name in enumerate(v):
@@ -498,7 +500,9 @@ def test_a_statistic_of_ones_own(backend, monkeypatch):
     monkeypatch.setattr(reference.Softmax, "margin", property(lambda s: (s.f_max - s.f_2).double()), raising=False)
     monkeypatch.setattr(reference.Softmax, "share", lambda s, r: s.msp**r, raising=False)
     one = fastood.Score("margin", "f_(1) - f_(2)", "", "in", stats=("margin",))
-    two = fastood.Score("both", "", "", "out", stats=(("share", 2.0), "energy"), v=lambda s: s["share", 2.0] - s["energy"])
+    two = fastood.Score(
+        "both", "", "", "out", stats=(("share", 2.0), "energy"), v=lambda s: s["share", 2.0] - s["energy"]
+    )
     f, h = torch.tensor([[3.0, 1, 0], [0, 0, -1], [math.nan, 0, 1]]), torch.ones(3, 4)
     margin, msp, energy = torch.tensor([2.0, 0, math.nan]), f.softmax(-1).amax(-1), f.logsumexp(-1)
     close = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
