@@ -175,6 +175,20 @@ def test_gradients_of_far_rows_and_orders(level, gap, order, dtype):
             truth.assert_close(got, expected, allowed, (labels, expectation, power))
 
 
+@pytest.mark.parametrize("gap", [80.0, 600.0, 700.0, 709.0, 712.0])
+def test_the_rest_of_a_row_next_to_the_end_of_the_doubles(level, gap):
+    h = torch.full((1, 1), 2.0**40, dtype=torch.float64)  # out of which it lifts the result
+    for n in (0, 100):  # in a lane, and over several vectors
+        x = torch.tensor([[0.0, -gap, -gap - 1, *[-gap] * n]])
+        got = fastood.score(x, h, "exgrad", oriented=False, backend="cpu")
+        expected = 2.0**41 * truth.stat("one_minus_s2", x)
+        truth.assert_close(got, expected, (32 + 4 * 104 + 16) * 2**-24 * expected)
+        for order in (1, 2, 3):
+            got = fastood.gradient_norm(x, h, "predicted", order, 1, "outside", backend="cpu")
+            expected, allowed = (2.0**40 * y for y in truth.gradient(x, "predicted", order, 1, "outside", 1.0, 2**-24))
+            truth.assert_close(got, expected, allowed, order)
+
+
 def test_many_orders_and_power_sums_at_once(level):
     h, f = torch.rand(3, 100) + 0.1, torch.randn(3, 40)
     orders = [0.05 * k for k in range(1, 100)]

@@ -133,10 +133,11 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
   if (predicted && s.row.total - 1 < 0x1p-50) pivot = largest_below<T>(s.f, s.n, top);
   if (pivot == -__builtin_inf()) return;
   const bool apart = pivot < s.row.max;
-  const double unit = __builtin_exp2((pivot - s.row.max) * s.plan.scale) / s.row.total * __builtin_ldexp(1.0, -Vec<T>::scaled);
+  const double weight = __builtin_exp2((pivot - s.row.max) * s.plan.scale) / s.row.total;  // of the pivot, perhaps subnormal
+  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
   const Softmax<T> softmax(all<T>(T(pivot)), s.plan);
   const ClassNorm<T, NORM> norm(s.plan, s.gradient, s.row);
-  const T per_total = T(unit), log_total = T(s.row.log_total);
+  const T per_total = T(weight * unit), log_total = T(s.row.log_total);
   V<T> sums[2] = {}, tops[2] = {};
   Total sum;
   for_labels<T>(
@@ -156,7 +157,7 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
         sums[u] = add_where(below, sums[u], w * norm(v, e * per_total));
       },
       [&](int64_t) { sum += take<2, T>(sums), s.state->top += take<2, T>(tops); });
-  s.state->sum += predicted ? unit * sum : sum;
+  s.state->sum += predicted ? weight * (unit * sum) : sum;
 }
 
 template <class In>

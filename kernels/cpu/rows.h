@@ -203,9 +203,10 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
       [&] { sum += take<2, T>(exp), square += take<2, T>(squares), sum_z += take<2, T>(exp_z); });
   const double gap = (pivot - state->max) / plan.temperature, w = __builtin_exp(gap);
   const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
-  state->exp = w * unit * sum;
-  state->squares = w * w * unit * unit * square;
-  state->exp_z = w == 0 ? 0 : w * unit * (power / plan.temperature * sum_z + gap * sum);
+  // w last, which may be next to the end of the doubles.
+  state->exp = w * (unit * sum);
+  state->squares = w * w * (unit * unit * square);
+  state->exp_z = w == 0 ? 0 : w * (unit * (power / plan.temperature * sum_z + gap * sum));
 }
 
 template <class In>
