@@ -149,7 +149,7 @@ def test_nearly_flat_rows(backend, seed, C, exponent, offset, kind, T, dtype):
         x = x / 1000 + (rng.random((3, C)) < 4 / C)
     elif kind == "masked":
         x[:, C // 2] = -np.inf if C > 1 else 0
-    f = torch.from_numpy((x * min(T, 1e30 if dtype != torch.float16 else 1e3) * 2.0**exponent + offset)).to(dtype)
+    f = torch.from_numpy(x * min(T, 1e30 if dtype != torch.float16 else 1e3) * 2.0**exponent + offset).to(dtype)
     h = torch.randn(3, 5).to(dtype)
     got = fastood.row_stats(f, ["kl_uniform", "tv"], temperature=T, backend=backend)
     eps = eps_of(f)
@@ -162,7 +162,7 @@ def test_nearly_flat_rows(backend, seed, C, exponent, offset, kind, T, dtype):
 
 
 def test_a_temperature_keeps_the_order_of_rows(backend):
-    """At a T far above the logits KL(u || p) is half their variance over T^2, and TV half their mean deviation over T."""
+    """At a T far above the logits KL(u || p) is half their variance by T^2, and TV half their mean deviation by T."""
     f = torch.randn(10, 300, generator=torch.Generator().manual_seed(0)) * 3
     wide = f.double()
     deviation = (wide - wide.mean(1, keepdim=True)).abs().mean(1) / 2
