@@ -19,7 +19,9 @@ native = Extension(
         "kernels/triton/launcher.h",
         *(f"kernels/cpu/{name}.h" for name in ("plan", "state", "run", "vectors", "rows", "gradient", "batchgrad")),
     ],
-    extra_compile_args=[] if sys.platform == "win32" else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"],
+    extra_compile_args=[]
+    if sys.platform == "win32"
+    else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
     py_limited_api=True,  # one build for Python 3.11 and newer
     optional=True,  # without a compiler fastood runs on the reference backend, and fastood.backends() says why
 )

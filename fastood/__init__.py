@@ -6,13 +6,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastood._attach import OODHead, attach
+from fastood._collect import collect
 from fastood.api import norms, row_stats, score, scores, sweep, warm_up
+from fastood.detector import Detector
 from fastood.gradients import BatchGrad, anchor_gradient, batchgrad, deep_batchgrad, deep_gradient_norm, gradient_norm
 from fastood.kernels import STATISTICS, backends
 from fastood.registry import SCORES, Score, register
 
 if TYPE_CHECKING:
-    from fastood import metrics
+    from fastood import evaluation, metrics
+    from fastood.monitor import Monitor
 
 from fastood._version import __version__ as __version__
 
@@ -20,12 +24,18 @@ __all__ = [
     "SCORES",
     "STATISTICS",
     "BatchGrad",
+    "Detector",
+    "Monitor",
+    "OODHead",
     "Score",
     "anchor_gradient",
+    "attach",
     "backends",
     "batchgrad",
+    "collect",
     "deep_batchgrad",
     "deep_gradient_norm",
+    "evaluation",
     "gradient_norm",
     "metrics",
     "norms",
@@ -40,6 +50,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # scikit-learn takes longer to import than all the rest of fastood: it loads when used.
-    if name == "metrics":
-        return import_module("fastood.metrics")
+    if name in ("evaluation", "metrics"):
+        return import_module(f"fastood.{name}")
+    if name == "Monitor":  # scipy is nearly as slow
+        return import_module("fastood.monitor").Monitor
     raise AttributeError(f"module 'fastood' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

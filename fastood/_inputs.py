@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from fastood._fork import one_thread_if_forked
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,8 +31,8 @@ class _Writable:
 def _from_numpy(name: str, x: np.ndarray) -> Tensor:
     if not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
-    if any(step < 0 or step % x.itemsize for step in x.strides):
-        x = np.ascontiguousarray(x)
+    if not x.flags.aligned or any(step < 0 or step % x.itemsize for step in x.strides):
+        x = x.copy()  # which ascontiguousarray does not where an axis is of length 1, whatever its stride
     try:
         return torch.from_numpy(x if x.flags.writeable else np.asarray(_Writable(x)))
     except TypeError:
@@ -37,6 +41,7 @@ def _from_numpy(name: str, x: np.ndarray) -> Tensor:
 
 def take(**named: Any) -> tuple[list[Tensor | None], bool]:
     """Matrices [N, *] as tensors, and whether they came as numpy arrays. None stays None."""
+    one_thread_if_forked()
     tensors: list[Tensor | None] = []
     kinds: dict[str, str] = {}
     for name, x in named.items():
@@ -46,23 +51,34 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
         if isinstance(x, Tensor):
             kinds[name] = "torch tensor"
         elif isinstance(x, np.ma.MaskedArray):
-            raise TypeError(f"{name} must not be a masked array: a masked class is a logit of -inf")
+            remedy = (
+                "a masked class is a logit of -inf" if name == "logits" else "say what stands there by its filled()"
+            )
+            raise TypeError(f"{name} must not be a masked array: {remedy}")
         elif isinstance(x, np.ndarray):
             kinds[name] = "numpy array"
             x = _from_numpy(name, x)
         else:
-            raise TypeError(f"{name} must be a torch tensor or a numpy array, got {type(x).__name__}")
+            hint = f"; {name}.to_numpy() is one" if hasattr(x, "to_numpy") else ""  # a data frame
+            if not hint and hasattr(x, "__array__"):  # an Arrow table, another library's array
+                hint = f"; np.asarray({name}) is one"
+            raise TypeError(f"{name} must be a torch tensor or a numpy array, got {type(x).__name__}{hint}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
         if x.ndim != 2:
             hint = f"; a single row is {name}[None]" if x.ndim == 1 else ""
+            if x.ndim > 2:
+                flat = f"{name}.movedim(1, -1).flatten(0, -2)"
+                if kinds[name] == "numpy array":
+                    flat = f"np.moveaxis({name}, 1, -1).reshape(-1, {name}.shape[1])"
+                hint = f"; a row per position of [N, columns, ...] is {flat}"
             raise ValueError(f"{name} must be 2-D, one row per sample, got shape {list(x.shape)}{hint}")
         tensors.append(x)
     if len(kinds) > 1 and len(set(kinds.values())) > 1:
         raise TypeError("mixed inputs: " + ", ".join(f"{name} is a {kind}" for name, kind in kinds.items()))
-    return tensors, "numpy array" in kinds.values()
+    return tensors, "numpy array" in list(kinds.values())
 
 
 def logits_and_feats(logits: Any, feats: Any) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -98,11 +114,26 @@ def give(x: Tensor, as_numpy: bool) -> Any:
     return x.numpy() if as_numpy else x
 
 
+def vector(name: str, x: Any) -> NDArray[np.float64]:
+    """Scores [N], of any kind, as numbers that have an order."""
+    one_thread_if_forked()
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array: leave masked rows out, knowingly, by its compressed()")
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().double().numpy()
+    a = np.asarray(x, dtype=np.float64)
+    if a.ndim != 1 or a.size == 0:
+        raise ValueError(f"{name} must be a non-empty vector, got shape {list(a.shape)}")
+    if bad := int(np.isnan(a).sum()):
+        raise ValueError(f"{name} must not hold NaN, got {bad} of {a.size}: leave those rows out, knowingly")
+    return a
+
+
 def number(
     name: str, x: Any, *, above: float = -math.inf, at_least: float = -math.inf, infinite: bool = False
 ) -> float:
     """A real number > `above` and >= `at_least`, as float; NaN never, infinity only where `infinite`."""
-    if isinstance(x, bool | np.bool_) or not isinstance(x, Real):
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     try:
         x = float(x)
@@ -124,15 +155,42 @@ def order_of(name: str, x: Any, above: float = -math.inf) -> float:
 
 
 def flag(name: str, x: Any) -> bool:
-    if not isinstance(x, bool | np.bool_):
+    if not isinstance(x, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {x!r}")
     return bool(x)
 
 
 def choice(name: str, x: Any, known: Sequence[str]) -> str:
     if not isinstance(x, str) or x not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {x!r}")
-    return str(x)
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {x!r}{did_you_mean(x, known)}")
+    return known[known.index(x)]  # a plain str: the str of an enum's member is its name
+
+
+def class_labels(name: str, labels: Any, n: int, C: int) -> Tensor:
+    """`labels`, integers of any type, order and strides, as n of C classes: int64, on the device they are on."""
+    if isinstance(labels, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array: leave those rows out")
+    if isinstance(labels, np.ndarray):
+        if labels.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be integers, got numpy {labels.dtype}")
+        y = torch.from_numpy(labels.astype(np.int64))
+    elif not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch tensor or a numpy array of integers, got {type(labels).__name__}")
+    else:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {labels.dtype}")
+        y = labels.long()
+    if y.shape != (n,):
+        raise ValueError(f"{name} must be [{n}], one class per row, got shape {list(y.shape)}")
+    if n and (int(y.min()) < 0 or int(y.max()) >= C):
+        raise ValueError(f"{name} must be classes 0..{C - 1}, got {int(y.min())}..{int(y.max())}")
+    return y
+
+
+def did_you_mean(x: Any, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known."""
+    close = get_close_matches(x.lower(), [name for name in known if name != x], n=1) if isinstance(x, str) else []
+    return f": did you mean {close[0]!r}?" if close else ""
 
 
 def label_probabilities(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
@@ -141,10 +199,14 @@ def label_probabilities(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:
         kind = "numpy array" if as_numpy else "torch tensor"
         got = type(labels).__name__
         raise TypeError(f"labels must be 'uniform', 'predicted', 'log_predicted' or a {kind}, got {got}")
+    wanted = f"{list(logits.shape)}, a distribution per row"
+    if labels.ndim == 1:
+        C = logits.shape[1]
+        one_hot = f"np.eye({C})[labels]" if as_numpy else f"torch.nn.functional.one_hot(labels, {C}).float()"
+        raise ValueError(f"labels must be {wanted}, got {list(labels.shape)}; of classes one-hot: {one_hot}")
     (q,), _ = take(labels=labels)
     assert q is not None
     if q.shape != logits.shape:
-        wanted = f"{list(logits.shape)}, a distribution per row (one-hot for classes)"
         raise ValueError(f"labels must be {wanted}, got {list(q.shape)}")
     same_rows("labels", q, logits)
     return q

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastood._inputs import (
     choice,
+    did_you_mean,
     flag,
     give,
     label_probabilities,
@@ -49,12 +50,13 @@ class Plan:
         self.ways: dict[Backend, Callable[[Any, Any, Any], Any]] = {}  # the short ones, once a longer one was gone
         self.job = None
         if not log and all(e.v is None and e.power in (1, 2) for e, _ in scores):
-            self.job = Job(self.want, tuple(self._product(e, r) for e, r in scores))
+            places = {stat: i for i, stat in enumerate(stats)}  # tuple.index is beyond torch.compile
+            self.job = Job(self.want, tuple(self._product(e, r, places) for e, r in scores))
 
-    def _product(self, entry: Score, order: float | None) -> Product:
+    def _product(self, entry: Score, order: float | None, places: Mapping[Stat, int]) -> Product:
         stats = entry.stats_for(self.params[entry.name])
         return Product(
-            self.want.stats.index(stats[0]) if stats else -1,
+            places[stats[0]] if stats else -1,
             -1 if order is None else self.want.orders.index(order),
             float(entry.sign(self.oriented) * entry.factor),
             int(entry.power),
@@ -85,12 +87,15 @@ class Plan:
                 if short is not None:
                     self.ways = {**self.ways, chosen: short}  # another thread may be going through them
         if out is None:
-            out = self._composed(f, h, q, chosen, by_row).reshape(shape).to(dtype)
+            out = self._composed(f, h, q, chosen, dtype, by_row).reshape(shape).to(dtype)
         return give(out, as_numpy)
 
-    def _composed(self, f: Tensor | None, h: Tensor | None, q: Tensor | None, chosen: Backend, by_row: bool) -> Tensor:
+    def _composed(
+        self, f: Tensor | None, h: Tensor | None, q: Tensor | None, chosen: Backend, dtype: torch.dtype, by_row: bool
+    ) -> Tensor:
         found, norms = chosen.row_stats(f, h, self.want, q)
-        stats = RowStats(found, f.shape[1] if f is not None else 0, self.want.temperature)
+        C = f.shape[1] if f is not None else 0
+        stats = RowStats(found, C, self.want.temperature, wide=dtype == torch.float64)
         columns = []
         for entry, order in self.scores:
             u = None if order is None or norms is None else norms[:, self.want.orders.index(order)]
@@ -111,7 +116,7 @@ _PLANS: dict[Any, Plan] = {}
 
 
 def typed(params: Mapping[str, Any]) -> list[tuple[str, Any, type]]:
-    """Parameters as part of a key: True equals 1, but is refused where 1 is not."""
+    """Parameters as part of a key: True equals 1, but is refused where 1 is not (and 1 where True is not)."""
     return [(name, x, x.__class__) for name, x in params.items()]
 
 
@@ -136,7 +141,17 @@ def _bind_params(entries: Sequence[Score], params: Mapping[str, Any]) -> dict[st
     """The parameters of each score: its defaults, overridden by the caller's."""
     for name in params:
         if not any(name in e.params for e in entries):
-            raise TypeError(f"{name}: no such argument, nor a parameter of {', '.join(e.name for e in entries)}")
+            known = (
+                "norm",
+                "temperature",
+                "bias",
+                "log",
+                "oriented",
+                "backend",
+                *(p for e in entries for p in e.params),
+            )
+            of_scores, hint = ", ".join(e.name for e in entries), did_you_mean(name, known)
+            raise TypeError(f"{name}: no such argument, nor a parameter of {of_scores}{hint}")
     bound = {e.name: {**e.params, **{k: x for k, x in params.items() if k in e.params}} for e in entries}
     for entry in entries:
         if entry.params:
@@ -148,7 +163,7 @@ def _bind_params(entries: Sequence[Score], params: Mapping[str, Any]) -> dict[st
 def stat_of(stat: Any) -> Stat:
     """`stat`, if it names a row statistic with good parameters."""
     name, *params = stat if isinstance(stat, tuple) and stat else (stat,)
-    choice("stats", name, tuple(STATISTICS))
+    name = choice("stats", name, tuple(STATISTICS))
     if name == "power_sum":
         if len(params) != 1:
             raise ValueError(f"stats: power_sum is asked for as ('power_sum', r), got {stat!r}")
@@ -163,4 +178,4 @@ def stat_of(stat: Any) -> Stat:
         return name, number("gamma", gamma, above=0), int(M)
     if name == "gradient":
         raise ValueError("stats: gradient is asked for by fastood.gradient_norm")
-    return str(name)
+    return name

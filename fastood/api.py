@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastood._fork import one_thread_if_forked
 from fastood._inputs import ArrayT, choice, give, logits_and_feats, order_of, result_dtype, temperature_of
 from fastood._plan import Plan, keep, known_plan, stat_of, typed
 from fastood.kernels import STATISTICS, Stat, Want, select
@@ -49,8 +50,9 @@ def score(
         A name in ``fastood.SCORES``.
     norm : float or None
         Order r >= 0 (fractions and ``math.inf`` too) of the ||h||_r that multiplies a V term; None for
-        U = 1. Left out: 0.3 with feats (the paper's best on ImageNet), None without. A gradient score
-        has its own norm and takes none.
+        U = 1. Left out: 0.3 with feats (the paper's best on ImageNet), None without, and None for a V
+        that is never above 0 (``multiplied`` in the registry: neg_entropy, gen). A gradient score has its
+        own norm and takes none.
     temperature : float
         T > 0 of the softmax.
     bias : bool
@@ -80,8 +82,10 @@ def score(
 
     Notes
     -----
-    Energy can be negative (small logits, many of them below 0), and a larger U then *lowers* U * V;
-    the same holds for every V that is negative: neg_entropy, gen, max_logit.
+    Where V is negative, a larger U *lowers* U * V: larger features then count against a row. Energy and
+    max_logit can be negative (logits mostly below 0; the softmax does not see a constant added to them,
+    U * V does): use ``norm=None`` there. neg_entropy and gen always are, so a norm multiplies them only
+    where it is asked for, and then as the formula says.
 
     Examples
     --------
@@ -94,7 +98,10 @@ def score(
     >>> fastood.score(logits, feats, "exgrad", oriented=False)
     tensor([0.4946, 0.9975])
     """
-    key: Any = (method, norm, feats is None, temperature, bias, log, oriented, backend, type(norm), type(temperature))
+    key: Any = (
+        method, norm, feats is None, temperature, bias, log, oriented, backend,
+        norm.__class__, temperature.__class__, bias.__class__, log.__class__, oriented.__class__,
+    )  # fmt: skip
     if params:
         key = (key, *typed(params))
     plan = known_plan(key)
@@ -120,7 +127,9 @@ def scores(
 ) -> dict[str, ArrayT]:
     """Many scores from one read of logits and feats: name -> [N]. Higher = more in-distribution.
 
-    The arguments are those of ``fastood.score``; `norm` multiplies the V terms among the methods.
+    The arguments are those of ``fastood.score``, and each value is what it gives for that name, on a CPU to the
+    bit (see ``fastood.sweep``): `norm` multiplies the V terms among the methods, left out those alone that take
+    one by default. Keys are plain names, whatever the norm: "energy" is U * V where a norm multiplies it.
 
     Parameters
     ----------
@@ -142,7 +151,7 @@ def scores(
     else:
         entries = _entries("methods", methods)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (*entries, norm, type(norm), feats is None, *options, backend, type(temperature), *typed(params))
+    key = (*entries, norm, type(norm), feats is None, *options, *map(type, options), backend, *typed(params))
     plan = known_plan(key)
     if plan is None:
         columns = [(e, _order(e, ... if e.gradient else norm, feats is not None)) for e in entries]
@@ -169,8 +178,10 @@ def sweep(
 ) -> ArrayT:
     """Every V times every ||h||_r, the grid of Figure 2, from one read: [N, V, P].
 
-    Higher = more in-distribution. ``out[:, i, j]`` is ``score(logits, feats, v[i], norm=norms[j])``; the
-    other arguments are those of ``fastood.score``.
+    Higher = more in-distribution. ``out[:, i, j]`` is ``score(logits, feats, v[i], norm=norms[j])``, on a CPU
+    to the bit; on a GPU each is rounded by itself, within the numeric contract of CONTRIBUTING.md, so a
+    threshold is best taken from the call that it will serve. Every norm multiplies every V, a negative one too
+    (see ``fastood.score``, whose other arguments these are).
 
     Parameters
     ----------
@@ -188,7 +199,7 @@ def sweep(
     entries: list[Score] = _entries("v", v)
     orders: list[Any] = _names("norms", norms)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    of_call: tuple[Any, ...] = (*options, type(temperature), feats is None, backend, *typed(params))
+    of_call: tuple[Any, ...] = (*options, *map(type, options), feats is None, backend, *typed(params))
     key = ("sweep", *entries, *orders, *map(type, orders), *of_call)
     plan = known_plan(key)
     if plan is None:
@@ -231,7 +242,7 @@ def norms(
     if feats is None:
         raise TypeError("feats must be a torch tensor or a numpy array, got None")
     orders = _names("orders", orders)
-    key = ("norms", *orders, *map(type, orders), log, bias, backend)
+    key = ("norms", *orders, *map(type, orders), log, bias, type(log), type(bias), backend)
     plan = known_plan(key)
     if plan is None:
         if not orders:
@@ -310,6 +321,7 @@ def warm_up(
     >>> import fastood, torch
     >>> fastood.warm_up(1000, 2048, torch.bfloat16, ["energy", "gradnorm"], device="cpu")
     """
+    one_thread_if_forked()
     logits = torch.zeros(1, C, dtype=dtype, device=device)
     feats = None if D is None else torch.zeros(1, D, dtype=dtype, device=device)
     for name in _names("methods", methods):
@@ -338,13 +350,13 @@ def _names(argument: str, names: Any) -> list[Any]:
 
 
 def _order(entry: Score, norm: float | EllipsisType | None, with_feats: bool) -> float | None:
-    """The order of U: fixed for a gradient score, the caller's for any other."""
+    """The order of U: fixed for a gradient score, the caller's or the default for any other."""
     if entry.gradient:
         if norm is not ...:
             raise ValueError(f"norm: {entry.name} = {entry.formula} has a norm of its own, got norm={norm!r}")
         return float(entry.gradient["order"])
     if norm is ...:
-        return BEST_NORM if with_feats or not entry.stats else None
+        return BEST_NORM if (with_feats and entry.multiplied) or not entry.stats else None
     if norm is None and not entry.stats:
         raise ValueError(f"norm must be an order r >= 0 for {entry.name!r}, got None")
     return None if norm is None else order_of("norm", norm)

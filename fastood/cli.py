@@ -1,16 +1,18 @@
-"""The command line: scores of files, evaluation, a demonstration, and what runs here."""
+"""The command line: scores of files, detectors and their decisions, evaluation, a demonstration, what runs here."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -18,17 +20,23 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fastood import SCORES
+from fastood import SCORES, Detector, _data
 from fastood._inputs import choice, number, order_of
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
+    from numpy import bool_
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from fastood.evaluation import Evaluation
     from fastood.files import Rows
+    from fastood.registry import Score
 
+    Columns = dict[str, NDArray[Any]]
     Chunks = Iterator[tuple[Tensor | None, Tensor | None]]
+    _Odd = dict[str, list[Path]]
 
 
 class _Group(TyperGroup):
@@ -52,8 +60,9 @@ app = typer.Typer(
     help=(
         "Out-of-distribution scores from a classifier's logits and features.\n\n"
         "Files hold [bold]logits[/] \\[N, C] and [bold]feats[/] \\[N, D]: .npz, .npy (logits alone), .safetensors, .pt "
-        "or .parquet. They are read in chunks, so they may be larger than memory; .safetensors and .npy are the "
-        "fastest. Every score is higher for in-distribution rows.\n\n"
+        "or .parquet (columns of lists, or of a number each: logit_0, logit_1, ...). They are read in chunks, so they "
+        "may be larger than memory; .safetensors and .npy are the fastest. Every score is higher for in-distribution "
+        "rows.\n\n"
         "[bold]To begin with:[/]  fastood demo"
     ),
 )
@@ -76,12 +85,33 @@ def _root(
 
 LogitsKey = Annotated[str | None, typer.Option(help="What the file calls the logits.", show_default="logits")]
 FeatsKey = Annotated[str | None, typer.Option(help="What the file calls the features.", show_default="feats")]
+Norm = Annotated[
+    str | None,
+    typer.Option(
+        help="Order r of the ||h||_r that multiplies a V term: 0.3, 2, inf; 'none' for none.",
+        show_default="0.3 with feats; none without, and for a score that is never above 0",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="T > 0 of the softmax.")]
 Bias = Annotated[bool, typer.Option("--bias", help="Count the last layer's bias: \\[h; 1] for h.")]
+ChunkRows = Annotated[int | None, typer.Option(min=1, help="Rows read at a time.", show_default="64 MiB of them")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+Backend = Annotated[str, typer.Option(help="'auto', or one that 'fastood info' lists.")]
+Nan = Annotated[
+    str,
+    typer.Option(
+        metavar="drop|keep|fail",
+        help="Rows that have a NaN score: drop them from every column; keep them, as NaN in a file and as the lowest "
+        "score in eval, for which NaN >= threshold is false, too; or fail. They are counted in any case.",
+    ),
+]
+
+_DETECTORS_OWN = "method", "norm", "temperature", "bias", "log", "raw"
 
 
 @app.command(no_args_is_help=True)
 def score(
+    ctx: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Logits and features.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Scores: .csv, .parquet, .npz, .npy, .safetensors, .pt.")],
     method: Annotated[
@@ -90,26 +120,47 @@ def score(
             help=f"A score, repeatable: {', '.join(SCORES)}; or 'all' that the file allows.", show_default="energy"
         ),
     ] = None,
-    norm: Annotated[
-        str | None,
-        typer.Option(
-            help="Order r of the ||h||_r that multiplies a V term: 0.3, 2, inf; 'none' for none.",
-            show_default="0.3 with feats, none without",
-        ),
-    ] = None,
+    norm: Norm = None,
     temperature: Temperature = 1.0,
     bias: Bias = False,
-    log: Annotated[bool, typer.Option("--log", help="log(U * V), finite where U * V overflows.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="The paper's signs: not every score is then higher = ID.")] = False,
+    log: Annotated[
+        bool, typer.Option("--log", help='log(U * V), finite where U * V overflows; columns are called "log ...".')
+    ] = False,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help='The paper\'s signs: not every score is then higher = ID; columns are called "raw ...".'
+        ),
+    ] = False,
     logits_key: LogitsKey = None,
     feats_key: FeatsKey = None,
-    chunk_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows read at a time.", show_default="64 MiB of them")
+    id_key: Annotated[
+        str | None, typer.Option(help="What the file calls the rows' IDs, to be written beside their scores.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
-    backend: Annotated[str, typer.Option(help="'auto', or one that 'fastood info' lists.")] = "auto",
+    nan: Nan = "keep",
+    detector_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--detector",
+            metavar="FILE",
+            help="Score and decide by what 'fastood fit' wrote, whose settings stand for the options above.",
+        ),
+    ] = None,
+    chunk_rows: ChunkRows = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
 ) -> None:
-    """Score every row of a file.
+    """Score every row of a file, or decide about it.
+
+    A column is called after what it holds: energy, energy*||h||_0.3, exgrad,
+    ||h||_0.3, with raw and log before it: raw log exgrad. The metadata of
+    .parquet and .safetensors say, as JSON, how the columns were made: fastood's
+    version, method, norm, temperature, bias, log, oriented.
+
+    With --detector there are two columns more: accept, whether to treat the row
+    as in-distribution (true or false in .csv, a bool elsewhere; never true of a
+    row with NaN), and p_value, by which 'accept' is p_value > 1 - tpr. The
+    metadata then say the detector's settings, too.
 
     [bold]Examples[/]
 
@@ -121,56 +172,254 @@ def score(
 
         fastood score val.pt scores.npz --method msp --method tv --norm none
 
+    A table whose columns have names of their own, with the rows' IDs, without rows that have no score:
+
+        fastood score val.parquet scores.csv --logits-key z --feats-key h --id-key image --nan drop
+
     Everything the file allows, on a GPU:
 
         fastood score val.npy scores.parquet --method all --device cuda
-    """
-    import torch
 
-    import fastood
+    A decision for every row:
+
+        fastood score requests.npz decisions.csv --detector det.safetensors
+    """
     from fastood.files import open_rows, save_scores, writable
 
+    sources = {f"--{name}": ctx.get_parameter_source(name) for name in _DETECTORS_OWN}
+    given = [name for name, origin in sources.items() if origin and origin.name == "COMMANDLINE"]
+    if detector_file and given:
+        raise ValueError(f"--detector has settings of its own: leave out {', '.join(given)}")
     methods = _methods(method or ["energy"], norm is not None)
     order: float | EllipsisType | None = ... if norm is None else _order(norm)
     number("--temperature", temperature, above=0)
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device must be a torch device such as cpu or cuda:0, got {device!r}") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: torch finds no GPU here for {device!r}")
+    choice("--nan", nan, tuple(_NAN))
+    place = _device(device)
+    options: dict[str, Any] = {"temperature": temperature, "bias": bias, "log": log, "oriented": not raw}
+    detector = Detector.load(detector_file) if detector_file else None
 
-    nan: dict[str, int] = {}
-    with (
-        open_rows(source, logits_key, feats_key) as rows,
-        save_scores(writable(out, source)) as writer,
-        _bars() as chunks_of,
-    ):
-        for chunk in chunks_of(rows, chunk_rows):
-            logits, feats = (None if x is None else x.to(target) for x in chunk)
-            found: dict[str, Tensor] = fastood.scores(
-                logits,
-                feats,
-                methods,
-                norm=order,
-                temperature=temperature,
-                bias=bias,
-                log=log,
-                oriented=not raw,
-                backend=backend,
-            )
-            writer.write(found)
-            for name, x in found.items():
-                nan[name] = nan.get(name, 0) + int(x.isnan().sum())
-        count = rows.rows
-    typer.echo(f"{out}: {count:,} rows of {', '.join(nan)}")
-    if any(nan.values()):
-        typer.echo("NaN: " + ", ".join(f"{name} in {n:,} rows" for name, n in nan.items() if n))
-        typer.echo(
-            "A row is NaN where it holds NaN, where its logits hold +inf or are all -inf"
-            + (", or where U * V has no logarithm" if log else "")
-            + ". Leave such rows out before evaluating."
+    odd: _Odd = {}
+    nans, below_0, accepted = _Nans(), Counter[str](), 0
+    with open_rows(source, logits_key, feats_key, id_key) as rows:
+        work = (
+            _decisions(rows, detector, backend)
+            if detector
+            else _scores(rows, methods, order, backend=backend, **options)
         )
+        with (
+            save_scores(writable(out, source), metadata=_as_json(work.metadata), id_key=rows.id_key) as writer,
+            _bars() as chunks_of,
+        ):
+            chunks = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
+            for (logits, feats), ids in zip(chunks, rows.ids(chunk_rows), strict=True):
+                columns = work.columns(logits, feats)
+                scores = {label: columns[label] for label in work.labels}
+                bad = nans.count(source, scores, fail=nan == "fail")
+                if not log:  # a logarithm below 0 is of a positive score
+                    below_0.update(_data.negative(scores))
+                if detector:
+                    accepted += int(columns["accept"].sum())
+                if nan == "drop":
+                    columns = {label: x[~bad] for label, x in columns.items()}
+                    ids = None if ids is None else ids[~bad]
+                writer.write(_as_written(columns, out), ids)
+    _warn(odd, {source: _data.inverted(below_0, nans.seen)})
+    written = nans.seen - (nans.rows if nan == "drop" else 0)
+    decided = f", {accepted:,} of them accepted" if detector else ""
+    typer.echo(f"{out}: {written:,} rows of {', '.join(work.labels)}{decided}")
+    typer.echo(_contents(rows, work.used))
+    nans.tell(source, _NAN[nan], log)
+
+
+class _Work(NamedTuple):
+    """What `score` writes: the labels of its scores, and `columns(logits, feats)`, which may hold more."""
+
+    labels: list[str]
+    used: set[str]
+    metadata: dict[str, Any]
+    columns: Callable[[Tensor | None, Tensor | None], Columns]
+
+
+def _scores(
+    rows: Rows, methods: list[str] | None, order: float | EllipsisType | None, *, backend: str, **options: Any
+) -> _Work:
+    import torch
+
+    import fastood
+    from fastood.api import _order as order_or_default
+
+    # The scores of no rows: which there will be, and what is refused is refused before any row is read.
+    no_rows = [None if width is None else torch.empty(0, width) for width in (rows.classes, rows.dim)]
+    none = fastood.scores(no_rows[0], no_rows[1], methods, norm=order, **options, backend="reference")
+    entries = [SCORES[name] for name in none]
+    orders = [order_or_default(e, ... if e.gradient else order, rows.dim is not None) for e in entries]
+    log, oriented = options["log"], options["oriented"]
+    labels = {e.name: _data.label_of(e, r, log=log, oriented=oriented) for e, r in zip(entries, orders, strict=True)}
+
+    def columns(logits: Tensor | None, feats: Tensor | None) -> Columns:
+        found = fastood.scores(logits, feats, list(labels), norm=order, **options, backend=backend)
+        return {labels[name]: x.cpu().numpy() for name, x in found.items()}
+
+    metadata = {"fastood": fastood.__version__, "method": list(labels), "norm": orders, **options}
+    return _Work([*labels.values()], _used(zip(entries, orders, strict=True)), metadata, columns)
+
+
+def _decisions(rows: Rows, detector: Detector, backend: str) -> _Work:
+    import fastood
+
+    used = _check_fits(rows, detector)
+    label = _label(detector)
+
+    def columns(logits: Any, feats: Any) -> Columns:
+        p = detector.p_value(logits, feats, backend=backend)
+        s = detector.score(logits, feats, backend=backend)
+        return {k: x.cpu().numpy() for k, x in {label: s, "accept": p > 1 - detector.tpr, "p_value": p}.items()}
+
+    facts = _facts(detector)
+    metadata = {
+        "fastood": fastood.__version__,
+        "method": [facts["method"]],
+        "norm": [facts["norm"]],
+        "temperature": facts["temperature"],
+        "bias": facts["bias"],
+        "log": False,
+        "oriented": True,
+        "detector": {**facts, "threshold": _thresholds(detector)},
+    }
+    return _Work([label], used, metadata, columns)
+
+
+def _as_written(columns: Columns, out: Path) -> Columns:
+    """A bool as the word that readers of CSV take for one."""
+    import numpy as np
+
+    if out.suffix.lower() != ".csv":
+        return columns
+    return {k: np.where(x, "true", "false") if x.dtype == bool else x for k, x in columns.items()}
+
+
+@app.command(no_args_is_help=True)
+def fit(
+    source: Annotated[
+        Path, typer.Argument(metavar="ID", help="In-distribution logits and features, not of training data.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The detector: .safetensors.")],
+    method: Annotated[str, typer.Option(help=f"A score: {', '.join(SCORES)}.")] = "energy",
+    norm: Norm = None,
+    temperature: Temperature = 1.0,
+    bias: Bias = False,
+    tpr: Annotated[float, typer.Option(help="The share of in-distribution rows to accept.")] = 0.95,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="A threshold for every predicted class that has the rows for it.")
+    ] = False,
+    logits_key: LogitsKey = None,
+    feats_key: FeatsKey = None,
+    labels_key: Annotated[
+        str | None,
+        typer.Option(help="What the file calls the true classes: rows that the classifier gets wrong are left out."),
+    ] = None,
+    nan: Annotated[
+        str, typer.Option(metavar="drop|fail", help="Rows whose score is not finite: leave them out, or fail.")
+    ] = "fail",
+    chunk_rows: ChunkRows = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+) -> None:
+    """Make a detector: the threshold that accepts a stated share of rows like these.
+
+    Of new rows drawn like those of ID at least --tpr are accepted, on the average
+    over such files (split conformal prediction). Nothing is promised about
+    others: 'fastood eval --detector' says how many of some it accepts.
+
+    Fit on what decisions will see: rows of the same dtype, on the same device.
+
+    [bold]Examples[/]
+
+    Energy times ||h||_0.3, accepting 95% of rows like these:
+
+        fastood fit val.npz --out det.safetensors
+
+    A threshold per predicted class that keeps 99% of the rows that the classifier gets right:
+
+        fastood fit val.npz --out det.safetensors --method msp --norm none --tpr 0.99 --per-class --labels-key y
+
+    And then:
+
+        fastood score requests.npz decisions.csv --detector det.safetensors
+    """
+    import torch
+
+    from fastood.files import open_rows, writable
+
+    choice("--method", method, tuple(SCORES))
+    if norm is not None and SCORES[method].gradient:
+        raise ValueError(f"--norm: {method} has a norm of its own")
+    choice("--nan", nan, ("drop", "fail"))
+    number("--temperature", temperature, above=0)
+    if not 0 < tpr < 1:
+        raise ValueError(f"--tpr must be between 0 and 1, got {tpr}")
+    writable(out, source, suffixes=(".safetensors",))
+    place = _device(device)
+    order: float | EllipsisType | None = ... if norm is None else _order(norm)
+    detector = Detector(method, norm=order, temperature=temperature, bias=bias, tpr=tpr, per_class=per_class)
+
+    odd: _Odd = {}
+    below_0, seen, lost = Counter[str](), 0, 0
+    with open_rows(source, logits_key, feats_key, labels_key) as rows, _bars() as chunks_of:
+        chunks: Iterator[tuple[Any, Any]] = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
+        for (logits, feats), labels in zip(chunks, rows.ids(chunk_rows), strict=True):
+            if labels is not None and labels.dtype.kind not in "iu":
+                raise ValueError(f"{source}: {labels_key!r} must hold integers, the true classes, got strings")
+            s = detector.score(logits, feats, backend=backend)
+            finite = s.isfinite()
+            if not finite.all():
+                if nan == "fail":
+                    first = seen + int(finite.int().argmin())
+                    raise ValueError(f"{source}: the score of row {first}, counted from 0, is not finite; see --nan")
+                lost += int((~finite).sum())
+                logits, feats = (None if x is None else x[finite] for x in (logits, feats))
+                labels = None if labels is None else labels[finite.cpu().numpy()]
+            y = None if labels is None else torch.from_numpy(labels.astype(int))
+            detector.partial_fit(logits, feats, y, backend=backend)
+            seen += len(s)
+            below_0.update(_data.negative({_label(detector): s.cpu().numpy()}))
+    said = _promise(detector)  # or which rows are lacking
+    detector.save(out)
+    _warn(odd, {source: _data.inverted(below_0, seen)})
+    right = ", those that the classifier gets right" if labels_key else ""
+    of = f" of {seen:,}" if detector.rows < seen else ""
+    typer.echo(f"{out}: {_label(detector)}, fitted on {detector.rows:,}{of} rows{right}")
+    typer.echo(said)
+    typer.echo(_contents(rows, _used([(SCORES[method], _facts(detector)["norm"])]), "labels"))
+    if lost:
+        typer.echo(f"{source}: {lost:,} of {seen:,} rows have a score that is not finite and are left out")
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    source: Annotated[Path, typer.Argument(metavar="DETECTOR", help="What 'fastood fit' or Detector.save wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, every class's threshold among it.")] = False,
+) -> None:
+    """What is in a detector's file: settings, rows, thresholds, and what it promises.
+
+    [bold]Example[/]
+
+        fastood inspect det.safetensors --json
+    """
+    from safetensors import safe_open
+
+    detector = Detector.load(source)
+    with safe_open(source, "np") as file:
+        header = json.loads(file.metadata()["fastood"])  # which load has checked
+    facts = {"file": str(source), "format": header["version"], "fastood": header["fastood"], **_facts(detector)}
+    if as_json:
+        typer.echo(json.dumps({**facts, "threshold": _thresholds(detector)}, indent=2).replace("Infinity", '"inf"'))
+        return
+    facts["norm"] = "none" if facts["norm"] is None else f"{facts['norm']:g}"
+    for name, fact in facts.items():
+        if fact not in (None, {}):
+            typer.echo(f"{name.replace('_', ' ')}: {fact}")
+    typer.echo(_promise(detector))
 
 
 @app.command("eval", no_args_is_help=True)
@@ -179,7 +428,10 @@ def evaluate(
     ood: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="An OOD set, repeatable.")],
     norm: Annotated[
         list[str] | None,
-        typer.Option(help="Order of ||h||_r, or 'none'; repeatable.", show_default="none and 0.3"),
+        typer.Option(
+            help="Order of ||h||_r, or 'none'; repeatable.",
+            show_default="none and 0.3; none for a score that is never above 0",
+        ),
     ] = None,
     temperature: Temperature = 1.0,
     bias: Bias = False,
@@ -189,6 +441,18 @@ def evaluate(
     html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report as HTML.")] = None,
     logits_key: LogitsKey = None,
     feats_key: FeatsKey = None,
+    nan: Nan = "drop",
+    detector_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--detector",
+            metavar="FILE",
+            help="What 'fastood fit' wrote: also say which share of each set it accepts, of all rows, those with a NaN "
+            "score among them.",
+        ),
+    ] = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
 ) -> None:
     """How well each score separates in-distribution rows from OOD ones.
 
@@ -201,60 +465,100 @@ def evaluate(
     One score, plain and times ||h||_2, with a report:
 
         fastood eval --id val.npz --ood svhn.npz --method msp --norm none --norm 2 --html a.html
+
+    Tables whose columns have names of their own, NaN rows counted as rejected, on a GPU:
+
+        fastood eval --id val.parquet --ood svhn.parquet --logits-key z --feats-key h --nan keep --device cuda
+
+    What a detector accepts of each; --id should be rows that it was not fitted on:
+
+        fastood eval --id test.npz --ood svhn.npz --detector det.safetensors --json table.json
     """
     from fastood.evaluation import evaluate as evaluation_of
-    from fastood.evaluation import score_rows
+    from fastood.evaluation import score_rows, settle_nan
     from fastood.files import open_rows, writable
 
     files = _named_files(ood)
-    written: dict[Path, str] = {}
-    for option, path in {"--json": json_file, "--csv": csv_file, "--html": html_file}.items():
-        if path:
-            target = writable(path, id_file, *files.values()).resolve()
-            if target in written:
-                raise ValueError(f"{option}: {written[target]} writes {path} already")
-            written[target] = option
+    for output, suffixes in ((json_file, (".json",)), (csv_file, (".csv",)), (html_file, (".html", ".htm"))):
+        if output:
+            writable(output, id_file, *files.values(), suffixes=suffixes)
     methods = _methods(method or ["all"], bool(norm))
-    norms = tuple(_order(text) for text in norm) if norm else (None, 0.3)
+    norms = tuple(map(_order, norm)) if norm else ...
     number("--temperature", temperature, above=0)
+    choice("--nan", nan, tuple(_NAN))
+    place = _device(device)
+    options: dict[str, Any] = {"temperature": temperature, "bias": bias, "backend": backend}
+    detector = Detector.load(detector_file) if detector_file else None
 
+    odd: _Odd = {}
+    accepted = dict.fromkeys((None, *files), 0)  # None: the ID set
+    scored, nans = [], []
     with ExitStack() as stack:
         sets = [stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *files.values())]
-        _check_alike(sets, logits_key, feats_key, methods, norms)
+        every = [SCORES[name] for name in methods or SCORES]
+        used = _used((e, r) for e in every for r in ((... if e.multiplied else None,) if norms is ... else norms))
+        _check_alike(sets, logits_key, feats_key, used)
+        if detector:
+            for rows in sets:
+                _check_fits(rows, detector)
         with _bars() as chunks_of:
-            id_scores, *ood_scores = (
-                score_rows(chunks_of(rows), methods=methods, norms=norms, temperature=temperature, bias=bias)
-                for rows in sets
-            )
+            for name, rows in zip(accepted, sets, strict=True):
+                chunks = _on(place, _looked_at(chunks_of(rows), rows, odd))
+                if detector:
+                    chunks = _decided(chunks, detector, backend, accepted, name)
+                columns = score_rows(chunks, methods=methods, norms=norms, **options)
+                counted = _Nans()
+                bad = counted.count(rows.path, columns, fail=nan == "fail")
+                if bad.all() and rows.rows and nan == "drop":
+                    raise ValueError(f"{rows.path}: every row has a NaN score")
+                nans.append(counted)
+                scored.append(settle_nan(columns, nan))
+        id_scores, *ood_scores = scored
         evaluation = evaluation_of(id_scores, dict(zip(files, ood_scores, strict=True)))
+        _warn(odd, {id_file: _inverted(evaluation)})
+        for rows, counted in zip(sets, nans, strict=True):
+            typer.echo(_contents(rows, used))
+            counted.tell(rows.path, _NAN_IN_EVAL[nan])
         print_table(evaluation)
+        decided = {}
+        if detector:
+            shares = [n / rows.rows if rows.rows else None for n, rows in zip(accepted.values(), sets, strict=True)]
+            decided = {
+                "detector": {
+                    **_facts(detector),
+                    "accepted": {"id": shares[0], "ood": dict(zip(files, shares[1:], strict=True))},
+                }
+            }
+            typer.echo(f"\n{detector_file}: {_label(detector)}, tpr {detector.tpr:.6g}, accepts")
+            for (name, n), rows in zip(accepted.items(), sets, strict=True):
+                share = f"{n / rows.rows:.6f}" if rows.rows else "-"
+                typer.echo(f"  {share} of {'the ID set' if name is None else name}: {n:,} of {rows.rows:,} rows")
         if json_file:
-            evaluation.to_json(json_file)
+            evaluation.to_json(json_file, **decided)
         if csv_file:
             evaluation.to_csv(csv_file)
         if html_file:
             from fastood.report import write_html
 
-            figures = _heatmap(sets, list(files), temperature, bias)
+            figures = _heatmap(sets, list(files), place, nan=nan, **options)
             title = f"OOD detection: {id_file.stem} against {', '.join(files)}"
             write_html(html_file, evaluation, title=title, figures=figures)
 
 
-def _check_alike(
-    sets: list[Rows],
-    logits_key: str | None,
-    feats_key: str | None,
-    methods: list[str] | None,
-    norms: Sequence[float | None],
-) -> None:
+def _decided(
+    chunks: Chunks, detector: Detector, backend: str, accepted: dict[str | None, int], name: str | None
+) -> Chunks:
+    """The same chunks; how many of their rows are accepted is added to those of `name`."""
+    for logits, feats in chunks:
+        f: Any = logits
+        accepted[name] += int(detector.accept(f, feats, backend=backend).sum())
+        yield logits, feats
+
+
+def _check_alike(sets: list[Rows], logits_key: str | None, feats_key: str | None, used: set[str]) -> None:
     """FileError where a set cannot be of the first one's network, or lacks what a score takes from another."""
     from fastood.files import FileError
 
-    taken = {"logits", "feats"}
-    if methods is not None:
-        taken = {name for method in methods for name in SCORES[method].needs}
-        if "logits" in taken and any(r is not None for r in norms):
-            taken.add("feats")  # of the V terms; a gradient score needs them anyway
     of_logits = "logits", logits_key or "logits", [rows.classes for rows in sets]
     of_feats = "feats", feats_key or "feats", [rows.dim for rows in sets]
     for name, key, widths in (of_logits, of_feats):
@@ -265,12 +569,12 @@ def _check_alike(
         for path, width in having.items():
             if width != wanted:
                 raise FileError(f"{path}: {key!r} must have {wanted} columns as in {first}, got {width}")
-        if name in taken and None in widths:
+        if name in used and None in widths:
             lacking = sets[widths.index(None)].path
             raise FileError(f"{lacking}: must hold {key!r} as {first} does, or --method and --norm do without")
 
 
-def _heatmap(sets: list[Rows], names: list[str], temperature: float, bias: bool) -> dict[str, Figure]:
+def _heatmap(sets: list[Rows], names: list[str], device: torch.device, **options: Any) -> dict[str, Figure]:
     """Figure 2 of the ID set and the OOD sets called `names`, where all of them have logits and feats."""
     from fastood import plots
     from fastood.api import PAPER_V
@@ -279,9 +583,9 @@ def _heatmap(sets: list[Rows], names: list[str], temperature: float, bias: bool)
     if any(rows.classes is None or rows.dim is None for rows in sets):
         return {}
     with _bars() as chunks_of:
-        inside, *outside = (chunks_of(rows) for rows in sets)
+        inside, *outside = (_on(device, chunks_of(rows)) for rows in sets)
         chunks = dict(zip(names, outside, strict=True))
-        auroc = sweep_auroc(inside, chunks, PAPER_V, plots.FIGURE_2_NORMS, temperature=temperature, bias=bias)
+        auroc = sweep_auroc(inside, chunks, PAPER_V, plots.FIGURE_2_NORMS, **options)
     return {plots.FIGURE_2: plots.heatmap(auroc, PAPER_V, plots.FIGURE_2_NORMS)}
 
 
@@ -298,10 +602,11 @@ def demo(
     """
     from fastood.demo import conclusion, run
 
-    evaluation = run(out, seed, lambda line: typer.echo(line, err=True))
+    evaluation, written = run(out, seed, lambda line: typer.echo(line, err=True))
+    _warn({}, {"the ID set": _inverted(evaluation)})
     print_table(evaluation)
     typer.echo("Written:")
-    for path in sorted(out.iterdir()):
+    for path in written:
         typer.echo(f"  {path}")
     typer.echo(conclusion(evaluation))
 
@@ -352,7 +657,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """An evaluation for people: one section per OOD set, the best AUROC of each marked."""
+    """An evaluation for people: one section per OOD set, the best AUROC of each marked; then what follows from it.
+
+    The recommendation is last, where a terminal still shows it after a long table.
+    """
     columns = {"auroc": "AUROC", "fpr95_in": "FPR95", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
     rows = evaluation.table()
     table = Table("OOD set")
@@ -380,8 +688,172 @@ def print_table(evaluation: Evaluation) -> None:
     typer.echo(
         "Scores are higher for in-distribution (ID) rows. FPR95: share of OOD rows accepted\n"
         "where 95% of ID rows are; lower is better. AUPR-in counts ID rows as positive,\n"
-        "AUPR-out OOD rows. * marks the best AUROC of a set."
+        "AUPR-out OOD rows. * marks the best AUROC of a set.\n"
     )
+    # Broken between words on a terminal, not at all elsewhere.
+    console.print(str(evaluation.recommendation), markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+# ---- detectors
+
+
+def _label(detector: Detector) -> str:
+    return _data.label_of(SCORES[detector.method], _facts(detector)["norm"])
+
+
+def _facts(detector: Detector) -> dict[str, Any]:
+    """The settings, and what it was fitted on. A norm is the one that was decided, not what it was decided by."""
+    return {**detector._settings(), "rows": detector.rows}
+
+
+def _thresholds(detector: Detector) -> float | list[float]:
+    limit = detector.threshold
+    return limit if isinstance(limit, float) else limit.tolist()
+
+
+def _promise(detector: Detector) -> str:
+    """What it accepts, and how many rows like those that it was fitted on."""
+    from fastood.detector import _rank
+
+    n, limit = detector.rows, _thresholds(detector)
+    kept = f"at least {100 * detector.tpr:.6g}% of rows drawn like those that it was fitted on"
+    if isinstance(limit, float):
+        k = _rank(n, detector.tpr)
+        # Of one calibration set the share accepted is of Beta(n + 1 - k, k), where scores do not tie.
+        spread = 100 * math.sqrt(k * (n + 1 - k) / (n + 2)) / (n + 1)
+        return (
+            f"accepts scores >= {limit:.6g}: {kept}, on the average over sets of {n:,}; "
+            f"the share of one set has a standard deviation of {spread:.2g}%"
+        )
+    own = sum(detector._deciding(k) is not detector._all for k in range(len(limit)))
+    rest = "" if own == len(limit) else f"; {len(limit) - own} have too few rows and go by the threshold of all"
+    return (
+        f"accepts scores >= that of the predicted class, {min(limit):.6g} to {max(limit):.6g}: {kept}, on the average "
+        f"over such sets, in each of the {own} of {len(limit)} classes with a threshold of their own{rest}"
+    )
+
+
+def _check_fits(rows: Rows, detector: Detector) -> set[str]:
+    """What the detector reads; FileError where the file lacks it, or is of another network."""
+    from fastood.files import FileError
+
+    used = set()
+    for name, width, wanted in (("logits", rows.classes, detector.classes), ("feats", rows.dim, detector.dim)):
+        if wanted is not None and width != wanted:
+            key = {"logits": rows.logits_key, "feats": rows.feats_key}[name] or name
+            got = "none of them" if width is None else f"{width}"
+            raise FileError(
+                f"{rows.path}: {key!r} must have the {wanted} columns that the detector was fitted on, got {got}"
+            )
+        if wanted is not None:
+            used.add(name)
+    return used
+
+
+# ---- what is said of the data
+
+_NAN = {"keep": "kept", "drop": "left out", "fail": ""}
+_NAN_IN_EVAL = _NAN | {"keep": "counted as the lowest score"}
+
+
+class _Nans:
+    """Counts the rows that have a NaN score, and says so."""
+
+    def __init__(self) -> None:
+        self.seen = self.rows = 0
+        self.of = Counter[str]()
+
+    def count(self, path: Path, columns: Mapping[str, NDArray[Any]], *, fail: bool) -> NDArray[bool_]:
+        """Which rows of these further scores of a file, label -> [n], hold NaN. Where that is to fail, an error."""
+        import numpy as np
+
+        nan = {label: np.isnan(x) for label, x in columns.items()}
+        self.of.update({label: int(x.sum()) for label, x in nan.items() if x.any()})
+        bad: NDArray[bool_] = np.any([*nan.values()], axis=0)
+        if fail and bad.any():
+            first = self.seen + int(bad.argmax())
+            raise ValueError(f"{path}: row {first}, counted from 0, has a NaN score; see --nan")
+        self.seen, self.rows = self.seen + len(bad), self.rows + int(bad.sum())
+        return bad
+
+    def tell(self, path: Path, fate: str, log: bool = False) -> None:
+        if self.rows:
+            why = "they hold NaN, or logits that hold +inf or are all -inf" + (", or U * V < 0" if log else "")
+            count = f"{self.rows:,} of {self.seen:,} rows have a NaN score"
+            typer.echo(f"{path}: {count} ({_data.some(self.of)}) and are {fate}: {why}")
+
+
+def _used(columns: Iterable[tuple[Score, float | EllipsisType | None]]) -> set[str]:
+    """What scores times norms of these orders are computed from."""
+    return {name for entry, r in columns for name in (*entry.needs, *(() if r is None else ("feats",)))}
+
+
+def _contents(rows: Rows, used: set[str], ids: str = "IDs") -> str:
+    """One line on what was found in a file, under which names, and used; `ids` is what its third array is."""
+    from fastood.files import listed
+
+    said = []
+    matrices = ("logits", rows.logits_key, rows.classes), ("feats", rows.feats_key, rows.dim)
+    for name, key, width in matrices:
+        if key is None:
+            said.append(f"no {name} (--{name}-key names them)")
+        else:
+            called = "" if key == name else f" {key!r}"
+            said.append(f"{name}{called} [{rows.rows}, {width}]" + ("" if name in used else " (not used)"))
+    if rows.id_key is not None:
+        said.append(f"{ids} {rows.id_key!r}")
+    if rows.others:
+        said.append(f"also holds {listed(rows.others)}")
+    return f"{rows.path}: {', '.join(said)}"
+
+
+def _looked_at(chunks: Chunks, rows: Rows, odd: _Odd) -> Chunks:
+    """The same chunks; what the first one of them makes doubtful is noted in `odd`."""
+    for i, (logits, feats) in enumerate(chunks):
+        if i == 0:
+            text = _data.oddity(logits, feats, rows.logits_key, rows.feats_key)
+            if text:
+                odd.setdefault(text, []).append(rows.path)
+        yield logits, feats
+
+
+def _inverted(evaluation: Evaluation) -> str | None:
+    """On V terms times a norm that are negative in more than one of 100 in-distribution rows."""
+    rows = evaluation.counts()["id"]
+    below_0 = _data.negative(evaluation.id_scores)
+    return _data.inverted({label: n for label, n in below_0.items() if 100 * n > rows}, rows)
+
+
+def _warn(odd: _Odd, of_file: Mapping[Any, str | None]) -> None:
+    of_files = [(", ".join(map(str, paths)), text) for text, paths in odd.items()]
+    for where, text in (*of_files, *of_file.items()):
+        if text:
+            typer.echo(f"warning: {where}: {text}", err=True)
+
+
+# ---- arguments and chunks
+
+
+def _on(device: torch.device, chunks: Chunks) -> Chunks:
+    for logits, feats in chunks:
+        yield None if logits is None else logits.to(device), None if feats is None else feats.to(device)
+
+
+def _device(text: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"--device must be a torch device such as cpu or cuda:0, got {text!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: torch finds no GPU here for {text!r}")
+    return device
+
+
+def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Each fact as JSON, which has no infinity: "inf"."""
+    return {name: json.dumps(fact).replace("Infinity", '"inf"') for name, fact in facts.items()}
 
 
 @contextmanager

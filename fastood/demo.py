@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fastood import plots
+from fastood._fork import one_thread_if_forked
 from fastood.api import BEST_NORM, PAPER_V
 from fastood.evaluation import Evaluation, Scores, evaluate, score_rows, sweep_auroc
 from fastood.files import FileError, atomic
@@ -31,11 +33,18 @@ _KNOWN = 7  # the digits 0 to 6
 _PHOTO_PATCHES = 300
 
 
-def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], object] = print) -> Evaluation:
+class Demo(NamedTuple):
+    """What ``run`` found, and the files that it wrote."""
+
+    evaluation: Evaluation
+    written: list[Path]
+
+
+def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], object] = print) -> Demo:
     """Train, score and evaluate; takes about ten seconds. The same seed gives the same numbers.
 
-    Every score of ``fastood.SCORES`` is there, the V terms alone and times ||h||_0.3 and ||h||_1; the
-    gradient scores also "deep", by all of the network's parameters; and BatchGrad.
+    Every score of ``fastood.SCORES`` is there, the V terms alone and (those that take a norm by default) times
+    ||h||_0.3 and ||h||_1; the gradient scores also "deep", by all of the network's parameters; and BatchGrad.
 
     Parameters
     ----------
@@ -51,8 +60,9 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     Examples
     --------
     >>> from fastood import demo
-    >>> evaluation = demo.run("fastood-demo")  # doctest: +SKIP
+    >>> evaluation, written = demo.run("fastood-demo")  # doctest: +SKIP
     """
+    one_thread_if_forked()
     out = Path(out)
     if out.is_file():
         raise FileError(f"{out}: is a file; a folder is wanted to write to")
@@ -68,49 +78,56 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     anchors = torch.stack([(train_labels == c).nonzero()[0, 0] for c in range(_KNOWN)])
     anchor_logits, anchor_feats = _logits_and_feats(model, train[anchors])
     G = anchor_gradient(anchor_logits.double(), anchor_feats.double(), train_labels[anchors])
+    multiplied = [entry.name for entry in SCORES.values() if entry.multiplied]
     scores: dict[str, dict[str, Scores]] = {}
     for name, (logits, feats) in outputs.items():
-        scores[name] = score_rows([(logits, feats)], norms=(None, 0.3, 1))
+        scores[name] = score_rows([(logits, feats)])
+        scores[name] |= score_rows([(logits, feats)], methods=multiplied, norms=(1,))
         scores[name]["batchgrad"] = batchgrad(logits.double(), feats.double(), G).numpy()
         progress(f"gradients by all parameters: {name}")
         scores[name] |= _deep_scores(model, sets[name])
     evaluation = evaluate(scores["id"], {name: scores[f"ood_{name}"] for name in ood})
 
+    written: list[Path] = []
+
+    def new(name: str) -> Path:
+        written.append(out / name)
+        return written[-1]
+
     progress(f"writing tables, figures and the report to {out}")
     for name, (logits, feats) in outputs.items():
-        with atomic(out / f"{name}.npz") as temporary:
+        with atomic(new(f"{name}.npz")) as temporary:
             np.savez(temporary, logits=logits.numpy(), feats=feats.numpy())
-    evaluation.to_csv(out / "scores.csv")
-    evaluation.to_json(out / "scores.json")
+    evaluation.to_csv(new("scores.csv"))
+    evaluation.to_json(new("scores.json"))
     norms = plots.FIGURE_2_NORMS
     grid = sweep_auroc([outputs["id"]], {name: [outputs[f"ood_{name}"]] for name in ood}, norms=norms)
     simplex, heatmap = plots.simplex(), plots.heatmap(grid, PAPER_V, norms)
-    best = evaluation.best(1)[0]
+    best = evaluation.recommendation.score
     ood_scores = {name: columns[best] for name, columns in evaluation.ood_scores.items()}
-    _save(simplex, out / "figure1_simplex.png")
-    _save(heatmap, out / "figure2_heatmap.png")
-    _save(plots.histograms(evaluation.id_scores[best], ood_scores, best), out / "histograms.png")
+    _save(simplex, new("figure1_simplex.png"))
+    _save(heatmap, new("figure2_heatmap.png"))
+    _save(plots.histograms(evaluation.id_scores[best], ood_scores, best), new("histograms.png"))
     figures = {
         plots.FIGURE_2: heatmap,
         "What the V terms look like (Figure 1 of the paper)": simplex,
     }
-    write_html(out / "report.html", evaluation, title="fastood on handwritten digits", figures=figures)
-    return evaluation
+    write_html(new("report.html"), evaluation, title="fastood on handwritten digits", figures=figures)
+    return Demo(evaluation, sorted(written))
 
 
 def conclusion(evaluation: Evaluation) -> str:
-    """Two lines on what ``run`` found: the best score, and what energy reaches without and with the norm.
+    """A line on what energy reaches on ``run``'s images without and with the norm.
 
     Examples
     --------
-    >>> print(demo.conclusion(demo.run("fastood-demo")))  # doctest: +SKIP
+    >>> print(demo.conclusion(demo.run("fastood-demo").evaluation))  # doctest: +SKIP
     """
     mean = {row["score"]: row["auroc"] for row in evaluation.table() if row["ood"] == "average"}
-    best = evaluation.best(1)[0]
     default = f"energy*||h||_{BEST_NORM:g}"
     return (
-        f"Best AUROC, mean over the OOD sets: {best} with {mean[best]:.6f}.\n"
-        f"energy alone has {mean['energy']:.6f}; {default}, the default of fastood.score, has {mean[default]:.6f}."
+        f"AUROC, mean over the OOD sets: energy alone {mean['energy']:.6f}; {default}, the default of fastood.score, "
+        f"{mean[default]:.6f}."
     )
 
 

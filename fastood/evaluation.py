@@ -6,8 +6,11 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import isfinite
 from statistics import fmean
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -15,11 +18,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fastood import metrics
-from fastood._inputs import order_of
+from fastood._data import label_of
+from fastood._fork import one_thread_if_forked
+from fastood._inputs import choice, order_of, vector
 from fastood._version import __version__
 from fastood.api import BEST_NORM, PAPER_NORMS, PAPER_V, scores, sweep
 from fastood.api import norms as norms_of
 from fastood.files import atomic
+from fastood.recommendation import METHOD, Recommendation, recommend
 from fastood.registry import SCORES
 
 Scores = NDArray[np.float64]
@@ -39,9 +45,10 @@ def score_rows(
     chunks: Chunks,
     *,
     methods: Sequence[str] | None = None,
-    norms: Sequence[float | None] = (None, BEST_NORM),
+    norms: Sequence[float | None] | EllipsisType = ...,
     temperature: float = 1.0,
     bias: bool = False,
+    backend: str = "auto",
 ) -> dict[str, Scores]:
     """Scores of a whole set that comes in chunks: label -> float64 [N]. Higher = more in-distribution.
 
@@ -51,14 +58,15 @@ def score_rows(
     Parameters
     ----------
     chunks : iterable of (logits [n, C], feats [n, D])
-        CPU tensors; None for the one that is not at hand, in every chunk alike.
+        Tensors; None for the one that is not at hand, in every chunk alike.
     methods : sequence of str, optional
         Names in ``fastood.SCORES``. Left out: every score that the inputs allow.
-    norms : sequence of float or None
+    norms : sequence of float or None, optional
         The orders r of U = ||h||_r; None is U = 1. Each V term comes once per entry, as "energy" or
         "energy*||h||_0.3"; "norm" once per order, as "||h||_0.3"; a gradient score once, under its name.
-        Without feats only None applies, and the orders beside it are left out.
-    temperature, bias
+        Without feats only None applies, and the orders beside it are left out. Left out: None and 0.3,
+        and None alone for a V that is never above 0, which a larger norm would lower.
+    temperature, bias, backend
         As in ``fastood.score``.
 
     Raises
@@ -74,15 +82,18 @@ def score_rows(
     >>> score_rows([chunk, chunk], methods=["tv"], norms=(None, 2))
     {'tv': array([0.48201379, 0.48201379]), 'tv*||h||_2': array([2.41006895, 2.41006895])}
     """
-    orders = [None if r is None else order_of("norms", r) for r in norms]
+    one_thread_if_forked()
+    by_default = isinstance(norms, EllipsisType)
+    asked = (None, BEST_NORM) if isinstance(norms, EllipsisType) else norms
+    orders = [None if r is None else order_of("norms", r) for r in asked]
     parts: dict[str, list[Scores]] = {}
     for logits, feats in chunks:
         f, h = (None if x is None else x.detach().double() for x in (logits, feats))
-        for label, s in _score_chunk(f, h, methods, orders, temperature, bias).items():
-            parts.setdefault(label, []).append(s.numpy())
+        for name, s in _score_chunk(f, h, methods, orders, by_default, temperature, bias, backend).items():
+            parts.setdefault(name, []).append(s.cpu().numpy())
     if not parts:
         raise ValueError("nothing to score: there is no chunk, or no score that these inputs and norms allow")
-    columns = {label: np.concatenate(part) for label, part in parts.items()}
+    columns = {name: np.concatenate(part) for name, part in parts.items()}
     _same_length("chunks: logits and feats must be given in all of them or in none", columns)
     return columns
 
@@ -92,8 +103,10 @@ def _score_chunk(
     h: Tensor | None,
     methods: Sequence[str] | None,
     orders: Sequence[float | None],
+    by_default: bool,
     temperature: float,
     bias: bool,
+    backend: str,
 ) -> dict[str, Tensor]:
     given = {name for name, x in (("logits", f), ("feats", h)) if x is not None}
     if methods is None:
@@ -103,22 +116,49 @@ def _score_chunk(
     if h is None and orders and None not in orders:
         raise ValueError(f"feats must be given for norm={orders[0]:g}; without them U is 1, norm None")
     # One read of the logits and one of the features give every V and every U; U * V is their product.
+    options: Any = {"bias": bias, "backend": backend}
     with_v = [name for name in methods if name != "norm"]
-    v = scores(f, h, with_v, norm=None, temperature=temperature, bias=bias) if with_v else {}
+    v = scores(f, h, with_v, norm=None, temperature=temperature, **options) if with_v else {}
     given_orders = [r for r in orders if r is not None]
-    u = norms_of(h, given_orders, bias=bias).unbind(-1) if h is not None and given_orders else ()
-    us = {f"||h||_{r:g}": x for r, x in zip(given_orders, u, strict=h is not None)}
+    u = norms_of(h, given_orders, **options).unbind(-1) if h is not None and given_orders else ()
+    us = dict(zip(given_orders, u, strict=h is not None))
     columns: dict[str, Tensor] = {}
     for name in methods:
-        if name == "norm":
-            columns.update(us)
-        elif SCORES[name].gradient:
-            columns[name] = v[name]
-        else:
-            if None in orders:
-                columns[name] = v[name]
-            columns.update({f"{name}*{label}": v[name] * x for label, x in us.items()})
+        entry = SCORES[name]
+        alone = entry.gradient or None in orders
+        if entry.stats and alone:
+            columns[label_of(entry, None)] = v[name]
+        if entry.multiplied or not (entry.gradient or by_default):
+            columns |= {label_of(entry, r): v[name] * x if entry.stats else x for r, x in us.items()}
     return columns
+
+
+def settle_nan(columns: Mapping[str, Scores], nan: str) -> dict[str, Scores]:
+    """The scores of one set, label -> [N], with its NaN dealt with by one rule.
+
+    Parameters
+    ----------
+    columns : mapping
+        What ``score_rows`` gives.
+    nan : {"drop", "keep", "fail"}
+        "drop" leaves a row out of all columns where one of them is NaN, so that all scores are of the same rows.
+        "keep" counts NaN as -inf, the lowest score: ``score >= threshold`` is False for NaN too. "fail" changes
+        nothing, and ``evaluate`` refuses NaN.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastood.evaluation import settle_nan
+    >>> settle_nan({"msp": np.array([0.9, np.nan])}, "drop")
+    {'msp': array([0.9])}
+    """
+    choice("nan", nan, ("drop", "keep", "fail"))
+    if nan == "keep":
+        return {name: np.where(np.isnan(x), -np.inf, x) for name, x in columns.items()}
+    if nan == "drop":
+        whole = ~np.any([np.isnan(x) for x in columns.values()], axis=0)
+        return {name: x[whole] for name, x in columns.items()}
+    return dict(columns)
 
 
 @dataclass(frozen=True)
@@ -140,32 +180,62 @@ class Evaluation:
     rows: list[dict[str, Any]]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per OOD set and score, in the order given, with keys "ood", "score" and the metrics:
-        "auroc", "fpr95_in", "fpr95_out", "aupr_in", "aupr_out" (``fastood.metrics`` says what they are).
+        """One row per OOD set and score, with keys "ood", "score" and the metrics: "auroc", "fpr95_in",
+        "fpr95_out", "aupr_in", "aupr_out" (``fastood.metrics`` says what they are).
 
-        Where there are several OOD sets, rows with "ood" == "average" follow: the plain mean over them.
+        Sets come in the order given, the scores of each by their AUROC on it, the highest first. Where there
+        are several OOD sets, rows with "ood" == "average" lead: the plain mean over them.
         """
         return [dict(row) for row in self.rows]
 
+    @cached_property
+    def recommendation(self) -> Recommendation:
+        """Which score to use, how sure that is, and the threshold for 95% of the ID rows: see ``Recommendation``.
+
+        Chosen on one half of the rows and judged on the other. Takes less time than ``evaluate`` did, and is kept.
+
+        Examples
+        --------
+        >>> from fastood.evaluation import evaluate
+        >>> recommendation = evaluate({"msp": [0.9, 0.8]}, {"noise": {"msp": [0.85]}}).recommendation
+        >>> recommendation.score, recommendation.threshold, recommendation.accepted
+        ('msp', 0.8, {'noise': 1})
+        """
+        return recommend(self.id_scores, self.ood_scores)
+
     def best(self, n: int, ood: str | None = None) -> list[str]:
         """The `n` scores of highest AUROC on one OOD set, or on the mean over them; ties in the order given."""
-        of_label: dict[str, list[float]] = {}
+        of_label: dict[str, list[float]] = {label: [] for label in self.id_scores}
         for row in self.rows:
             if row["ood"] == ood or (ood is None and row["ood"] in self.ood_scores):
-                of_label.setdefault(row["score"], []).append(row["auroc"])
+                of_label[row["score"]].append(row["auroc"])
         return sorted(of_label, key=lambda label: -fmean(of_label[label]))[:n]
 
     def counts(self) -> dict[str, Any]:
         """{"id": N, "ood": {name: M}}: how many inputs each set has."""
         return {"id": _rows_of(self.id_scores), "ood": {name: _rows_of(s) for name, s in self.ood_scores.items()}}
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """The table with version, counts and conventions, as JSON."""
+    def to_json(self, path: str | os.PathLike[str], **more: Any) -> None:
+        """The recommendation and the table with version, counts and conventions, and what `more` names, as JSON.
+
+        A threshold that is infinite is a string, "inf" or "-inf": JSON has no such number.
+        """
+        found = self.recommendation
+        fields = asdict(found)
+        counts, t = fields.pop("counts"), fields.pop("threshold")
         document = {
             "fastood": __version__,
             "convention": CONVENTION,
-            "counts": self.counts(),
+            "counts": counts,
+            "recommendation": {
+                **fields,
+                "threshold": t if isfinite(t) else str(t),
+                "tied": found.tied,
+                "doubt": found.doubt,
+                "method": METHOD,
+            },
             "results": self.rows,
+            **more,
         }
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -173,7 +243,7 @@ class Evaluation:
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """The table as CSV, its keys as the header."""
         with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ("ood", "score", *metrics.METRICS))
+            writer = csv.DictWriter(file, ("ood", "score", *metrics.METRICS), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
 
@@ -192,6 +262,8 @@ def evaluate(id_scores: Mapping[str, ArrayLike], ood_scores: Mapping[str, Mappin
     ------
     ValueError
         Naming score and set, where scores hold NaN, are missing, or differ in length within a set.
+    TypeError
+        Where scores are a masked array: whether masked rows count is not for a metric to decide.
 
     Examples
     --------
@@ -208,16 +280,24 @@ def evaluate(id_scores: Mapping[str, ArrayLike], ood_scores: Mapping[str, Mappin
     for name, columns in outside.items():
         if odd := sorted(inside.keys() ^ columns.keys()):
             raise ValueError(f"OOD set {name!r} must have the scores of the ID set; only one of them has {odd[0]!r}")
-    rows: list[dict[str, Any]] = [
-        {"ood": name, "score": label, **{m: metric(s, columns[label]) for m, metric in metrics.METRICS.items()}}
+    sections: dict[str, dict[str, dict[str, float]]] = {
+        name: {
+            label: {m: metric(s, columns[label]) for m, metric in metrics.METRICS.items()}
+            for label, s in inside.items()
+        }
         for name, columns in outside.items()
-        for label, s in inside.items()
-    ]
+    }
     if len(outside) > 1:
-        for label in inside:
-            of_label = [row for row in rows if row["score"] == label]
-            means = {m: fmean(row[m] for row in of_label) for m in metrics.METRICS}
-            rows.append({"ood": "average", "score": label, **means})
+        means = {
+            label: {m: fmean(section[label][m] for section in sections.values()) for m in metrics.METRICS}
+            for label in inside
+        }
+        sections = {"average": means, **sections}
+    rows = [
+        {"ood": name, "score": label, **found}
+        for name, section in sections.items()
+        for label, found in sorted(section.items(), key=lambda item: -item[1]["auroc"])
+    ]
     return Evaluation(inside, outside, rows)
 
 
@@ -229,6 +309,8 @@ def sweep_auroc(
     *,
     temperature: float = 1.0,
     bias: bool = False,
+    nan: str = "fail",
+    backend: str = "auto",
 ) -> NDArray[np.float64]:
     """AUROC of every V times every ||h||_r, averaged over the OOD sets: [V, P], the picture of Figure 2.
 
@@ -237,8 +319,10 @@ def sweep_auroc(
     id_chunks : iterable of (logits [n, C], feats [n, D])
     ood_chunks : mapping
         Name of an OOD set -> its chunks.
-    v, norms, temperature, bias
+    v, norms, temperature, bias, backend
         As in ``fastood.sweep``; computed in float64.
+    nan : {"fail", "drop", "keep"}
+        What becomes of rows whose score is NaN, as in ``settle_nan``.
 
     Examples
     --------
@@ -249,16 +333,19 @@ def sweep_auroc(
     array([[1., 1.]])
     """
 
+    one_thread_if_forked()
+
     def grid(chunks: Chunks) -> dict[str, Scores]:
         parts = []
         for f, h in chunks:
             if f is None or h is None:
                 raise ValueError("logits and feats must both be given for a sweep over norms")
-            parts.append(sweep(f.double(), h.double(), v, norms, temperature=temperature, bias=bias).flatten(1).numpy())
+            cells = sweep(f.double(), h.double(), v, norms, temperature=temperature, bias=bias, backend=backend)
+            parts.append(cells.flatten(1).cpu().numpy())
         if not parts:
             raise ValueError("chunks must not be empty")
         labels = [f"{name}, norm={r}" for name in v for r in norms]
-        return dict(zip(labels, np.concatenate(parts).T, strict=True))
+        return settle_nan(dict(zip(labels, np.concatenate(parts).T, strict=True)), nan)
 
     inside = _vectors("the ID set", grid(id_chunks))
     outside = [_vectors(f"OOD set {name!r}", grid(chunks)) for name, chunks in ood_chunks.items()]
@@ -270,16 +357,7 @@ def _vectors(where: str, columns: Mapping[str, ArrayLike]) -> dict[str, Scores]:
     """The scores of one set, checked here because here both the score and the set have names."""
     arrays = {}
     for label, x in columns.items():
-        if isinstance(x, Tensor):
-            x = x.detach().double().cpu().numpy()
-        a = np.asarray(x, dtype=np.float64)
-        if a.ndim != 1 or a.size == 0:
-            raise ValueError(f"{where}: score {label!r} must be a non-empty vector, got shape {list(a.shape)}")
-        if bad := int(np.isnan(a).sum()):
-            raise ValueError(
-                f"{where}: score {label!r} must not hold NaN, got {bad} of {a.size}: leave those rows out, knowingly"
-            )
-        arrays[label] = a
+        arrays[label] = vector(f"{where}: score {label!r}", x)
     _same_length(f"{where}: all scores must be of the same inputs", arrays)
     return arrays
 

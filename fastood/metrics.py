@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from fastood._inputs import vector
 
 __all__ = ["METRICS", "aupr_in", "aupr_out", "auroc", "evaluate", "fpr95_in", "fpr95_out"]
 
@@ -23,14 +24,7 @@ def _ranks(id_scores: Any, ood_scores: Any) -> tuple[NDArray[np.bool_], NDArray[
     and unlike scores, ranks are finite (energy and ||h||_0.1 may be infinite)."""
     arrays = []
     for name, x in (("id_scores", id_scores), ("ood_scores", ood_scores)):
-        if isinstance(x, torch.Tensor):
-            x = x.detach().cpu().double().numpy()
-        a = np.asarray(x, dtype=np.float64)
-        if a.ndim != 1 or a.size == 0:
-            raise ValueError(f"{name} must be a non-empty vector of scores, got shape {list(a.shape)}")
-        if bad := int(np.isnan(a).sum()):
-            raise ValueError(f"{name} must not hold NaN, got {bad} of {a.size}: leave those rows out, knowingly")
-        arrays.append(a)
+        arrays.append(vector(name, x))
     is_id = np.repeat([True, False], [a.size for a in arrays])
     return is_id, np.unique(np.concatenate(arrays), return_inverse=True)[1]
 
@@ -43,7 +37,7 @@ def auroc(id_scores: Any, ood_scores: Any) -> float:
     Parameters
     ----------
     id_scores, ood_scores : Tensor, ndarray or sequence [N], [M]
-        Oriented scores, higher = more in-distribution. NaN raises ValueError.
+        Oriented scores, higher = more in-distribution. NaN raises ValueError, a masked array TypeError.
 
     Examples
     --------

@@ -14,11 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from fastood._inputs import vector
 from fastood.api import PAPER_NORMS, row_stats
+from fastood.recommendation import threshold
 
 # Okabe and Ito's colours, told apart with any colour vision; black and yellow, hard to see on some grounds, left out.
 _ID_COLOUR = "#0072B2"
 _OOD_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STROKES = ("-", "--", "-.", ":")  # for print without colours; of another period than the colours, for many sets
 _BINS = 50
 FIGURE_2 = "V terms times norms of the features: AUROC, mean over the OOD sets (Figure 2 of the paper)"
 FIGURE_2_NORMS = (None, *PAPER_NORMS)  # V alone beside V times each norm
@@ -64,8 +67,10 @@ def heatmap(auroc: ArrayLike, v: Sequence[str], norms: Sequence[float | None]) -
 def histograms(id_scores: ArrayLike, ood_scores: Mapping[str, ArrayLike], label: str) -> Figure:
     """How one score spreads over the ID set and over each OOD set, as shares of each set.
 
-    The axis spans all but the outermost half percent of the finite scores at either end; what lies
-    beyond it, infinite scores included, counts in the outermost bin of its side.
+    A line marks the threshold that keeps 95% of the ID set, ``fastood.recommendation.threshold``; what lies
+    on its right is accepted. The axis spans all but the outermost half percent of every set's finite
+    scores at either end; what lies beyond it, infinite scores included, counts in the outermost bin of
+    its side.
 
     Parameters
     ----------
@@ -76,28 +81,48 @@ def histograms(id_scores: ArrayLike, ood_scores: Mapping[str, ArrayLike], label:
     label : str
         What the score is called.
 
+    Raises
+    ------
+    TypeError, ValueError
+        Where scores are a masked array, hold NaN, or are none.
+
     Examples
     --------
     >>> from fastood import plots
     >>> figure = plots.histograms([0.9, 0.8], {"noise": [0.3, 0.4]}, "msp")
     """
-    sets = {name: np.asarray(x, dtype=np.float64) for name, x in ood_scores.items()}
-    inside = np.asarray(id_scores, dtype=np.float64)
-    every = np.concatenate([inside, *sets.values()])
-    edges = _bin_edges(every)
-    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    sets = {name: vector(f"ood_scores[{name!r}]", x) for name, x in ood_scores.items()}
+    inside = vector("id_scores", id_scores)
+    edges = _bin_edges([inside, *sets.values()])
+    columns = 2 if max(map(len, sets), default=0) < 12 else 1
+    figure = Figure(figsize=(4.4, 2.7 + 0.22 * -(-(1 + len(sets)) // columns)), layout="constrained")
     ax = figure.subplots()
-    ax.stairs(_shares(inside, edges), edges, fill=True, color=_ID_COLOUR, alpha=0.5, label="ID")
-    for (name, x), colour in zip(sets.items(), cycle(_OOD_COLOURS), strict=False):
+    # A pale area for ID, strong lines for OOD: told apart without colours, too.
+    ax.stairs(_shares(inside, edges), edges, fill=True, color=_ID_COLOUR, alpha=0.4, label="ID")
+    for (name, x), colour, stroke in zip(sets.items(), cycle(_OOD_COLOURS), cycle(_STROKES), strict=False):
         # A name that starts with an underscore would have no legend entry without the word before it.
-        ax.stairs(_shares(x, edges), edges, color=colour, linewidth=1.6, label=_plain(f"OOD: {name}"))
+        ax.stairs(_shares(x, edges), edges, color=colour, linewidth=1.6, linestyle=stroke, label=_plain(f"OOD: {name}"))
+    t = threshold(inside)
+    at = np.clip(t, edges[0], edges[-1])  # an infinite one stands at its end of the axis
+    ax.axvline(at, color="black", linewidth=1.2)
+    left = at < edges[[0, -1]].mean()
+    ax.set_ylim(0, 1.12 * ax.get_ylim()[1])  # room for the label above the bars
+    ax.annotate(
+        f"95% of ID ≥ {t:.4g}",
+        (at, 1),
+        (4 if left else -4, -2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        va="top",
+    )
     ax.set_title(_plain(label))
     ax.set_xlabel("score, higher = more in-distribution")
     ax.set_ylabel("share of the set")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_ylim(bottom=0)
-    ax.legend(frameon=False)
+    # Below the axes, where it covers no bar, however many and long the names are.
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -141,9 +166,10 @@ def simplex() -> Figure:
     return figure
 
 
-def _bin_edges(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    finite = scores[np.isfinite(scores)]
-    low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (0.0, 0.0)
+def _bin_edges(sets: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Of every set's own percentiles, so that a large set does not squeeze a small one into a bin."""
+    spans = [np.percentile(x[np.isfinite(x)], [0.5, 99.5]) for x in sets if np.isfinite(x).any()]
+    low, high = (min(a for a, _ in spans), max(b for _, b in spans)) if spans else (0.0, 0.0)
     size = max(abs(low), abs(high))
     # Scores that are all but equal, for which float64 has no room for bins, go to the middle of a wider axis.
     if not high - low > 1e-9 * size:

@@ -12,18 +12,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from fastood._inputs import choice
 from fastood.kernels import STATISTICS, Stat
-from fastood.kernels.reference import Powers
+from fastood.kernels.reference import LARGEST, Powers
 
 
 class RowStats(dict[Stat, Tensor]):
     """What a formula sees: statistics [N] by name, the number of classes ``C``, the temperature ``T``."""
 
-    def __init__(self, stats: Mapping[Stat, Tensor], C: int, T: float) -> None:
+    def __init__(self, stats: Mapping[Stat, Tensor], C: int, T: float, wide: bool = False) -> None:
         super().__init__({name: stat.double() for name, stat in stats.items()})
         self.C, self.T = C, T
+        self.wide = wide  # whether scores come in float64, in which the largest double and infinity are two
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +53,18 @@ class Score:
     log_v, log_stats : optional
         log V over statistics of its own, where that is more exact than the logarithm of V.
     positive : bool
-        False for a V that is never above 0, which has no logarithm.
+        False for a V that is never above 0. It has no logarithm, and decides on ``multiplied``.
     gradient : dict, optional
         Of a last-layer gradient score: the arguments that make ``fastood.gradient_norm`` (and, for all
         parameters, ``fastood.deep_gradient_norm``) the same raw quantity. U is then fixed to
         ``(||h||_order / T) ** power``.
     params : dict
         Parameters of the formula with their defaults.
+
+    Raises
+    ------
+    ValueError
+        Where `higher` or a statistic is not one that fastood knows.
 
     Examples
     --------
@@ -84,11 +92,28 @@ class Score:
     gradient: Mapping[str, Any] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.higher not in ("in", "out"):
+            raise ValueError(f"higher must be 'in' or 'out', got {self.higher!r}")
+        if isinstance(self.stats, str):
+            raise TypeError(f"stats must be a tuple of names, got {self.stats!r}")
+        for stat in (*self.stats_for(self.params), *self.log_stats):
+            choice("stats", stat if isinstance(stat, str) else stat[0], tuple(STATISTICS))
+
     @property
     def needs(self) -> tuple[str, ...]:
         """The inputs without which it cannot be computed: "logits", "feats"."""
         logits = ("logits",) if self.stats else ()
         return logits + (("feats",) if self.gradient or not self.stats else ())
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether ||h||_r multiplies V where features are given and the caller names no norm.
+
+        Not a V that is never above 0 once turned to higher = more in-distribution: a larger U would lower
+        it. Nor a gradient score, whose U is fixed.
+        """
+        return not self.gradient and self.positive == (self.higher == "in")
 
     @property
     def power(self) -> float:
@@ -116,7 +141,16 @@ class Score:
         elif log:
             raw = self.power * (u - math.log(self.divisor(s.T))) + v
         else:
-            raw = Powers(u / self.divisor(s.T))(self.power) * v
+            raw = v
+            T = self.divisor(s.T)
+            if self.power in (1, 2):  # one by one, in an order in which nothing overflows before the score: 0 stays 0
+                for _ in range(int(self.power)):
+                    raw = raw * u / T if T < 1 else raw * (u / T if self.gradient else u)
+            else:
+                factor = Powers(u / T)(self.power)
+                raw = factor.masked_fill((v == 0) & factor.isinf() & u.isfinite(), 0) * v
+            if s.wide:
+                raw = torch.where(u == LARGEST, raw * LARGEST, raw)
         return self.sign(oriented) * raw
 
     def _v(self, s: RowStats, params: Mapping[str, Any], log: bool) -> Any:
@@ -138,17 +172,12 @@ def register(score: Score) -> Score:
     Raises
     ------
     ValueError
-        Where the name is taken, or ``higher``, a statistic or ``gradient`` is not one that fastood knows.
+        Where the name is taken, or the power of ``gradient`` is one that fastood has no formula for.
     """
     if not isinstance(score, Score):
         raise TypeError(f"score must be a fastood.Score, got {type(score).__name__}")
     if score.name in SCORES:
         raise ValueError(f"name: a score called {score.name!r} is registered already")
-    if score.higher not in ("in", "out"):
-        raise ValueError(f"higher must be 'in' or 'out', got {score.higher!r}")
-    for stat in (*score.stats_for(score.params), *score.log_stats):
-        if (stat if isinstance(stat, str) else stat[0]) not in STATISTICS:
-            raise ValueError(f"stats: no row statistic {stat!r}; there are {', '.join(STATISTICS)}")
     if score.gradient and score.gradient["power"] not in (1, 2):
         raise ValueError(f"gradient: power must be 1 or 2, got {score.gradient['power']!r}")
     SCORES[score.name] = score

@@ -18,8 +18,9 @@ from fastood.evaluation import CONVENTION, Evaluation
 from fastood.files import atomic
 from fastood.metrics import METRICS
 from fastood.plots import histograms
+from fastood.recommendation import METHOD
 
-_DRAWN = 3  # histograms per OOD set
+_TIED = 8  # scores not shown to be worse than the recommended one, named before the long tables
 _LOWER_IS_BETTER = ("fpr95_in", "fpr95_out")
 
 
@@ -30,7 +31,7 @@ def write_html(
     title: str = "fastood report",
     figures: Mapping[str, Figure] | None = None,
 ) -> None:
-    """Write the report: tables of all metrics, histograms of the best scores per OOD set, what it all means.
+    """Write the report: which score to use and how sure that is, histograms, tables of all metrics, what it all means.
 
     Parameters
     ----------
@@ -50,31 +51,42 @@ def write_html(
     >>> evaluation = evaluate({"msp": [0.9, 0.8]}, {"noise": {"msp": [0.3]}})
     >>> write_html("report.html", evaluation)  # doctest: +SKIP
     """
+    found = evaluation.recommendation
     by_ood: dict[str, list[dict[str, Any]]] = {}
     for row in evaluation.table():
         by_ood.setdefault(row["ood"], []).append(row)
     sections = [
         {
             "ood": ood,
+            "labels": [row["score"] for row in rows],
             "columns": [_column(metric, rows, metric) for metric in METRICS],
             "histograms": {
                 label: _inline(histograms(evaluation.id_scores[label], {ood: evaluation.ood_scores[ood][label]}, label))
-                for label in (evaluation.best(_DRAWN, ood) if ood in evaluation.ood_scores else ())
+                # A reader's own, what it is compared with, what would be best here; once each.
+                for label in dict.fromkeys((found.score, *filter(None, [found.default]), *evaluation.best(1, ood)))
+                if ood in evaluation.ood_scores
             },
         }
         for ood, rows in by_ood.items()
     ]
     overview = [_column(ood, rows, "auroc") for ood, rows in by_ood.items()]
+    roles = {found.score: "recommended", **dict.fromkeys(found.tied[:_TIED], "may be as good")}
+    for label in filter(None, [found.default]):
+        roles[label] = f"{roles[label]}; default" if label in roles else "default of fastood.score"
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = template.from_string(files("fastood").joinpath("report.html").read_text(encoding="utf-8")).render(
         title=title,
         version=__version__,
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         counts=evaluation.counts(),
-        labels=list(evaluation.id_scores),
-        overview=overview if len(overview) > 1 else None,
+        found=found,
+        roles=roles,
+        listed=_TIED,
+        scores=len(evaluation.id_scores),
+        overview=overview,
         sections=sections,
         convention=CONVENTION,
+        method=METHOD,
         figures={caption: _inline(figure) for caption, figure in (figures or {}).items()},
     )
     with atomic(path) as temporary:

@@ -7,6 +7,7 @@ this folder that computes those numbers; it has five functions:
     ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
     column per order in ``want.orders`` (``None`` where none was asked for). Both come in float32
     or wider; norms and gradients always in float64, so that U * V overflows only where the product does.
+    The norm of finite features is finite, the largest double where it is beyond them.
     ``labels`` is the q of a gradient whose q is "given", [N, C] of any float type, not yet checked: a row
     that is no distribution gives NaN.
 ``products(logits, feats, job, shape, dtype, by_row, labels) -> out | None``

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastood.kernels import Anchors, Stat, Want
 
 
+LARGEST = float(torch.finfo(torch.float64).max)  # also stands for a norm of finite features beyond it
 _TILE = 1 << 22  # elements of the largest temporary of what could need far larger ones
 
 
@@ -164,8 +165,9 @@ class Softmax:
 
     @lazy
     def log_r1(self) -> Tensor:
-        """Finite where r1 itself underflows."""
-        return self.gap + self.total.log()
+        """Finite where r1 itself underflows; without another class log 0, but no slope of it, which would be NaN."""
+        alone = self.total == 0
+        return torch.where(alone, -math.inf, self.gap + torch.where(alone, 1.0, self.total).log())
 
     @lazy
     def r2(self) -> Tensor:
@@ -293,7 +295,8 @@ class Softmax:
         # At the peeled maximum q - p = (q - 1) + (1 - p), which keeps 1 - p when q = 1.
         top = self._peeled(q) - 1 + self.one_minus_msp
         difference = (q - self.e * self._rows(self.p_2)).scatter(-1, self.top[:, None], self._rows(top))
-        return Powers(norms_of(difference, (order,))[:, 0])(power)
+        norm = norms_of(difference, (order,))[:, 0]
+        return Powers(norm.masked_fill(norm == LARGEST, math.inf))(power)
 
     def gradient_outside(self, q: Tensor | str, order: float, power: float) -> Tensor:
         """E_q[ || e_Y - p ||_order^power ]; "log_predicted" takes the weights log p_y for q."""
@@ -430,7 +433,11 @@ def norms_of(feats: Tensor, orders: tuple[float, ...], log: bool = False, bias: 
         else:
             powers, unit = (scaled, scale.double()) if r > 0.85 else (raw, torch.ones_like(scale).double())
             total = row_sum(powers(r)).double()
-            columns.append(unit.log() + total.log() / r if log else unit * Powers(total)(1 / r))
+            if log:
+                columns.append(unit.log() + total.log() / r)
+            else:
+                norm = unit * Powers(total)(1 / r)
+                columns.append(norm.masked_fill(norm.isinf() & largest.isfinite(), LARGEST))
     return torch.stack(columns, -1)
 
 

@@ -19,8 +19,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 settings.register_profile("default", deadline=None, max_examples=60, print_blob=True)
 # What test_triton.py runs in Triton's interpreter, which is much slower, with float64 left out.
 settings.register_profile(
-    "interpreter", settings.get_profile("default"), max_examples=15, suppress_health_check=list(HealthCheck)
+    "interpreter", settings.get_profile("default"), max_examples=8, suppress_health_check=list(HealthCheck)
 )
+# A fuzz of some minutes, before a release: see CONTRIBUTING.md.
+settings.register_profile("fuzz", settings.get_profile("default"), max_examples=500)
 settings.load_profile("default")
 
 

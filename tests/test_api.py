@@ -1,6 +1,8 @@
 """What callers see: kinds and devices of results, defaults, orientation, errors, the seam with PyTorch."""
 
+import enum
 import io
+import itertools
 import math
 import os
 import shutil
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import truth
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastood
 from fastood import _plan, kernels
@@ -32,6 +36,33 @@ def test_default_is_energy_alone_or_times_norm_03():
     truth.assert_close(fastood.score(F, H, norm=None), energy, 1e-6)
     truth.assert_close(fastood.score(None, H, "norm"), truth.norm(H, 0.3), 1e-4)
     truth.assert_close(fastood.score(None, H, "norm", norm=math.inf), truth.norm(H, math.inf), 0)
+
+
+def test_a_v_that_is_never_above_0_is_multiplied_only_where_asked():
+    for name in ("neg_entropy", "gen"):
+        alone = fastood.score(F, method=name)
+        assert torch.equal(fastood.score(F, H, name), alone)
+        assert torch.equal(fastood.scores(F, H)[name], alone)
+        assert torch.equal(fastood.scores(F, H, [name, "msp"], norm=2)[name], fastood.score(F, H, name, norm=2))
+        truth.assert_close(fastood.score(F, H, name, norm=2), truth.widen(alone) * truth.norm(H, 2), 1e-5)
+    assert [e.name for e in fastood.SCORES.values() if e.multiplied] == [
+        *(name for name in V_TERMS if name not in ("neg_entropy", "gen")), "norm"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("higher", ["in", "out"])
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_larger_norm_never_lowers_a_score_of_ones_own_by_default(higher, positive):
+    """V = +-MSP: the same features twice as large do not make a row less in-distribution."""
+    factor = 1.0 if positive else -1.0
+    own = fastood.Score("own", "+-max p", "mine", higher, stats=("msp",), factor=factor, positive=positive)
+    try:
+        fastood.register(own)
+        once, twice = fastood.score(F, H, "own"), fastood.score(F, 2 * H, "own")
+        assert (twice >= once).all()
+        assert (twice > once).all() == own.multiplied == (positive == (higher == "in"))
+    finally:
+        fastood.SCORES.pop("own", None)
 
 
 def test_every_documented_method_is_registered():
@@ -60,6 +91,46 @@ def test_higher_means_in_distribution():
             assert raw_in < raw_out
         else:
             assert (raw_in, raw_out) == (inside, outside)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    C=st.sampled_from([2, 3, 10, 100, 101, 1000]),
+    D=st.sampled_from([1, 2, 64, 512]),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 3.0]),
+    lowest=st.sampled_from([0.0, 1.0, 30.0]),
+    size=st.sampled_from([1e-6, 1.0, 1e4]),
+)
+def test_a_larger_margin_and_larger_features_are_in_distribution_by_default(seed, C, D, spread, lowest, size):
+    """Every score, by its default arguments, has an AUROC above 1/2. What is assumed of the data:
+
+    An in-distribution row is an OOD one whose largest logit was raised and whose features were scaled up. If each is
+    scored above the row that it was made of, no two of them lose to each other's origins, so the AUROC is above 1/2.
+    - The largest logit of the OOD row is not negative, and so neither is energy: else a larger norm lowers it.
+    - The raise is log C + 2 or more, so that max p passes 0.88: GEN counts the M largest p alone, of which a small
+      raise in a flat row makes more.
+    - The features are up to 1.5 times as large: E_p's gradients, turned, fall with the norm, and 1 - S_2 must outweigh
+      it, which the raise makes at least 4 times smaller.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n = 16
+    f_out = torch.randn(n, C, generator=g) * spread
+    f_out = f_out - f_out.amax(1, keepdim=True) + lowest + torch.rand(n, 1, generator=g)
+    h_out = torch.randn(n, D, generator=g) * size
+    top = f_out.argmax(1, keepdim=True)
+    f_in = f_out.scatter_add(1, top, math.log(C) + 2 + torch.rand(n, 1, generator=g))
+    h_in = h_out * (1.1 + 0.4 * torch.rand(n, 1, generator=g))
+    for feats_in, feats_out in ((h_in, h_out), (None, None)):
+        all_in, all_out = fastood.scores(f_in, feats_in), fastood.scores(f_out, feats_out)
+        for name in all_in:
+            one_in, one_out = fastood.score(f_in, feats_in, name), fastood.score(f_out, feats_out, name)
+            for inside, outside in ((all_in[name], all_out[name]), (one_in, one_out)):
+                won, tied = inside[:, None] > outside, inside[:, None] == outside
+                auroc = (won.sum() + tied.sum() / 2).item() / n**2
+                if name == "norm_eg_p_l2sq":  # the zero row, which tells nothing from nothing
+                    assert auroc == 0.5
+                else:
+                    assert auroc > 0.5, name
 
 
 def test_scores_are_score_by_name():
@@ -120,6 +191,16 @@ def test_logs_where_the_score_itself_underflows():
         assert got.item() == pytest.approx(-(expected - math.log(2) - 2 * math.log(0.01)), rel=1e-6)
 
 
+def test_names_may_be_members_of_an_enum():
+    class Name(str, enum.Enum):  # noqa: UP042 - whose str() is not its value
+        TV = "tv"
+
+    expected = fastood.score(F, method="tv")
+    assert torch.equal(fastood.score(F, method=Name.TV), expected)
+    assert torch.equal(fastood.scores(F, methods=[Name.TV])["tv"], expected)
+    truth.assert_close(fastood.row_stats(F, [Name.TV])["tv"], truth.stat("tv", F), 1e-6)
+
+
 # ---- kinds, types, devices
 
 
@@ -151,7 +232,6 @@ def test_numpy_arrays_of_every_layout(tmp_path):
     for array in (
         read_only,
         swapped,
-        F.numpy()[:, ::-1],
         F.numpy()[::-1][::-1],
         np.asfortranarray(F.numpy()),
         odd["f"],
@@ -160,6 +240,20 @@ def test_numpy_arrays_of_every_layout(tmp_path):
             warnings.simplefilter("error")
             np.testing.assert_allclose(fastood.score(array), expected, rtol=1e-6)
     assert (read_only == F.numpy()).all()
+
+
+@pytest.mark.parametrize("fields", [[("x", "i1"), ("f", "<f4")], [("x", "i1"), ("f", "<f4"), ("y", "i1", 3)]])
+def test_numpy_arrays_of_one_row_or_one_column(fields):
+    """A stride along an axis of length 1 means nothing, and may be anything; nor need memory be aligned."""
+    records = np.zeros((3, 4), dtype=fields)
+    records["f"] = np.arange(12).reshape(3, 4)
+    for array in (records["f"], np.arange(12, dtype=np.float32).reshape(3, 4)):
+        for rows in (slice(1), slice(0, None, 2), slice(None)):
+            for columns in (slice(1), slice(None)):
+                part = array[rows, columns]
+                for view in (part, part[::-1], part[:, ::-1], part[::-1, ::-1]):
+                    expected = fastood.score(torch.from_numpy(view.copy()))
+                    assert np.array_equal(fastood.score(view), expected.numpy())
 
 
 def test_inputs_are_left_as_they_were():
@@ -179,6 +273,29 @@ def test_half_types_give_float32_of_the_upcast_input():
         assert fastood.score(f, h.double()).dtype == torch.float64
 
 
+@given(
+    shape=st.sampled_from([(0, 3), (1, 1), (1, 3), (3, 1), (2, 3)]),
+    steps=st.tuples(st.sampled_from([1, -1, 2, -2]), st.sampled_from([1, -1, 2, -2])),
+    dtype=st.sampled_from(["<f2", ">f2", "<f4", ">f4", "<f8", ">f8"]),
+    padding=st.integers(0, 3),
+    order=st.sampled_from("CF"),
+    read_only=st.booleans(),
+)
+def test_numpy_strides_of_every_kind(shape, steps, dtype, padding, order, read_only):
+    """Steps of either sign, of an axis of any length, in records of any width: what numpy holds is what is scored."""
+    whole = tuple(2 * n for n in shape)
+    fields = [("before", f"V{padding}"), ("f", dtype)] if padding else [("f", dtype)]
+    records = np.zeros(whole, dtype=fields, order=order)
+    records["f"] = np.random.default_rng(0).standard_normal(whole)
+    f = records["f"][:: steps[0], :: steps[1]][: shape[0], : shape[1]]
+    f.flags.writeable = not read_only
+    plain = np.array(f, dtype=f.dtype.newbyteorder("="), order="C", copy=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(fastood.score(f), fastood.score(plain))
+        assert np.array_equal(fastood.norms(f, [2]), fastood.norms(plain, [2]))
+
+
 def test_modes():
     expected = fastood.score(F, H)
     with torch.no_grad():
@@ -188,9 +305,9 @@ def test_modes():
         assert torch.equal(fastood.score(F.clone(), H.clone()), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(fastood.score(F, H), expected)
-        y = torch.tensor([0, 1])
-        G = fastood.anchor_gradient(F, H, y)
-    assert torch.equal(G, fastood.anchor_gradient(F, H, y))
+        anchors = F[[0, 1, 1]], H[[0, 1, 1]], torch.arange(3)
+        G = fastood.anchor_gradient(*anchors)
+    assert torch.equal(G, fastood.anchor_gradient(*anchors))
 
 
 # ---- autograd and tracing
@@ -221,6 +338,47 @@ def test_gradients_at_masked_logits_and_zero_features():
         assert torch.autograd.grad(fastood.norms(zeros, [r]).sum(), zeros)[0].eq(0).all()
 
 
+@pytest.mark.parametrize("f", [[[3.0, -math.inf, -math.inf]], [[3.0]], [[3.0, 3.0, -math.inf]]])
+def test_a_row_of_one_class_has_finite_gradients(f):
+    """GEN and the E_p rows, and the logarithms of these: of a row of one class, which is 0 whatever its logit is, 0."""
+    torch._dynamo.reset()  # which counts compilations of one function
+    h = torch.ones(1, 2)
+    alone = sum(x > -math.inf for x in f[0]) == 1
+    for dtype in (torch.float32, torch.float64):
+        for name, log in [("gen", False), *itertools.product(("exgrad", "eg_p_l2sq"), (False, True))]:
+            logits = torch.tensor(f, dtype=dtype, requires_grad=True)
+            got = fastood.score(logits, h, name, log=log)
+            assert torch.equal(got, fastood.score(logits.detach(), h, name, log=log)) or not alone
+            (slope,) = torch.autograd.grad(got.sum(), logits)
+            assert slope.isfinite().all(), (name, log)
+            assert not alone or slope.eq(0).all(), (name, log)
+            if log:
+                compiled = torch.compile(fastood.score, fullgraph=True, backend="eager")
+                assert got.item() == compiled(logits.detach(), h, name, log=True).item()
+
+
+@pytest.mark.parametrize("name", list(fastood.SCORES))
+def test_every_score_compiles_whole_for_any_shape(name):
+    torch._dynamo.reset()  # which counts compilations of one function
+    compiled = torch.compile(lambda f, h: fastood.score(f, h, name), fullgraph=True, dynamic=True, backend="eager")
+    for n, C, D in ((4, 7, 5), (3, 9, 2)):
+        f, h = torch.randn(n, C), torch.randn(n, D)
+        torch.testing.assert_close(compiled(f, h), fastood.score(f, h, name), rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_may_be_inputs_of_a_graph():
+    def grid(norm, temperature, gamma, M):
+        return fastood.sweep(F, H, ["gen", "msp"], [None, norm], temperature=temperature, gamma=gamma, M=M)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(grid, fullgraph=True, dynamic=True, backend="eager")
+    for numbers in ((2, 1.0, 0.1, 100), (0.3, 0.7, 0.5, 2)):
+        torch.testing.assert_close(compiled(*numbers), grid(*numbers), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.9", reason="needs torch 2.9: the format that 2.8 exports to has no infinite constants"
+)
 @pytest.mark.parametrize("options", [{}, {"norm": None}, {"norm": 2, "log": True}, {"method": "exgrad"}])
 def test_exported_program_needs_no_fastood(options):
     class Served(torch.nn.Module):
@@ -271,6 +429,20 @@ assert "fastood" not in sys.modules
 # ---- errors
 
 
+class Frame:
+    """A data frame, as far as errors go."""
+
+    def to_numpy(self):
+        return F.numpy()
+
+
+class Table:
+    """An Arrow table."""
+
+    def __array__(self, dtype=None, copy=None):
+        return F.numpy()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -291,7 +463,19 @@ assert "fastood" not in sys.modules
         ({"feats": H.int()}, TypeError, "feats must be float16.*got torch.int32"),
         ({"feats": None, "norm": 1}, ValueError, "feats must be given for norm=1"),
         ({"feats": None, "method": "gradnorm"}, ValueError, "feats must be given: gradnorm = "),
-        ({"method": "enrgy"}, ValueError, "method must be one of 'msp', .*got 'enrgy'"),
+        ({"logits": F[None, None]}, ValueError, r"logits.movedim\(1, -1\).flatten\(0, -2\)"),
+        (
+            {"logits": F.numpy()[None, None]},
+            ValueError,
+            r"np.moveaxis\(logits, 1, -1\).reshape\(-1, logits.shape\[1\]\)",
+        ),
+        ({"logits": Frame()}, TypeError, r"got Frame; logits.to_numpy\(\) is one"),
+        ({"logits": Table()}, TypeError, r"got Table; np.asarray\(logits\) is one"),
+        ({"feats": np.ma.masked_array(H.numpy())}, TypeError, r"feats must not be a masked array: .*filled\(\)"),
+        ({"method": "enrgy"}, ValueError, "method must be one of 'msp', .*got 'enrgy': did you mean 'energy'?"),
+        ({"method": "MSP"}, ValueError, "got 'MSP': did you mean 'msp'?"),
+        ({"method": "mahalanobis"}, ValueError, "got 'mahalanobis'$"),
+        ({"temprature": 2}, TypeError, "nor a parameter of energy: did you mean 'temperature'?"),
         ({"method": "gradnorm", "norm": 2}, ValueError, "norm: gradnorm = .* has a norm of its own, got norm=2"),
         ({"method": "norm", "norm": None}, ValueError, "norm must be an order r >= 0 for 'norm', got None"),
         ({"norm": -1}, ValueError, "norm must be a number >= 0, got -1.0"),
@@ -305,7 +489,8 @@ assert "fastood" not in sys.modules
         ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
         ({"method": "neg_entropy", "log": True}, ValueError, "log: neg_entropy is never above 0"),
         ({"backend": "cuda"}, ValueError, r"backend \(or FASTOOD_BACKEND\) must be 'auto' or one of .*, got 'cuda'"),
-        ({"gama": 0.1}, TypeError, "gama: no such argument, nor a parameter of energy"),
+        ({"gama": 0.1}, TypeError, "gama: no such argument, nor a parameter of energy$"),
+        ({"gama": 0.1, "method": "gen"}, TypeError, "nor a parameter of gen: did you mean 'gamma'?"),
         ({"method": "gen", "gamma": 0}, ValueError, "gamma must be a finite number > 0, got 0.0"),
         ({"method": "gen", "M": 2.5}, ValueError, "M must be a whole number of classes, got 2.5"),
         ({"method": "gen", "M": 0}, ValueError, "M must be a finite number >= 1, got 0.0"),
@@ -333,6 +518,16 @@ def test_bad_arguments_are_named(arguments, error, words):
         (lambda: fastood.row_stats(F, "msp"), TypeError, "stats must be a list, got 'msp'"),
         (lambda: fastood.row_stats(F, [5]), ValueError, "stats must be one of 'fmax'.*got 5"),
         (lambda: fastood.score(F, method=np.array(["msp"])), ValueError, "method must be one of 'msp'"),
+        (
+            lambda: fastood.gradient_norm(F, H, torch.tensor([1, 2])),
+            ValueError,
+            r"labels must be \[2, 3\], a distribution per row, got \[2\]; .*torch.*one_hot\(labels, 3\).float\(\)",
+        ),
+        (
+            lambda: fastood.gradient_norm(F.numpy(), H.numpy(), np.array([1, 2])),
+            ValueError,
+            r"got \[2\]; of classes one-hot: np.eye\(3\)\[labels\]",
+        ),
         (lambda: fastood.register("x"), TypeError, "score must be a fastood.Score, got str"),
         (lambda: fastood.score(np.ma.masked_array(F.numpy())), TypeError, "logits must not be a masked array"),
         (
@@ -353,6 +548,44 @@ def test_bad_arguments_are_named(arguments, error, words):
 def test_bad_arguments_elsewhere(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+OF_SCORE = ("temperature", "norm", "bias", "log", "oriented")
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        (lambda **x: fastood.score(F, H, **x), OF_SCORE),
+        (lambda **x: fastood.score(F, method="gen", **x), ("gamma", "M")),
+        (lambda **x: fastood.scores(F, H, ["energy"], **x), OF_SCORE),
+        (lambda **x: fastood.scores(F, methods=["gen"], **x), ("gamma", "M")),
+        (lambda **x: fastood.sweep(F, H, **x), ("temperature", "bias", "log", "oriented")),
+        (lambda norms: fastood.sweep(F, H, norms=[norms]), ("norms",)),
+        (lambda **x: fastood.norms(H, [1], **x), ("bias", "log")),
+        (lambda orders: fastood.norms(H, [orders]), ("orders",)),
+        (lambda **x: fastood.gradient_norm(F, H, **x), ("temperature", "order", "power", "bias")),
+    ],
+)
+def test_what_equals_a_good_argument_is_refused_after_it(call, arguments):
+    """True == 1, and a call that was seen before is looked up by its arguments."""
+    for name in arguments:
+        pairs = [(True, 1), (False, 0.0)] if name in ("bias", "log", "oriented") else [(1, True), (1.0, True)]
+        for good, bad in pairs:
+            call(**{name: good})
+            with pytest.raises(TypeError, match=f"{name} must be"):
+                call(**{name: bad})
+
+
+def test_what_errors_advise_works():
+    y, maps = torch.tensor([1, 2]), torch.randn(2, 3, 4, 5)
+    rows = maps.movedim(1, -1).flatten(0, -2)
+    scored = fastood.score(rows).reshape(2, 4, 5)
+    assert torch.equal(scored[:, 3, 2], fastood.score(maps[:, :, 3, 2].contiguous()))
+    assert np.array_equal(np.moveaxis(maps.numpy(), 1, -1).reshape(-1, maps.shape[1]), rows)
+    one_hot = torch.nn.functional.one_hot(y, 3).float()
+    of_numpy = fastood.gradient_norm(F.numpy(), H.numpy(), np.eye(3)[y.numpy()])
+    np.testing.assert_allclose(fastood.gradient_norm(F, H, one_hot), of_numpy, rtol=1e-6)
 
 
 # ---- backends
@@ -431,18 +664,28 @@ def test_a_score_of_ones_own():
         fastood.SCORES.pop("margin", None)
 
 
+FIELDS = {"name": "x", "formula": "", "source": "", "higher": "in", "stats": ("msp",), "v": lambda s: s["msp"]}
+
+
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "error", "words"),
     [
-        ({"higher": "ood"}, "higher must be 'in' or 'out', got 'ood'"),
-        ({"stats": ("entropy",)}, "stats: no row statistic 'entropy'"),
-        ({"gradient": {"order": 1, "power": 3}}, "gradient: power must be 1 or 2, got 3"),
+        ({"higher": "ood"}, ValueError, "higher must be 'in' or 'out', got 'ood'"),
+        ({"stats": ("entropy",)}, ValueError, "stats must be one of 'fmax', .*got 'entropy'"),
+        ({"stats": ("msp", "eneryg")}, ValueError, "got 'eneryg': did you mean 'energy'?"),
+        ({"stats": lambda r: (("power_sums", r),), "params": {"r": 2}}, ValueError, "did you mean 'power_sum'?"),
+        ({"log_stats": ("log_mps",), "log_v": lambda s: s["log_mps"]}, ValueError, "did you mean 'log_msp'?"),
+        ({"stats": "msp"}, TypeError, "stats must be a tuple of names, got 'msp'"),
     ],
 )
-def test_a_bad_score_is_refused(change, words):
-    fields = {"name": "x", "formula": "", "source": "", "higher": "in", "stats": ("msp",), "v": lambda s: s["msp"]}
-    with pytest.raises(ValueError, match=words):
-        fastood.register(fastood.Score(**{**fields, **change}))
+def test_a_bad_score_cannot_be_made(change, error, words):
+    with pytest.raises(error, match=words):
+        fastood.Score(**{**FIELDS, **change})
+
+
+def test_a_bad_score_is_refused():
+    with pytest.raises(ValueError, match="gradient: power must be 1 or 2, got 3"):
+        fastood.register(fastood.Score(**FIELDS, gradient={"order": 1, "power": 3}))
     assert "x" not in fastood.SCORES
 
 
@@ -459,6 +702,17 @@ def test_every_entry_says_what_it_is():
 
 
 # ---- import
+
+
+def test_parts_that_load_when_used_are_listed():
+    code = """
+import sys, fastood
+assert {*fastood.__all__, "evaluation", "metrics"} <= {*dir(fastood)}
+assert "sklearn" not in sys.modules
+assert fastood.evaluation is __import__("fastood.evaluation").evaluation
+assert fastood.metrics.auroc([1.0], [0.0]) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_import_is_light():

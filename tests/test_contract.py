@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastood
+from fastood.kernels import STATISTICS, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 STATS = ["fmax", "lse", "energy", "msp", "one_minus_msp", "log_msp", "s2", "one_minus_s2", "tv", "plogp", "sumlogp"]
@@ -162,7 +163,7 @@ def test_nearly_flat_rows(backend, seed, C, exponent, offset, kind, T, dtype):
 
 
 def test_a_temperature_keeps_the_order_of_rows(backend):
-    """At a T far above the logits KL(u || p) is half their variance by T^2, and TV half their mean deviation by T."""
+    """At T far above the logits KL(u || p) is half their variance over T^2, and TV half their mean deviation over T."""
     f = torch.randn(10, 300, generator=torch.Generator().manual_seed(0)) * 3
     wide = f.double()
     deviation = (wide - wide.mean(1, keepdim=True)).abs().mean(1) / 2
@@ -374,6 +375,30 @@ def test_products(backend, data, T, bias):
             truth.assert_close(got, u * v, allowed, f"{name} * ||h||_{r}")
 
 
+@given(data=st.data(), T=st.sampled_from([1.0, 0.5, 20.0]), bias=st.booleans(), log=st.booleans())
+def test_bits_do_not_depend_on_what_is_asked_for_beside(backend, data, T, bias, log):
+    """A threshold from a sweep is used on a score."""
+    if backend == "triton":
+        pytest.skip("a GPU's scores are held to the contract, not to each other's bits")
+    f = data.draw(logits())
+    h = data.draw(feats(rows=len(f)))
+    with_log = [name for name, entry in fastood.SCORES.items() if name != "norm" and (entry.positive or not log)]
+    options = {"temperature": T, "bias": bias, "log": log, "backend": backend}
+    v_terms = [x for x in with_log if not fastood.SCORES[x].gradient]
+    v = data.draw(st.lists(st.sampled_from(v_terms), min_size=1, max_size=4))
+    orders = data.draw(st.lists(st.sampled_from([None, 0.2, 0.35, 0.6, 0.7, *ORDERS]), min_size=1, max_size=14))
+    grid = fastood.sweep(f, h, v, orders, **options)
+    for i, name in enumerate(v):
+        j = data.draw(st.integers(0, len(orders) - 1))
+        cell = fastood.score(f, h, name, norm=orders[j], **options)
+        assert torch.equal(cell.nan_to_num(7), grid[:, i, j].nan_to_num(7)), (name, orders[j])
+    names = data.draw(st.lists(st.sampled_from(with_log), min_size=1, max_size=6, unique=True))
+    for name, got in fastood.scores(f, h, names, norm=orders[0], **options).items():
+        own = {} if fastood.SCORES[name].gradient else {"norm": orders[0]}
+        alone = fastood.score(f, h, name, **own, **options)
+        assert torch.equal(alone.nan_to_num(7), got.nan_to_num(7)), name
+
+
 @given(data=st.data(), T=st.sampled_from([1.0, 0.5, 20.0, 1e-3]), bias=st.booleans())
 def test_gradient_scores(backend, data, T, bias):
     f = data.draw(logits())
@@ -433,6 +458,17 @@ def test_log_scores(backend, data):
         truth.assert_close(got, total, allowed, f"log {name}")
 
 
+@pytest.mark.parametrize("f", [[[3.0, -math.inf, -math.inf], [-2e30, -math.inf, -math.inf]], [[3.0], [-2.0]]])
+@pytest.mark.parametrize("T", [1.0, 1e-10, 1e30])
+def test_the_log_of_a_gradient_that_is_0(backend, f, T):
+    """Without a second class p is 1 and ExGrad 0: its logarithm is -inf, whose turned sign says in-distribution."""
+    f, h = torch.tensor(f), torch.ones(2, 3)
+    for name in ("exgrad", "eg_p_l2sq"):
+        for oriented, expected in ((False, -math.inf), (True, math.inf)):
+            got = fastood.score(f, h, name, temperature=T, log=True, oriented=oriented, backend=backend)
+            assert got.tolist() == [expected, expected], name
+
+
 # ---- rows that have no softmax, and batches
 
 
@@ -461,8 +497,9 @@ def test_bad_rows_are_nan_alone(backend, dtype):
             assert got[1:6].isnan().all(), name
     h[1, 0] = nan
     f = torch.tensor([good] * 7, dtype=dtype)
-    for name, got in fastood.scores(f, h, backend=backend).items():
-        assert got.isnan().tolist() == [False, True] + [False] * 5, name
+    for norm, without_feats in ((0.3, ()), (..., ("neg_entropy", "gen"))):
+        for name, got in fastood.scores(f, h, norm=norm, backend=backend).items():
+            assert got.isnan().tolist() == [False, name not in without_feats] + [False] * 5, name
 
 
 @given(
@@ -495,6 +532,66 @@ def test_no_weight_of_0_hides_a_feature(backend, seed, C, D, kind, T, norm, bad,
     f[1, seed % C] = math.nan
     for name, got in fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend).items():
         assert got[1].isnan() or name == "norm", name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("T", [1.0, 1e-25, 1e-300])
+def test_0_times_an_overflow_is_0(backend, dtype, T):
+    """Of finite features, whose square or quotient by T is beyond the doubles."""
+    f = torch.tensor([[0.0, -math.inf, -math.inf]] * 6, dtype=dtype)  # 1 - S_2 = 0
+    h = torch.full((6, 9), torch.finfo(dtype).max / 4, dtype=dtype)
+    h[1] = 0
+    h[2:5, 3] = torch.tensor([math.inf, -math.inf, math.nan])
+    zeros = ["norm_eg_p_l2sq", "eg_p_l2sq", "exgrad"]
+    for methods in (zeros, [*zeros, "eg_u_l1", "eg_u_l2sq"]):  # products, and scores that are put together in Python
+        got = fastood.scores(f, h, methods, temperature=T, oriented=False, backend=backend)
+        for name in zeros:
+            assert got[name][[0, 1, 5]].tolist() == [0, 0, 0], name
+            assert got[name][2:5].isnan().all(), name
+            alone = fastood.score(f, h, name, temperature=T, oriented=False, backend=backend)
+            assert torch.equal(alone.nan_to_num(7), got[name].nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [1.0, math.inf, math.nan])
+def test_0_times_a_norm_beyond_the_doubles_is_0(backend, dtype, bad):
+    f, h = torch.tensor([[3.0]], dtype=dtype), torch.full((1, 900), 2.0, dtype=dtype)  # TV = 0, MSP = 1
+    h[:, 7] = bad
+    zero = 0.0 if bad == 1 else math.nan
+    infinite = math.nan if math.isnan(bad) else math.inf
+    got = [
+        *fastood.sweep(f, h, ["tv", "msp"], [0.005], backend=backend).flatten(),
+        *fastood.scores(f, h, ["tv", "kl_uniform", "msp"], norm=0.005, backend=backend).values(),
+        fastood.norms(h, [0.005], backend=backend),
+    ]
+    expected = torch.tensor([zero, infinite, zero, zero, infinite, infinite], dtype=dtype)
+    torch.testing.assert_close(torch.stack([x.reshape(()) for x in got]), expected, equal_nan=True)
+
+
+def test_a_statistic_of_ones_own(backend, monkeypatch):
+    """What a backend does not know it leaves to the reference."""
+    monkeypatch.setitem(STATISTICS, "margin", "max_k f_k - the next largest")
+    monkeypatch.setitem(STATISTICS, "share", "('share', r): max_k p_k^r")
+    monkeypatch.setattr(reference.Softmax, "margin", property(lambda s: (s.f_max - s.f_2).double()), raising=False)
+    monkeypatch.setattr(reference.Softmax, "share", lambda s, r: s.msp**r, raising=False)
+    one = fastood.Score("margin", "f_(1) - f_(2)", "", "in", stats=("margin",))
+    two = fastood.Score(
+        "both", "", "", "out", stats=(("share", 2.0), "energy"), v=lambda s: s["share", 2.0] - s["energy"]
+    )
+    f, h = torch.tensor([[3.0, 1, 0], [0, 0, -1], [math.nan, 0, 1]]), torch.ones(3, 4)
+    margin, msp, energy = torch.tensor([2.0, 0, math.nan]), f.softmax(-1).amax(-1), f.logsumexp(-1)
+    close = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
+    for entry in (one, two):
+        monkeypatch.setitem(fastood.SCORES, entry.name, entry)
+    for name, v in (("margin", margin), ("both", energy - msp**2)):
+        torch.testing.assert_close(fastood.score(f, method=name, backend=backend), v, **close)
+        torch.testing.assert_close(fastood.score(f, h, name, norm=1, backend=backend), 4 * v, **close)
+        torch.testing.assert_close(fastood.scores(f, backend=backend)[name], v, **close)
+        grid = fastood.sweep(f, h, [name, "energy"], [None, 2], backend=backend)
+        torch.testing.assert_close(grid, torch.stack([v, 2 * v, energy, 2 * energy], -1).reshape(3, 2, 2), **close)
+    stats = fastood.row_stats(f, ["margin", "energy", ("power_sum", 3)], backend=backend)
+    torch.testing.assert_close(stats["margin"], margin, **close)
+    torch.testing.assert_close(stats["energy"], energy, **close)
 
 
 def test_one_class(backend):

@@ -159,6 +159,22 @@ def test_gradients_at_chunk_edges(level, columns, order, power):
             assert abs(got.item() - expected) <= 400 * 2**-24 * expected
 
 
+@pytest.mark.parametrize("gap", [1.0, 1e8, 1e16, 1e19, 1e30])
+@pytest.mark.parametrize("order", [0.3, 1.5, 3, 1e5, 1e9, 1e18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_far_rows_and_orders(level, gap, order, dtype):
+    """Logarithms of about gap times order, whose difference is at most log C; nearly equal rows, where it is near 0."""
+    near = torch.tensor([[3.0, 2.99999, 0, 0], [2.0, 0, 0, -1], [1.0, 1, 1, 1]])
+    f = torch.cat([gap * torch.tensor([[1.0, 0, -0.3, 0.1], [0, 1, 1, 0.5]]), near]).to(dtype)
+    h, q = torch.ones(5, 1, dtype=dtype), torch.tensor([[1.0, 0, 0, 0]], dtype=dtype).expand(5, 4)
+    eps = truth.EPS[str(dtype).removeprefix("torch.")]
+    for labels, expectation in (("uniform", "outside"), ("predicted", "outside"), (q, "outside"), (q, "inside")):
+        for power in (1, 0.01):
+            got = fastood.gradient_norm(f, h, labels, order, power, expectation, backend="cpu")
+            expected, allowed = truth.gradient(f, labels, order, power, expectation, 1.0, eps)
+            truth.assert_close(got, expected, allowed, (labels, expectation, power))
+
+
 def test_many_orders_and_power_sums_at_once(level):
     h, f = torch.rand(3, 100) + 0.1, torch.randn(3, 40)
     orders = [0.05 * k for k in range(1, 100)]
@@ -308,14 +324,22 @@ def test_tiles_that_need_care(level, odd, where):
             truth.assert_close(got[:, j], expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
 
 
-def test_rows_of_one_value(level):
+@pytest.mark.parametrize("columns", [511, 8192, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_one_value(level, columns, dtype):
     """Rounding errors of equal terms do not average out."""
-    h = torch.tensor([0.1, 1 / 3, 0.7, 1.1, 5.3])[:, None].expand(5, 8000).contiguous()
-    for r in (0.1, 0.3, 0.5, 0.8, 1, 2, 3, 6):
+    h = torch.tensor([0.1, 1 / 3, 0.7, 1.1, 5.3], dtype=dtype)[:, None].expand(5, columns).contiguous()
+    eps = truth.EPS[str(dtype).removeprefix("torch.")]
+    for r in (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 6):
         expected = truth.norm(h, r)
-        for orders in ([r], [0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf]):
+        for orders in ([r], [0, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 4, 5, 6, math.inf]):
             got = fastood.norms(h, orders, backend="cpu")[:, orders.index(r)]
-            truth.assert_close(got, expected, truth.norm_tolerance(h, r, 2**-24) * expected, f"r={r}")
+            truth.assert_close(got, expected, truth.norm_tolerance(h, r, eps) * expected, f"r={r}")
+    f = torch.tensor([1e-3, 0.5, 3.0], dtype=dtype)[:, None] * (torch.arange(columns) == 7)  # all but one are equal
+    for name in ("s2", "msp", "one_minus_s2", "tv", "plogp", "sumlogp", "energy"):
+        expected = truth.stat(name, f)
+        got = fastood.row_stats(f, [name], backend="cpu")[name]
+        truth.assert_close(got, expected, truth.tolerance(name, expected, f, 1.0, eps), name)
 
 
 # Around the 16 rows that are finished together, and the 48 classes up to which a row lies in a lane.

@@ -2,11 +2,13 @@
 
 import doctest
 import importlib
+import math
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastood
 
@@ -28,10 +30,56 @@ def test_pages(page, monkeypatch):
     before = dict(fastood.SCORES)
     try:
         for block in blocks:
+            if "model." in block:
+                continue  # the next test's
             exec(compile(block, page, "exec"), {})
     finally:
         fastood.SCORES.clear()
         fastood.SCORES.update(before)
+
+
+def test_the_decision_of_the_readme(monkeypatch, tmp_path):
+    """It keeps 95% of what the classifier knows, refuses noise and what is NaN, and runs on a trained network."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = (
+        b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "model." in b
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        centres = 3 * torch.randn(10, 32)
+
+        def images(n):
+            labels = torch.randint(10, (n,))
+            return centres[labels] + torch.randn(n, 32), labels
+
+        class Model(torch.nn.Module):  # of torchvision's form
+            def __init__(self):
+                super().__init__()
+                self.body = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU())
+                self.fc = torch.nn.Linear(64, 10)
+
+            def forward(self, x):
+                return self.fc(self.body(x))
+
+        model = Model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(100):
+            x, y = images(256)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        known, noise = images(2000)[0], torch.randn(2000, 32)
+        requests = torch.cat([known, noise, torch.full((1, 32), math.nan)])
+        validation = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images(2000)), batch_size=128)
+        names = {"model": model, "validation": validation, "requests": requests}
+    exec(compile(block, "README.md", "exec"), names)
+    accept, p = names["accept"], names["p"]
+    assert 0.93 < accept[:2000].double().mean() < 0.97
+    assert accept[2000:4000].double().mean() < 0.02
+    assert not accept[-1]
+    assert p[-1].isnan()
+    torch.testing.assert_close(accept[:-1], p[:-1] > 1 - 0.95)
+    torch.testing.assert_close(names["accept_by_hand"], accept)
 
 
 def test_readme_lists_every_score():

@@ -82,6 +82,20 @@ def test_every_score_once_per_norm_and_chunks_do_not_matter():
         np.testing.assert_array_equal(s, whole[label])
 
 
+def test_a_v_that_is_never_above_0_is_multiplied_only_where_asked():
+    (logits, feats), _ = two_sets(n=40)
+    chunks = [(logits, feats)]
+    v = [e.name for e in fastood.SCORES.values() if e.stats and not e.gradient]
+    assert list(score_rows(chunks, methods=v)) == [
+        label for name in v for label in ((name,) if name in ("neg_entropy", "gen") else (name, f"{name}*||h||_0.3"))
+    ]
+    assert list(score_rows(chunks, methods=["gen"], norms=(None, 2))) == ["gen", "gen*||h||_2"]
+    # Of rows with one V, the one with larger features is never lower by default.
+    twice = score_rows([(logits, 2 * feats)])
+    for label, s in score_rows(chunks, methods=[name for name in v if name not in ("energy", "max_logit")]).items():
+        assert (twice[label] >= s).all(), label
+
+
 def test_temperature_and_bias_reach_the_scores():
     (logits, feats), _ = two_sets(n=20)
     got = score_rows([(logits, feats)], methods=["tv", "exgrad", "norm"], norms=(2,), temperature=5.0, bias=True)
@@ -149,20 +163,31 @@ def small():
     return evaluate(inside, {"far": far, "near, odd": near})
 
 
-def test_rows_come_as_given_and_then_their_mean(small):
+def test_the_mean_comes_first_and_then_the_sets_as_given(small):
     table = small.table()
     names = ("msp", "energy*||h||_0.3")
     assert [(r["ood"], r["score"]) for r in table] == [
-        (ood, score) for ood in ("far", "near, odd", "average") for score in names
+        (ood, score) for ood in ("average", "far", "near, odd") for score in names
     ]
     # near: 0.9 and inf beat all three; 0.8 beats one and ties one; 0.7 beats one
     near = (3 + 3 + 1.5 + 1) / 12
-    assert [r["auroc"] for r in table] == pytest.approx([1, 1, near, 0, (1 + near) / 2, 0.5])
+    assert [r["auroc"] for r in table] == pytest.approx([(1 + near) / 2, 0.5, 1, 1, near, 0])
     for metric in ("fpr95_in", "fpr95_out", "aupr_in", "aupr_out"):
-        far, near, mean = (table[i][metric] for i in (0, 2, 4))
+        mean, far, near = (table[i][metric] for i in (0, 2, 4))
         assert mean == pytest.approx((far + near) / 2)
     assert small.best(1) == ["msp"]
     assert small.best(2, "far") == list(names)
+
+
+def test_scores_come_by_their_auroc_within_each_set():
+    inside = {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [1.0, 2.0]}
+    outside = {"one": {"a": [3.0], "b": [0.0], "c": [0.0]}, "two": {"a": [0.0], "b": [1.0], "c": [1.5]}}
+    evaluation = evaluate(inside, outside)
+    order = {"average": "bca", "one": "bca", "two": "abc"}  # b and c tie on "one"
+    rows = evaluation.table()
+    assert {ood: "".join(r["score"] for r in rows if r["ood"] == ood) for ood in order} == order
+    assert evaluation.best(3, "one") == ["b", "c", "a"]
+    assert evaluation.best(1) == ["b"]
 
 
 def test_one_ood_set_has_no_mean():
@@ -178,6 +203,18 @@ def test_json_says_what_it_holds(small, tmp_path):
     assert found["convention"].keys() == {"scores", "auroc", "fpr95_in", "fpr95_out", "aupr_in", "aupr_out"}
     assert "in-distribution" in found["convention"]["scores"]
     assert "ID is positive" in found["convention"]["fpr95_in"]
+    assert found["recommendation"]["score"] == "msp"
+    assert found["recommendation"]["threshold"] == 0.7
+    assert found["recommendation"]["accepted"] == {"far": 0, "near, odd": 2}
+    assert found["recommendation"]["auroc"]["far"] == {"value": 1, "interval": None}
+    assert "seed 0" in found["recommendation"]["method"]
+
+
+def test_json_has_no_infinite_numbers(tmp_path):
+    evaluate({"s": [-math.inf, 1.0]}, {"o": {"s": [0.0]}}).to_json(tmp_path / "t.json")
+    text = (tmp_path / "t.json").read_text(encoding="utf-8")
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert float(found["recommendation"]["threshold"]) == -math.inf
 
 
 def test_csv_reads_back(small, tmp_path):
@@ -213,7 +250,8 @@ def test_sweep_is_the_mean_of_the_tables():
     grid = sweep_auroc(chunked(*inside), {"b": chunked(*outside), "c": [third]}, v, norms)
     a, b, c = (score_rows([x], methods=v, norms=norms) for x in (inside, outside, third))
     table = evaluate(a, {"b": b, "c": c}).table()
-    means = [row["auroc"] for row in table if row["ood"] == "average"]  # V by V, within each norm by norm
+    of_label = {row["score"]: row["auroc"] for row in table if row["ood"] == "average"}
+    means = [of_label[label] for label in a]  # V by V, within each norm by norm
     np.testing.assert_allclose(grid, np.reshape(means, (2, 4)), rtol=1e-12)
     with pytest.raises(ValueError, match="logits and feats must both be given"):
         sweep_auroc([(inside[0], None)], {"b": [outside]})

@@ -303,8 +303,6 @@ def test_batchgrad_arguments():
     assert np.array_equal(fastood.anchor_gradient(f.numpy(), h.numpy(), y.numpy()), G.numpy())
     with pytest.raises(ValueError, match=r"feats must have 1 columns, for G is \[3, 2\], got \[4, 2\]"):
         fastood.batchgrad(f, h, G, bias=True)
-    with pytest.raises(TypeError, match="mixed inputs: logits is a numpy array, G is a torch tensor"):
-        fastood.BatchGrad(G).score(f.numpy(), h.numpy())
     with pytest.raises(ValueError, match="G must be on the device of logits, cpu, got meta"):
         fastood.BatchGrad(G.to("meta")).score(f, h)
     with pytest.raises(ValueError, match=r"labels must be classes 0..2, got 0..3"):
@@ -313,8 +311,78 @@ def test_batchgrad_arguments():
         fastood.anchor_gradient(f, h, y.float())
     with pytest.raises(TypeError, match="labels must be a torch tensor or a numpy array of integers, got NoneType"):
         fastood.anchor_gradient(f, h, None)
-    with pytest.raises(ValueError, match=r"labels must be \[4\], one class per anchor, got shape \[3\]"):
+    with pytest.raises(ValueError, match=r"labels must be \[4\], one class per row, got shape \[3\]"):
         fastood.anchor_gradient(f, h, y[:3])
+    for bad in (math.nan, math.inf, -math.inf):
+        G[1, 1] = bad
+        with pytest.raises(ValueError, match="G must be finite, got 1 of 6 numbers NaN or infinite; anchors"):
+            fastood.BatchGrad(G)
+    for shape, bias in (((0, 2), False), ((3, 0), True)):
+        with pytest.raises(ValueError, match=r"G must be \[C, D.*\].*, of at least one class, got shape \[[03], "):
+            fastood.BatchGrad(torch.zeros(shape), bias=bias)
+
+
+LABELS = np.array([0, 2, 1, 1])
+SAME_LABELS = {
+    **{name: LABELS.astype(name) for name in ("uint8", "int8", "uint16", "uint32", "uint64", ">i4", "<u2", ">u8")},
+    "reversed": LABELS[::-1].copy()[::-1],
+    "every second one": LABELS.repeat(2)[::2],
+    "field of a structured array": np.array([(0.5, y) for y in LABELS], "f4, i2")["f1"],
+    "read-only": np.frombuffer(LABELS.tobytes(), LABELS.dtype),
+    **{str(x): torch.from_numpy(LABELS).to(x) for x in (torch.int32, torch.uint8, torch.uint16, torch.uint64)},
+}
+
+
+@pytest.mark.parametrize("kind", SAME_LABELS)
+@pytest.mark.parametrize("default_device", ["cpu", "meta"])
+def test_labels_of_anchors_are_integers_of_any_kind(kind, default_device):
+    h, _, f = head(7, n=4, C=3)
+    model = torch.nn.Linear(7, 3, bias=False).double().eval()
+    labels, y = SAME_LABELS[kind], torch.from_numpy(LABELS)
+    G = fastood.anchor_gradient(f, h, y)
+    torch.set_default_device(default_device)
+    try:
+        assert torch.equal(fastood.anchor_gradient(f, h, labels), G)
+        assert np.array_equal(fastood.anchor_gradient(f.numpy(), h.numpy(), labels), G.numpy())
+        detector = fastood.BatchGrad.from_anchors(f.numpy(), h.numpy(), labels)
+        assert np.array_equal(detector.score(f.numpy(), h.numpy()), fastood.batchgrad(f, h, G).numpy())
+        deep = fastood.deep_batchgrad(model, h, h, labels)
+        assert torch.equal(deep, fastood.deep_batchgrad(model, h, h, y))
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        (np.ma.masked_array(LABELS, [0, 0, 0, 1]), TypeError, "labels must not be a masked array: leave those rows"),
+        (LABELS.astype(float), TypeError, "labels must be integers, got numpy float64"),
+        (LABELS > 0, TypeError, "labels must be integers, got numpy bool"),
+        (torch.from_numpy(LABELS > 0), TypeError, r"labels must be integers, got torch\.bool"),
+        (LABELS.astype(object), TypeError, "labels must be integers, got numpy object"),
+        (LABELS.astype("uint64") - 1, ValueError, r"labels must be classes 0\.\.2, got -1\.\.1"),
+        (LABELS[:, None], ValueError, r"labels must be \[4\], one class per row, got shape \[4, 1\]"),
+        (LABELS.tolist(), TypeError, "labels must be a torch tensor or a numpy array of integers, got list"),
+    ],
+)
+def test_bad_labels_of_anchors(labels, error, words):
+    h, _, f = head(7, n=4, C=3)
+    with pytest.raises(error, match=words):
+        fastood.anchor_gradient(f, h, labels)
+    with pytest.raises(error, match=words.replace("labels", "anchor_labels")):
+        fastood.deep_batchgrad(torch.nn.Linear(7, 3).double().eval(), h, h, labels)
+
+
+def test_classes_without_an_anchor_are_said():
+    h, _, f = head(7, n=4, C=5)
+    for y in (torch.tensor([0, 0, 3, 3]), np.array([0, 0, 3, 3])):
+        with pytest.warns(UserWarning, match="^labels: 3 of 5 classes have no anchor; .* one or more") as said:
+            fastood.anchor_gradient(f, h, y)
+        assert said[0].filename == __file__
+        with pytest.warns(UserWarning, match=r"^anchor_labels: 3 of 5 classes have no anchor"):
+            fastood.deep_batchgrad(torch.nn.Linear(7, 5).double().eval(), h, h, y)
+    with pytest.warns(UserWarning, match="labels: 5 of 5 classes"):
+        assert (fastood.anchor_gradient(f[:0], h[:0], y[:0]) == 0).all()
 
 
 @given(
@@ -475,21 +543,89 @@ def test_batchgrad_keeps_a_constant_of_its_own():
 def test_batchgrad_is_saved_and_loaded(tmp_path):
     f, h, y = torch.randn(8, 4), torch.randn(8, 3), torch.arange(8) % 4
     made = fastood.BatchGrad.from_anchors(f, h, y, temperature=0.1, bias=True)
-    made.save(tmp_path / "anchors.safetensors")
+    path = tmp_path / "anchors.safetensors"
+    made.save(path)
     (tmp_path / "any file").touch()
-    assert (tmp_path / "anchors.safetensors").stat().st_mode == (tmp_path / "any file").stat().st_mode
-    loaded = fastood.BatchGrad.load(tmp_path / "anchors.safetensors")
+    assert path.stat().st_mode == (tmp_path / "any file").stat().st_mode
+    loaded = fastood.BatchGrad.load(path)
+    assert repr(loaded) == repr(made)
     assert torch.equal(loaded.score(f, h), made.score(f, h))
-    from safetensors.torch import save_file
-
-    save_file({"G": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"path must be a file that BatchGrad.save wrote, got '.*other"):
-        fastood.BatchGrad.load(tmp_path / "other.safetensors")
-    (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match=r"path must be a file that BatchGrad.save wrote, got '.*text"):
-        fastood.BatchGrad.load(tmp_path / "text")
+    for name in ("anchors.pt", "anchors", "anchors.safetensors.gz"):
+        with pytest.raises(ValueError, match=rf"path must end in .safetensors, .*, got '.*{name}'"):
+            made.save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"new.anchors.safetensors: there is no folder .*new$"):
+        made.save(tmp_path / "new" / "anchors.safetensors")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["anchors.safetensors", "any file"]
     with pytest.raises(FileNotFoundError, match="missing"):
         fastood.BatchGrad.load(tmp_path / "missing")
+    for device in ["gpu", *([] if torch.cuda.is_available() else ["cuda", torch.device("cuda", 3)])]:
+        with pytest.raises(ValueError, match=rf"^device must be one that torch can use here, got '{device}': "):
+            fastood.BatchGrad.load(path, device=device)
+
+
+GOOD = {"fastood": "BatchGrad", "temperature": "2.0", "bias": "0"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "words"),
+    [
+        ({"G": torch.ones(2, 2)}, None, "its metadata lack bias, fastood, temperature"),
+        ({"G": torch.ones(2, 2)}, {"fastood": "BatchGrad", "bias": "0"}, "its metadata lack temperature"),
+        ({"G": torch.ones(2, 2)}, {**GOOD, "fastood": "Other"}, "its metadata are .*Other"),
+        ({"G": torch.ones(2, 2)}, {**GOOD, "bias": "True"}, "its metadata are .*'bias': 'True'"),
+        ({"G": torch.ones(2, 2)}, {**GOOD, "temperature": "nan"}, "temperature must be a finite number > 0, got nan"),
+        ({"G": torch.ones(2, 2)}, {**GOOD, "temperature": "hot"}, "could not convert"),
+        ({"H": torch.ones(2, 2)}, GOOD, "G"),
+        ({"G": torch.ones(2)}, GOOD, "G must be 2-D"),
+        ({"G": torch.ones(2, 0)}, {**GOOD, "bias": "1"}, r"G must be \[C, D \+ 1\] with bias"),
+        ({"G": torch.ones(2, 2).int()}, GOOD, "G must be float16, .*got torch.int32"),
+        ({"G": torch.full((2, 2), math.nan)}, GOOD, "G must be finite, got 4 of 4 numbers"),
+    ],
+)
+def test_only_what_was_saved_is_loaded(tmp_path, tensors, metadata, words):
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "other.safetensors", metadata)
+    with pytest.raises(ValueError, match=rf"path must be a file that BatchGrad.save wrote, got '.*other.*': .*{words}"):
+        fastood.BatchGrad.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors, but more than eight bytes"])
+def test_what_holds_no_tensors_is_not_loaded(tmp_path, content):
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(ValueError, match=r"path must be a file that BatchGrad.save wrote, got '.*text'"):
+        fastood.BatchGrad.load(tmp_path / "text")
+
+
+def test_batchgrad_answers_in_the_kind_that_it_is_asked_in(backend, tmp_path):
+    f, h, y = torch.randn(8, 4), torch.randn(8, 3), torch.arange(8) % 4
+    from_tensors = fastood.BatchGrad.from_anchors(f, h, y)
+    from_arrays = fastood.BatchGrad.from_anchors(f.numpy(), h.numpy(), y.numpy())
+    expected = from_tensors.score(f, h, backend=backend)
+    from_arrays.save(tmp_path / "G.safetensors")
+    for detector in (from_tensors, from_arrays, fastood.BatchGrad.load(tmp_path / "G.safetensors")):
+        for _ in range(2):  # the long way and the short one
+            assert torch.equal(detector.score(f, h, backend=backend), expected)
+            of_arrays = detector.score(f.numpy(), h.numpy(), backend=backend)
+            assert isinstance(of_arrays, np.ndarray)
+            assert np.array_equal(of_arrays, expected.numpy())
+    assert torch.equal(fastood.batchgrad(f, h, from_arrays.anchors.G.numpy()), from_tensors.score(f, h))
+
+
+def test_batchgrad_in_another_type_and_place():
+    f, h, G = torch.randn(8, 4), torch.randn(8, 3), torch.randn(4, 4)
+    detector = fastood.BatchGrad(G, temperature=0.5, bias=True)
+    wanted = "BatchGrad(classes=4, features=3, temperature=0.5, bias=True, dtype=torch.float32, device='cpu')"
+    assert repr(detector) == wanted
+    double = detector.to(torch.float64)
+    assert repr(double) == wanted.replace("float32", "float64")
+    assert double.score(f, h).dtype == torch.float64
+    torch.testing.assert_close(double.score(f, h).float(), detector.score(f, h))
+    assert detector.to("meta").anchors.G.device.type == "meta"
+    with pytest.raises(ValueError, match=r"G must be on the device of logits, cpu, got meta: BatchGrad\.to moves it"):
+        detector.to("meta").score(f, h)
+    with pytest.raises(TypeError, match=r"G must be float16, .*, got torch\.int32"):
+        detector.to(torch.int32)
 
 
 # ---- all parameters
@@ -531,6 +667,81 @@ def test_deep_rows_are_a_loop_of_autograd(name):
         torch.testing.assert_close(got, torch.stack(expected), rtol=1e-9, atol=1e-20)
 
 
+LAST_LAYERS = {
+    "C": st.sampled_from([1, 2, 3, 100]),
+    "lead": st.sampled_from([0.0, 3.0, 45.0, 300.0, 1e4]),  # of one logit over the rest
+    "T": st.sampled_from([0.05, 1.0, 30.0]),
+    "scale": st.sampled_from([1e-20, 1.0, 1e20]),  # of features
+    "dtype": st.sampled_from([torch.float32, torch.float64]),
+    "bias": st.booleans(),
+}
+
+
+def last_layer(seed, C, lead, T, scale, dtype, bias, n=3, D=4):
+    """A linear layer as a model, its inputs and its logits: one of T lead over the rest, which are random."""
+    g = torch.Generator().manual_seed(seed)
+    x, model = torch.randn(n, D, generator=g).relu() + 0.1, torch.nn.Linear(D, C, bias=bias)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(C, D, generator=g) * T / scale)
+        model.weight[seed % C] += lead * T / x.sum(-1, keepdim=True).mean() / scale
+        if bias:
+            model.bias.copy_(torch.randn(C, generator=g) * T)
+        model, x = model.to(dtype).eval(), (x * scale).to(dtype)
+        return model, x, model(x)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    **LAST_LAYERS,
+    labels=st.sampled_from(["uniform", "predicted", "log_predicted", "soft", "one-hot"]),
+    order=st.sampled_from([0.3, 0.5, 1, 1.5, 2, 3, 40, math.inf]),
+    power=st.sampled_from([0.5, 1, 2]),
+    expectation=st.sampled_from(["inside", "outside"]),
+)
+def test_deep_gradient_norm_of_a_last_layer_is_the_shallow_one(
+    seed, C, lead, T, scale, dtype, bias, labels, order, power, expectation
+):
+    assume(labels != "log_predicted" or expectation == "outside")
+    model, x, f = last_layer(seed, C, lead, T, scale, dtype, bias)
+    if labels == "one-hot":
+        labels = torch.nn.functional.one_hot(f.argmax(-1), C).to(dtype)
+    elif labels == "soft":
+        labels = torch.softmax(torch.randn(f.shape, generator=torch.Generator().manual_seed(seed)), -1).to(dtype)
+    options = {"labels": labels, "order": order, "power": power, "expectation": expectation, "temperature": T}
+    deep = fastood.deep_gradient_norm(model, x, **options)
+    # In float64, of which the logits' own type is no part.
+    q = labels if isinstance(labels, str) else labels.double()
+    shallow = fastood.gradient_norm(f.double(), x.double(), **{**options, "labels": q}, bias=bias)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(deep, shallow.to(dtype), rtol=tolerance, atol=1e-44)
+
+
+@given(seed=st.integers(0, 2**31), **LAST_LAYERS)
+def test_deep_batchgrad_of_a_last_layer_is_the_shallow_one(seed, C, lead, T, scale, dtype, bias):
+    model, x, f = last_layer(seed, C, lead, T, scale, dtype, bias, n=C + 40)
+    y = torch.arange(C + 40) % C  # of which two batches are made
+    deep = fastood.deep_batchgrad(model, x[:3], x, y, temperature=T)
+    shallow = fastood.BatchGrad.from_anchors(f, x, y, temperature=T, bias=bias).score(f[:3], x[:3])
+    torch.testing.assert_close(deep, shallow, rtol=1e-4 if dtype == torch.float32 else 1e-11, atol=1e-40)
+    if C > 1:
+        assert (deep < 0).all()  # oriented, both of them
+
+
+def test_deep_norms_where_one_logit_is_45_above_the_rest():
+    """By hand, with a = exp(-45): p is (1 - 2a, a, a), and e_y - p is (2a, -a, -a) for the first class."""
+    model = torch.nn.Linear(3, 3, bias=False).eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+    x, a = torch.tensor([[45.0, 0.0, 0.0]]), math.exp(-45)
+    exgrad = fastood.deep_gradient_norm(model, x, "predicted", expectation="outside")
+    assert exgrad.item() == pytest.approx(45 * 8 * a, rel=1e-5)
+    one_hot = torch.tensor([[1.0, 0.0, 0.0]])
+    for expectation in ("inside", "outside"):
+        for order, of_class in ((1, 4 * a), (2, math.sqrt(6) * a), (math.inf, 2 * a)):
+            got = fastood.deep_gradient_norm(model, x, one_hot, order, expectation=expectation)
+            assert got.item() == pytest.approx(45 * of_class, rel=1e-5)
+
+
 def test_deep_batchgrad_is_a_loop_of_autograd():
     net, x, T = network(), torch.randn(4, 6, dtype=torch.float64), 1.5
     anchors, labels = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 4
@@ -563,7 +774,7 @@ def test_deep_batchgrad_is_a_loop_of_autograd():
     ):
         with pytest.raises(ValueError, match="model must map inputs"):
             deep(Two(6, 4).double().eval())
-    with pytest.raises(ValueError, match=r"anchor_labels must be \[40\], one class per anchor, got shape \[39\]"):
+    with pytest.raises(ValueError, match=r"anchor_labels must be \[40\], one class per row, got shape \[39\]"):
         fastood.deep_batchgrad(net, x, anchors, labels[1:])
 
 
@@ -605,6 +816,15 @@ def test_deep_gradient_norm_arguments():
         fastood.deep_gradient_norm(net.train(), x)
     with pytest.raises(ValueError, match="model must have a parameter that requires a gradient"):
         fastood.deep_gradient_norm(net.eval().requires_grad_(False), x)
+    inside = torch.nn.Sequential(torch.nn.DataParallel(net.body), net.head)
+    for model, hint in (
+        (torch.nn.DataParallel(network()).eval(), r"model\.module is the model to pass"),
+        (inside.eval(), r"model\.0\.module in its place"),
+    ):
+        with pytest.raises(TypeError, match=rf"must not be a DataParallel, .*: {hint}"):
+            fastood.deep_gradient_norm(model, x)
+        with pytest.raises(TypeError, match=rf"must not be a DataParallel, .*: {hint}"):
+            fastood.deep_batchgrad(model, x, x, torch.arange(3))
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
         fastood.deep_gradient_norm(lambda x: x, x)
     with pytest.raises(TypeError, match="inputs must be a torch tensor, got ndarray"):

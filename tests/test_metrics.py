@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastood import metrics
+from fastood import evaluation, metrics
 
 # Few distinct values: ties are the hard part.
 scores = st.lists(st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 1.0, 2.0, math.inf]), min_size=1, max_size=30)
@@ -61,7 +61,20 @@ def test_bad_scores(metric):
         metric([1.0, math.nan], [0.0])
     with pytest.raises(ValueError, match="ood_scores must not hold NaN, got 2 of 2"):
         metric([1.0], torch.tensor([math.nan, math.nan]))
-    with pytest.raises(ValueError, match=r"ood_scores must be a non-empty vector of scores, got shape \[0\]"):
+    with pytest.raises(ValueError, match=r"ood_scores must be a non-empty vector, got shape \[0\]"):
         metric([1.0], [])
-    with pytest.raises(ValueError, match=r"id_scores must be a non-empty vector of scores, got shape \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"id_scores must be a non-empty vector, got shape \[1, 2\]"):
         metric([[1.0, 2.0]], [0.0])
+    hidden = np.ma.masked_array([1.0, 9.0], [False, True])
+    for scores_of_sets, name in (((hidden, [0.0]), "id_scores"), (([1.0], hidden), "ood_scores")):
+        with pytest.raises(TypeError, match=f"{name} must not be a masked array: leave masked rows out"):
+            metric(*scores_of_sets)
+    assert metric(hidden.compressed(), [0.0]) == metric([1.0], [0.0])
+
+
+def test_a_masked_array_is_refused_by_an_evaluation():
+    hidden = np.ma.masked_array([1.0, 9.0], [False, True])
+    with pytest.raises(TypeError, match=r"^the ID set: score 's' must not be a masked array"):
+        evaluation.evaluate({"s": hidden}, {"o": {"s": [0.0]}})
+    with pytest.raises(TypeError, match=r"^OOD set 'o': score 's' must not be a masked array"):
+        evaluation.evaluate({"s": [0.0]}, {"o": {"s": hidden}})

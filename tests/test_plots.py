@@ -110,9 +110,53 @@ def test_scores_a_rounding_apart_have_an_axis():
     assert all(heights.sum() == pytest.approx(1) for heights, _ in shown.values())
 
 
+@pytest.mark.parametrize("scale", [1, 10])
+def test_a_line_marks_the_threshold(scale):
+    rng = np.random.default_rng(0)
+    inside, outside = scale * rng.normal(3, 1, 999), scale * rng.normal(0, 1, 300)
+    ax = drawn(plots.histograms(inside, {"o": outside}, "s")).axes[0]
+    (line,) = ax.lines
+    t = line.get_xdata()[0]
+    assert (inside >= t).mean() >= 0.95 > (inside > t).mean()
+    (text,) = ax.texts
+    assert text.get_text() == f"95% of ID ≥ {t:.4g}"
+
+
+@pytest.mark.parametrize(("infinite", "side", "ha"), [(-math.inf, 0, "left"), (math.inf, -1, "right")])
+def test_an_infinite_threshold_is_at_its_end(infinite, side, ha):
+    inside = [infinite] * 19 + [1.0]
+    figure = drawn(plots.histograms(inside, {"o": [0.0, 2.0]}, "s"))
+    assert figure.axes[0].lines[0].get_xdata()[0] == bars(figure)["ID"][1][side]
+    assert figure.axes[0].texts[0].get_text() == f"95% of ID ≥ {infinite}"
+    assert figure.axes[0].texts[0].get_ha() == ha
+
+
+def test_a_large_set_does_not_squeeze_a_small_one():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(9, 1, 100), rng.normal(0, 1, 100_000)
+    shown = bars(plots.histograms(inside, {"o": outside}, "s"))
+    assert all((heights > 0).sum() > 10 for heights, _ in shown.values())
+
+
+def test_sets_differ_in_print_without_colours():
+    sets = {str(i): [i / 9, 1.0] for i in range(4)}
+    patches = plots.histograms([1.0, 2.0], sets, "s").axes[0].patches
+    assert [p.get_fill() for p in patches] == [True] + 4 * [False]
+    assert len({p.get_linestyle() for p in patches[1:]}) == 4
+
+
+def test_long_names_are_not_cut_off():
+    name = "an out-of-distribution set with a long name"
+    figure = drawn(plots.histograms([1.0, 2.0], {name: [0.0], "b": [1.0]}, "s"))
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= figure.axes[0].xaxis.label.get_window_extent().y0 + 1
+
+
 def test_names_are_not_mathematics():
     figure = drawn(plots.histograms([1.0, 2.0], {"$\\frac$": [0.0], "_hidden": [0.5]}, "a$b$"))
-    labels = [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
+    labels = [t.get_text() for t in figure.legends[0].get_texts()]
     assert labels == ["ID", "OOD: \\$\\frac\\$", "OOD: _hidden"]
 
 

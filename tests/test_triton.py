@@ -403,6 +403,22 @@ def test_gradients_of_far_orders_and_powers(triton_device, labels, order, power,
             truth.assert_close(got.cpu(), expected, allowed + 1e-300, stat)
 
 
+@pytest.mark.parametrize("order", [1e4, 1e8, 1e9, 1e12, 1e18])
+@pytest.mark.parametrize("labels", ["uniform", "predicted", "one-hot"])
+def test_gradients_of_orders_next_to_infinity(triton_device, labels, order):
+    """Nothing is left of any power but the largest's, and what its logarithm is off by is multiplied by the order."""
+    far, near = [[1e30, 0.0, -1e29, 3.0]], [[3.0, 2.99999, 0.0, 0.0], [2.0, 0.0, 0.0, -1.0], [1.0, 1.0, 1.0, 1.0]]
+    f = torch.tensor(far + near)
+    q = torch.tensor([[1.0, 0, 0, 0]]).repeat(4, 1) if labels == "one-hot" else None
+    for expectation in ("inside", "outside"):
+        if expectation == "outside" or labels != "predicted":
+            stat = "gradient", labels if q is None else "given", order, 1, expectation
+            here = None if q is None else q.to(triton_device)
+            got = triton.row_stats(f.to(triton_device), None, Want((stat,)), here)[0][stat]
+            expected, allowed = truth.gradient(f, labels if q is None else q, *stat[2:], 1.0, truth.EPS["float32"])
+            truth.assert_close(got.cpu(), expected, allowed, stat)
+
+
 @pytest.mark.parametrize("order", [0.02, 0.5, 2])
 def test_probabilities_below_float32_count_in_small_orders(triton_device, order):
     """Of one-hot labels, for the maximum and for another class; also where 1 - p of the maximum is below float32."""
@@ -1104,7 +1120,7 @@ def test_every_order_finds_its_sum():
 
 @needs_triton
 @only_compiled
-@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_compiles_ahead_of_time(architecture):
     """What benchmarks/gpu_static.py does not compile: rare statistics, orders and types; and for AMD, scores."""
     run = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, architecture], cwd=ROOT, capture_output=True, text=True)

@@ -72,10 +72,12 @@ def row_stats(
         return reference.row_stats(logits, feats, want, labels)
     if _prepared(want) is not None:
         return _run(logits, feats, want, labels)
-    stats: dict[Stat, Tensor] = {}  # in parts that fit one call
-    n = 1 if _gradients(want) else _MOST_POWER_SUMS
-    for i in range(0, len(want.stats), n):
-        stats |= _run(logits, None, want._replace(stats=want.stats[i : i + n], orders=()), labels)[0]
+    ours = tuple(s for s in want.stats if _name(s) in _STATS)
+    others = want._replace(stats=tuple(s for s in want.stats if s not in ours), orders=())
+    stats = reference.row_stats(logits, None, others, labels)[0]
+    n = 1 if _gradients(want) else _MOST_POWER_SUMS  # in parts that fit one call
+    for i in range(0, len(ours), n):
+        stats |= _run(logits, None, want._replace(stats=ours[i : i + n], orders=()), labels)[0]
     norms = []
     for i in range(0, len(want.orders), _MOST_ORDERS):
         norms.append(_run(None, feats, want._replace(stats=(), orders=want.orders[i : i + _MOST_ORDERS]))[1])
@@ -167,7 +169,9 @@ def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
         return None
     if gradients and len(want.stats) > 1:
         return None
-    stats = tuple(_STATS[s if isinstance(s, str) else s[0]] for s in want.stats)
+    if not all(_name(s) in _STATS for s in want.stats):  # one of somebody's own, which the reference knows
+        return None
+    stats = tuple(_STATS[_name(s)] for s in want.stats)
     exponents = tuple(float(s[1]) if s[0] in ("power_sum", "gen") else 0.0 for s in want.stats)
     counts = tuple(min(int(s[2]), 1 << 62) if len(s) == 3 and s[0] == "gen" else 0 for s in want.stats)
     gradient: tuple[Any, ...] = ()
@@ -175,6 +179,10 @@ def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
         gradient = expectation == "outside", _LABELS[q], order, power
     options = want.orders, want.bias, want.log, products
     return _native.prepare(want.temperature, stats, exponents, counts, *options, gradient)
+
+
+def _name(stat: Stat) -> str:
+    return stat if isinstance(stat, str) else stat[0]
 
 
 def _gradients(want: Want) -> list[Any]:
@@ -203,7 +211,9 @@ def _torch_threads() -> int:
 
 if _native is not None:
     _kinds = tuple({"dtype": dtype} for dtype in (torch.float32, torch.float64, torch.uint8))
-    _native.use_torch(Tensor, _kinds, Tensor.__dlpack_c_exchange_api__, MODES, forward_ad)
+    # Since 2.10. Without it no tensor is read in C++, and every call goes the long way.
+    if exchange := getattr(Tensor, "__dlpack_c_exchange_api__", None):
+        _native.use_torch(Tensor, _kinds, exchange, MODES, forward_ad)
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))

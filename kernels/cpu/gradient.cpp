@@ -48,7 +48,11 @@ static double norm_of_top(const Request& q, int64_t row, const LogitsState& s, c
   if (linear) return std::exp2(g.power * log_not_p);
   // (1 - p) (1 + sum of the others' (p_k / (1 - p))^order)^(1 / order)
   const double log_sum = log2_others(q, row, s, g.order, g.order == 2 ? s.squares : s.powers[0]);
-  const double log_ratio = log_sum - g.order * (about.log_total + log_not_p);
+  // The difference of two logarithms that may be large: ratios that add up to 1 have powers that add up to between 1 and
+  // C^(1 - order).
+  const double limit = (1 - g.order) * std::log2(double(q.logits.columns));
+  double log_ratio = log_sum - g.order * (about.log_total + log_not_p);
+  log_ratio = std::min(std::max(log_ratio, std::min(limit, 0.0)), std::max(limit, 0.0));
   return std::exp2(g.power * log_not_p + g.power / g.order * std::log2(1 + std::exp2(log_ratio)));
 }
 

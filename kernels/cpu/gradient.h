@@ -113,7 +113,8 @@ template <class T, int NORM> struct ClassNorm {
       log2_parts<T>(1 - p, &e, &l);
       log_not_p = e + l;
       V<T> d, others = sum - powers.exp(v, &d) * T(__builtin_ldexp(1.0, -Vec<T>::scaled));
-      x = 1 + others * exp2_sum<T, true>(log_p - order * log_not_p, V<T>{}, I<T>{});
+      const V<T> log_ratio = log_p - order * log_not_p;  // to the maximum, of which it is a part, whatever rounding says
+      x = 1 + others * exp2_sum<T, true>(log_ratio < 0 ? log_ratio : V<T>{}, V<T>{}, I<T>{});
     }
     if (NORM != GENERAL && ratio == 1) return x;
     if (NORM != GENERAL && ratio == 0.5) return square_root(x);
@@ -137,7 +138,7 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
   const ClassNorm<T, NORM> norm(s.plan, s.gradient, s.row);
   const T per_total = T(unit), log_total = T(s.row.log_total);
   V<T> sums[2] = {}, tops[2] = {};
-  double sum = 0;
+  Total sum;
   for_labels<T>(
       s, softmax,
       [&](int u, V<T> v, V<T> e, V<T> w, int64_t, int64_t first) __attribute__((always_inline)) {

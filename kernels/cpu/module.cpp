@@ -196,17 +196,24 @@ static bool read_plain(PyObject* x, int64_t* rows, Matrix* m) {
   return true;
 }
 
-// What a plan needs of logits, feats and labels, where they are plain, are there if they are needed and fit together.
+// What a plan needs of logits, feats and labels, where they are plain and fit together; logits and feats may be there
+// without being needed.
 static bool read_plain(PyObject* const* tensors, Request* q) {
   const bool logits = !q->plan.stats.empty(), feats = !q->plan.orders[0].empty();
   const bool labels = q->plan.gradient.wanted && q->plan.gradient.labels == GIVEN;
   int64_t rows[3] = {-1, -1, -1};
-  if ((tensors[0] != Py_None) != logits || (logits && !read_plain(tensors[0], &rows[0], &q->logits))) return false;
-  if ((tensors[1] != Py_None) != feats || (feats && !read_plain(tensors[1], &rows[1], &q->feats))) return false;
+  Matrix unread;
+  if (tensors[0] == Py_None ? logits : !read_plain(tensors[0], &rows[0], logits ? &q->logits : &unread)) return false;
+  if (tensors[1] == Py_None ? feats : !read_plain(tensors[1], &rows[1], feats ? &q->feats : &unread)) return false;
   if ((tensors[2] != Py_None) != labels || (labels && !read_plain(tensors[2], &rows[2], &q->labels))) return false;
-  q->rows = logits ? rows[0] : rows[1];
-  return (!feats || rows[1] == q->rows) && (!labels || (rows[2] == q->rows && q->labels.columns == q->logits.columns));
+  q->rows = std::max(rows[0], rows[1]);
+  for (int i = 0; i < 2; i++)
+    if (tensors[i] != Py_None && rows[i] != q->rows) return false;
+  return !labels || (rows[2] == q->rows && q->labels.columns == q->logits.columns);
 }
+
+// Whether torch does so many elements on more than one thread.
+static bool shared_out(int64_t elements) { return elements > 32768; }  // at::internal::GRAIN_SIZE
 
 // plain(plan, shape, logits, feats, labels), those that are not needed None: the products of plain CPU tensors as
 // float32 of `shape`, in which -1 stands for the rows; None where they are any others, and a longer way must be gone,
@@ -215,7 +222,10 @@ static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, 5);
   if (!plan) return nullptr;
   Request q{*plan};
-  if (watched() || !read_plain(args + 2, &q)) {
+  // Without a pool (a forked child) what torch itself would share out, such as filling a result where it is told to be
+  // deterministic, goes the longer way too, which sees to torch's threads first.
+  if (watched() || !read_plain(args + 2, &q) ||
+      (!parallel_for && shared_out(q.rows * int64_t(plan->products.size())))) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }

@@ -63,17 +63,16 @@ template <int LANES> struct PowerTable {
   float far[LANES], centre[LANES], mantissa[LANES];
   float t[DEGREE + 1];  // (1 + t)^order = 1 + t (t[1] + t (t[2] + ...)), relative error below 2^-27
 };
-constexpr int MAX_TABLES = 4;
+constexpr int TABLES_AT_ONCE = 4;
 
-// An order that is the sum of two: its power is the product of theirs. MAX_TABLES stands for 0.5, a square root.
-struct PowerProduct { int a, b, slot; };
-
-// One base power y = |h|^base costs one exp2; the orders that are whole multiples of it cost multiplications.
+// One base power y = |h|^base costs one exp2; the orders that are small multiples of it, or 0.5 more, cost multiplications.
+// Which base an order has hangs on the order alone, or its bits would on the orders beside it.
 struct PowerGroup {
   double base, high;  // high: its leading bits
   bool scaled;        // of |h| / reference instead of |h|
   int multiples;
   int multiple[MAX_ORDERS];
+  bool rooted[MAX_ORDERS];  // times a square root
   int slot[MAX_ORDERS];  // where in NormsState.sum
 };
 
@@ -81,22 +80,22 @@ struct NormsPlan {
   bool count;       // l0
   bool extremes;    // l0 or l_inf
   int integers;     // bits 1..6: the orders that are formed by multiplication alone, in slots 1..6
+  bool scaled_integers;  // of |h| / 2^(shift + 1): those of floats stay within the doubles as they are
   int groups;
   PowerGroup group[MAX_ORDERS];
   int slots;        // in use, integers included
   double order[MAX_ORDERS + 7];
   bool scaled[MAX_ORDERS + 7];
-  // The orders again, as a processor with permutations of a vector forms them, unless they are too many or of
-  // another kind.
-  bool tables;
-  int table_count, products;
-  int root;  // the slot of order 0.5, or 0
-  double table_order[MAX_TABLES];
-  int table_slot[MAX_TABLES];
-  PowerTable<16> wide[MAX_TABLES];
-  PowerTable<8> narrow[MAX_TABLES];
-  PowerProduct product[MAX_ORDERS];
+  // The small orders again, as a processor with permutations of a vector forms them: 0.5 as a square root, in slot `root`,
+  // those below by tables, those above by the square root times one. Slots are 0 for what is not wanted.
+  int root, tables;
+  double table_order[MAX_ORDERS];
+  int table_slot[MAX_ORDERS], product_slot[MAX_ORDERS];
+  PowerTable<16> wide[MAX_ORDERS];
+  PowerTable<8> narrow[MAX_ORDERS];
+  uint64_t wanted;  // bits: the slots in use, and EXTREMES
 };
+constexpr uint64_t EXTREMES = 1;  // l0 or l_inf; there is no slot 0
 
 struct NormsState {
   double max;        // max |h|; where only sums are asked for, infinite or not is all that it tells

@@ -29,10 +29,13 @@ template <class T> struct Softmax {
 
 // Calls step(u, v, i, first) on every vector of x: u < WIDTH the accumulator to use, i where it begins, `first`
 // its first lane that counts, 0 but in a last vector that is not full; flush() after each LENGTH elements, so that
-// no sum of floats grows long.
+// no lane's sum grows long.
 constexpr int64_t BLOCK = 512;
 
-template <int WIDTH, class T, int64_t LENGTH = BLOCK, class In, class Step, class Flush>
+template <class T, int WIDTH>
+constexpr int64_t SHORT = 32 * WIDTH * Vec<T>::lanes < BLOCK ? 32 * WIDTH * Vec<T>::lanes : BLOCK;
+
+template <int WIDTH, class T, int64_t LENGTH = SHORT<T, WIDTH>, class In, class Step, class Flush>
 INLINE void for_blocks(const In* x, int64_t n, T padding, Step step, Flush flush) {
   constexpr int64_t lanes = Vec<T>::lanes;
   for (int64_t i = 0; i < n;) {
@@ -67,6 +70,17 @@ template <int WIDTH, class T> INLINE double take(V<T>* sums) {
   add_up<WIDTH, T>(&total, sums);
   return double(sum_of<T>(total));
 }
+
+// A sum of many doubles, in parts, or it would grow long itself.
+struct Total {
+  double sum = 0, part = 0;
+  int parts = 0;
+  void operator+=(double x) {
+    part += x;
+    if (++parts % 16 == 0) sum += part, part = 0;
+  }
+  operator double() const { return sum + part; }
+};
 
 // The largest element that is a number.
 template <class T, class In> static T max_of_row(const In* f, int64_t n) {
@@ -103,7 +117,7 @@ static void sums_of_row(const In* f, int64_t n, const LogitsPlan& plan, const In
   const bool sum_z = plan.sums & SUMLOGP;
   V<T> exp[W] = {}, squares[W] = {}, exp_z[W] = {}, z[W] = {};
   I<T> others[W] = {};
-  double all_exp = 0, all_squares = 0, all_exp_z = 0, all_z = 0;
+  Total all_exp, all_squares, all_exp_z, all_z;
   for_blocks<W, T, 16 * W * lanes>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
@@ -145,14 +159,15 @@ template <class T, class In>
 static void power_sum_of_row(const In* f, int64_t n, const LogitsPlan& plan, int which, LogitsState* state) {
   const Softmax<T> softmax(all<T>(T(state->max)), sharper(plan, plan.power[which]));
   V<T> exp[4] = {};
+  Total total;
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         V<T> d, e = softmax.exp(v, &d);
         exp[u] = add_where(unequal(v, softmax.max), exp[u], e);
       },
-      [&] { state->powers[which] += take<4, T>(exp); });
-  state->powers[which] *= __builtin_ldexp(1.0, -Vec<T>::scaled);
+      [&] { total += take<4, T>(exp); });
+  state->powers[which] = total * __builtin_ldexp(1.0, -Vec<T>::scaled);
 }
 
 // The largest element below the maximum.
@@ -176,7 +191,7 @@ static void rest_of_row(const In* f, int64_t n, const LogitsPlan& plan, LogitsSt
   const double power = power_below(plan.temperature);
   const T per_T = T(1 / power);
   V<T> exp[2] = {}, squares[2] = {}, exp_z[2] = {};
-  double sum = 0, square = 0, sum_z = 0;
+  Total sum, square, sum_z;
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
@@ -315,7 +330,7 @@ template <class T, class In> static double log2_of_rest(const In* f, int64_t n, 
   if (pivot == minus_inf<T>()) return pivot;
   const Softmax<T> softmax(all<T>(pivot), plan);
   V<T> sums[2] = {};
-  double sum = 0;
+  Total sum;
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
@@ -347,7 +362,8 @@ static double gen(const void* data, int64_t n, const LogitsPlan& plan, double ma
     return exp2_sum<T, true, Vec<T>::scaled>((v - softmax.max) * scale - log_total, (e + l) * power, v == minus_inf<T>());
   };
   V<T> sums[2] = {}, above[2] = {};
-  double sum = 0, count = 0;
+  Total total_sum;
+  double count = 0;
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
@@ -356,13 +372,13 @@ static double gen(const void* data, int64_t n, const LogitsPlan& plan, double ma
         sums[u] += wanted ? term(v) : V<T>{};
         above[u] += wanted ? all<T>(T(1)) : V<T>{};
       },
-      [&] { sum += take<2, T>(sums), count += take<2, T>(above); });
+      [&] { total_sum += take<2, T>(sums), count += take<2, T>(above); });
   // The maximum, whose 1 - p is rest / total; then what is equal to the M-th, as often as there is room for it.
   const double log_rest = rest > 0x1p-900 ? __builtin_log2(rest) : log2_of_rest<T>(f, n, plan, max);
   const double top = __builtin_exp2(gamma * (log_rest - 2 * __builtin_log2(total)));
   const double ties = double(count_at_least<T>(f, n, T(max))), most = double(M < n ? M : n);
   if (level >= max) return most * top;
-  sum = unit * sum + ties * top;
+  const double sum = unit * total_sum + ties * top;
   return level > minus_inf<T>() ? sum + (most - count - ties) * unit * double(term(all<T>(level))[0]) : sum;
 }
 
@@ -470,59 +486,75 @@ template <int P, class T> INLINE V<T> integer_power(V<T> x) {
   else return integer_power<P / 2, T>(x) * integer_power<P / 2, T>(x);
 }
 
-template <int P, class T> INLINE double sum_of_powers(const T* y, int64_t n) {
-  V<T> sums[4] = {};
+// Sum of y^P, or where there are roots of their products with those.
+template <int P, class T> static double sum_of_powers(const T* y, const T* roots, int64_t n) {
+  V<T> sums[4] = {}, total = {};
   for_blocks<4, T>(
-      y, n, T(0), [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { sums[u] += integer_power<P, T>(v); }, [] {});
-  return take<4, T>(sums);
+      y, n, T(0),
+      [&](int u, V<T> v, int64_t i, int64_t) __attribute__((always_inline)) {
+        const V<T> power = integer_power<P, T>(v);
+        sums[u] = roots ? fused(power, load(roots + i), sums[u]) : sums[u] + power;
+      },
+      [&] { add_up<4, T>(&total, sums); });
+  return sum_of<T>(total);
 }
 
-template <class T> static double sum_of_powers(const T* y, int64_t n, int p) {
+template <class T> static double sum_of_powers(const T* y, const T* roots, int64_t n, int p) {
   switch (p) {
-    case 1: return sum_of_powers<1, T>(y, n);
-    case 2: return sum_of_powers<2, T>(y, n);
-    case 3: return sum_of_powers<3, T>(y, n);
-    case 4: return sum_of_powers<4, T>(y, n);
-    case 5: return sum_of_powers<5, T>(y, n);
-    case 6: return sum_of_powers<6, T>(y, n);
-    case 7: return sum_of_powers<7, T>(y, n);
-    default: return sum_of_powers<8, T>(y, n);
+    case 1: return sum_of_powers<1, T>(y, roots, n);
+    case 2: return sum_of_powers<2, T>(y, roots, n);
+    case 3: return sum_of_powers<3, T>(y, roots, n);
+    default: return sum_of_powers<4, T>(y, roots, n);
   }
 }
 
-// Sums of integer powers 1..6 of y * scale in one pass, as far as `most`.
-template <int MOST, class T> static void integer_sums(const T* a, int64_t n, T s1, T s2, double* sum) {
-  constexpr int W = MOST > 2 ? 2 : 4;
-  V<T> s[MOST][W] = {};
+// Sums of integer powers 1..6 of y * scale in one pass, as far as `most`; those that are `wanted` are added, times unit^p.
+template <int MOST, class T>
+static void integer_sums(const T* a, int64_t n, T s1, T s2, uint64_t wanted, double unit, double* sum) {
+  constexpr int W = 2;
+  V<T> s[MOST][W] = {}, total[MOST] = {};
   for_blocks<W, T>(
       a, n, T(0),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
-        V<T> y = v * s1 * s2, y2 = y * y;
+        V<T> y = v * s1 * s2;
         s[0][u] += y;
-        if constexpr (MOST >= 2) s[1][u] += y2;
+        if constexpr (MOST >= 2) s[1][u] = fused(y, y, s[1][u]);
         if constexpr (MOST >= 3) {
-          V<T> y3 = y2 * y;
+          V<T> y2 = y * y, y3 = y2 * y;
           s[2][u] += y3;
           s[3][u] += y2 * y2;
           s[4][u] += y2 * y3;
           s[5][u] += y3 * y3;
         }
       },
-      [] {});
-  UNROLL for (int p = 0; p < MOST; p++) sum[p + 1] += take<W, T>(s[p]);
+      [&] { UNROLL for (int p = 0; p < MOST; p++) add_up<W, T>(&total[p], s[p]); });
+  double scale = 1;
+  for (int p = 0; p < MOST; p++) {
+    scale *= unit;
+    if (wanted >> (p + 1) & 1) sum[p + 1] += scale * sum_of<T>(total[p]);
+  }
 }
 
-// Sums of y^multiple, y = |h|^base, for all multiples of a group.
-template <class T, bool SCALED>
-static void group_sums(const T* a, int64_t whole, const PowerGroup& group, const NormsState& s, T* power, double* sum) {
+// Sums of y^multiple, y = |h|^base, times the square root of |h| if that is asked for, of the slots of a group that are
+// wanted. ROOTED: of some it is.
+template <class T, bool SCALED, bool ROOTED>
+static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint64_t wanted, const NormsState& s, double* sum) {
   // base = high + low, high so short that its product with an exponent is exact
   const T base = T(group.base), high = T(group.high), low = T(group.base - double(high));
   const T shift = T(s.shift), shift_log = T(s.shift_log);
-  const bool keep = group.multiples > 1 || group.multiple[0] > 1;
-  V<T> sums[4] = {};
+  T power[BLOCK], root[BLOCK];
+  bool powers = false;
+  for (int j = 0; j < group.multiples; j++) powers |= group.multiple[j] && wanted >> group.slot[j] & 1;
+  V<T> sums[4] = {}, total = {}, roots[4] = {}, all_roots = {};
   for_blocks<4, T>(
       a, whole, T(0),
       [&](int u, V<T> v, int64_t i, int64_t) __attribute__((always_inline)) {
+        if constexpr (ROOTED) {
+          const V<T> square = square_root(v);
+          __builtin_memcpy(root + i, &square, sizeof square);
+          roots[u] += square;
+          if (!powers) return;
+        }
         V<T> e, l;
         log2_parts<T>(v, &e, &l);
         if constexpr (SCALED) {
@@ -530,13 +562,33 @@ static void group_sums(const T* a, int64_t whole, const PowerGroup& group, const
           l -= shift_log;
         }
         V<T> y = exp2_sum<T, SCALED>(e * high, e * low + l * base, v == 0);
-        if (keep) __builtin_memcpy(power + i, &y, sizeof y);
+        if (!SCALED) __builtin_memcpy(power + i, &y, sizeof y);
         sums[u] += y;
       },
-      [] {});
-  const double first = take<4, T>(sums);
-  for (int j = 0; j < group.multiples; j++)
-    sum[group.slot[j]] += group.multiple[j] == 1 ? first : sum_of_powers<T>(power, whole, group.multiple[j]);
+      [&] {
+        add_up<4, T>(&total, sums);
+        if constexpr (ROOTED) add_up<4, T>(&all_roots, roots);
+      });
+  for (int j = 0; j < group.multiples; j++) {
+    if (!(wanted >> group.slot[j] & 1)) continue;
+    if (group.multiple[j] == 0) sum[group.slot[j]] += sum_of<T>(all_roots);
+    else if (group.multiple[j] == 1 && !group.rooted[j]) sum[group.slot[j]] += sum_of<T>(total);
+    else sum[group.slot[j]] += sum_of_powers<T>(power, group.rooted[j] ? root : nullptr, whole, group.multiple[j]);
+  }
+}
+
+template <class T>
+static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint64_t wanted, const NormsState& s, double* sum) {
+  bool some = false, rooted = false;
+  for (int j = 0; j < group.multiples; j++) {
+    if (!(wanted >> group.slot[j] & 1)) continue;
+    some = true;
+    rooted |= group.rooted[j];
+  }
+  if (!some) return;
+  if (group.scaled) group_sums<T, true, false>(a, whole, group, wanted, s, sum);
+  else if (rooted) group_sums<T, false, true>(a, whole, group, wanted, s, sum);
+  else group_sums<T, false, false>(a, whole, group, wanted, s, sum);
 }
 
 // |h| of a tile, with its maximum, whether there is a NaN, and how many are not zero.
@@ -563,74 +615,104 @@ template <class T, bool COUNT, class In> static void read_tile(const In* h, int6
   if constexpr (COUNT) state->nonzero += take<4, T>(nonzero);
 }
 
-// Any chunk of any row.
-template <class T, class In> static void norms_with_care(const In* h, int64_t n, const NormsPlan& plan, NormsState* state) {
-  T a[BLOCK], power[BLOCK];
+// What is wanted of any chunk of any row.
+template <class T, class In>
+static void norms_with_care(const In* h, int64_t n, const NormsPlan& plan, uint64_t wanted, NormsState* state) {
+  T a[BLOCK];
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t m = n - start < BLOCK ? n - start : BLOCK;
     const int64_t whole = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the rest is zeros
     double max;
-    if (plan.count) read_tile<T, true>(h + start, m, a, state, &max);
+    if (plan.count && wanted & EXTREMES) read_tile<T, true>(h + start, m, a, state, &max);
     else read_tile<T, false>(h + start, m, a, state, &max);
     state->max = max > state->max ? max : state->max;
     if (max == 0 || max == __builtin_inf() || state->nan) continue;
     if (max > state->reference) rescale(plan, state, max);
 
-    if (plan.integers) {
+    const uint64_t integers = wanted & 0x7e;
+    if (integers) {
       const int k = -int(state->shift) - 1, k1 = k < -126 ? -126 : k > 126 ? 126 : k;
       const T s1 = T(__builtin_ldexp(1.0, k1)), s2 = T(__builtin_ldexp(1.0, k - k1));
-      if (plan.integers >> 3) integer_sums<6, T>(a, whole, s1, s2, state->sum);
-      else if (plan.integers >> 2) integer_sums<2, T>(a, whole, s1, s2, state->sum);
-      else integer_sums<1, T>(a, whole, s1, s2, state->sum);
+      const double unit = plan.scaled_integers ? 1 : 2 * state->unit;
+      if (integers >> 3) integer_sums<6, T>(a, whole, s1, s2, integers, unit, state->sum);
+      else if (integers >> 2) integer_sums<2, T>(a, whole, s1, s2, integers, unit, state->sum);
+      else integer_sums<1, T>(a, whole, s1, s2, integers, unit, state->sum);
     }
-    for (int g = 0; g < plan.groups; g++) {
-      if (plan.group[g].scaled) group_sums<T, true>(a, whole, plan.group[g], *state, power, state->sum);
-      else group_sums<T, false>(a, whole, plan.group[g], *state, power, state->sum);
-    }
+    for (int g = 0; g < plan.groups; g++) group_sums<T>(a, whole, plan.group[g], wanted, *state, state->sum);
   }
 }
 
 #if VECTOR_BYTES >= 32
-// In one pass over at most SPAN elements: the sums of TABLES fractional powers, of square roots and of products of two of
-// these, those of the INTEGERS first integer powers, and, with 6 of those, the extremes. False, and nothing done, where
-// an element is not finite, or for the tables subnormal, or an integer power out of range: then care is needed.
+// As for_blocks, but each accumulator has a block of its own, side by side: sums that are added up in the order of the
+// blocks are the same for any WIDTH.
+template <int WIDTH, class T, int64_t LENGTH, class In, class Step, class Flush>
+INLINE void for_blocks_abreast(const In* x, int64_t n, T padding, Step step, Flush flush) {
+  constexpr int64_t lanes = Vec<T>::lanes;
+  for (int64_t start = 0; start < n; start += WIDTH * LENGTH) {
+    if (start + WIDTH * LENGTH <= n) {
+      for (int64_t i = start; i < start + LENGTH; i += lanes) {
+        UNROLL for (int u = 0; u < WIDTH; u++) step(u, load(x + i + u * LENGTH), i + u * LENGTH, 0);
+      }
+    } else {
+      UNROLL for (int u = 0; u < WIDTH; u++) {
+        int64_t i = start + u * LENGTH;
+        const int64_t end = i + LENGTH < n ? i + LENGTH : n;
+        for (; i + lanes <= end; i += lanes) step(u, load(x + i), i, 0);
+        if (i < end) step(u, load_last<T>(x + end, end - i, i, padding), i, lanes - (end - i));
+      }
+    }
+    flush();
+  }
+}
+
+template <int WIDTH, class T> INLINE void add_in_turn(V<T>* total, V<T>* sums) {
+  UNROLL for (int u = 0; u < WIDTH; u++) {
+    *total += sums[u];
+    sums[u] = V<T>{};
+  }
+}
+
+// In one pass over at most SPAN elements: the sums of TABLES fractional powers from the table `first` on, and of their
+// products with square roots; with the first of them those of square roots and of the INTEGERS first integer powers, and,
+// with 6 of those, the extremes. Gives the slots
+// that are done, of all that are wanted: each by itself, or an order's bits would hang on those beside it. The others need
+// care: where an element is not finite, or for the tables subnormal, or an integer power out of range.
 constexpr int64_t SPAN = 2048;
 
-template <int TABLES, int INTEGERS, class In>
-static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const In* next, NormsState* state) {
+template <int TABLES, int INTEGERS, bool PRODUCTS, class In>
+static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int first, const In* next, NormsState* state) {
   typedef V<float> F;
   typedef PowerTable<Vec<float>::lanes> Table;
   constexpr int W = TABLES < 2 && INTEGERS < 6 ? 2 : 1;
   constexpr int EXPONENT = 23 + Table::WINDOW_BITS, MANTISSA = 23 - Table::BITS;  // the bits above these are a place in a table
 #if VECTOR_BYTES == 64
-  const Table* table = plan.wide;
+  const Table* table = plan.wide + first;
 #else
-  const Table* table = plan.narrow;
+  const Table* table = plan.narrow + first;
 #endif
   const F centre = load(table[0].centre);
-  const int products = plan.products;
-  const bool rooted = plan.root;
-  F low[TABLES + 1], high[TABLES + 1], mantissa[TABLES + 1], kept[MAX_TABLES + 1];
-  F power[TABLES + 1][W] = {}, root[W] = {}, product[MAX_ORDERS][W], integer[INTEGERS + 1][W] = {};
-  F all_power[TABLES + 1] = {}, all_root = {}, all_product[MAX_ORDERS], all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
+  const int* product_slot = plan.product_slot + first;
+  bool multiplied = false;
+  for (int k = 0; k < TABLES && PRODUCTS; k++) multiplied |= product_slot[k] != 0;
+  const bool rooted = plan.root || multiplied;
+  F low[TABLES + 1], high[TABLES + 1], mantissa[TABLES + 1];
+  F power[TABLES + 1][W] = {}, product[TABLES + 1][W] = {}, root[W] = {}, integer[INTEGERS + 1][W] = {};
+  F all_power[TABLES + 1] = {}, all_product[TABLES + 1] = {}, all_root = {}, all_integer[INTEGERS + 1] = {}, most = {}, nonzero = {};
   UNROLL for (int k = 0; k < TABLES; k++) {
     low[k] = load(table[k].exponent[0]);
     high[k] = load(table[k].exponent[1]);
     mantissa[k] = load(table[k].mantissa);
   }
-  for (int j = 0; j < products; j++) {
-    all_product[j] = F{};
-    for (int u = 0; u < W; u++) product[j][u] = F{};
-  }
   typename MaskOf<float>::type odd{};
-  for_blocks<W, float, 256 * W>(
+  for_blocks_abreast<W, float, 256>(
       h, n, 0.0f,
       [&](int u, F v, int64_t i, int64_t) __attribute__((always_inline)) {
         __builtin_prefetch(next + i);
         const I<float> bits = (I<float>)v, magnitude = bits & 0x7fffffff;
         const F a = (F)magnitude;
         const auto some = unequal(a, F{});
-        if (rooted) root[u] += kept[MAX_TABLES] = square_root(a);
+        F square = {};
+        if (rooted) root[u] += square = square_root(a);
         if constexpr (TABLES > 0) {
           F scale[TABLES];
           UNROLL for (int k = 0; k < TABLES; k++) scale[k] = exponent_power(low[k], high[k], bits >> 23);
@@ -641,19 +723,20 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
           }
           const F m = (F)((bits & 0x007fffff) | 0x3f800000);
           const F t = m * choose(centre, bits >> MANTISSA) - 1.0f;
+          F kept[TABLES];
           UNROLL for (int k = 0; k < TABLES; k++) {
             const F c = choose(mantissa[k], bits >> MANTISSA);
             F series = all<float>(table[k].t[Table::DEGREE]);
-            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = series * t + table[k].t[d];
-            const F y = where(some, scale[k] * (c * t * series + c));
-            power[k][u] += y;
-            kept[k] = y;
+            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = fused(series, t, all<float>(table[k].t[d]));
+            power[k][u] += kept[k] = where(some, scale[k] * fused(c * t, series, c));
           }
-          for (int j = 0; j < products; j++) product[j][u] += kept[plan.product[j].a] * kept[plan.product[j].b];
+          if (PRODUCTS && multiplied)
+            UNROLL for (int k = 0; k < TABLES; k++)
+              if (product_slot[k]) product[k][u] = fused(kept[k], square, product[k][u]);
         }
         if constexpr (INTEGERS > 0) {
           integer[0][u] += a;
-          integer[1][u] += a * a;
+          integer[1][u] = fused(a, a, integer[1][u]);
         }
         if constexpr (INTEGERS == 6) {
           const F a2 = a * a, a3 = a2 * a;
@@ -666,46 +749,50 @@ static bool norms_at_once(const In* h, int64_t n, const NormsPlan& plan, const I
         }
       },
       [&] {
-        UNROLL for (int k = 0; k < TABLES; k++) add_up<W, float>(&all_power[k], power[k]);
-        add_up<W, float>(&all_root, root);
-        for (int j = 0; j < products; j++) add_up<W, float>(&all_product[j], product[j]);
-        UNROLL for (int p = 0; p < INTEGERS; p++) add_up<W, float>(&all_integer[p], integer[p]);
+        UNROLL for (int k = 0; k < TABLES; k++) {
+          add_in_turn<W, float>(&all_power[k], power[k]);
+          if (PRODUCTS) add_in_turn<W, float>(&all_product[k], product[k]);
+        }
+        add_in_turn<W, float>(&all_root, root);
+        UNROLL for (int p = 0; p < INTEGERS; p++) add_in_turn<W, float>(&all_integer[p], integer[p]);
       });
+  uint64_t done = 0;
+  auto add = [&](int slot, double sum) {
+    state->sum[slot] += sum;
+    done |= uint64_t(1) << slot;
+  };
   const double roots = sum_of<float>(all_root);
-  if (any<float>(odd) || !(roots < __builtin_inf())) return false;
+  if (plan.root && first == 0 && roots < __builtin_inf()) add(plan.root, roots);
+  for (int k = 0; k < TABLES && !any<float>(odd); k++) {
+    if (plan.table_slot[first + k]) add(plan.table_slot[first + k], sum_of<float>(all_power[k]));
+    if (product_slot[k]) add(product_slot[k], sum_of<float>(all_product[k]));
+  }
   if constexpr (INTEGERS > 0) {
-    double sum[INTEGERS];
-    for (int p = 0; p < INTEGERS; p++) sum[p] = sum_of<float>(all_integer[p]);
-    if (sum[0] != 0) {
-      // What underflows in the highest power then counts for nothing in its sum.
-      if (!(sum[INTEGERS - 1] >= 0x1p-70 && sum[INTEGERS - 1] < __builtin_inf())) return false;
-      if (state->reference == 0) state->reference = state->unit = 1;  // as `rescale` would
-      else if (state->reference < 1) rescale(plan, state, 1);
-      const double unit = 0.5 / state->unit;
-      double scale = 1;
-      for (int p = 0; p < INTEGERS; p++) state->sum[p + 1] += (scale *= unit) * sum[p];
+    const double all_of_them = sum_of<float>(all_integer[0]);
+    for (int p = 1; p <= INTEGERS; p++) {
+      const double sum = sum_of<float>(all_integer[p - 1]);
+      // What underflows in a power then counts for nothing in its sum.
+      if (all_of_them == 0 || (sum >= 0x1p-70 && sum < __builtin_inf())) add(p, sum);
+    }
+    if (INTEGERS == 6 && all_of_them < __builtin_inf()) {
+      const double max = max_of<float>(most);
+      state->max = max > state->max ? max : state->max;
+      state->nonzero += sum_of<float>(nonzero);
+      done |= EXTREMES;
     }
   }
-  for (int k = 0; k < TABLES; k++) state->sum[plan.table_slot[k]] += sum_of<float>(all_power[k]);
-  if (rooted) state->sum[plan.root] += roots;
-  for (int j = 0; j < products; j++) state->sum[plan.product[j].slot] += sum_of<float>(all_product[j]);
-  if constexpr (INTEGERS == 6) {
-    const double max = max_of<float>(most);
-    state->max = max > state->max ? max : state->max;
-    state->nonzero += sum_of<float>(nonzero);
-  }
-  return true;
+  return done;
 }
 
-template <class In> using AtOnce = bool (*)(const In*, int64_t, const NormsPlan&, const In*, NormsState*);
+template <class In> using AtOnce = uint64_t (*)(const In*, int64_t, const NormsPlan&, int, const In*, NormsState*);
 
-template <int INTEGERS, class In> static AtOnce<In> with_tables(int tables) {
-  switch (tables) {
-    case 0: return norms_at_once<0, INTEGERS, In>;
-    case 1: return norms_at_once<1, INTEGERS, In>;
-    case 2: return norms_at_once<2, INTEGERS, In>;
-    case 3: return norms_at_once<3, INTEGERS, In>;
-    default: return norms_at_once<4, INTEGERS, In>;
+template <int INTEGERS, class In> static AtOnce<In> with_tables(const NormsPlan& plan, int first) {
+  switch (plan.tables - first) {
+    case 0: return norms_at_once<0, INTEGERS, false, In>;
+    case 1: return plan.product_slot[first] ? norms_at_once<1, INTEGERS, true, In> : norms_at_once<1, INTEGERS, false, In>;
+    case 2: return norms_at_once<2, INTEGERS, true, In>;
+    case 3: return norms_at_once<3, INTEGERS, true, In>;
+    default: return norms_at_once<TABLES_AT_ONCE, INTEGERS, true, In>;
   }
 }
 #endif
@@ -716,20 +803,23 @@ static void norms(const void* data, int64_t n, const NormsPlan& plan, const void
   const In* h = static_cast<const In*>(data);
 #if VECTOR_BYTES >= 32
   if constexpr (sizeof(T) == 4) {
-    if (plan.tables && (plan.table_count || plan.root || plan.integers)) {
-      const AtOnce<In> at_once = plan.extremes || plan.integers >> 3 ? with_tables<6, In>(plan.table_count)
-                                 : plan.integers                     ? with_tables<2, In>(plan.table_count)
-                                                                     : with_tables<0, In>(plan.table_count);
+    if (plan.tables || plan.root || plan.integers) {
+      const AtOnce<In> at_once = plan.extremes || plan.integers >> 3 ? with_tables<6, In>(plan, 0)
+                                 : plan.integers                     ? with_tables<2, In>(plan, 0)
+                                                                     : with_tables<0, In>(plan, 0);
       for (int64_t start = 0; start < n; start += SPAN) {
         const int64_t m = n - start < SPAN ? n - start : SPAN;
-        if (!at_once(h + start, m, plan, static_cast<const In*>(next) + start, state))
-          norms_with_care<T>(h + start, m, plan, state);
+        const In* after = static_cast<const In*>(next) + start;
+        uint64_t done = at_once(h + start, m, plan, 0, after, state);
+        for (int first = TABLES_AT_ONCE; first < plan.tables; first += TABLES_AT_ONCE)
+          done |= with_tables<0, In>(plan, first)(h + start, m, plan, first, after, state);
+        if (plan.wanted & ~done) norms_with_care<T>(h + start, m, plan, plan.wanted & ~done, state);
       }
       return;
     }
   }
 #endif
-  norms_with_care<T>(h, n, plan, state);
+  norms_with_care<T>(h, n, plan, plan.wanted, state);
 }
 
 static void exp2_of(const float* x, float* out, int64_t n) {

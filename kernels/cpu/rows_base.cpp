@@ -1,3 +1,9 @@
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "plan.h"
 
 #define VECTOR_BYTES 16

@@ -2,6 +2,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <memory>
 
@@ -38,6 +39,7 @@ static double tv_chunk(const Request& q, int64_t row, int64_t chunk, const Logit
 
 static GradientState gradient_chunk(const Request& q, int64_t row, int64_t chunk, const GradientRow& about, const void* kept) {
   GradientState state{};
+  clear(q.gradient_norms(), &state.difference);
   const int64_t start = chunk * CHUNK, n = std::min(CHUNK, q.logits.columns - start);
   const void* labels = q.labels.data ? q.labels.at(row, start) : nullptr;
   kernels->gradient[q.logits.type](q.logits.at(row, start), n, kept, labels, q.labels.type, q.plan.logits, q.plan.gradient,
@@ -155,6 +157,13 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
   }
 }
 
+// v (norm / divisor)^power, one by one, in an order in which nothing overflows before the score does: 0 stays 0. The
+// largest double stands for norms beyond it.
+static double times(double v, double norm, const Product& p) {
+  for (int i = 0; i < p.power; i++) v = p.divisor < 1 ? v * norm / p.divisor : v * (norm / p.divisor);
+  return norm == DBL_MAX ? v * DBL_MAX : v;
+}
+
 static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
   double stats[MAX_STATS][BATCH], norms[MAX_ORDERS][BATCH], log1p[BATCH] = {};
   if (!q.plan.stats.empty()) {
@@ -165,7 +174,8 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
 
   if (q.plan.bias && !q.orders().empty()) {
     const double one = 1;
-    NormsState last{};
+    NormsState last;
+    clear(q.norms_plan(), &last);
     kernels->norms[FLOAT64](&one, 1, q.norms_plan(), &one, &last);
     for (int64_t i = 0; i < count; i++) merge(q.norms_plan(), &batch->norms[i], last);
   }
@@ -196,13 +206,10 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
     const Product& p = q.plan.products[k];
     double score[BATCH];
     for (int64_t i = 0; i < count; i++) score[i] = p.stat < 0 ? p.factor : p.factor * stats[p.stat][i];
-    if (p.order >= 0 && p.divisor == 1 && p.power == 1) {
-      for (int64_t i = 0; i < count; i++) score[i] *= norms[p.order][i];
+    if (p.order >= 0 && p.divisor == 1 && p.power == 1 && !q.out_double) {
+      for (int64_t i = 0; i < count; i++) score[i] *= norms[p.order][i];  // times the largest double is beyond float too
     } else if (p.order >= 0) {
-      for (int64_t i = 0; i < count; i++) {
-        const double u = norms[p.order][i] / p.divisor;
-        score[i] *= p.power == 2 ? u * u : u;
-      }
+      for (int64_t i = 0; i < count; i++) score[i] = times(score[i], norms[p.order][i], p);
     }
     const int64_t first = row * q.row_stride + int64_t(k) * q.product_stride;
     for (int64_t i = 0; i < count; i++) {
@@ -299,7 +306,8 @@ static void run_split(const Request& q) {
         batch.swept[row] = gradient(q, row, split.merged[row], gradient_row(q, split.merged[row]), *state);
       }
     }
-    NormsState h{};
+    NormsState h;
+    clear(q.norms_plan(), &h);
     if (split.feat_chunks) h = split.norms[row * split.feat_chunks];
     for (int64_t c = 1; c < split.feat_chunks; c++) merge(q.norms_plan(), &h, split.norms[row * split.feat_chunks + c]);
     batch.norms[row] = h;

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
-#include <vector>
 
 namespace fastood {
 
@@ -155,45 +153,20 @@ template <int LANES> static void fill(PowerTable<LANES>* table, double r) {
   }
 }
 
-// The small fractional orders as tables, a square root, and products of two of these.
-static void plan_tables(const double* orders, int count, const Order* made, NormsPlan* plan) {
-  plan->tables = true;
-  auto table_of = [&](double r) {
-    for (int k = 0; k < plan->table_count; k++)
-      if (std::fabs(plan->table_order[k] - r) <= 1e-15 * r) return k;
-    return plan->root && r == 0.5 ? MAX_TABLES : -1;
-  };
-  std::vector<int> rising(count);
-  std::iota(rising.begin(), rising.end(), 0);
-  std::sort(rising.begin(), rising.end(), [&](int i, int j) { return orders[i] < orders[j]; });
-  int last = -1;  // an order given twice has one slot
-  for (int j : rising) {
-    const double r = orders[j];
-    if (made[j].slot < FIRST_GROUP_SLOT || made[j].slot == last) continue;
-    last = made[j].slot;
-    int a = -1, b = -1;
-    for (int k = 0; k < plan->table_count && b < 0; k++) a = k, b = table_of(r - plan->table_order[k]);
-    if (r > UNSCALED) plan->tables = false;
-    else if (r == 0.5) plan->root = made[j].slot;
-    else if (b >= 0) plan->product[plan->products++] = {a, b, made[j].slot};
-    else if (plan->table_count == MAX_TABLES) plan->tables = false;
-    else {
-      const int k = plan->table_count++;
-      plan->table_order[k] = r;
-      plan->table_slot[k] = made[j].slot;
-      fill(&plan->wide[k], r);
-      fill(&plan->narrow[k], r);
-    }
-  }
+static int table_of(double r, NormsPlan* plan) {
+  for (int k = 0; k < plan->tables; k++)
+    if (plan->table_order[k] == r) return k;
+  plan->table_order[plan->tables] = r;
+  fill(&plan->wide[plan->tables], r);
+  fill(&plan->narrow[plan->tables], r);
+  return plan->tables++;
 }
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out) {
   *plan = NormsPlan{};
   plan->slots = FIRST_GROUP_SLOT;
+  plan->scaled_integers = !float32;
   for (int p = 1; p <= 6; p++) plan->order[p] = p, plan->scaled[p] = true;
-  double least = INF;  // the base that small orders may be multiples of
-  for (int j = 0; j < count; j++)
-    if (orders[j] > 0 && orders[j] < least && orders[j] <= UNSCALED) least = orders[j];
   for (int j = 0; j < count; j++) {
     const double r = orders[j] > (float32 ? 1e9 : 1e18) ? INF : orders[j];  // from which no sum can tell it
     const int same = int(std::find(orders, orders + j, orders[j]) - orders);
@@ -203,18 +176,20 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
     }
     if (r == 0 || r == INF) {
       plan->extremes = true;
+      plan->wanted |= EXTREMES;
       plan->count |= r == 0;
       out[j] = {r, -1};
       continue;
     }
     if (r <= 6 && r == std::floor(r)) {
       plan->integers |= 1 << int(r);
+      plan->wanted |= 1 << int(r);
       out[j] = {r, int(r)};
       continue;
     }
-    const double multiple = std::round(r / least);
-    const bool shares = r <= UNSCALED && multiple <= 8 && std::fabs(multiple * least - r) <= 1e-15 * r;
-    const double base = shares ? least : r;
+    const int tenths = int(std::round(r / 0.1));
+    const bool shares = r <= UNSCALED && tenths >= 1 && std::fabs(tenths * 0.1 - r) <= 1e-15 * r;
+    const double base = shares ? 0.1 : r;
     int g = 0;
     while (g < plan->groups && !(plan->group[g].base == base)) g++;
     PowerGroup& group = plan->group[g];
@@ -228,13 +203,17 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
       plan->groups++;
     }
     const int slot = plan->slots++;
-    group.multiple[group.multiples] = shares ? int(multiple) : 1;
+    group.rooted[group.multiples] = shares && tenths >= 5;
+    group.multiple[group.multiples] = shares ? tenths % 5 : 1;
     group.slot[group.multiples++] = slot;
     plan->order[slot] = r;
     plan->scaled[slot] = group.scaled;
     out[j] = {r, slot};
+    plan->wanted |= uint64_t(1) << slot;
+    if (float32 && r == 0.5) plan->root = slot;
+    else if (float32 && r < 0.5) plan->table_slot[table_of(r, plan)] = slot;
+    else if (float32 && r <= UNSCALED) plan->product_slot[table_of(std::round((r - 0.5) * 1e12) / 1e12, plan)] = slot;
   }
-  if (float32) plan_tables(orders, count, out, plan);
 }
 
 void clear(const NormsPlan& plan, NormsState* s) {
@@ -247,7 +226,7 @@ void clear(const NormsPlan& plan, NormsState* s) {
 void rescale(const NormsPlan& plan, NormsState* s, double max) {
   const double shift = std::ilogb(max);
   if (s->reference > 0) {
-    for (int p = 1; p < FIRST_GROUP_SLOT; p++) s->sum[p] *= std::exp2(p * (s->shift - shift));
+    for (int p = 1; p < FIRST_GROUP_SLOT && plan.scaled_integers; p++) s->sum[p] *= std::exp2(p * (s->shift - shift));
     for (int slot = FIRST_GROUP_SLOT; slot < plan.slots; slot++)
       if (plan.scaled[slot]) s->sum[slot] *= std::pow(s->reference / max, plan.order[slot]);
   }
@@ -269,20 +248,23 @@ void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
 
 double sum_of_powers(const Order& order, const NormsState& s) { return order.slot < 0 ? 0 : s.sum[order.slot]; }
 
-// Integer powers are of |h| / 2^(shift + 1), scaled ones of |h| / reference.
+// Scaled integer powers are of |h| / 2^(shift + 1), other scaled ones of |h| / reference.
 static bool integer(const Order& order) { return order.slot < FIRST_GROUP_SLOT; }
 
 double norm(const Order& order, const NormsPlan& plan, const NormsState& s, double root) {
   if (s.nan) return NaN;
   if (order.r == 0) return s.nonzero;
   if (order.r == INF || s.max == INF) return s.max;
-  if (integer(order)) return 2 * root * s.unit;
+  if (integer(order)) return plan.scaled_integers ? 2 * root * s.unit : root;
   return plan.scaled[order.slot] ? s.reference * root : root;
 }
 
 void norms_from_roots(const Order& order, const NormsPlan& plan, const NormsState* states, int64_t count, const double* root,
                       double* out) {
-  for (int64_t i = 0; i < count; i++) out[i] = norm(order, plan, states[i], root[i]);
+  for (int64_t i = 0; i < count; i++) {
+    out[i] = norm(order, plan, states[i], root[i]);
+    if (states[i].max < INF) out[i] = std::min(out[i], std::numeric_limits<double>::max());  // finite, as the features are
+  }
 }
 
 double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) {
@@ -290,7 +272,7 @@ double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) 
   if (order.r == 0) return std::log(s.nonzero);
   if (order.r == INF || s.max == INF) return std::log(s.max);
   const double log = std::log(sum_of_powers(order, s)) / order.r;
-  if (integer(order)) return (s.shift + 1) * 0.6931471805599453 + log;
+  if (integer(order)) return plan.scaled_integers ? (s.shift + 1) * 0.6931471805599453 + log : log;
   return plan.scaled[order.slot] ? std::log(s.reference) + log : log;
 }
 

@@ -117,11 +117,36 @@ INLINE V<double> square_root(V<double> x) { return (V<double>)_mm512_sqrt_pd((__
 #elif VECTOR_BYTES == 32
 INLINE V<float> square_root(V<float> x) { return (V<float>)_mm256_sqrt_ps((__m256)x); }
 INLINE V<double> square_root(V<double> x) { return (V<double>)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__SSE2__)
+INLINE V<float> square_root(V<float> x) { return (V<float>)_mm_sqrt_ps((__m128)x); }
+INLINE V<double> square_root(V<double> x) { return (V<double>)_mm_sqrt_pd((__m128d)x); }
 #else
 template <class X> INLINE X square_root(X x) {
   for (unsigned k = 0; k < sizeof x / sizeof x[0]; k++) x[k] = __builtin_sqrt(x[k]);
   return x;
 }
+#endif
+
+// a b + c, fused where the processor can, which is otherwise the compiler's choice, place by place.
+#if VECTOR_BYTES == 64
+INLINE V<float> fused(V<float> a, V<float> b, V<float> c) {
+  return (V<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+INLINE V<double> fused(V<double> a, V<double> b, V<double> c) {
+  return (V<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif VECTOR_BYTES == 32
+INLINE V<float> fused(V<float> a, V<float> b, V<float> c) {
+  return (V<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+INLINE V<double> fused(V<double> a, V<double> b, V<double> c) {
+  return (V<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+INLINE V<float> fused(V<float> a, V<float> b, V<float> c) { return (V<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE V<double> fused(V<double> a, V<double> b, V<double> c) { return (V<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+#else
+template <class X> INLINE X fused(X a, X b, X c) { return a * b + c; }
 #endif
 
 // ---- tables of a vector's length
@@ -232,7 +257,7 @@ template <class T, class In> INLINE V<T> load_last(const In* end, int64_t k, int
     v = load(end - lanes);
   } else {
     In held[lanes] = {};
-    for (int64_t j = 0; j < k; j++) held[lanes - k + j] = end[j - k];
+    __builtin_memcpy(held + (lanes - k), end - k, k * sizeof(In));
     v = load(held);
   }
   return from_lane<T>(lanes - k) ? v : all<T>(padding);
@@ -270,7 +295,8 @@ template <class T, class In> INLINE void load_columns(const In* x, int64_t strid
   constexpr int lanes = Vec<T>::lanes;
   In columns[lanes][lanes];
   for (int64_t row = 0; row < lanes; row++)
-    for (int64_t k = 0; k < n; k++) columns[k][row] = x[(row < rows ? row : 0) * stride + k];
+    for (int64_t k = 0; k < n; k++)
+      __builtin_memcpy(&columns[k][row], x + ((row < rows ? row : 0) * stride + k), sizeof(In));  // may lie anywhere
   for (int64_t k = 0; k < n; k++) out[k] = load(columns[k]);
 }
 #endif
@@ -351,7 +377,7 @@ template <int SHIFT> INLINE V<float> exp2_nonpositive(V<float> y) {
   constexpr float bias = Vec<float>::bias + SHIFT, magic = Vec<float>::magic + bias;
   y = larger(all(-bias), y);
   V<float> rounded = y + magic;  // the low bits are those of the result's exponent, 0 for y = -bias, which makes it 0
-  return exp2_fraction<0>(y - (rounded - magic)) * (V<float>)((I<float>)rounded << Vec<float>::mantissa);
+  return exp2_fraction<0>(y - (rounded - magic)) * (V<float>)((U<float>)rounded << Vec<float>::mantissa);
 }
 #endif
 
@@ -367,7 +393,7 @@ template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T>, V<T> n, V<T> f, I<T> 
 }
 #else
 template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T> rounded, V<T>, V<T> f, I<T> zero) {
-  V<T> power = (V<T>)(((I<T>)rounded + (Vec<T>::bias + SHIFT)) << Vec<T>::mantissa);
+  V<T> power = (V<T>)(((U<T>)rounded + (Vec<T>::bias + SHIFT)) << Vec<T>::mantissa);
   V<T> e = exp2_fraction<0>(f) * power;
   return zero ? V<T>{} : e;
 }
@@ -432,11 +458,12 @@ template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
 #else
 template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
   // 2^-1/2 in bits: the mantissa comes out in [2^-1/2, 2^1/2)
-  constexpr int64_t half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
+  constexpr typename Vec<T>::Unsigned half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
   I<T> subnormal = x < Vec<T>::least_normal;
   x = subnormal ? x * T(int64_t(1) << Vec<T>::mantissa) : x;
-  I<T> e = ((I<T>)x - typename Vec<T>::I{} - half) >> Vec<T>::mantissa;
-  *log = log2_mantissa((V<T>)((I<T>)x - (e << Vec<T>::mantissa)));
+  // Unsigned, which may wrap: of a NaN.
+  I<T> e = (I<T>)((U<T>)x - (typename Vec<T>::U{} + half)) >> Vec<T>::mantissa;
+  *log = log2_mantissa((V<T>)((U<T>)x - ((U<T>)e << Vec<T>::mantissa)));
   *exponent = __builtin_convertvector(e + (subnormal & -Vec<T>::mantissa), V<T>);
 }
 #endif

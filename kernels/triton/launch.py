@@ -125,6 +125,7 @@ def gradient(
 ) -> tuple[Program]:
     """A gradient norm, [N] float64; q for the labels "given"."""
     _, labels, order, power, expectation = stat
+    order = order if order <= shapes.MOST_GRADIENT_ORDER else math.inf
     given = [x for x in (f, q) if x]
     strides, itemsize = tuple(x.stride for x in given), max(x.itemsize for x in given)
     constants, shape = shapes.gradient_constants(labels, order, power, expectation, f.columns, strides, itemsize)

@@ -178,6 +178,8 @@ def batchgrad_rows(C: int, D: int) -> int:
 # numbers them.
 LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 GRADIENT_ORDERS = {**{float(r): r for r in range(1, 7)}, math.inf: 0}
+# Beyond this C^(1 / r) is next to 1, and what a float32 logarithm is off by near 0, times the order, leaves float32.
+MOST_GRADIENT_ORDER = 2.0**27
 # Most classes of a row that stays in registers, and of one with its given labels, where 16 warps have 128 a thread.
 HELD_CLASSES, HELD_PAIRS = 16384, 12288
 HELD_A_THREAD = 64  # classes; half of them where two or three numbers of each are held

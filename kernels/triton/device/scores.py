@@ -20,6 +20,8 @@ from fastood.kernels.triton.device.words import (
     split,
 )
 
+LARGEST = tl.constexpr(1.7976931348623157e308)  # double
+
 # The statistics, as shapes.py numbers them.
 FMAX, LSE, ENERGY, MSP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 S2, TOTAL_VARIATION, SUMLOGP_STAT, LOG_ONE_MINUS_S2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
@@ -39,7 +41,10 @@ def root(sum, inverse, unit, GENERAL: tl.constexpr, LOG: tl.constexpr):
         mantissa, exponent = split(sum)
         x = (exponent.to(tl.float64) + log2(mantissa).to(tl.float64)) * inverse
         u = tl.where((inverse != 1.0) & (inverse != 0.5) & regular, exp2_double(x), u)
-    return u * unit
+        # The norm of finite features is finite, so that 0 times it is 0.
+        return tl.where(regular, tl.minimum(u * unit, LARGEST), u * unit)
+    else:
+        return u * unit
 
 
 # ---- statistics and scores
@@ -182,7 +187,9 @@ def scores(
                         score *= parts[1]
             if FEW[k][1] >= 0:
                 u = norm(powers, unit, SLOTS[FEW[k][1]], ORDERS[FEW[k][1]], len(RANGES), BIAS, LOG)
-                score *= u * u if FEW[k][2] == 2 and not LOG else u
+                score *= u
+                if FEW[k][2] == 2 and not LOG:
+                    score *= u  # one by one: a score of 0 stays it where u * u overflows
             tl.store(out_ptr + out_column.to(tl.int64) * k, score.to(out_ptr.dtype.element_ty), mask=ok)
     else:
         for first in tl.static_range(0, COLUMNS, BLOCK):
@@ -216,8 +223,8 @@ def scores(
                 u = root(sum, inverse, tl.where(scaled == 1.0, unit[:, None], 1.0), GENERAL, LOG)
                 if LOG and not ALL_U:
                     u = tl.where(which >= 0, u, 1.0)
-                if SQUARE and not LOG:
-                    u = tl.where(small(field + 6 * COLUMNS, within, 1.0) == 2.0, u * u, u)
                 score = score * u
+                if SQUARE and not LOG:
+                    score = tl.where(small(field + 6 * COLUMNS, within, 1.0) == 2.0, score * u, score)
             out = out_ptr + row.to(tl.int64)[:, None] * out_row + column.to(tl.int64) * out_column
             tl.store(out, score.to(out_ptr.dtype.element_ty), mask=ok[:, None] & within)
