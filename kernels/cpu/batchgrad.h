@@ -105,6 +105,7 @@ template <class In> static double widen(const void* x, int64_t n, void* out) {
    {tv<Half>, tv<BFloat>, tv<float>, tv<double>},                                      \
   {gradient<Half>, gradient<BFloat>, gradient<float>, gradient<double>},              \
    {level_sums<Half>, level_sums<BFloat>, level_sums<float>, level_sums<double>},      \
+   {few_level_sums<Half>, few_level_sums<BFloat>, few_level_sums<float>, few_level_sums<double>}, \
    {gen<Half>, gen<BFloat>, gen<float>, gen<double>},                                  \
    {log2_rest<Half>, log2_rest<BFloat>, log2_rest<float>, log2_rest<double>},          \
    {few_logits<Half>, few_logits<BFloat>, few_logits<float>, few_logits<double>},      \

@@ -153,8 +153,12 @@ struct Kernels {
   // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN; kept: as for tv.
   void (*gradient[TYPES])(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan,
                           const GradientPlan& gradient, const NormsPlan& norms, const GradientRow& row, GradientState* state);
-  // These sums over a row that is nearly flat, so that no e^x overflows.
-  LevelSums (*level[TYPES])(const void* f, int64_t n, double temperature, double level, double shift);
+  // These sums over a row that is nearly flat, so that no e^x overflows; and over rows of n <= FEW columns, of which any
+  // may be: what comes of the others means nothing.
+  void (*level[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, double temperature, const double* level,
+                       const double* shift, LevelSums* out);
+  void (*few_level[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, double temperature, const double* level,
+                           const double* shift, LevelSums* out);
   double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
                        double gamma, int64_t M);
   // log2 of the exponentials' sum below the maximum, also where it is below the doubles.

@@ -95,27 +95,46 @@ static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batc
     if (has_softmax(batch->logits[i])) batch->swept[i] = gradient_of(q, row + i, batch->logits[i], nullptr);
 }
 
-// KL(u || p) or TV of a nearly flat row, read again.
+// KL(u || p) or TV of nearly flat rows, read again.
 //
 // With x_k = (f_k - level) / T - shift, where the level is that of p = 1/C, and shift what its type rounds away,
-// p_k - 1/C = expm1(x_k) / C and KL(u || p) = mean(e^x_k - 1 - x_k), in which nothing cancels. What the row's sums tell of
+// p_k - 1/C = expm1(x_k) / C and KL(u || p) = mean(e^x_k - 1 - x_k), in which nothing cancels. What a row's sums tell of
 // the level is off by as much as they are; mean expm1(x) tells by how much, until it is small beside what is asked for.
-static double of_flat_row(const Request& q, int stat, int64_t row, const LogitsState& s, double log1p) {
+static void of_flat_rows(const Request& q, int stat, int64_t row, int64_t count, const LogitsState* s, const double* log1p,
+                         double* out) {
   const double C = double(q.logits.columns), T = q.plan.logits.temperature;
-  const bool wide = q.logits.type == FLOAT64;
-  if (s.ties == C) return 0;
-  double level = s.max, shift = log1p - std::log(C), result = 0;
-  for (int i = 0; i < 4; i++) {
-    const double next = wide ? level + T * shift : float(level + T * shift);
-    shift -= (next - level) / T;
-    level = next;
-    const LevelSums sums = kernels->level[q.logits.type](q.logits.at(row, 0), q.logits.columns, T, level, shift);
-    const double off = sums.expm1 / C;
-    result = (stat == KL_UNIFORM ? sums.tail : sums.above) / C;
-    if ((stat == KL_UNIFORM ? off * off : std::fabs(off) / 16) <= (wide ? 0x1p-53 : 0x1p-24) * result) break;
-    shift += std::log1p(off);
+  bool flat[BATCH], any = false;
+  for (int64_t i = 0; i < count; i++) any |= flat[i] = nearly_flat(stat, out[i], q.plan.logits, s[i], q.logits.columns);
+  if (!any) return;
+  const bool wide = q.logits.type == FLOAT64, few = q.logits.columns <= FEW;
+  const double log_C = std::log(C);
+  double level[BATCH], shift[BATCH];
+  LevelSums sums[BATCH];
+  for (int64_t i = 0; i < count; i++) {
+    level[i] = s[i].max, shift[i] = log1p[i] - log_C;
+    if (flat[i] && s[i].ties == C) out[i] = 0, flat[i] = false;
   }
-  return result;
+  for (int turn = 0; turn < 4 && any; turn++) {
+    for (int64_t i = 0; i < count; i++) {
+      if (!flat[i]) continue;
+      const double next = wide ? level[i] + T * shift[i] : float(level[i] + T * shift[i]);
+      shift[i] -= (next - level[i]) / T;
+      level[i] = next;
+      if (!few)
+        kernels->level[q.logits.type](q.logits.at(row + i, 0), 0, 1, q.logits.columns, T, level + i, shift + i, sums + i);
+    }
+    if (few)
+      kernels->few_level[q.logits.type](q.logits.at(row, 0), q.logits.stride, count, q.logits.columns, T, level, shift, sums);
+    any = false;
+    for (int64_t i = 0; i < count; i++) {
+      if (!flat[i]) continue;
+      const double off = sums[i].expm1 / C;
+      out[i] = (stat == KL_UNIFORM ? sums[i].tail : sums[i].above) / C;
+      flat[i] = !((stat == KL_UNIFORM ? off * off : std::fabs(off) / 16) <= (wide ? 0x1p-53 : 0x1p-24) * out[i]);
+      any |= flat[i];
+      if (flat[i]) shift[i] += std::log1p(off);
+    }
+  }
 }
 
 // The j-th statistic of some rows: from their sums, or from the rows themselves, read again, where those do not tell.
@@ -124,7 +143,8 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
   const int stat = q.plan.stats[j], type = q.logits.type;
   const int64_t C = q.logits.columns;
   statistics(stat, q.plan.power_of_stat[j], q.plan.logits, batch.logits, count, C, batch.swept, log1p, out);
-  if (stat != GEN && stat != LOG_ONE_MINUS_S2 && stat != KL_UNIFORM && stat != TOTAL_VARIATION) return;
+  if (stat == KL_UNIFORM || stat == TOTAL_VARIATION) return of_flat_rows(q, stat, row, count, batch.logits, log1p, out);
+  if (stat != GEN && stat != LOG_ONE_MINUS_S2) return;
   for (int64_t i = 0; i < count; i++) {
     const LogitsState& s = batch.logits[i];
     const void* f = q.logits.at(row + i, 0);
@@ -132,9 +152,7 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
     if (!has_softmax(s)) continue;
     if (stat == GEN)
       out[i] = kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
-    else if (nearly_flat(stat, out[i], q.plan.logits, s, C))
-      out[i] = of_flat_row(q, stat, row + i, s, log1p[i]);
-    else if (stat == LOG_ONE_MINUS_S2 && r1 < 0x1p-900)  // 1 - S_2 = 2 r1
+    else if (r1 < 0x1p-900)  // 1 - S_2 = 2 r1
       out[i] = 0.6931471805599453 * (1 + kernels->log2_rest[type](f, C, q.plan.logits, s.max));
   }
 }

@@ -73,16 +73,6 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
   a->nan |= other.nan;
 }
 
-// mean z; finite where the sum of z, or one z, is not.
-static double mean_z(const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
-  return s.below / double(classes) / (plan.temperature * DIFFERENCE);
-}
-
-bool nearly_flat(int stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
-  if (stat == TOTAL_VARIATION) return value < 0.125;
-  return stat == KL_UNIFORM && (value < 1 || value < -0.125 * mean_z(plan, s, classes));
-}
-
 void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
                 const double* swept, const double* log1p, double* out) {
   const double T = plan.temperature;

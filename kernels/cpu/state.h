@@ -23,8 +23,15 @@ inline double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
 void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
                 const double* swept, const double* log1p, double* out);
 
-// Whether a row is so near the uniform distribution that its sums do not tell this statistic, KL(u || p) or TV.
-bool nearly_flat(int stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes);
+// mean z; finite where the sum of z, or one z, is not.
+inline double mean_z(const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
+  return s.below / double(classes) / (plan.temperature * DIFFERENCE);
+}
+// Whether a row, where `value` is not NaN, is so near the uniform distribution that its sums do not tell KL(u || p), or TV.
+inline bool nearly_flat(int stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
+  if (stat == TOTAL_VARIATION) return value < 0.125;
+  return value < 1 || value < -0.125 * mean_z(plan, s, classes);
+}
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);
 void clear(const NormsPlan& plan, NormsState* s);
