@@ -359,7 +359,7 @@ class Detector:
         >>> noise = 2 * torch.randn(200, 10, generator=g)
         >>> detector = fastood.Detector.choose((inside, None), {"noise": (noise, None)}, ["energy", "msp", "tv"])
         >>> detector.method, detector.rows, round(detector.choice.auroc["noise"], 2)
-        ('msp', 200, 1.0)
+        ('energy', 200, 1.0)
         """
         from fastood._choice import choose
 
