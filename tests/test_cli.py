@@ -1006,7 +1006,8 @@ def test_a_killed_run_leaves_nothing(data, name):
     np.save("big.npy", np.zeros((500_000, 2), np.float32))
     before = sorted(os.listdir())
     with subprocess.Popen(
-        [sys.executable, "-m", "fastood", "score", "big.npy", "out.csv", "--chunk-rows", "1"]
+        [sys.executable, "-m", "fastood", "score", "big.npy", "out.csv", "--chunk-rows", "1"],
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # which may be ignored here, under nohup for one
     ) as process:
         deadline = time.monotonic() + 60
         while sorted(os.listdir()) == before and process.poll() is None and time.monotonic() < deadline:
