@@ -15,10 +15,10 @@ registers reads none twice.
 BatchGrad, which reads little and computes much, is counted for each of N C D elements, with rows of one kind: its loop
 over features, and all that is outside of loops once. Memory has no part in its figures.
 
-The exit status is 1 where a kernel does not compile, spills (there, or for sm_80 or sm_100, more than SPILLS allows), loads rows in less than
-128 bits at a time (64 for rows of 100 halves, and for G, two numbers that a whole warp shares; 32 for rows of ten
-classes, a thread each, and for rows of odd length; an element for long rows that begin anywhere), takes more
-instructions than its budget, or is predicted a smaller share.
+The exit status is 1 where a kernel does not compile, spills (there, or for sm_80 or sm_100 more than SPILLS allows),
+loads rows in less than 128 bits at a time (64 for rows of 100 halves, and for G, two numbers that a whole warp shares;
+32 for rows of ten classes, a thread each, and for rows of odd length; an element for long rows that begin anywhere),
+takes more instructions than its budget, or is predicted a smaller share.
 
 --fit                     fits the model's constants anew, and prints measured shares beside predicted ones
 --measured GPU_DAY_JSON   does so for what gpu_day.py measured of these kernels, and keeps that in gpu_measured.json
