@@ -63,8 +63,9 @@ def attach(
     Notes
     -----
     The model is not changed: it has no hook and the same head as before. Parameters, buffers and all modules that the
-    head is not inside of are shared with it. So ``to``, ``load_state_dict`` and training act on both; but say
-    `
+    head is not inside of are shared with it. So ``to``, ``load_state_dict`` and training act on both; but call
+    ``train`` and ``eval`` of the attached module: what the head is inside of is copied, and has a mode of its own.
+
     Examples
     --------
     >>> import torch, fastood
