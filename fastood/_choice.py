@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastood._delong import Floats, placements
 from fastood._inputs import logits_and_feats
-from fastood.detector import Detector, Floats, rows_needed
+from fastood.detector import Detector, rows_needed
 from fastood.registry import SCORES
 
 Rows = tuple[Tensor, Tensor | None]
@@ -225,7 +226,7 @@ def _synthetic(name: str, rows: Rows, generator: torch.Generator) -> Rows:
 
 @dataclass(frozen=True)
 class _Placements:
-    """The share of the other side that each row is on the right side of: its mean is AUROC, its error is DeLong's."""
+    """AUROC, the mean over the outlier sets, with its error."""
 
     inside: Floats
     outside: list[Floats]
@@ -253,14 +254,8 @@ def _placements(detector: Detector, inside: Rows, outside: list[Rows]) -> _Place
         return None
     # A row without a finite score is never accepted.
     ys = [np.where(np.isfinite(y), y, -np.inf) for y in (_scores(detector, rows) for rows in outside)]
-    return _Placements(np.mean([_below(x, y) for y in ys], 0), [1 - _below(y, x) for y in ys])
+    return _Placements(*placements(x, ys))
 
 
 def _scores(detector: Detector, rows: Rows) -> NDArray[np.float64]:
     return detector.score(*rows).double().cpu().numpy()
-
-
-def _below(x: Floats, y: Floats) -> Floats:
-    """The share of y below each x, ties counted half."""
-    y = np.sort(y)
-    return (np.searchsorted(y, x, "left") + np.searchsorted(y, x, "right")) / (2 * len(y))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta  # type: ignore[import-untyped]
 
+from fastood._delong import placements
 from fastood._inputs import vector
 from fastood.api import BEST_NORM
 
@@ -251,22 +252,13 @@ def _halves(inside: Scores, outside: Mapping[str, Scores]) -> list[tuple[Scores,
     return [(half, {name: halves[i] for name, halves in sets.items()}) for i, half in enumerate(split(inside))]
 
 
-def _beaten(x: Array, y: Array) -> Array:
-    """How many of y each x is above, ties counted half. Multiples of 1/2, so that sums are exact."""
-    order, y = np.argsort(x), np.sort(y)
-    x, beaten = x[order], np.empty(len(x))  # a search for sorted numbers is several times as fast
-    beaten[order] = (np.searchsorted(y, x, "left") + np.searchsorted(y, x, "right")) / 2
-    return beaten
-
-
 def _placements(label: str, inside: Scores, outside: Mapping[str, Scores]) -> list[Array]:
     """DeLong's components of the AUROC, mean over the OOD sets: of the ID rows, then of each set's rows.
 
     The first's mean is the AUROC.
     """
-    x, sets = inside[label], [columns[label] for columns in outside.values()]
-    of_id = sum(_beaten(x, y) / len(y) for y in sets) / len(sets)
-    return [np.asarray(of_id), *((1 - _beaten(y, x) / len(x)) / len(sets) for y in sets)]
+    of_id, of_ood = placements(inside[label], [columns[label] for columns in outside.values()])
+    return [of_id, *(x / len(of_ood) for x in of_ood)]
 
 
 def _estimates(

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import fastood
-from fastood import Detector, _choice
+from fastood import Detector, _choice, _delong
 
 
 def rows(n=300, C=5, D=6, scale=1.0, seed=0):
@@ -24,9 +24,7 @@ def test_auroc_is_scikit_learns_and_its_error_the_bootstraps():
     others = [y + rng.normal(0, 0.5, len(y)) for y in ys]
 
     def placed(x, ys):
-        return _choice._Placements(
-            np.mean([_choice._below(x, y) for y in ys], 0), [1 - _choice._below(y, x) for y in ys]
-        )
+        return _choice._Placements(*_delong.placements(x, ys))
 
     def auroc(x, ys):
         return np.mean([((x[:, None] > y) + (x[:, None] == y) / 2).mean() for y in ys])
