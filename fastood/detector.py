@@ -425,7 +425,10 @@ class Detector:
         >>> detector.p_value(torch.tensor([[0.5, 0], [2, 0], [9, 0]]))
         tensor([0.2500, 0.7500, 1.0000], dtype=torch.float64)
         """
-        s, c = self._scored(logits, feats, backend)
+        return self._p_values(*self._scored(logits, feats, backend))
+
+    def _p_values(self, s: Any, c: Any) -> Any:
+        """Of scores, and with `per_class` the predicted classes."""
         self._calibrate()
         x = _numpy(s).astype(np.float64)
         p: Any = np.full(len(x), np.nan)
