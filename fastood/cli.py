@@ -271,8 +271,8 @@ def _decisions(rows: Rows, detector: Detector, backend: str) -> _Work:
     label = _label(detector)
 
     def columns(logits: Any, feats: Any) -> Columns:
-        p = detector.p_value(logits, feats, backend=backend)
-        s = detector.score(logits, feats, backend=backend)
+        s, c = detector._scored(logits, feats, backend)
+        p = detector._p_values(s, c)
         return {k: x.cpu().numpy() for k, x in {label: s, "accept": p > 1 - detector.tpr, "p_value": p}.items()}
 
     facts = _facts(detector)
@@ -413,7 +413,7 @@ def inspect(
         header = json.loads(file.metadata()["fastood"])  # which load has checked
     facts = {"file": str(source), "format": header["version"], "fastood": header["fastood"], **_facts(detector)}
     if as_json:
-        typer.echo(json.dumps({**facts, "threshold": _thresholds(detector)}, indent=2).replace("Infinity", '"inf"'))
+        typer.echo(json.dumps(_finite({**facts, "threshold": _thresholds(detector)}), indent=2))
         return
     facts["norm"] = "none" if facts["norm"] is None else f"{facts['norm']:g}"
     for name, fact in facts.items():
@@ -852,8 +852,16 @@ def _device(text: str) -> torch.device:
 
 
 def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Each fact as JSON, which has no infinity: "inf"."""
-    return {name: json.dumps(fact).replace("Infinity", '"inf"') for name, fact in facts.items()}
+    return {name: json.dumps(_finite(fact)) for name, fact in facts.items()}
+
+
+def _finite(fact: Any) -> Any:
+    """For JSON, which has no infinity: "inf", as a norm's order may be."""
+    if isinstance(fact, dict):
+        return {name: _finite(x) for name, x in fact.items()}
+    if isinstance(fact, list):
+        return [_finite(x) for x in fact]
+    return "inf" if fact == math.inf else fact
 
 
 @contextmanager

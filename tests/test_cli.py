@@ -786,6 +786,9 @@ def test_inspect_says_what_the_file_holds(det):
     assert f"\naccepts scores >= {threshold:.6g}: at least 90% of rows" in text
     run("fit", "val.npz", "--out", "det.safetensors", "--norm", "inf")
     assert json.loads(run("inspect", "det.safetensors", "--json").stdout)["norm"] == "inf"
+    os.rename("det.safetensors", "Infinity.safetensors")
+    assert json.loads(run("inspect", "Infinity.safetensors", "--json").stdout)["file"] == "Infinity.safetensors"
+    os.rename("Infinity.safetensors", "det.safetensors")
     assert "norm: inf\n" in run("inspect", "det.safetensors").stdout
     run("fit", "val.npz", "--out", "det.safetensors", "--norm", "none")
     assert "norm: none\n" in run("inspect", "det.safetensors").stdout
