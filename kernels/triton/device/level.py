@@ -22,6 +22,12 @@ def kl_uniform(rest, mean_z, n):
 
 
 @triton.jit
+def has_flat_tv(deviation, rest):
+    """Which rows are so flat that TV = deviation / (2 + 2 rest) loses too much."""
+    return deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
+
+
+@triton.jit
 def of_flat_rows(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
                  SHIFTED: tl.constexpr, W: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):  # fmt: skip
     """KL(u || p) and TV, as wanted."""

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.level import FLAT_TV, kl_uniform, mean_z_again, of_flat_rows
+from fastood.kernels.triton.device.level import has_flat_tv, kl_uniform, mean_z_again, of_flat_rows
 from fastood.kernels.triton.device.words import (
     INF,
     LN2,
@@ -126,7 +126,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         if PLOGP & SUMS:
             seen |= exp_t != exp_t
         if TV & SUMS:
-            seen |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
+            seen |= has_flat_tv(deviation, rest)
         if KL & SUMS:
             kl, flat = kl_uniform(rest, mean_z, n)
             seen |= flat
@@ -175,7 +175,7 @@ def flat_again(ptr, base, head, w, n, m, rest, mean_z, deviation, scale, N: tl.c
     if KL & SUMS:
         kl, flat = kl_uniform(rest, mean_z, n)
     if TV & SUMS:
-        flat |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
+        flat |= has_flat_tv(deviation, rest)
     if any_row(flat):
         IS_KL: tl.constexpr = KL & SUMS > 0
         IS_TV: tl.constexpr = TV & SUMS > 0

@@ -15,7 +15,6 @@ from fastood.kernels.triton.device.softmax import (
     DEEP,
     EXP,
     FAR,
-    FLAT_TV,
     KL,
     PEEL,
     PLOGP,
@@ -24,6 +23,7 @@ from fastood.kernels.triton.device.softmax import (
     TV,
     deviations_again,
     flat_again,
+    has_flat_tv,
     kl_uniform,
     largest_first,
     sums_again,
@@ -129,7 +129,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
             again |= mean_z == -INF  # of a sum beyond float32, or a masked class
         seen = again
         if TV & SUMS:
-            seen |= deviation < tl.fma(rest, 2 * FLAT_TV, 2 * FLAT_TV)
+            seen |= has_flat_tv(deviation, rest)
         if KL & SUMS:
             kl, flat = kl_uniform(rest, mean_z, C)
             seen |= flat
