@@ -675,9 +675,9 @@ template <int WIDTH, class T> INLINE void add_in_turn(V<T>* total, V<T>* sums) {
 
 // In one pass over at most SPAN elements: the sums of TABLES fractional powers from the table `first` on, and of their
 // products with square roots; with the first of them those of square roots and of the INTEGERS first integer powers, and,
-// with 6 of those, the extremes. Gives the slots
-// that are done, of all that are wanted: each by itself, or an order's bits would hang on those beside it. The others need
-// care: where an element is not finite, or for the tables subnormal, or an integer power out of range.
+// with 6 of those, the extremes. Gives the slots that are done, of all that are wanted: each by itself, or an order's bits
+// would hang on those beside it. The others need care: where an element is not finite, or for the tables subnormal, or an
+// integer power out of range.
 constexpr int64_t SPAN = 2048;
 
 template <int TABLES, int INTEGERS, bool PRODUCTS, class In>
