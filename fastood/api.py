@@ -71,7 +71,8 @@ def score(
     Tensor or ndarray [N]
         Of the kind and on the device of the inputs; float32, or float64 where an input is float64.
         NaN for a row that holds NaN, and (but for energy, then infinite) for one of logits that are
-        all -inf or hold +inf.
+        all -inf or hold +inf. An infinite feature makes U infinite (but for r = 0), and U * V infinite
+        with the sign of V, or NaN where V is 0.
 
     Raises
     ------
