@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastood._attach import OODHead, attach
+from fastood._batchgrad import BatchGrad, anchor_gradient, batchgrad
 from fastood._collect import collect
 from fastood.api import norms, row_stats, score, scores, sweep, warm_up
+from fastood.deep import deep_batchgrad, deep_gradient_norm
 from fastood.detector import Detector
-from fastood.gradients import BatchGrad, anchor_gradient, batchgrad, deep_batchgrad, deep_gradient_norm, gradient_norm
+from fastood.gradients import gradient_norm
 from fastood.kernels import STATISTICS, backends
 from fastood.registry import SCORES, Score, register
 

@@ -21,11 +21,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fastood import plots
+from fastood._batchgrad import anchor_gradient, batchgrad
 from fastood._fork import one_thread_if_forked
 from fastood.api import BEST_NORM, PAPER_V
+from fastood.deep import deep_gradient_norm
 from fastood.evaluation import Evaluation, Scores, evaluate, score_rows, sweep_auroc
 from fastood.files import FileError, atomic
-from fastood.gradients import anchor_gradient, batchgrad, deep_gradient_norm
 from fastood.registry import SCORES
 from fastood.report import write_html
 
