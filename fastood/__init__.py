@@ -12,6 +12,7 @@ from fastood.api import norms, row_stats, score, scores, sweep, warm_up
 from fastood.detector import Detector
 from fastood.gradients import BatchGrad, anchor_gradient, batchgrad, deep_batchgrad, deep_gradient_norm, gradient_norm
 from fastood.kernels import STATISTICS, backends
+from fastood.linear import score_linear
 from fastood.registry import SCORES, Score, register
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
     "register",
     "row_stats",
     "score",
+    "score_linear",
     "scores",
     "sweep",
     "warm_up",

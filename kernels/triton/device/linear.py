@@ -1,4 +1,4 @@
-"""From features and the last layer to an online softmax of the logits, which are only ever tiles of a product in registers.
+"""From features and the last layer to an online softmax of the logits, which are only ever in registers.
 
 Each program goes through some of the classes for some of the rows; `merged` puts the programs of a row together. What
 one sweep over the classes gives to the numeric contract is here: not what is a difference to the uniform distribution,

@@ -6,7 +6,6 @@ Imports Triton: only __init__.py imports this, and late.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -51,7 +50,7 @@ TILING = Tiling()
 MERGED = {"PARTS": 32, "ROWS": 32}
 
 
-def serves(feats: Tensor, weight: Tensor, stats: Sequence[Stat], temperature: float) -> bool:
+def serves(feats: Tensor, weight: Tensor, stats: tuple[Stat, ...], temperature: float) -> bool:
     """Of halves, which tensor cores multiply exactly, in rows that loads of 16 bytes can read; temperatures that
     float32 can divide by."""
     return (
@@ -71,7 +70,7 @@ def linear(
     feats: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stats: Sequence[Stat],
+    stats: tuple[Stat, ...],
     temperature: float,
     predict: bool,
     tiling: Tiling = TILING,
@@ -86,6 +85,7 @@ def linear(
         part = torch.empty([parts, 4, N], device=on)
         classes = torch.empty([parts, N], dtype=torch.int32, device=on) if predict else None
         scale = math.log2(math.e) / temperature
+        bias = None if bias is None else bias.contiguous()
         constants = tiling.constants(D, "s2" in stats)
         with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
             device.linear.partial_sums[math.ceil(N / tiling.rows) * parts,](
@@ -94,6 +94,6 @@ def linear(
             )  # fmt: skip
             device.linear.merged[math.ceil(N / MERGED["ROWS"]),](
                 part, classes, out, best, N, C, parts, scale, temperature,
-                STATS=tuple(shapes.STATS[s][0] for s in stats), SUMS=constants["SUMS"], **MERGED,
+                STATS=tuple(shapes.STATS[str(s)][0] for s in stats), SUMS=constants["SUMS"], **MERGED,
             )  # fmt: skip
     return dict(zip(stats, out, strict=True)), best
