@@ -3,7 +3,9 @@
 Each way is checked against float64 on some rows, then timed by replays of a CUDA graph. Rivals are cuBLAS's product
 with PyTorch's formula, with that formula compiled, and with fastood.score; the product alone bounds them from below.
 They round logits to bfloat16, which shows in how far they are off. "Tiles of logits" is how score_linear does what the
-kernel does not. Arithmetic counts 2 N C D operations; MiB is what a call takes beside its inputs. --rehearse checks the kernel in Triton's interpreter at a small shape.
+kernel does not. Arithmetic counts 2 N C D operations; MiB is what a call takes beside its inputs.
+
+--rehearse checks the kernel in Triton's interpreter at a small shape.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from fastood.linear import _tiles
 
 TILINGS = {
     "128 x 128": fused.Tiling(),
-    "128 x 128, 4 stages": fused.Tiling(stages=4),
+    "128 x 128, 8 warps": fused.Tiling(warps=8),
     "128 x 256, 8 warps": fused.Tiling(classes=256, warps=8),
     "128 x 256, 8 warps, 4 stages": fused.Tiling(classes=256, warps=8, stages=4),
 }
