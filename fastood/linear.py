@@ -27,7 +27,7 @@ from fastood.registry import SCORES, Score
 # A tile has as many rows as make up so many logits, but never fewer rows than a product needs to be fast.
 TILE = 1 << 23
 LEAST_ROWS = {"cpu": 64, "cuda": 512}
-WIDENED = 1 << 22  # elements of a half weight that are float32 at a time
+WIDENED = 1 << 21  # elements of a half weight that are float32 at a time
 
 
 class Predicted(NamedTuple, Generic[ArrayT]):
@@ -193,32 +193,30 @@ def _scored(
 
 def _tiles(h: Tensor, w: Tensor, b: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Some rows at a time, and their logits, which the next ones overwrite."""
-    dtype, C = result_dtype(h, w, b), len(w)
+    dtype, (C, D) = result_dtype(h, w, b), w.shape
+    b = None if b is None else b.to(dtype)
     n = max(LEAST_ROWS["cuda" if h.is_cuda else "cpu"], TILE // C)
     tile = h.new_empty(min(n, len(h)), C, dtype=dtype)
-    b = None if b is None else b.to(dtype)
+    # Some classes at a time where the weight has to be widened, which as a whole could take more than the logits.
+    c = C if w.dtype == dtype else min(C, max(1, WIDENED // max(1, D)))
+    of_halves = h.is_cuda and h.dtype == w.dtype != dtype == torch.float32
+    widened = None if w.dtype == dtype or of_halves else w.new_empty(c, D, dtype=dtype)
     for first in range(0, len(h), n):
         rows = slice(first, min(first + n, len(h)))
-        x, f = h[rows], tile[: rows.stop - first]
-        if h.is_cuda and h.dtype == w.dtype and dtype != w.dtype:  # tensor cores have float32 of halves
-            torch.ops.aten.mm.dtype_out(x, w.T, dtype, out=f)
+        f = tile[: rows.stop - first]
+        if of_halves:  # tensor cores multiply them as they are, and sum in float32
+            torch.ops.aten.mm.dtype_out(h[rows], w.T, dtype, out=f)
             if b is not None:
                 f += b
         else:
-            _product_into(f, x.to(dtype), w, b)
+            x = h[rows].to(dtype)
+            for k in range(0, C, c):
+                some = w[k : k + c] if widened is None else widened[: min(c, C - k)].copy_(w[k : k + c])
+                if b is None:
+                    torch.mm(x, some.T, out=f[:, k : k + c])
+                else:
+                    torch.addmm(b[k : k + c], x, some.T, out=f[:, k : k + c])
         yield rows, f
-
-
-def _product_into(f: Tensor, x: Tensor, w: Tensor, b: Tensor | None) -> None:
-    """Some classes at a time where w has to be widened, which as a whole could take more than the logits."""
-    c = len(w) if w.dtype == x.dtype else max(1, WIDENED // max(1, w.shape[1]))
-    for first in range(0, len(w), c):
-        classes = slice(first, min(first + c, len(w)))
-        some, out = w[classes].to(x.dtype).T, f[:, classes]
-        if b is None:
-            torch.mm(x, some, out=out)
-        else:
-            torch.addmm(b[classes], x, some, out=out)
 
 
 def _product(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

@@ -46,8 +46,14 @@ class Tiling(NamedTuple):
         }
 
 
-TILING = Tiling()
+# Of wgmma's accumulators four warps hold 128 x 128; of other tensor cores' they would spill.
+HOPPER, OTHERS = Tiling(), Tiling(warps=8)
 MERGED = {"PARTS": 32, "ROWS": 32}
+
+
+def tiling_on(device: torch.device) -> Tiling:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return HOPPER if hopper else OTHERS
 
 
 def serves(feats: Tensor, weight: Tensor, stats: tuple[Stat, ...], temperature: float) -> bool:
@@ -73,11 +79,12 @@ def linear(
     stats: tuple[Stat, ...],
     temperature: float,
     predict: bool,
-    tiling: Tiling = TILING,
+    tiling: Tiling | None = None,
 ) -> tuple[dict[Stat, Tensor], Tensor | None]:
     """`stats`, each [N] float64, and where `predict` the class of the largest logit, [N] int64."""
     N, D, C = *feats.shape, weight.shape[0]
     on = feats.device
+    tiling = tiling or tiling_on(on)
     out = torch.empty([len(stats), N], dtype=torch.float64, device=on)
     best = torch.empty(N, dtype=torch.int64, device=on) if predict else None
     if N:

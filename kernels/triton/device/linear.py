@@ -52,11 +52,10 @@ def partial_sums(
             else:
                 more = k[None, :] < D - first
                 f = product(tl.load(h + first, mask=more, other=0.0), tl.load(w + first, mask=more, other=0.0), f)
-        if bias_ptr is None:
-            bias = tl.where(c < C, 0.0, -INF)
-        else:
-            bias = in_full(tl.load(bias_ptr + c, mask=c < C, other=-INF))
-        f += bias[None, :]
+        if bias_ptr is not None:
+            f += in_full(tl.load(bias_ptr + c, mask=c < C, other=0.0))[None, :]
+        if tile == tiles - 1:  # the only one that may reach beyond the classes
+            f = tl.where(c[None, :] < C, f, -INF)
         high = tl.max(f, 1)
         if class_ptr is not None:
             first_high = tl.min(tl.where(f == high[:, None], c[None, :], 0x7FFFFFFF), 1)
