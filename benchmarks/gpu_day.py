@@ -296,9 +296,10 @@ def time_calls(lines: Lines, part: slice) -> None:
 
 def run_tests(out: Path, limit: float) -> None:
     """Interrupted at the limit, so that pytest still prints what failed."""
-    files, chosen = ("tests/test_triton.py", "tests/test_contract.py"), "triton and not interpreter and not ahead_of"
+    files = ("tests/test_triton.py", "tests/test_contract.py", "tests/test_linear.py")
+    chosen = "triton and not interpreter and not ahead_of"
     if REHEARSED:
-        chosen = "triton and (one_class or (norms_on_every_branch and 64))"
+        chosen = "triton and (one_class or equal_logits or (norms_on_every_branch and 64))"
     command = [sys.executable, "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short", "-k", chosen]
     xdist = importlib.util.find_spec("xdist") is not None
     logs, processes = [], []

@@ -109,6 +109,9 @@ def score_linear(
     than ``fastood.score`` of exact logits is, log p_k by 2 E / T. Where no product or sum rounds there is nothing to
     add. TF32 is not used, unless for float32 on a GPU ``torch.set_float32_matmul_precision`` says otherwise.
 
+    A row's bits are those of torch's product, which may depend on how many rows are multiplied (BLAS takes another way
+    for a few); not where a GPU forms no logits.
+
     Gradients: where one is asked for (a weight that is a parameter asks, outside of ``torch.no_grad()``), and in
     ``torch.compile`` and export, all logits are formed at once by plain PyTorch.
 
@@ -199,7 +202,7 @@ def _tiles(h: Tensor, w: Tensor, b: Tensor | None) -> Iterator[tuple[slice, Tens
     tile = h.new_empty(min(n, len(h)), C, dtype=dtype)
     # Some classes at a time where the weight has to be widened, which as a whole could take more than the logits.
     c = C if w.dtype == dtype else min(C, max(1, WIDENED // max(1, D)))
-    of_halves = h.is_cuda and h.dtype == w.dtype != dtype == torch.float32
+    of_halves = h.is_cuda and not torch.version.hip and h.dtype == w.dtype != dtype == torch.float32
     widened = None if w.dtype == dtype or of_halves else w.new_empty(c, D, dtype=dtype)
     for first in range(0, len(h), n):
         rows = slice(first, min(first + n, len(h)))
