@@ -364,7 +364,7 @@ h, w, b = torch.ones(3, 4), torch.ones(5, 4), torch.ones(5)
         ((h, w, 1.0), {}, TypeError, "bias must be a torch tensor or a numpy array, got float"),
         ((h, w.numpy()), {}, TypeError, "mixed inputs: feats is a torch tensor, weight is a numpy array"),
         ((h, w, b.numpy()), {}, TypeError, "mixed inputs: .* bias is a numpy array"),
-        ((h, w.long()), {}, TypeError, "weight must be float16, bfloat16, float32 or float64, got torch.int64"),
+        ((h, w.long()), {}, TypeError, "weight must be float16, .*got torch.int64"),
         ((h[0], w), {}, ValueError, "feats must be 2-D"),
         ((h, w[0]), {}, ValueError, "weight must be 2-D"),
         ((h, w.T), {}, ValueError, r"weight must be \[C, 4\] for feats \[3, 4\], got shape \[4, 5\]"),
