@@ -65,8 +65,10 @@ class Work(NamedTuple):
     D: int
     ours: Callable[..., Any]
     formula: Callable[..., Tensor]
-    third: str = ""  # beside logits and features: "q", labels; "G" of BatchGrad, or "G, any sign" of the features
-    operations: int = 0  # of BatchGrad: FP32 instructions of its arithmetic for each of N C D
+    # Beside logits and features: "q", labels; "G" of BatchGrad, or "G, any sign" of the features; "layer", in place of
+    # logits the weight and bias that features are multiplied by.
+    third: str = ""
+    operations: int = 0  # of BatchGrad FP32 instructions of its arithmetic for each of N C D; of a layer operations
     rival_rows: int = 1 << 30  # as many as the formula has memory for
 
 
@@ -81,6 +83,17 @@ def detector(G: Tensor) -> fastood.BatchGrad:
 
 def batchgrad(f: Tensor, h: Tensor, G: Tensor) -> Tensor:
     return detector(G).score(f, h, oriented=False)
+
+
+def of_layer(formula: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The formula of the product, which has float32 logits as fastood.score_linear has, and by tensor cores."""
+
+    def call(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if h.is_cuda and h.dtype == torch.bfloat16:
+            return formula(torch.mm(h, w.T, out_dtype=torch.float32) + b)
+        return formula(torch.nn.functional.linear(*(x.to(torch.promote_types(h.dtype, b.dtype)) for x in (h, w, b))))
+
+    return call
 
 
 def works() -> Iterator[Work]:
@@ -107,6 +120,10 @@ def works() -> Iterator[Work]:
     l2, l3 = (("gradient", q, r, 1.0, "outside") for q, r in (("given", 2.0), ("predicted", 3.0)))
     yield Work("E_q of L2, q given", 131072, 1000, 0, of_statistics(l2), rivals.expected_norm, "q")
     yield Work("E_p of L3", 131072, 1000, 0, of_statistics(l3), partial(rivals.expected_norm, order=3))
+    for what, method, formula in (("energy", "energy", rivals.energy), ("TV", "tv", rivals.tv)):
+        for C in (1000, 128256):
+            ours = partial(fastood.score_linear, method=method, norm=None)
+            yield Work(f"{what} of a layer", 4096, C, 2048, ours, of_layer(formula), "layer", 2)
     yield Work("BatchGrad, h ≥ 0", 4096, 1000, 2048, batchgrad, rivals.batchgrad, "G", 3, 64)
     yield Work("BatchGrad, any sign", 4096, 1000, 2048, batchgrad, rivals.batchgrad, "G, any sign", 4, 64)
 
@@ -127,23 +144,28 @@ def tensors(work: Work, dtype: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     N, C, D = work[1:4]
     random, given = partial(torch.randn, device=DEVICE), {}
-    if C:
+    if C and work.third != "layer":
         given["logits"] = (random(N, C) * 2).to(DTYPES[dtype])
     if D:
         h = random(N, D)
         given["feats"] = (h if "sign" in work.third else h.relu() + 1e-3).to(DTYPES[dtype])
     if work.third == "q":
         given["q"] = torch.softmax(random(N, C), -1)
+    elif work.third == "layer":
+        given |= {"weight": (random(C, D) * 2 / D**0.5).to(DTYPES[dtype]), "bias": random(C)}
     elif work.third:
         given["G"] = rivals.anchor_gradient(random(C, C), random(C, D).relu(), torch.arange(C, device=DEVICE))
     return given
+
+
+CONSTANT = ("G", "weight", "bias")  # that all rows share
 
 
 def checked(name: str, call: Callable[[], Any], work: Work, given: dict[str, Tensor]) -> None:
     """Some rows against float64."""
     N = len(next(iter(given.values())))
     rows = torch.linspace(0, N - 1, min(N, 16), device=DEVICE).long()
-    truth = work.formula(*(x.double() if kind == "G" else x[rows].double() for kind, x in given.items()))
+    truth = work.formula(*(x.double() if kind in CONSTANT else x[rows].double() for kind, x in given.items()))
     out = call()
     out = list(out.values()) if isinstance(out, dict) else out
     out = torch.stack(out, -1) if isinstance(out, list) else out
@@ -207,7 +229,7 @@ def of_rival(work: Work, dtype: str) -> dict[str, Tensor]:
 
 
 def rival(candidate: str, work: Work, dtype: str) -> Callable[..., Tensor]:
-    formula = work.formula if dtype == "float32" else rivals.in_float(work.formula)
+    formula = work.formula if dtype == "float32" or work.third == "layer" else rivals.in_float(work.formula)
     torch.compiler.reset()  # or the second shape compiles to a slower kernel for any shape
     return formula if candidate == "eager" or REHEARSED else torch.compile(formula)
 
@@ -217,7 +239,7 @@ def time_rivals(lines: Lines, part: slice) -> None:
         given = of_rival(work, dtype)
         call = partial(rival(candidate, work, dtype), *given.values())
         checked(candidate, call, work, given)
-        return {"seconds": seconds(call) * work.N / len(given["logits" if work.C else "feats"])}
+        return {"seconds": seconds(call) * work.N / len(next(iter(given.values())))}
 
     for what, work, dtype in every_work(part):
         for candidate in ("eager", "torch.compile"):
@@ -235,7 +257,7 @@ def time_kernels(lines: Lines, part: slice) -> None:
         given = tensors(work, dtype)
         call = partial(work.ours, *given.values())
         checked(OURS, call, work, given)
-        read = sum(x.nbytes for kind, x in given.items() if kind != "G")
+        read = sum(x.nbytes for kind, x in given.items() if kind not in CONSTANT)
         return {"seconds": seconds(call), "bytes": read, "operations": work.operations * math.prod(work[1:4])}
 
     lines("ceilings, bytes/s", ceilings)
@@ -274,9 +296,10 @@ def time_calls(lines: Lines, part: slice) -> None:
 
 def run_tests(out: Path, limit: float) -> None:
     """Interrupted at the limit, so that pytest still prints what failed."""
-    files, chosen = ("tests/test_triton.py", "tests/test_contract.py"), "triton and not interpreter and not ahead_of"
+    files = ("tests/test_triton.py", "tests/test_contract.py", "tests/test_linear.py")
+    chosen = "triton and not interpreter and not ahead_of"
     if REHEARSED:
-        chosen = "triton and (one_class or (norms_on_every_branch and 64))"
+        chosen = "triton and (one_class or equal_logits or (norms_on_every_branch and 64))"
     command = [sys.executable, "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short", "-k", chosen]
     command += ["--hypothesis-profile=interpreter"]  # few examples: each may compile kernels
     xdist = importlib.util.find_spec("xdist") is not None

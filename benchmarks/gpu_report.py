@@ -86,7 +86,7 @@ def markdown(whole: dict[str, Any]) -> str:
         if row["operations"]:
             rate = row["operations"] / t
             peak = 128 * known["multiprocessors"] * known["clock"]  # FP32 instructions of all lanes
-            text = f"{rate / 1e12:.1f} T op/s, {rate / peak:.0%}"
+            text = f"{rate / 1e12:.1f} T op/s" + (f", {rate / peak:.0%}" if "BatchGrad" in what else "")
         others = [rivals.get((what, dtype, name), {}).get("seconds") for name in ("eager", "torch.compile")]
         ratios = ["–" if x is None else f"{x / t:.0f}" if x / t > 9.95 else f"{x / t:#.2g}" for x in others]
         return f"{text} ({' / '.join(ratios)})" if any(others) else text

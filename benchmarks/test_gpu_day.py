@@ -62,6 +62,7 @@ def test_table_of_a_gpu():
             {"key": "ceilings", "read": 4e12, "copied": 3.9e12},
             kernel("energy", 2.5e-3),
             kernel("BatchGrad", 1e-3, 16.5e9),
+            kernel("TV of a layer", 1e-3, 500e9),
             {"key": "MSP", "what": "MSP", "dtype": "float32", "error": "MSP is wrong"},
         ],
         "rivals": [
@@ -81,6 +82,7 @@ def test_table_of_a_gpu():
         "Read ceiling: 4,000 GB/s, torch.sum of 1 GiB; a copy: 3,900 GB/s.",
         "| energy |  | 80% (10 / 1.6) |",
         "| BatchGrad |  | 16.5 T op/s, 50% (– / 0.90) |",
+        "| TV of a layer |  | 500.0 T op/s |",
         "| MSP |  | failed |",
         "| MSP | 11.9 | 2.0 |",
         "- kernels: MSP: MSP is wrong",

@@ -14,6 +14,7 @@ from fastood.deep import deep_batchgrad, deep_gradient_norm
 from fastood.detector import Detector
 from fastood.gradients import gradient_norm
 from fastood.kernels import STATISTICS, backends
+from fastood.linear import score_linear
 from fastood.registry import SCORES, Score, register
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "register",
     "row_stats",
     "score",
+    "score_linear",
     "scores",
     "sweep",
     "warm_up",

@@ -94,7 +94,12 @@ class Plan:
         self, f: Tensor | None, h: Tensor | None, q: Tensor | None, chosen: Backend, dtype: torch.dtype, by_row: bool
     ) -> Tensor:
         found, norms = chosen.row_stats(f, h, self.want, q)
-        C = f.shape[1] if f is not None else 0
+        return self.composed(found, norms, 0 if f is None else f.shape[1], dtype, by_row)
+
+    def composed(
+        self, found: Mapping[Stat, Tensor], norms: Tensor | None, C: int, dtype: torch.dtype, by_row: bool
+    ) -> Tensor:
+        """The scores, from what a backend gives for `want`: float64 [N, K] where `by_row`, else [K, N]."""
         stats = RowStats(found, C, self.want.temperature, wide=dtype == torch.float64)
         columns = []
         for entry, order in self.scores:

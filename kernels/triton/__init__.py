@@ -120,6 +120,20 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
     return reference.batchgrad(logits, feats, anchors) if call is None else call(logits, feats)
 
 
+def linear(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, want: Want, predict: bool
+) -> tuple[dict[Stat, Tensor], Tensor | None, Tensor | None] | None:
+    """`want` of the logits feats weight^T + bias, as row_stats gives it, and where `predict` their classes; None for
+    what is better done of logits."""
+    from fastood.kernels.triton import fused_linear
+
+    if not fused_linear.serves(feats, weight, want.stats, want.temperature):
+        return None
+    _, norms = row_stats(None, feats, want._replace(stats=()))
+    stats, classes = fused_linear.linear(feats, weight, bias, want.stats, want.temperature, predict)
+    return stats, norms, classes
+
+
 def _prepared(job: Job, shape: tuple[int, ...]) -> Any:
     """How the job is called, worked out once; None for what the kernels do not do."""
     key = "triton", shape
