@@ -75,9 +75,9 @@ def score(
     Returns
     -------
     Tensor or ndarray [N]
-        With `dim`, of the shape of the inputs without that dimension. Of the kind and on the device of the inputs; float32, or float64 where an input is float64.
-        NaN for a row that holds NaN, and (but for energy, then infinite) for one of logits that are
-        all -inf or hold +inf.
+        Of the kind and on the device of the inputs, with `dim` of their shape without that dimension; float32, or
+        float64 where an input is float64. NaN for a row that holds NaN, and (but for energy, then infinite)
+        for one of logits that are all -inf or hold +inf.
 
     Raises
     ------
@@ -115,9 +115,9 @@ def score(
     torch.Size([2, 64, 128])
     """
     if dim is not None:
-        rows, shape = rows_along(dim, logits=logits, feats=feats)
+        (f, h), shape = rows_along(dim, logits=logits, feats=feats)
         options: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
-        return score(*rows, method, **options, backend=backend, **params).reshape(shape)
+        return score(f, h, method, **options, backend=backend, **params).reshape(shape)
     key: Any = (
         method, norm, feats is None, temperature, bias, log, oriented, backend,
         norm.__class__, temperature.__class__, bias.__class__, log.__class__, oriented.__class__,
@@ -164,9 +164,9 @@ def scores(
     {'msp': tensor([0.9820]), 'tv': tensor([0.4820])}
     """
     if dim is not None:
-        rows, shape = rows_along(dim, logits=logits, feats=feats)
+        (f, h), shape = rows_along(dim, logits=logits, feats=feats)
         asked: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
-        found = scores(*rows, methods, **asked, backend=backend, **params)
+        found: dict[str, Any] = scores(f, h, methods, **asked, backend=backend, **params)
         return {name: x.reshape(shape) for name, x in found.items()}
     entries: list[Score]
     if methods is None:
@@ -356,7 +356,7 @@ def warm_up(
 
 
 def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
-    """Tensors whose columns lie along `dim` as [positions, columns], views where strides allow, and the positions' shape.
+    """Tensors with columns along `dim` as [positions, columns], views where strides allow; the positions' shape.
 
     Examples
     --------

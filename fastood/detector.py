@@ -392,8 +392,8 @@ class Detector:
     ) -> ArrayT:
         """``fastood.score`` of the detector's method and settings: [N], higher = more in-distribution.
 
-        A detector that is fitted checks the number of classes and of features. `backend` and `dim` as there, here and in
-        ``accept`` and ``p_value``.
+        A detector that is fitted checks the number of classes and of features. `backend` and `dim` are those of
+        ``fastood.score``, in ``accept`` and ``p_value`` too.
 
         Examples
         --------
