@@ -703,10 +703,10 @@ class Detector:
 
 def accepted(s: Any, c: Any, limit: Any) -> Any:
     """Scores against a threshold, or against that of predicted class c in [C] of them: bool [N]."""
-    if c is not None:
-        limit = limit.take(c)
     if isinstance(s, np.ndarray):
-        return (s >= limit) & (s < math.inf)
+        return (s >= (limit if c is None else limit.take(c))) & (s < math.inf)
+    if c is not None:
+        limit = limit.index_select(0, c)  # an export to ONNX keeps the threshold's name, as after take it does not
     return s.nan_to_num(-math.inf, -math.inf, -math.inf) >= limit  # the same, quicker
 
 
