@@ -17,6 +17,7 @@ from fastood.report import write_html
 
 OOD = ("digits_7-9", "photos")
 FILES = {
+    "detector.safetensors",
     "figure1_simplex.png",
     "figure2_heatmap.png",
     "histograms.png",
@@ -36,7 +37,7 @@ def digits(tmp_path_factory):
     said = []
     out.mkdir(parents=True)
     (out / "there before").touch()
-    evaluation, written = demo.run(out, progress=said.append)
+    evaluation, written, *_ = demo.run(out, progress=said.append)
     (out / "there before").unlink()
     assert written == sorted(out.iterdir())
     assert torch.equal(torch.get_rng_state(), settings[0])
@@ -224,6 +225,23 @@ def test_report_begins_with_what_to_do(digits):
     rows = re.findall(r'<tr class="(\w+)"><th scope="row">([^<]*)<', html)
     assert {label for mark, label in rows if mark == "chosen"} == {found.score}
     assert {label for mark, label in rows if mark == "tied"} == set(found.tied)
+
+
+def test_report_shows_the_decision(digits):
+    """Of a threshold that the ID images which it decides about had no part in."""
+    _, out = digits
+    detector = fastood.Detector.load(out / "detector.safetensors")
+    names = ("id", "ood_digits_7-9", "ood_photos")
+    energy = {name: np.log(np.exp(stored(out, name)[0].astype(np.float64)).sum(1)) for name in names}
+    fitted, unseen = energy["id"][::2], energy["id"][1::2]
+    limit = np.sort(fitted)[int(0.05 * (len(fitted) + 1)) - 1]
+    assert detector.threshold == pytest.approx(limit, rel=1e-6)
+    text = words((out / "report.html").read_text(encoding="utf-8"))
+    assert f"energy, fitted on 253 in-distribution rows, accepts scores ≥ {detector.threshold:.6g}" in text
+    for name, s in {"ID": unseen, "digits_7-9": energy["ood_digits_7-9"], "photos": energy["ood_photos"]}.items():
+        flagged = int((s < limit).sum())
+        assert f"{name} {flagged / len(s):.1%} {flagged} of {len(s)}" in text
+        assert flagged < 0.1 * len(s) if name == "ID" else flagged > 0.5 * len(s)
 
 
 def test_histograms_are_of_the_scores_to_act_on(digits):
