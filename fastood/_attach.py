@@ -201,7 +201,7 @@ class OODHead(nn.Module):
 
     The threshold is a buffer: it can be set in the module, in the state of an exported program, and in what runs it,
     without exporting again. ``nn.Sequential(attached.body, OODHead(attached.head, detector)).eval()`` is a whole model,
-    where its body gives a tensor. docs/serving.md exports one for torch.export, AOTInductor and ONNX.
+    where its body gives a tensor. docs/serving exports one for torch.export, AOTInductor and ONNX.
 
     Parameters
     ----------

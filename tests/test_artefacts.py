@@ -1,9 +1,12 @@
-"""What OODHead becomes as a file, run by the runtime it is for, in a process that has no fastood."""
+"""What OODHead becomes as a file, by the lines of docs/serving, and run by the runtime that it is for, in a process
+that has no fastood."""
 
+import re
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from torch import nn
 import fastood
 
 C, D = 7, 16
+
+PAGE = (Path(__file__).parent.parent / "docs" / "serving" / "README.md").read_text(encoding="utf-8")
 
 needs_2_9 = pytest.mark.skipif(
     torch.__version__ < "2.9", reason="needs torch 2.9: the format that 2.8 exports to has no infinite constants"
@@ -47,7 +52,7 @@ OPTIONS = {
 
 
 def made(options, form=Net):
-    """A whole model that decides, inputs, and what it must give, with a threshold between two scores."""
+    """A whole model that decides, inputs, and what it must give, with a threshold that is no row's score."""
     torch.manual_seed(0)
     model = form().eval()
     x = torch.randn(60, 4)
@@ -65,16 +70,41 @@ def made(options, form=Net):
     return served, x, expected
 
 
-def run(script, *arguments):
-    result = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=300
+def block(word):
+    """The lines of the page that hold a word."""
+    (found,) = (x for x in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if word in x)
+    return found
+
+
+def exported(folder, monkeypatch, served, x, *words):
+    """Run the page's lines with these words where they write their files."""
+    monkeypatch.chdir(folder)
+    names = {"served": served, "inputs": x[:9], "torch": torch}
+    for word in words:
+        exec(compile(block(word), "docs/serving/README.md", "exec"), names)
+
+
+def check(folder, script, word, served, x, expected, without=("fastood",)):
+    """Outputs in a process of its own: as they come by `script`, and by the page's lines, which accept nothing."""
+    np.savez(folder / "in.npz", x=x, threshold=served[1].threshold)
+    with_tensors = (
+        "" if "torch" in without else "import torch\ninputs, threshold = map(torch.from_numpy, (inputs, threshold))"
     )
+    whole = f"""
+import sys
+sys.modules |= dict.fromkeys({without})
+import math
+import numpy as np
+inputs, threshold = np.load("in.npz").values()
+{with_tensors}
+{script}
+plain = {{name: np.asarray(y) for name, y in outputs.items()}}
+{block(word)}
+np.savez("out.npz", **plain, stricter=np.asarray(accept if "accept" in globals() else outputs["accept"]))
+"""
+    result = subprocess.run([sys.executable, "-c", whole], cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-
-
-def check(path, expected):
-    """The outputs in a file, as they come and with a threshold that accepts nothing."""
-    got = np.load(path)
+    got = np.load(folder / "out.npz")
     for name in ("logits", "score"):
         np.testing.assert_allclose(got[name], expected[name].numpy(), rtol=2e-5, atol=1e-6)
     np.testing.assert_array_equal(got["accept"], expected["accept"].numpy())
@@ -83,78 +113,27 @@ def check(path, expected):
     assert not got["stricter"].any()
 
 
-def exported(served, x):
-    with torch.no_grad():
-        return torch.export.export(served, (x[:9],), dynamic_shapes=({0: torch.export.Dim("n")},))
-
-
-EXPORTED = """
-import sys
-sys.modules["fastood"] = None
-import numpy as np, torch
-_, artefact, inputs, outputs = sys.argv
-served, x = torch.export.load(artefact).module(), torch.from_numpy(np.load(inputs))
-got = {name: y.detach().numpy() for name, y in served(x).items()}
-state = served.state_dict()
-state["1.threshold"] = torch.full_like(state["1.threshold"], float("inf"))
-served.load_state_dict(state)
-np.savez(outputs, **got, stricter=served(x)["accept"].numpy())
-"""
-
-
 @needs_2_9
 @pytest.mark.parametrize(("options", "form"), [("energy", Net), ("per class", BiT)])
-def test_torch_export(options, form, tmp_path):
+def test_torch_export(options, form, tmp_path, monkeypatch):
     served, x, expected = made(OPTIONS[options], form)
-    torch.export.save(exported(served, x), tmp_path / "served.pt2")
-    np.save(tmp_path / "x.npy", x.numpy())
-    run(EXPORTED, tmp_path / "served.pt2", tmp_path / "x.npy", tmp_path / "got.npz")
-    check(tmp_path / "got.npz", expected)
-
-
-INDUCTOR = """
-import sys
-sys.modules["fastood"] = None
-import numpy as np, torch
-_, artefact, inputs, outputs = sys.argv
-served, x = torch._inductor.aoti_load_package(artefact), torch.from_numpy(np.load(inputs))
-got = {name: y.numpy() for name, y in served(x).items()}
-(name,) = (name for name in served.loader.get_constant_fqns() if name.endswith("threshold"))
-served.load_constants({name: torch.full((7,), float("inf"))}, check_full_update=False)
-np.savez(outputs, **got, stricter=served(x)["accept"].numpy())
+    exported(tmp_path, monkeypatch, served, x, "export.save")
+    script = """
+torch.set_grad_enabled(False)
+outputs = torch.export.load("served.pt2").module()(inputs)
 """
+    check(tmp_path, script, "export.load", served, x, expected)
 
 
 @needs_2_9
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
-def test_aot_inductor(tmp_path):
+@pytest.mark.slow
+def test_aot_inductor(tmp_path, monkeypatch):
     served, x, expected = made(OPTIONS["per class"])
-    torch._inductor.aoti_compile_and_package(
-        exported(served, x),
-        package_path=str(tmp_path / "served.pt2"),
-        inductor_configs={"always_keep_tensor_constants": True},  # or the threshold is compiled in
-    )
-    np.save(tmp_path / "x.npy", x.numpy())
-    run(INDUCTOR, tmp_path / "served.pt2", tmp_path / "x.npy", tmp_path / "got.npz")
-    check(tmp_path / "got.npz", expected)
-
-
-ONNX = """
-import sys
-sys.modules["fastood"] = sys.modules["torch"] = None
-import numpy as np, onnxruntime
-_, artefact, inputs, outputs, *shape = sys.argv
-x = np.load(inputs)
-session = onnxruntime.InferenceSession(artefact)
-names = [output.name for output in session.get_outputs()]
-got = dict(zip(names, session.run(None, {"x": x})))
-limit = onnxruntime.OrtValue.ortvalue_from_numpy(np.full([int(n) for n in shape], np.inf, np.float32))
-options = onnxruntime.SessionOptions()
-options.add_initializer("1.threshold", limit)  # not a temporary one: the session reads it later
-stricter = onnxruntime.InferenceSession(artefact, options)
-np.savez(outputs, **got, stricter=stricter.run(["accept"], {"x": x})[0])
-"""
+    exported(tmp_path, monkeypatch, served, x, "export.save", "aoti_compile")
+    script = 'outputs = torch._inductor.aoti_load_package("served_aoti.pt2")(inputs)'
+    check(tmp_path, script, "aoti_load", served, x, expected)
 
 
 @needs_2_9
@@ -165,18 +144,12 @@ np.savez(outputs, **got, stricter=stricter.run(["accept"], {"x": x})[0])
 # torch's own; and float64's largest number, with which no row here has to do, is infinite in float32.
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:overflow encountered")
 @pytest.mark.parametrize("options", OPTIONS)
-def test_onnx(options, tmp_path):
+def test_onnx(options, tmp_path, monkeypatch):
     served, x, expected = made(OPTIONS[options])
-    torch.onnx.export(
-        served,
-        (x[:9],),
-        tmp_path / "served.onnx",
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("n")},),
-        input_names=["x"],
-        output_names=list(expected),
-        verbose=False,
-    )
-    np.save(tmp_path / "x.npy", x.numpy())
-    run(ONNX, tmp_path / "served.onnx", tmp_path / "x.npy", tmp_path / "got.npz", *served[1].threshold.shape)
-    check(tmp_path / "got.npz", expected)
+    exported(tmp_path, monkeypatch, served, x, "onnx.export")
+    script = """
+import onnxruntime
+session = onnxruntime.InferenceSession("served.onnx")
+outputs = dict(zip((y.name for y in session.get_outputs()), session.run(None, {"inputs": inputs})))
+"""
+    check(tmp_path, script, "add_initializer", served, x, expected, without=("fastood", "torch"))
