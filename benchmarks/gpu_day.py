@@ -278,6 +278,7 @@ def run_tests(out: Path, limit: float) -> None:
     if REHEARSED:
         chosen = "triton and (one_class or (norms_on_every_branch and 64))"
     command = [sys.executable, "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short", "-k", chosen]
+    command += ["--hypothesis-profile=interpreter"]  # few examples: each may compile kernels
     xdist = importlib.util.find_spec("xdist") is not None
     logs, processes = [], []
     for some in [["-n", str(PROCESSES), *files]] if xdist else [[file] for file in files]:

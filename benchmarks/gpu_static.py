@@ -90,7 +90,10 @@ class Compiled(NamedTuple):
 POINTERS = {BFLOAT: "*bf16", HALF: "*fp16", FLOAT: "*fp32"}
 
 
-def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = False) -> Compiled:
+def compile_case(
+    case: Case, target: GPUTarget, bias: bool = False, log: bool = False, rows: tuple[int, int] | None = None
+) -> Compiled:
+    """`rows`: stride and offset of those of logits, else C and 0."""
     if case.kernel in ("plain", "signed"):
         return compile_batchgrad("partial_sums", case.dtype, target)
     if case.kernel == "gradient":
@@ -101,8 +104,8 @@ def compile_case(case: Case, target: GPUTarget, bias: bool = False, log: bool = 
     products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
     plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
     assert plan is not None
-    shape = shapes.launch_shape(C, D, size)
-    x, x_tiles = shapes.logits_tile(C, C, 0, size, shape.lanes) if C else (shapes.NOTHING, 0)
+    shape = shapes.launch_shape(C, D, size, plan.sums)
+    x, x_tiles = shapes.logits_tile(C, *(rows or (C, 0)), size, shape.lanes) if C else (shapes.NOTHING, 0)
     sweeps = (1 + bool(plan.sums & shapes.TV), math.ceil(C / (x.w * x.p * x_tiles)) - 1) if x_tiles else (0, 0)
     h = shapes.feats_tile(D, D, 0, size, shape.lanes) if D else shapes.NOTHING
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "x_ptr": POINTERS[case.dtype], "h_ptr": POINTERS[case.dtype]}

@@ -69,7 +69,7 @@ def collect(
     TypeError, ValueError
         Where the model is in training mode, a batch is something else, or there are none; and as ``attach`` does.
     FileError
-        A ValueError: where there can be no such file, or .npz cannot hold bfloat16, which numpy has not.
+        A ValueError: where there can be no such file, or .npz cannot hold bfloat16 or FP8, which numpy has not.
 
     Examples
     --------
@@ -251,6 +251,10 @@ _SAFETENSORS = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",

@@ -16,6 +16,8 @@ from torch import Tensor
 from fastood._fork import one_thread_if_forked
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Every number of these is one of float16 too.
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 Array = Tensor | np.ndarray
 ArrayT = TypeVar("ArrayT", Tensor, np.ndarray)
@@ -37,6 +39,11 @@ def _from_numpy(name: str, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x if x.flags.writeable else np.asarray(_Writable(x)))
     except TypeError:
         raise TypeError(f"{name} must hold float16, float32 or float64 numbers, got numpy {x.dtype}") from None
+
+
+def widened(x: Any) -> Any:
+    """`x`; a tensor of FP8, which few operations of torch know, as the same numbers in float16."""
+    return x.to(torch.float16) if isinstance(x, Tensor) and x.dtype in FP8 else x
 
 
 def take(**named: Any) -> tuple[list[Tensor | None], bool]:
@@ -63,8 +70,9 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
             if not hint and hasattr(x, "__array__"):  # an Arrow table, another library's array
                 hint = f"; np.asarray({name}) is one"
             raise TypeError(f"{name} must be a torch tensor or a numpy array, got {type(x).__name__}{hint}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dtype not in FLOATS and x.dtype not in FP8:
+            fp8 = "FP8 (float8_e4m3fn, float8_e5m2, their fnuz kinds)"
+            raise TypeError(f"{name} must be float16, bfloat16, float32, float64 or {fp8}, got {x.dtype}")
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
         if x.ndim != 2:
@@ -75,7 +83,7 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
                     flat = f"np.moveaxis({name}, 1, -1).reshape(-1, {name}.shape[1])"
                 hint = f"; a row per position of [N, columns, ...] is {flat}"
             raise ValueError(f"{name} must be 2-D, one row per sample, got shape {list(x.shape)}{hint}")
-        tensors.append(x)
+        tensors.append(widened(x))
     if len(kinds) > 1 and len(set(kinds.values())) > 1:
         raise TypeError("mixed inputs: " + ", ".join(f"{name} is a {kind}" for name, kind in kinds.items()))
     return tensors, "numpy array" in list(kinds.values())

@@ -45,8 +45,9 @@ def score(
     Parameters
     ----------
     logits : Tensor or ndarray [N, C]
-        What the classifier puts out before its softmax; float16, bfloat16, float32 or float64. A logit
-        of -inf is a masked class. May be None for ``method="norm"``.
+        What the classifier puts out before its softmax; float16, bfloat16, float32 or float64, or FP8
+        (float8_e4m3fn, float8_e5m2, their fnuz kinds), which is read as the same numbers in float16. A
+        logit of -inf is a masked class; of FP8 float8_e5m2 alone has one. May be None for ``method="norm"``.
     feats : Tensor or ndarray [N, D], optional
         Penultimate features h, the input of the last layer.
     method : str
@@ -77,7 +78,8 @@ def score(
     Tensor or ndarray [N]
         Of the kind and on the device of the inputs, with `dim` of their shape without that dimension; float32, or
         float64 where an input is float64. NaN for a row that holds NaN, and (but for energy, then infinite)
-        for one of logits that are all -inf or hold +inf.
+        for one of logits that are all -inf or hold +inf. An infinite feature makes U infinite (but for r = 0),
+        and U * V infinite with the sign of V, or NaN where V is 0.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastood._data import label_of
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import Array, ArrayT, class_labels, flag, number
+from fastood._inputs import Array, ArrayT, class_labels, flag, number, widened
 from fastood._plan import Plan
 from fastood._version import __version__
 from fastood.api import _entry, rows_along, score
@@ -246,7 +246,7 @@ class Detector:
         if labels is not None or self.per_class:
             if logits is None:
                 raise ValueError("logits must be given with labels: they say which class a row is predicted to be")
-            c = _numpy(logits.argmax(1) if c is None else c)
+            c = _numpy(widened(logits).argmax(1) if c is None else c)
             if labels is not None:
                 right = c == _numpy(class_labels("labels", labels, *logits.shape))
                 x, c = x[right], c[right]
@@ -507,6 +507,7 @@ class Detector:
         if not self.per_class:
             return s, None
         one_thread_if_forked()
+        logits = widened(logits)
         if self._by_logits:
             return s, logits.argmax(1)
         if logits is None:

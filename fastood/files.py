@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastood._inputs import FLOATS, _from_numpy
+from fastood._inputs import FLOATS, FP8, _from_numpy, widened
 
 CHUNK_BYTES = 64 << 20
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, *FP8)}
 
 
 class FileError(ValueError):
@@ -87,7 +87,7 @@ class Rows:
         self.others = others
 
     def chunks(self, rows_per_chunk: int | None = None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """(logits, feats) of consecutive rows, as CPU tensors in the file's dtype; not to be written to.
+        """(logits, feats) of consecutive rows, as CPU tensors in the file's dtype, of FP8 in float16; not to write to.
 
         Parameters
         ----------
@@ -102,14 +102,15 @@ class Rows:
         n = self._rows_per_chunk(rows_per_chunk)
         if self.rows == 0:
             # One empty chunk, so that even no rows get their scores' names.
-            logits, feats = (torch.empty(0, a.shape[1], dtype=_DTYPES[a.dtype]) if a else None for a in self._arrays)
+            none = (torch.empty(0, a.shape[1], dtype=_DTYPES[a.dtype]) if a else None for a in self._arrays)
+            logits, feats = map(widened, none)
             yield logits, feats
             return
 
         def tensors(array: _Array | None) -> Iterator[Tensor | None]:
             if array is None:
                 return repeat(None)
-            return (x if isinstance(x, Tensor) else _from_numpy(array.key, x) for x in array.blocks(n))
+            return (widened(x) if isinstance(x, Tensor) else _from_numpy(array.key, x) for x in array.blocks(n))
 
         with _reading(self.path):
             yield from zip(*map(tensors, self._arrays), strict=False)
@@ -387,12 +388,19 @@ def _safetensors(path: Path, resources: ExitStack) -> _Contents:
     def tensor(name: str) -> _Array:
         view = file.get_slice(name)
         shape = tuple(view.get_shape())
-        dtype = re.sub("^(BF|F|I|U)(?=[0-9]+$)", lambda kind: _SAFETENSORS[kind[0]], view.get_dtype())
+        stored = view.get_dtype()
+        dtype = _FP8.get(stored) or re.sub("^(BF|F|I|U)(?=[0-9]+$)", lambda kind: _SAFETENSORS[kind[0]], stored)
         return _Array(name, shape, dtype, _slices(view, shape))
 
     return {name: partial(tensor, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
+_FP8 = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
 _SAFETENSORS = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
 
 

@@ -83,6 +83,10 @@ def gradient_norm(
     ``fastood.score``, take the negative of those. Code published for GradNorm takes the sum over classes
     in place of the mean: C times this value, so its thresholds do not carry over.
 
+    A row that holds NaN gives NaN, whatever 0 it is multiplied by. One whose features hold infinity gives the other
+    factor times infinity: infinity, or NaN where that factor is 0, as in a flat row under "uniform" or a certain one
+    under "predicted".
+
     Examples
     --------
     >>> import torch, fastood
@@ -366,7 +370,8 @@ def deep_gradient_norm(
     -----
     Of a model that is one linear layer this is ``fastood.gradient_norm``, however sure the model is. Entries of a
     gradient that are beyond the parameters' own type (below 1e-45 in float32) count as 0; an order below 0.3 can
-    tell, and ``model.double()`` keeps them.
+    tell, and ``model.double()`` keeps them. Where the gradient of any class holds NaN or infinity, so does the result:
+    a class counts in that even if its probability is 0.
 
     Examples
     --------
@@ -408,6 +413,11 @@ def deep_batchgrad(
         Their true classes, integers of any type in 0..C-1. A UserWarning says where classes have no anchor.
     temperature, oriented
         As in ``fastood.score``.
+
+    Notes
+    -----
+    NaN or infinite where the gradient of any class is, even of a class whose probability is 0; NaN for every input
+    where an anchor is NaN or infinite.
 
     Examples
     --------

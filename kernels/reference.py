@@ -291,9 +291,11 @@ class Softmax:
         if isinstance(q, str):
             if q == "predicted":
                 return 0 * self.msp  # E_p[e_Y - p] = 0, exactly
-            q = torch.full_like(self.f, 1 / self.C)
-        # At the peeled maximum q - p = (q - 1) + (1 - p), which keeps 1 - p when q = 1.
-        top = self._peeled(q) - 1 + self.one_minus_msp
+            q, q_top = torch.full_like(self.f, 1 / self.C), torch.full_like(self.msp, 1 / self.C)
+        else:
+            q_top = self._peeled(q)
+        # At the peeled maximum q - p = (q - 1) + (1 - p) keeps 1 - p when q = 1, and q - p is 0 in a flat row.
+        top = torch.where(self.msp > 0.5, q_top - 1 + self.one_minus_msp, q_top - self.msp)
         difference = (q - self.e * self._rows(self.p_2)).scatter(-1, self.top[:, None], self._rows(top))
         norm = norms_of(difference, (order,))[:, 0]
         return Powers(norm.masked_fill(norm == LARGEST, math.inf))(power)

@@ -273,6 +273,74 @@ def test_half_types_give_float32_of_the_upcast_input():
         assert fastood.score(f, h.double()).dtype == torch.float64
 
 
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_number_of_fp8_is_read_as_it_is(dtype):
+    """All 256 of them, by what their sign, exponent and mantissa say."""
+    byte = np.arange(256)
+    bits = 2 if "e5m2" in str(dtype) else 3
+    no_zero = "uz" in str(dtype)
+    exponent, mantissa = (byte & 127) >> bits, byte % 2**bits / 2**bits
+    bias = 2 ** (6 - bits) - 1 + no_zero
+    x = np.ldexp((exponent > 0) + mantissa, np.maximum(exponent, 1) - bias)
+    if dtype is torch.float8_e4m3fn:
+        x[byte & 127 == 127] = math.nan
+    elif not no_zero:
+        x[exponent == 31] = np.where(mantissa[exponent == 31] == 0, math.inf, math.nan)
+    x[byte > 127] *= -1
+    x[128] = math.nan if no_zero else 0
+    got = fastood.row_stats(torch.arange(256, dtype=torch.uint8).view(dtype)[:, None], ["energy"])["energy"]
+    np.testing.assert_array_equal(got, x.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_fp8_gives_float32_of_the_same_numbers(dtype):
+    f, h, q = (F * 3).to(dtype), H.to(dtype), torch.eye(*F.shape).to(dtype)
+    wide, classes = [x.float() for x in (f, h, q)], torch.arange(len(F)) % F.shape[1]
+    calls = {
+        "score": lambda f, h, q: fastood.score(f, h, "exgrad"),
+        "scores": lambda f, h, q: torch.stack([*fastood.scores(f, h).values()]),
+        "scores of a wider type": lambda f, h, q: fastood.score(f, h.double()),
+        "sweep": lambda f, h, q: fastood.sweep(f, h),
+        "norms": lambda f, h, q: fastood.norms(h, [0.3, 2, math.inf]),
+        "row_stats": lambda f, h, q: fastood.row_stats(f, ["tv"])["tv"],
+        "gradient_norm": lambda f, h, q: fastood.gradient_norm(f, h, q, 2),
+        "anchor_gradient": lambda f, h, q: fastood.anchor_gradient(f, h, classes),
+        "BatchGrad": lambda f, h, q: fastood.BatchGrad(torch.ones(f.shape[1], h.shape[1])).score(f, h),
+        "G": lambda f, h, q: fastood.batchgrad(f, h, torch.ones(f.shape[1], h.shape[1]).to(h.dtype)),
+        "reference": lambda f, h, q: fastood.score(f, h, "gradnorm", backend="reference"),
+        "strides": lambda f, h, q: fastood.score(f[::2, 1:], h[::2, ::2]),
+        "columns": lambda f, h, q: fastood.score(f.T),
+        "none": lambda f, h, q: fastood.score(f[:0], h[:0]),
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*classes have no anchor")
+        for name, call in calls.items():
+            got, expected = call(f, h, q), call(*wide)
+            assert got.dtype == expected.dtype, name
+            assert torch.equal(got, expected), name
+    for detector in (
+        fastood.Detector(per_class=True, tpr=0.5),
+        fastood.Detector("norm", norm=2, per_class=True, tpr=0.5),
+    ):
+        rows = f.view(torch.uint8).repeat(9, 1).view(dtype), h.view(torch.uint8).repeat(9, 1).view(dtype)
+        labels = rows[0].float().argmax(1)
+        assert torch.equal(detector.fit(*rows, labels).accept(f, h), detector.accept(*wide[:2]))
+
+
+def test_fp8_grows_and_compiles():
+    f, h = F.to(torch.float8_e5m2).requires_grad_(), H.to(torch.float8_e5m2)
+    wide = f.detach().float().requires_grad_()
+    for x in (f, wide):
+        fastood.score(x, h).sum().backward()
+    torch.testing.assert_close(f.grad.float(), wide.grad, rtol=2**-3, atol=2**-17)  # rounded to the type of f
+    torch._dynamo.reset()
+    compiled = torch.compile(fastood.score, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(f.detach(), h), fastood.score(f.detach(), h))
+
+
 @given(
     shape=st.sampled_from([(0, 3), (1, 1), (1, 3), (3, 1), (2, 3)]),
     steps=st.tuples(st.sampled_from([1, -1, 2, -2]), st.sampled_from([1, -1, 2, -2])),
@@ -452,6 +520,7 @@ class Table:
         ({"logits": F[None]}, ValueError, r"logits must be 2-D.*got shape \[1, 2, 3\]"),
         ({"logits": F.long()}, TypeError, "logits must be float16.*got torch.int64"),
         ({"logits": F.to(torch.complex64)}, TypeError, "logits must be float16.*got torch.complex64"),
+        ({"logits": F.abs().to(torch.float8_e8m0fnu)}, TypeError, "float64 or FP8 .*got torch.float8_e8m0fnu"),
         ({"logits": F.numpy().astype(int)}, TypeError, "logits must be float16.*got torch.int64"),
         ({"logits": F.numpy().astype(np.longdouble)}, TypeError, "logits must hold float16.*got numpy .*128"),
         ({"logits": F.numpy().astype(str)}, TypeError, "logits must hold float16.*got numpy <U"),

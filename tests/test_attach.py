@@ -784,6 +784,16 @@ def test_bfloat16_to_a_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("kind", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"])
+def test_fp8_to_a_file(tmp_path, kind):
+    model, x, y = data()
+    labels = y.to(getattr(torch, f"float8_{kind}"))
+    fastood.collect(model, [(x, labels)], tmp_path / "a.safetensors")
+    held = load_file(tmp_path / "a.safetensors")["labels"]
+    assert held.dtype == labels.dtype
+    assert torch.equal(held.float(), labels.float())
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     model, x, y = data()
 

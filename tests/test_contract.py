@@ -526,12 +526,38 @@ def test_no_weight_of_0_hides_a_feature(backend, seed, C, D, kind, T, norm, bad,
     names = list(fastood.SCORES)
     good = fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend)
     h[1, seed % D] = bad
+    as_defined = fastood.scores(f, h, names, norm=norm, temperature=T, backend="reference")
     for name, got in fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend).items():
         assert torch.equal(got[::2].nan_to_num(7), good[name][::2].nan_to_num(7)), name
         assert got[1].isnan() if math.isnan(bad) else not got[1].isfinite(), name
+        assert got[1].tolist() == pytest.approx(as_defined[name][1].tolist(), nan_ok=True), name
     f[1, seed % C] = math.nan
     for name, got in fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend).items():
         assert got[1].isnan() or name == "norm", name
+
+
+@pytest.mark.parametrize("norm", [0.3, 1, 2, math.inf])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_an_infinite_feature_makes_v_times_infinity(backend, norm, bad):
+    inf, nan = math.inf, math.nan
+    f = torch.tensor([[2.0, 0, -1], [0, 0, 0], [-9, -9, -9.5], [30, -inf, -inf]])
+    h = torch.ones(4, 5)
+    h[:, 2] = bad
+    expected = {
+        "msp": [inf, inf, inf, inf],
+        "energy": [inf, inf, -inf, inf],
+        "tv": [inf, nan, inf, inf],
+        "neg_entropy": [-inf, -inf, -inf, nan],
+        "norm": [inf, inf, inf, inf],
+        "gradnorm": [inf, nan, inf, inf],
+        "exgrad": [inf, inf, inf, nan],
+        "eg_p_logp_l2sq": [-inf] * 4,
+        "norm_eg_p_l2sq": [nan] * 4,
+    }
+    for names in (expected, ["gradnorm"], ["energy", "tv"]):
+        got = fastood.scores(f, h, names, norm=norm, oriented=False, backend=backend)
+        for name in names:
+            assert got[name].tolist() == pytest.approx(expected[name], nan_ok=True), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

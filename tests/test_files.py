@@ -171,6 +171,20 @@ def test_halves_stay_halves(tmp_path, dtype):
         torch.testing.assert_close(read(tmp_path / name, 5)[0], x, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+)
+def test_fp8_comes_as_float16(tmp_path, dtype):
+    x = torch.from_numpy(LOGITS).to(dtype)
+    save_file({"logits": x, "feats": x[:, :0]}, tmp_path / "x.safetensors")
+    torch.save({"logits": x}, tmp_path / "x.pt")
+    torch.save({"logits": x[:0]}, tmp_path / "none.pt")
+    for name, n in (("x.safetensors", N), ("x.pt", N), ("none.pt", 0)):
+        got = read(tmp_path / name, 5)[0]
+        assert got.dtype == torch.float16
+        assert torch.equal(got.float(), x[:n].float())
+
+
 # ---- IDs, columns of a number each, ways into nested files, and what was found
 
 NAMES = [f"bild {i} ä" for i in range(N)]

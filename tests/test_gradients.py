@@ -493,6 +493,19 @@ def test_no_weight_of_0_hides_an_input(backend, seed, C, kind, T, labels, order,
         assert fastood.gradient_norm(f, h, labels, order, power, expectation, **options)[2].isnan()
 
 
+@pytest.mark.parametrize("C", [1, 2, 3, 10, 130])
+@pytest.mark.parametrize("order", [0.5, 1, 2, 3, math.inf])
+@pytest.mark.parametrize("T", [1.0, 0.3])
+def test_the_gradnorm_of_a_flat_row_is_0(backend, C, order, T):
+    """p is the uniform distribution, however little 1/C is a float; and 0 times infinity is NaN."""
+    f, h = torch.full((2, C), 7.5), torch.ones(2, 4)
+    h[1, 2] = math.inf
+    for power in (0.5, 1, 2):
+        got = fastood.gradient_norm(f, h, "uniform", order, power, temperature=T, backend=backend)
+        assert got[0] == 0
+        assert got[1].isnan()
+
+
 def test_batchgrad_copies_and_pickles_after_use():
     f, h = torch.randn(2, 3), torch.randn(2, 4)
     detector = fastood.BatchGrad(torch.randn(3, 4))
@@ -792,6 +805,7 @@ def test_deep_scores_of_an_input_that_is_not_finite_are_not_finite(bad):
         assert got.isfinite().tolist() == [True, True, False, True, True], name
     got = fastood.deep_batchgrad(net, x, anchors, y)
     assert got.isfinite().tolist() == [True, True, False, True, True]
+    assert fastood.deep_batchgrad(net, anchors, x[:3], y).isnan().all()  # of an anchor
 
 
 def test_deep_gradient_norm_with_labels_and_frozen_parameters():

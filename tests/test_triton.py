@@ -1040,7 +1040,7 @@ def test_on_another_device_than_the_current_one():
 def test_tiles(itemsize):
     for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24576]:
         for stride in (columns, columns + 1, 0):
-            rows, warps, _ = shape = shapes.launch_shape(columns, 0, itemsize)
+            rows, warps, _ = shape = shapes.launch_shape(columns, 0, itemsize, 0)
             lanes = shape.lanes
             assert rows * lanes in (32 * warps, rows)
             tile, _ = shapes.logits_tile(columns, stride, 0, itemsize, lanes)
@@ -1081,7 +1081,7 @@ def test_tiles_of_long_rows(itemsize):
     for C in (24577, 24584, 50257, 128256, 262144, 1_000_003):
         for stride in (C, C + 1):
             shifted = shapes.is_shifted(C, stride, 0, itemsize)
-            shape = shapes.launch_shape(C, 0, itemsize)
+            shape = shapes.launch_shape(C, 0, itemsize, 0)
             assert shape.rows == 1
             tile, count = shapes.logits_tile(C, stride, 0, itemsize, shape.lanes)
             assert not tile.shifted
@@ -1178,6 +1178,38 @@ for case in (*more, *CASES):
     with contextlib.suppress(Made):
         compile_case(case, target)
 assert len(seen) > 1000  # the hook was called
+"""
+
+
+@needs_triton
+@only_compiled
+def test_reductions_have_one_layout_wherever_rows_begin():
+    """The order of a sum is that of the layout which the compiler gives a tile, and it hangs on the width of loads."""
+    run = subprocess.run([sys.executable, "-c", LAYOUTS], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-20_000:]
+
+
+LAYOUTS = """
+import re
+from benchmarks.gpu_static import *
+
+def reduced(dtype, C, stride, offset):
+    made, compile = [], triton.compile
+    triton.compile = lambda *args, **options: made.append(compile(*args, **options)) or made[0]
+    try:
+        compile_case(Case("", dtype, C, 0, ("msp",), (), 0, 0), GPUTarget("cuda", 90, 32), rows=(stride, offset))
+    finally:
+        triton.compile = compile
+    text = made[0].asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\\w+) = (.*)$", text, re.M))
+    tiles = re.findall(r'"tt.reduce".*?\\}\\) : \\((tensor<.*?>)', text, re.S)
+    return [re.sub(r"#\\w+", lambda name: layouts[name[0]], tile) for tile in tiles]
+
+for C, dtype in ((100, FLOAT), (1000, BFLOAT), (1004, FLOAT)):
+    aligned = reduced(dtype, C, C, 0)
+    assert len(aligned) == 2, aligned
+    for stride, offset in ((C + 1, 1), (C + 4, 2)):
+        assert reduced(dtype, C, stride, offset) == aligned
 """
 
 

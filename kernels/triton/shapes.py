@@ -37,6 +37,7 @@ LONG_ROWS = (1, 4)  # of features, beyond that table
 # rows begin anywhere of an element a thread; and how many of either are in flight.
 STREAM = {2: (8, 8, 32), 4: (16, 8, 24)}
 REGISTERS = 1 << 16  # of a multiprocessor: said, or else the compiler spills some of a long row for a second program
+SHARED_ROW = 1 << 18  # bytes of a row of which two a multiprocessor leave the caches something for the second sweep
 TILES = 4  # of features in flight, 16 bytes a thread
 FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
@@ -70,11 +71,12 @@ class Shape(NamedTuple):
         return {"num_warps": self.warps} | ({"maxnreg": self.registers} if limit else {})
 
 
-def launch_shape(C: int, D: int, itemsize: int) -> Shape:
-    """Of a call with C classes and D features, 0 for what it does not read. `itemsize`: of a logit."""
+def launch_shape(C: int, D: int, itemsize: int, sums: int) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read. `itemsize`: of a logit; `sums`: of rows."""
     if is_streamed(C):
         warps = STREAM[itemsize][0]
-        return Shape(1, warps, REGISTERS // (32 * warps) if itemsize == 4 else 0)
+        two = itemsize * C <= SHARED_ROW and not D and not sums & (PLOGP | SUMLOGP | KL)  # with those it would spill
+        return Shape(1, warps, REGISTERS // (32 * warps * (1 + two)) if itemsize == 4 else 0)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
     return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
 

@@ -8,6 +8,8 @@ addition is an explicit fma, so that results do not hang on the compiler's contr
 Rows of logits that begin between words are moved into place as they are read: load_tile.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -298,14 +300,41 @@ def load_tile(ptr, base, head, word, n, INSIDE: tl.constexpr, VEC: tl.constexpr,
     return u
 
 
+@triton.constexpr_function
+def words_a_thread(N, P, W):
+    """Words beside each other that a thread has of a tile of W: as many as one load takes where rows are aligned."""
+    return min(max(1, math.gcd(N, 4 * P) // P), W)
+
+
+@triton.jit
+def load_slots(ptr, base, head, first, n, INSIDE: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
+               SHIFTED: tl.constexpr, W: tl.constexpr, FOLD: tl.constexpr):  # fmt: skip
+    """The tile of W words from `first` on, FOLD of them beside each other in a thread however few a load takes, so that
+    sums are the same wherever rows begin.
+    """
+    if VEC // P >= FOLD:
+        return load_tile(ptr, base, head, first + tl.arange(0, W)[None, :], n, INSIDE, VEC, P, SHIFTED)
+    else:
+        lane = first + tl.arange(0, W // FOLD)[None, :] * FOLD
+        us = ()
+        for k in tl.static_range(FOLD):
+            us = us + (load_tile(ptr, base, head, lane + k, n, INSIDE, VEC, P, SHIFTED),)
+        if FOLD == 2:
+            u = tl.join(us[0], us[1])
+        else:
+            u = tl.join(tl.join(us[0], us[2]), tl.join(us[1], us[3]))
+        return tl.reshape(u, [u.shape[0], W])
+
+
 @triton.jit
 def load_row(ptr, base, head, w, n, N: tl.constexpr, LEAST: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
              SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """All words of rows of LEAST <= n <= N logits as a tuple of tiles [ROWS, W], -inf beyond their ends."""
+    FOLD: tl.constexpr = words_a_thread(N, P, W)
     us = ()
     for i in tl.static_range((N + W * P - 1) // (W * P)):
         INSIDE = (i + 1) * W * P < LEAST or ((i + 1) * W * P == LEAST and not SHIFTED)
-        u = load_tile(ptr, base, head, w + i * W, n, INSIDE, VEC, P, SHIFTED)
+        u = load_slots(ptr, base, head, i * W, n, INSIDE, VEC, P, SHIFTED, W, FOLD)
         if P == 1:
             u = u.to(tl.float32)
         else:
