@@ -1,4 +1,4 @@
-"""attach on the models of timm and torchvision, with random weights: the head is found, and the split is theirs."""
+"""attach finds the head of the models of timm, torchvision and Hugging Face, here with random weights."""
 
 import pytest
 import torch
@@ -53,6 +53,28 @@ TORCHVISION = [
     "vgg11",
     "vit_b_32",
 ]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 7}
+WIDE = SMALL | {"intermediate_size": 64}
+TEXT = {
+    "Bert": WIDE,
+    "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "num_labels": 7},
+    "Electra": WIDE | {"embedding_size": 32},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "num_labels": 7, "pad_token_id": 0},
+    "Llama": WIDE | {"pad_token_id": 0},
+    "Roberta": WIDE,
+    "T5": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "num_labels": 7}
+    | {"decoder_start_token_id": 0},
+}
+IMAGE = {
+    "Beit": WIDE | {"image_size": 32, "patch_size": 8},
+    "ConvNext": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 7},
+    "DeiT": WIDE | {"image_size": 32, "patch_size": 8},
+    "Dinov2": SMALL | {"image_size": 32, "patch_size": 8},
+    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 7},
+    "Swin": {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]}
+    | {"window_size": 4, "num_labels": 7},
+    "ViT": WIDE | {"image_size": 32, "patch_size": 8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +138,23 @@ def test_torchvision(library, name):
     size = 224 if name in ("swin_t", "vit_b_32") else 96
     model, x = made(lambda: getattr(models, name)(num_classes=7), size)
     check(model, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*TEXT, *IMAGE])
+def test_hugging_face(library, name):
+    transformers = library("transformers")
+    kind, sizes = ("Sequence", {"vocab_size": 99} | TEXT[name]) if name in TEXT else ("Image", IMAGE[name])
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model, images = made(lambda: getattr(transformers, f"{name}For{kind}Classification")(config), 32)
+    inputs = {"pixel_values": images}
+    if name in TEXT:
+        tokens = torch.randint(3, 90, (2, 7))
+        tokens[:, -1] = 1  # where T5 takes its features
+        inputs = {"input_ids": tokens}
+        if name != "T5":
+            inputs["attention_mask"] = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    with torch.no_grad():
+        logits, feats = fastood.attach(model, example=inputs)(**inputs)
+        torch.testing.assert_close(logits, model(**inputs).logits, rtol=0, atol=0)
+    assert feats.ndim == 2
