@@ -51,8 +51,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # scikit-learn takes longer to import than all the rest of fastood: it loads when used.
-    if name in ("evaluation", "metrics", "peers", "sklearn"):  # the last is not in __all__: it has a namesake
+    # scikit-learn takes longer to import than all the rest of fastood: it loads when used. What is not in __all__ would
+    # hide a namesake there.
+    if name in ("evaluation", "metrics", "peers", "sklearn"):
         return import_module(f"fastood.{name}")
     if name == "Monitor":  # scipy is nearly as slow
         return import_module("fastood.monitor").Monitor

@@ -244,6 +244,18 @@ def test_report_shows_the_decision(digits):
         assert flagged < 0.1 * len(s) if name == "ID" else flagged > 0.5 * len(s)
 
 
+def test_report_of_a_detector_by_class(tmp_path):
+    logits = 5 * torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    detector = fastood.Detector("energy", per_class=True).fit(logits)
+    decisions = detector, {"ID": (190, 200), "none": (0, 0), "<o>": (1, 3)}
+    write_html(tmp_path / "r.html", evaluate({"a": [3.0]}, {"o": {"a": [1.0]}}), decisions=decisions)
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<o>" not in html
+    text = words(html)
+    assert "energy, fitted on 200 in-distribution rows, accepts scores ≥ the threshold of their predicted class" in text
+    assert "ID 5.0% 10 of 200 none - 0 of 0 &lt;o&gt; 66.7% 2 of 3" in text
+
+
 def test_histograms_are_of_the_scores_to_act_on(digits):
     evaluation, out = digits
     html = (out / "report.html").read_text(encoding="utf-8")
