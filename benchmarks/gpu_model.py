@@ -12,8 +12,8 @@ to do for each warp, each of which takes so many clocks where it has nothing els
 
 They overlap, but not perfectly: the time is the norm of order `overlap` of the four. `python -m benchmarks.gpu_static
 --fit` fits the two by least squares of the logarithm of the share, in which more than all of the ceiling, which is
-torch.sum's, counts as all, and prints the error: 5.3% rms, 14% at most, 5.8% for a kernel that is left out of the fit. A
-time for each load, by the bytes in flight, was tried: these kernels hold twice the warps of those before, and fit none.
+torch.sum's, counts as all, and prints the error: 5.3% rms, 14% at most, 5.8% for a kernel that is left out of the fit.
+A time for each load, by the bytes in flight, was tried: these kernels hold twice the warps of those before; none fits.
 The model knows no barriers, and no second sweep from the cache: rows beyond 24576 classes are not predicted.
 """
 

@@ -5,6 +5,7 @@ import importlib
 import math
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -23,20 +24,23 @@ def test_docstrings(module):
     assert result.failed == 0
 
 
+@pytest.fixture
+def same_scores():
+    """Afterwards, whatever was registered."""
+    before = dict(fastood.SCORES)
+    yield
+    fastood.SCORES.clear()
+    fastood.SCORES.update(before)
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_pages(page, monkeypatch):
+def test_pages(page, same_scores):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
-    monkeypatch.setattr(fastood.registry, "SCORES", fastood.SCORES)
-    before = dict(fastood.SCORES)
-    try:
-        for block in blocks:
-            if "model." in block:
-                continue  # the next test's
-            exec(compile(block, page, "exec"), {})
-    finally:
-        fastood.SCORES.clear()
-        fastood.SCORES.update(before)
+    for block in blocks:
+        if "model." in block:
+            continue  # the next test's
+        exec(compile(block, page, "exec"), {})
 
 
 def the_road():
@@ -117,6 +121,14 @@ def test_the_decision_of_the_readme_by_imagenet_weights(monkeypatch, tmp_path):
     accept = names["accept"]
     assert accept[:20].sum() > 15
     assert accept[20:].sum() < 3
+
+
+@pytest.mark.parametrize("example", sorted(x.name for x in (ROOT / "examples").glob("*.py")))
+def test_examples(example, same_scores, capsys):
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed
+    assert "nan" not in printed
 
 
 def test_readme_lists_every_score():
