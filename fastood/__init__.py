@@ -19,6 +19,8 @@ from fastood.registry import SCORES, Score, register
 
 if TYPE_CHECKING:
     from fastood import evaluation, metrics
+    from fastood import peers as peers
+    from fastood import sklearn as sklearn
     from fastood.monitor import Monitor
 
 from fastood._version import __version__ as __version__
@@ -53,8 +55,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # scikit-learn takes longer to import than all the rest of fastood: it loads when used.
-    if name in ("evaluation", "metrics"):
+    # scikit-learn takes longer to import than all the rest of fastood: it loads when used. What is not in __all__ would
+    # hide a namesake there.
+    if name in ("evaluation", "metrics", "peers", "sklearn"):
         return import_module(f"fastood.{name}")
     if name == "Monitor":  # scipy is nearly as slow
         return import_module("fastood.monitor").Monitor

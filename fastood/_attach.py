@@ -200,12 +200,13 @@ class OODHead(nn.Module):
     """The last layer and a decision in one module, to export: feats [N, D] -> {"logits", "score", "accept"}.
 
     The threshold is a buffer: it can be set in the module, in the state of an exported program, and in what runs it,
-    without exporting again.
+    without exporting again. ``nn.Sequential(attached.body, OODHead(attached.head, detector)).eval()`` is a whole model,
+    where its body gives a tensor. docs/serving exports one for torch.export, AOTInductor and ONNX.
 
     Parameters
     ----------
     head : nn.Module
-        logits [N, C] = head(feats); of a 1x1 Conv2d, with feats flattened. ``attach(model).head`` is one.
+        logits [N, C] = head(feats), where a 1x1 Conv2d takes [N, D] and [N, D, 1, 1]. ``attach(model).head`` is one.
     detector : Detector
         Fitted.
 
@@ -239,14 +240,14 @@ class OODHead(nn.Module):
         if not isinstance(head, nn.Module):
             raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
         _require_fitted(detector)
-        self.head, self.detector = head, detector
+        self.head, self.detector, self.training = head, detector, head.training
         limit = detector._limit(torch.empty(0, dtype=result_dtype(*head.parameters()), device=device_of(head)))
         self.register_buffer("threshold", limit.to(device_of(head), copy=True))
 
     def forward(self, feats: Tensor) -> dict[str, Tensor]:
         one_thread_if_forked()
         logits = _as_rows(_applied(self.head, feats))
-        s, c = self.detector._scored(logits, feats, "auto")
+        s, c = self.detector._scored(logits, _as_rows(feats), "auto")
         return {"logits": logits, "score": s, "accept": accepted(s, c, self.threshold)}
 
     def _apply(self, fn: Any, recurse: bool = True) -> OODHead:

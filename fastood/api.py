@@ -8,10 +8,12 @@ from contextlib import suppress
 from types import EllipsisType
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import ArrayT, choice, give, logits_and_feats, order_of, result_dtype, temperature_of
+from fastood._inputs import ArrayT, choice, give, logits_and_feats, order_of, result_dtype, take, temperature_of
 from fastood._plan import Plan, keep, known_plan, stat_of, typed
 from fastood.kernels import STATISTICS, Stat, Want, select
 from fastood.registry import NORM, SCORES, Score
@@ -32,6 +34,7 @@ def score(
     log: bool = False,
     oriented: bool = True,
     backend: str = "auto",
+    dim: int | None = None,
     **params: Any,
 ) -> ArrayT:
     """How in-distribution each row is: one OOD score S = U * V per sample. Higher = more in-distribution.
@@ -64,16 +67,19 @@ def score(
         False for the paper's raw formula, in which ExGrad and its kin are larger for OOD inputs.
     backend : str
         "auto", or a name in ``fastood.backends()``; a backend asked for by name never falls back.
+    dim : int, optional
+        Where the classes of logits, and the features of feats, lie in tensors of more dimensions; all others are
+        positions, each of which is a row. 1 for the pixels of [N, C, H, W], -1 for the members of [M, N, C].
     **params
         Parameters of the score itself: ``gamma`` and ``M`` of "gen".
 
     Returns
     -------
     Tensor or ndarray [N]
-        Of the kind and on the device of the inputs; float32, or float64 where an input is float64.
-        NaN for a row that holds NaN, and (but for energy, then infinite) for one of logits that are
-        all -inf or hold +inf. An infinite feature makes U infinite (but for r = 0), and U * V infinite
-        with the sign of V, or NaN where V is 0.
+        Of the kind and on the device of the inputs, with `dim` of their shape without that dimension; float32, or
+        float64 where an input is float64. NaN for a row that holds NaN, and (but for energy, then infinite)
+        for one of logits that are all -inf or hold +inf. An infinite feature makes U infinite (but for r = 0),
+        and U * V infinite with the sign of V, or NaN where V is 0.
 
     Raises
     ------
@@ -89,6 +95,14 @@ def score(
     U * V does): use ``norm=None`` there. neg_entropy and gen always are, so a norm multiplies them only
     where it is asked for, and then as the formula says.
 
+    With ``dim=1`` nothing is copied of pixels that lie in memory one after the other, as in ``torch.channels_last``, or
+    that are of one image; of others a copy is made. Features of pixels must have the logits' height and width.
+
+    Of an ensemble's logits [M, N, C], the mean of scores is ``score(logits, dim=-1).mean(0)``. The score of the mean
+    prediction is ``score(logits.log_softmax(-1).logsumexp(0), method="msp")``: logits of the members' mean
+    probabilities, of which every score of p is right (their energy is log M, and tells nothing); that of the
+    mean logits is ``score(logits.mean(0))``.
+
     Examples
     --------
     >>> import torch, fastood
@@ -99,7 +113,13 @@ def score(
     tensor([20.0907,  0.7444])
     >>> fastood.score(logits, feats, "exgrad", oriented=False)
     tensor([0.4946, 0.9975])
+    >>> fastood.score(torch.randn(2, 19, 64, 128), dim=1).shape
+    torch.Size([2, 64, 128])
     """
+    if dim is not None:
+        (f, h), shape = rows_along(dim, logits=logits, feats=feats)
+        options: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
+        return score(f, h, method, **options, backend=backend, **params).reshape(shape)
     key: Any = (
         method, norm, feats is None, temperature, bias, log, oriented, backend,
         norm.__class__, temperature.__class__, bias.__class__, log.__class__, oriented.__class__,
@@ -125,6 +145,7 @@ def scores(
     log: bool = False,
     oriented: bool = True,
     backend: str = "auto",
+    dim: int | None = None,
     **params: Any,
 ) -> dict[str, ArrayT]:
     """Many scores from one read of logits and feats: name -> [N]. Higher = more in-distribution.
@@ -144,6 +165,11 @@ def scores(
     >>> fastood.scores(torch.tensor([[4.0, 0.0]]), methods=["msp", "tv"])
     {'msp': tensor([0.9820]), 'tv': tensor([0.4820])}
     """
+    if dim is not None:
+        (f, h), shape = rows_along(dim, logits=logits, feats=feats)
+        asked: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
+        found: dict[str, Any] = scores(f, h, methods, **asked, backend=backend, **params)
+        return {name: x.reshape(shape) for name, x in found.items()}
     entries: list[Score]
     if methods is None:
         given = {name for name, x in (("logits", logits), ("feats", feats)) if x is not None}
@@ -183,7 +209,7 @@ def sweep(
     Higher = more in-distribution. ``out[:, i, j]`` is ``score(logits, feats, v[i], norm=norms[j])``, on a CPU
     to the bit; on a GPU each is rounded by itself, within the numeric contract of CONTRIBUTING.md, so a
     threshold is best taken from the call that it will serve. Every norm multiplies every V, a negative one too
-    (see ``fastood.score``, whose other arguments these are).
+    (see ``fastood.score``, whose other arguments these are, but for `dim`).
 
     Parameters
     ----------
@@ -329,6 +355,38 @@ def warm_up(
     for name in _names("methods", methods):
         of_norm = ... if _entry(name, "methods").gradient else norm
         score(logits, feats, name, norm=of_norm, backend=backend, **options)
+
+
+def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
+    """Tensors with columns along `dim` as [positions, columns], views where strides allow; the positions' shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastood.api import rows_along
+    >>> (f, h), shape = rows_along(1, logits=torch.zeros(2, 19, 4, 5), feats=None)
+    >>> f.shape, h, shape
+    (torch.Size([40, 19]), None, (2, 4, 5))
+    """
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be a whole number, got {dim!r}")
+    rows: list[Any] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, x in named.items():
+        if x is None:
+            rows.append(None)
+            continue
+        if not isinstance(x, Tensor | np.ndarray):
+            take(**{name: x})  # which says what is wrong
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"dim must be a dimension of {name}, got dim={dim} for shape {list(x.shape)}")
+        moved: Any = x.movedim(dim, -1) if isinstance(x, Tensor) else np.moveaxis(x, dim, -1)
+        shapes[name] = tuple(moved.shape[:-1])
+        rows.append(moved.reshape(math.prod(shapes[name]), moved.shape[-1]))
+    if len(set(shapes.values())) > 1:
+        (first, wanted), *_, (name, got) = shapes.items()
+        raise ValueError(f"{name} must have the positions of {first}, {list(wanted)}, got {list(got)}")
+    return rows, next(iter(shapes.values()), ())
 
 
 def _entry(method: str, argument: str = "method") -> Score:

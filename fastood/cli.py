@@ -542,7 +542,11 @@ def evaluate(
 
             figures = _heatmap(sets, list(files), place, nan=nan, **options)
             title = f"OOD detection: {id_file.stem} against {', '.join(files)}"
-            write_html(html_file, evaluation, title=title, figures=figures)
+            decisions = None
+            if detector:
+                of = zip(("ID", *files), accepted.values(), sets, strict=True)
+                decisions = detector, {name: (n, rows.rows) for name, n, rows in of}
+            write_html(html_file, evaluation, title=title, figures=figures, decisions=decisions)
 
 
 def _decided(
@@ -602,7 +606,7 @@ def demo(
     """
     from fastood.demo import conclusion, run
 
-    evaluation, written = run(out, seed, lambda line: typer.echo(line, err=True))
+    evaluation, written, *_ = run(out, seed, lambda line: typer.echo(line, err=True))
     _warn({}, {"the ID set": _inverted(evaluation)})
     print_table(evaluation)
     typer.echo("Written:")

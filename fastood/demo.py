@@ -21,10 +21,13 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fastood import plots
+from fastood._attach import attach
 from fastood._batchgrad import anchor_gradient, batchgrad
+from fastood._collect import collect
 from fastood._fork import one_thread_if_forked
 from fastood.api import BEST_NORM, PAPER_V
 from fastood.deep import deep_gradient_norm
+from fastood.detector import Detector
 from fastood.evaluation import Evaluation, Scores, evaluate, score_rows, sweep_auroc
 from fastood.files import FileError, atomic
 from fastood.registry import SCORES
@@ -39,20 +42,24 @@ class Demo(NamedTuple):
 
     evaluation: Evaluation
     written: list[Path]
+    detector: Detector
+    accepted: dict[str, tuple[int, int]]
+    """Set -> how many rows the detector accepted, of how many. "ID" are those that it was not fitted on."""
 
 
 def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], object] = print) -> Demo:
     """Train, score and evaluate; takes about ten seconds. The same seed gives the same numbers.
 
     Every score of ``fastood.SCORES`` is there, the V terms alone and (those that take a norm by default) times
-    ||h||_0.3 and ||h||_1; the gradient scores also "deep", by all of the network's parameters; and BatchGrad.
+    ||h||_0.3 and ||h||_1; the gradient scores also "deep", by all of the network's parameters; and BatchGrad. A
+    detector of the energy is fitted on half of the ID test images, and decides on the others and the OOD sets.
 
     Parameters
     ----------
     out : path
         A folder, made where it is missing. Into it go the table (scores.csv, scores.json), report.html,
-        figure1_simplex.png, figure2_heatmap.png, histograms.png, and the network's logits and feats, one
-        file per set (id.npz, ood_digits_7-9.npz, ood_photos.npz), to go on with.
+        figure1_simplex.png, figure2_heatmap.png, histograms.png, and to go on with the detector (detector.safetensors)
+        and the network's logits and feats, one file per set (id.npz, ood_digits_7-9.npz, ood_photos.npz).
     seed : int
         Of the split, the network and the patches. torch's global generator is left as it was.
     progress : callable
@@ -61,7 +68,8 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     Examples
     --------
     >>> from fastood import demo
-    >>> evaluation, written = demo.run("fastood-demo")  # doctest: +SKIP
+    >>> found = demo.run("fastood-demo")  # doctest: +SKIP
+    >>> found.accepted  # doctest: +SKIP
     """
     one_thread_if_forked()
     out = Path(out)
@@ -72,12 +80,13 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     progress(f"training on {len(train)} images of the digits 0 to {_KNOWN - 1}")
     model = _trained(train, train_labels, seed)
     sets = {"id": test, **{f"ood_{name}": x for name, x in ood.items()}}
-    outputs = {name: _logits_and_feats(model, x) for name, x in sets.items()}
+    attached = attach(model, example=test[:1])
+    outputs = {name: collect(attached, [x], progress=False)[:2] for name, x in sets.items()}
     accuracy = (outputs["id"][0].argmax(-1) == test_labels).double().mean()
     progress(f"{accuracy:.1%} of {len(test)} test images right; scoring them and the OOD sets")
 
     anchors = torch.stack([(train_labels == c).nonzero()[0, 0] for c in range(_KNOWN)])
-    anchor_logits, anchor_feats = _logits_and_feats(model, train[anchors])
+    anchor_logits, anchor_feats, _ = collect(attached, [train[anchors]], progress=False)
     G = anchor_gradient(anchor_logits.double(), anchor_feats.double(), train_labels[anchors])
     multiplied = [entry.name for entry in SCORES.values() if entry.multiplied]
     scores: dict[str, dict[str, Scores]] = {}
@@ -89,6 +98,12 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
         scores[name] |= _deep_scores(model, sets[name])
     evaluation = evaluate(scores["id"], {name: scores[f"ood_{name}"] for name in ood})
 
+    validation, others = test[::2], {"ID": test[1::2], **ood}  # in the random order of the split
+    detector = Detector("energy", norm=None).fit_loader(attached, [validation], progress=False)
+    accepted = {name: _accepted(attach(model, detector=detector), x) for name, x in others.items()}
+    flagged = ", ".join(f"{1 - n / rows:.1%} of {name}" for name, (n, rows) in accepted.items())
+    progress(f"a detector of the energy, fitted on {len(validation)} of the test images, flags {flagged}")
+
     written: list[Path] = []
 
     def new(name: str) -> Path:
@@ -99,6 +114,7 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
     for name, (logits, feats) in outputs.items():
         with atomic(new(f"{name}.npz")) as temporary:
             np.savez(temporary, logits=logits.numpy(), feats=feats.numpy())
+    detector.save(new("detector.safetensors"))
     evaluation.to_csv(new("scores.csv"))
     evaluation.to_json(new("scores.json"))
     norms = plots.FIGURE_2_NORMS
@@ -113,8 +129,9 @@ def run(out: str | os.PathLike[str], seed: int = 0, progress: Callable[[str], ob
         plots.FIGURE_2: heatmap,
         "What the V terms look like (Figure 1 of the paper)": simplex,
     }
-    write_html(new("report.html"), evaluation, title="fastood on handwritten digits", figures=figures)
-    return Demo(evaluation, sorted(written))
+    title, decisions = "fastood on handwritten digits", (detector, accepted)
+    write_html(new("report.html"), evaluation, title=title, figures=figures, decisions=decisions)
+    return Demo(evaluation, sorted(written), detector, accepted)
 
 
 def conclusion(evaluation: Evaluation) -> str:
@@ -167,9 +184,9 @@ def _trained(images: Tensor, labels: Tensor, seed: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _logits_and_feats(model: nn.Sequential, images: Tensor) -> tuple[Tensor, Tensor]:
-    feats = model[:-1](images)
-    return model[-1](feats), feats
+def _accepted(served: nn.Module, images: Tensor) -> tuple[int, int]:
+    _, _, _, accept = served(images)
+    return int(accept.sum()), len(images)
 
 
 def _deep_scores(model: nn.Sequential, images: Tensor) -> dict[str, Scores]:

@@ -21,7 +21,7 @@ from fastood._fork import one_thread_if_forked
 from fastood._inputs import Array, ArrayT, class_labels, flag, number, widened
 from fastood._plan import Plan
 from fastood._version import __version__
-from fastood.api import _entry, score
+from fastood.api import _entry, rows_along, score
 from fastood.api import _order as order_of_norm
 
 if TYPE_CHECKING:
@@ -147,7 +147,13 @@ class Detector:
         return self._all.n
 
     def fit(
-        self, logits: ArrayT | None, feats: ArrayT | None = None, labels: Array | None = None, *, backend: str = "auto"
+        self,
+        logits: ArrayT | None,
+        feats: ArrayT | None = None,
+        labels: Array | None = None,
+        *,
+        backend: str = "auto",
+        dim: int | None = None,
     ) -> Detector:
         """Take the threshold from in-distribution rows, in place of any that it was fitted on before.
 
@@ -178,7 +184,9 @@ class Detector:
 
         Notes
         -----
-        `backend` as in ``fastood.score``.
+        `backend` and `dim` as in ``fastood.score``; with `dim` labels are a class per position. The pixels of one image
+        are alike, and so not exchangeable with those of the next: of pixels the promise holds roughly, and the better
+        the more images there are.
 
         Examples
         --------
@@ -189,13 +197,19 @@ class Detector:
         ValueError: tpr=0.99 takes at least 99 in-distribution rows, got 50
         """
         self._forget()
-        self.partial_fit(logits, feats, labels, backend=backend)
+        self.partial_fit(logits, feats, labels, backend=backend, dim=dim)
         self._calibrate()
         self._warn_if_inverted()
         return self
 
     def partial_fit(
-        self, logits: ArrayT | None, feats: ArrayT | None = None, labels: Array | None = None, *, backend: str = "auto"
+        self,
+        logits: ArrayT | None,
+        feats: ArrayT | None = None,
+        labels: Array | None = None,
+        *,
+        backend: str = "auto",
+        dim: int | None = None,
     ) -> Detector:
         """Add in-distribution rows to those of earlier calls; too few of them is an error only once it decides.
 
@@ -210,6 +224,10 @@ class Detector:
         >>> detector.rows
         100
         """
+        if dim is not None:
+            (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
+            if isinstance(labels, Tensor | np.ndarray) and tuple(labels.shape) == shape:
+                labels = labels.reshape(-1)  # of another shape they are refused below
         if self.rows == 0:
             self._forget()  # what an empty batch may have left
             self._decide_norm(order_of_norm(_entry(self.method), self.norm, feats is not None))
@@ -369,10 +387,13 @@ class Detector:
 
     # ---- decisions
 
-    def score(self, logits: ArrayT | None, feats: ArrayT | None = None, *, backend: str = "auto") -> ArrayT:
+    def score(
+        self, logits: ArrayT | None, feats: ArrayT | None = None, *, backend: str = "auto", dim: int | None = None
+    ) -> ArrayT:
         """``fastood.score`` of the detector's method and settings: [N], higher = more in-distribution.
 
-        A detector that is fitted checks the number of classes and of features.
+        A detector that is fitted checks the number of classes and of features. `backend` and `dim` are those of
+        ``fastood.score``, in ``accept`` and ``p_value`` too.
 
         Examples
         --------
@@ -380,6 +401,9 @@ class Detector:
         >>> fastood.Detector("msp").score(torch.tensor([[4.0, 0.0]]))
         tensor([0.9820])
         """
+        if dim is not None:
+            (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
+            return self.score(logits, feats, backend=backend).reshape(shape)
         s = score(logits, feats, self.method, backend=backend, **self._options)
         if self.classes is not None and (logits is None or logits.shape[1] != self.classes):
             self._refuse("logits", logits, "classes", self.classes)
@@ -387,7 +411,9 @@ class Detector:
             self._refuse("feats", feats, "features", self.dim)
         return s
 
-    def accept(self, logits: ArrayT | None, feats: ArrayT | None = None, *, backend: str = "auto") -> ArrayT:
+    def accept(
+        self, logits: ArrayT | None, feats: ArrayT | None = None, *, backend: str = "auto", dim: int | None = None
+    ) -> ArrayT:
         """True for rows to treat as in-distribution: bool [N], of the kind and on the device of the inputs.
 
         A row is accepted where its score is finite and at least ``threshold`` (of its predicted class), which is to the
@@ -408,10 +434,15 @@ class Detector:
         >>> detector.accept(torch.tensor([[1.9, 0], [2, 0], [float("nan"), 0]]))
         tensor([False,  True, False])
         """
+        if dim is not None:
+            (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
+            return self.accept(logits, feats, backend=backend).reshape(shape)
         s, c = self._scored(logits, feats, backend)
         return accepted(s, c, self._limit(s))
 
-    def p_value(self, logits: ArrayT | None, feats: ArrayT | None = None, *, backend: str = "auto") -> ArrayT:
+    def p_value(
+        self, logits: ArrayT | None, feats: ArrayT | None = None, *, backend: str = "auto", dim: int | None = None
+    ) -> ArrayT:
         """How usual each row is among the calibration rows: float64 [N]. Higher = more in-distribution.
 
         (1 + #{s_i <= s}) / (n + 1), over the calibration rows of the predicted class where ``per_class``. Of rows
@@ -425,6 +456,9 @@ class Detector:
         >>> detector.p_value(torch.tensor([[0.5, 0], [2, 0], [9, 0]]))
         tensor([0.2500, 0.7500, 1.0000], dtype=torch.float64)
         """
+        if dim is not None:
+            (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
+            return self.p_value(logits, feats, backend=backend).reshape(shape)
         return self._p_values(*self._scored(logits, feats, backend))
 
     def _p_values(self, s: Any, c: Any) -> Any:
@@ -670,10 +704,10 @@ class Detector:
 
 def accepted(s: Any, c: Any, limit: Any) -> Any:
     """Scores against a threshold, or against that of predicted class c in [C] of them: bool [N]."""
-    if c is not None:
-        limit = limit.take(c)
     if isinstance(s, np.ndarray):
-        return (s >= limit) & (s < math.inf)
+        return (s >= (limit if c is None else limit.take(c))) & (s < math.inf)
+    if c is not None:
+        limit = limit.index_select(0, c)  # an export to ONNX keeps the threshold's name, as after take it does not
     return s.nan_to_num(-math.inf, -math.inf, -math.inf) >= limit  # the same, quicker
 
 

@@ -81,6 +81,9 @@ class Monitor:
     smallest 3 i (i + 1) / E so far. See Vovk, Gammerman and Shafer, *Algorithmic Learning in a Random World*, on
     testing exchangeability; Ramdas et al., *Game-theoretic statistics and safe anytime-valid inference*.
 
+    In a batch of 256 rows or more a row costs less than a microsecond (tests/test_monitor.py measures it); a smaller
+    batch costs no more than that one.
+
     A detector that keeps a sketch (of more than two million rows) knows these gaps to 0.01% of the rows only, and
     the promise is as good as that.
 

@@ -13,12 +13,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from fastood._data import label_of
 from fastood._version import __version__
+from fastood.detector import Detector
 from fastood.evaluation import CONVENTION, Evaluation
 from fastood.files import atomic
 from fastood.metrics import METRICS
 from fastood.plots import histograms
 from fastood.recommendation import METHOD
+from fastood.registry import SCORES
 
 _TIED = 8  # scores not shown to be worse than the recommended one, named before the long tables
 _LOWER_IS_BETTER = ("fpr95_in", "fpr95_out")
@@ -30,6 +33,7 @@ def write_html(
     *,
     title: str = "fastood report",
     figures: Mapping[str, Figure] | None = None,
+    decisions: tuple[Detector, Mapping[str, tuple[int, int]]] | None = None,
 ) -> None:
     """Write the report: which score to use and how sure that is, histograms, tables of all metrics, what it all means.
 
@@ -43,6 +47,8 @@ def write_html(
         The heading.
     figures : mapping, optional
         Caption -> a further figure, ``fastood.plots.heatmap`` for one.
+    decisions : (Detector, mapping), optional
+        A detector, and what it did: set -> (rows that it accepted, rows that there were).
 
     Examples
     --------
@@ -88,9 +94,17 @@ def write_html(
         convention=CONVENTION,
         method=METHOD,
         figures={caption: _inline(figure) for caption, figure in (figures or {}).items()},
+        decided=_decided(*decisions) if decisions else None,
     )
     with atomic(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
+
+
+def _decided(detector: Detector, accepted: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    limit = "the threshold of their predicted class" if detector.per_class else f"{detector.threshold:.6g}"
+    shares = {name: f"{1 - n / rows:.1%}" if rows else "-" for name, (n, rows) in accepted.items()}
+    label = label_of(SCORES[detector.method], detector._order)
+    return {"label": label, "detector": detector, "limit": limit, "shares": shares, "accepted": accepted}
 
 
 def _column(heading: str, rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:

