@@ -1,0 +1,244 @@
+"""The operators of a compiled graph: on a CPU, and on a GPU where there is one (pytest -k "operator and cuda")."""
+
+import contextlib
+import itertools
+import math
+
+import pytest
+import torch
+
+import fastood
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, in its compiler
+if not fastood.backends("cpu")["cpu"].usable:
+    pytest.skip("needs the C++ part, built where there is a C++ compiler", allow_module_level=True)
+
+ops = torch.ops.fastood
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()  # which counts compilations of one function
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request):
+    if not fastood.backends(request.param)[kernels_of(request.param)].usable:
+        pytest.skip(f"needs the {kernels_of(request.param)} backend")
+    return request.param
+
+
+def kernels_of(device):
+    return {"cpu": "cpu", "cuda": "triton"}[device]
+
+
+def batch(n, device="cpu", C=12, D=9, dtype=torch.float32):
+    return torch.randn(n, C, device=device).to(dtype), torch.randn(n, D, device=device).to(dtype)
+
+
+def traced(call, *inputs, dynamic=None):
+    """The operators of ours that torch.compile makes of a call, all operations, and the compiled call."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=keep)
+    compiled(*inputs)
+    (graph,) = graphs
+    found = [getattr(x.target, "__name__", str(x.target)) for x in graph.graph.nodes if x.op.startswith("call")]
+    ours = [str(x.target) for x in graph.graph.nodes if "fastood." in str(x.target)]
+    return ours, found, compiled
+
+
+CALLS = {
+    "score": lambda f, h: fastood.score(f, h),
+    "without features": lambda f, h: fastood.score(f, method="tv"),
+    "log": lambda f, h: fastood.score(f, h, "gradnorm", temperature=2.0, bias=True),
+    "infinite order": lambda f, h: fastood.score(f, h, "msp", norm=math.inf),
+    "scores": lambda f, h: torch.stack([*fastood.scores(f, h, ["msp", "tv"], norm=2).values()]),
+    "sweep": lambda f, h: fastood.sweep(f, h),
+    "norms": lambda f, h: fastood.norms(h, [0.3, 2]),
+    "gradient_norm": lambda f, h: fastood.gradient_norm(f, h, f.softmax(-1), 2, 2, "outside"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operator_is_one(device, name):
+    call = CALLS[name]
+    ours, _, compiled = traced(call, *batch(5, device), dynamic=True)
+    assert ours == ["fastood.products"]
+    for n in (2, 7):
+        f, h = batch(n, device)
+        assert torch.equal(compiled(f, h), call(f, h))
+
+
+@pytest.mark.parametrize("name", list(fastood.SCORES))
+def test_operator_equals_the_kernel_to_the_bit(device, name):
+    log = fastood.SCORES[name].positive and name != "norm_eg_p_l2sq"
+    for options in ({}, {"log": True}) if log else ({},):
+
+        def call(f, h, options=options):
+            return fastood.score(f, h, name, **options)
+
+        ours, found, compiled = traced(call, *batch(5, device), dynamic=True)
+        assert len(ours) == 1
+        assert not {"max", "amax", "exp", "sum", "abs"}.intersection(found)
+        for n, dtype in itertools.product((3, 8), (torch.float32, torch.bfloat16)):
+            f, h = batch(n, device, C=20, D=11, dtype=dtype)
+            if device == "cpu":
+                assert torch.equal(compiled(f, h), call(f, h))
+            else:  # formulas over several statistics are rounded to float64 by turns there
+                torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-6, atol=0)
+
+
+class Served(torch.nn.Module):
+    def __init__(self, backend="auto", **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU())
+        self.head = torch.nn.Linear(32, 100)
+        self.options = {"backend": backend, **options}
+
+    def forward(self, x):
+        h = self.body(x)
+        logits = self.head(h)
+        return logits, fastood.score(logits, h, **self.options)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_operator_compiled_whole_of_any_batch(device, autocast):
+    model = Served().to(device).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    mode = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
+    with torch.no_grad(), mode:
+        for n in (4, 9, 33):
+            x = torch.randn(n, 16, device=device)
+            logits, score = compiled(x)
+            assert logits.dtype == (torch.bfloat16 if autocast else torch.float32)
+            assert score.dtype == torch.float32
+            torch.testing.assert_close(score, model(x)[1], rtol=2e-2 if autocast else 1e-4, atol=0)
+
+
+def test_operator_gradients_are_the_references(device):
+    def call(f, h):
+        return fastood.score(f, h, "tv", norm=2) + fastood.score(f, h, "eg_u_l2sq") + fastood.score(f, f, "exgrad")
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for n in (4, 6):
+        f, h = (x.requires_grad_() for x in batch(n, device))
+        exact = [x.detach().double().requires_grad_() for x in (f, h)]
+        truth = torch.autograd.grad(call(*exact).sum(), exact)
+        got = torch.autograd.grad(compiled(f, h).sum(), (f, h))
+        for g, t in zip(got, truth, strict=True):
+            torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            assert not compiled(f, h).requires_grad
+
+
+def test_operator_of_part_of_the_inputs_needs_grad(device):
+    f, h = batch(4, device)
+    h.requires_grad_()
+    for name in ("energy", "eg_u_l2sq"):
+        compiled = torch.compile(lambda f, h, name=name: fastood.score(f, h, name), fullgraph=True, backend="aot_eager")
+        (got,) = torch.autograd.grad(compiled(f, h).sum(), h)
+        (expected,) = torch.autograd.grad(fastood.score(f, h, name).sum(), h)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+OPTIONS = "energy,gradient uniform inside", [2.0, 1.0], [0.3, math.inf], 1.5, False
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_operator_keeps_torchs_rules(device, requires_grad):
+    f, h = (x.requires_grad_(requires_grad) for x in batch(5, device))
+    products = [0.0, 0.0, 2.0, 1.0, 1.0, 0.0, 1.0, -1.0, 1.0, 1.0]
+    of = {
+        ops.products.default: (f, h, None, "energy", [], *OPTIONS[2:], products, [-1, 2], torch.float32),
+        ops.row_stats.default: (f, h, None, *OPTIONS, False),
+    }
+    for operator, arguments in of.items():
+        torch.library.opcheck(operator, (*arguments, kernels_of(device)))
+
+
+def test_operator_vmap_rule(device):
+    f, h = torch.randn(3, 4, 12, device=device), torch.randn(4, 9, device=device)
+    products = [0.0, 0.0, 2.0, 1.0, 1.0, 0.0, 1.0, -1.0, 1.0, 1.0]
+    for shape in ([-1, 2], [2, -1]):
+
+        def call(f, h, shape=shape):
+            some = ("energy", [], *OPTIONS[2:], products, shape, torch.float32, kernels_of(device))
+            return ops.products(f, h, None, *some)
+
+        each = torch.stack([call(x, h) for x in f])
+        assert torch.equal(torch.vmap(call, (0, None))(f, h), each)
+        assert torch.equal(torch.vmap(call, (1, None))(f.movedim(0, 1), h), each)
+
+    def stats(f):
+        return ops.row_stats(f, h, None, *OPTIONS, False, kernels_of(device))
+
+    for got, expected in zip(torch.vmap(stats)(f), zip(*map(stats, f), strict=True), strict=True):
+        assert torch.equal(got, torch.stack(expected))
+
+
+def test_operator_has_no_part_in_function_transforms(device):
+    f, h = torch.randn(3, 4, 12, device=device), torch.randn(3, 4, 9, device=device)
+    calls = (
+        lambda f, h: torch.vmap(fastood.score)(f, h),
+        lambda f, h: torch.func.grad(lambda x: fastood.score(x, h[0]).sum())(f[0]),
+        lambda f, h: torch.func.jvp(lambda x: fastood.score(x, h[0]), (f[0],), (torch.ones_like(f[0]),))[1],
+    )
+    for call in calls:
+        ours, _, compiled = traced(call, f, h)
+        assert not ours
+        torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-4, atol=1e-4)
+
+
+def test_operator_of_what_a_kernel_does_not_do(device):
+    f, h = batch(5, device)
+    for call in (
+        lambda f, h: fastood.score(f, h, temperature=1e-35),
+        lambda f, h: fastood.norms(h, [r / 10 for r in range(1, 80)]),
+        lambda f, h: fastood.score(f, h[:, :0], norm=2),
+        lambda f, h: fastood.score(f[:0], h[:0]),
+        lambda f, h: fastood.score(f.T.contiguous().T, h[:, ::2]),
+    ):
+        ours, _, compiled = traced(call, f, h)
+        assert len(ours) == 1
+        torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-6, atol=0)
+
+
+def test_operator_gives_way_to_plain_operations(device):
+    f, h = batch(5, device)
+    calls = [lambda f, h: fastood.score(f, h, backend="reference")]
+    if device == "cuda":
+        calls.append(lambda f, h: fastood.score(f.double(), h))
+    for call in calls:
+        ours, _, compiled = traced(call, f, h)
+        assert not ours
+        torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-5, atol=1e-5)
+    with pytest.raises(Exception, match=r"backend 'triton' cannot serve torch\.float64"):
+        traced(lambda f: fastood.score(f, backend="triton"), f.double())
+
+
+@needs_gpu
+@pytest.mark.parametrize("warm", [False, True])
+def test_operator_in_cuda_graphs_on_cuda(warm):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    # Orders and a temperature of no other test: the kernels' constants are made in the graph's warm-up.
+    model = Served(norm=1.7 if warm else 1.9, temperature=1.3).cuda().eval()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        if warm:
+            model(torch.randn(64, 16, device="cuda"))
+        for _ in range(5):
+            x = torch.randn(64, 16, device="cuda")
+            logits, score = (out.clone() for out in compiled(x))
+            torch.testing.assert_close(score, model(x)[1], rtol=1e-4, atol=0)
+            torch.testing.assert_close(logits, model(x)[0], rtol=1e-4, atol=1e-4)
+    assert not counters["inductor"]["cudagraph_skips"]
