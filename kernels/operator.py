@@ -8,14 +8,17 @@ can be kept on disk and run in another process that has imported fastood. Gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastood.kernels import reference
+from fastood.kernels.seam import exporting
 
 if TYPE_CHECKING:
     from fastood.kernels import Anchors, Job, Stat, Want
@@ -31,8 +34,9 @@ class Operator(NamedTuple):
     def row_stats(
         self, logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
     ) -> tuple[dict[Stat, Tensor], Tensor | None]:
-        f, h = _needed(logits, feats, want)
-        stats, norms = torch.ops.fastood.row_stats(f, h, labels, *_written(want), want.log, self.name)
+        work = f"{self.name};{int(want.bias)};{len(want.orders)};{int(want.log)};{_names(want)}"
+        tensors = logits if want.stats else None, feats if want.orders else None, labels
+        stats, norms = _put(torch.ops.fastood.row_stats, tensors, work, _numbers(want))
         return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
 
     def products(
@@ -45,10 +49,12 @@ class Operator(NamedTuple):
         by_row: bool,
         labels: Tensor | None = None,
     ) -> Tensor:
-        f, h = _needed(logits, feats, job.want)
-        products = [float(x) for product in job.products for x in product]
-        fixed = [-1, *shape[1:]] if by_row else [*shape[:-1], -1]
-        return torch.ops.fastood.products(f, h, labels, *_written(job.want), products, fixed, dtype, self.name)
+        want, wide = job.want, int(dtype == torch.float64)
+        fixed = ",".join([str(n) for n in (shape[1:] if by_row else shape[:-1])])
+        work = f"{self.name};{int(want.bias)};{len(want.orders)};{wide};{int(by_row)};{fixed};{_names(want)}"
+        numbers = [*_numbers(want), *[float(x) for product in job.products for x in product]]
+        tensors = logits if want.stats else None, feats if want.orders else None, labels
+        return _put(torch.ops.fastood.products, tensors, work, numbers)
 
     def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         return reference.batchgrad(logits, feats, anchors)
@@ -60,56 +66,54 @@ class Operator(NamedTuple):
         return None
 
 
-def _needed(logits: Tensor | None, feats: Tensor | None, want: Want) -> tuple[Tensor | None, Tensor | None]:
-    """A tensor that is not read need not be there when the graph runs."""
-    return logits if want.stats else None, feats if want.orders else None
+def _put(operator: Any, tensors: tuple[Tensor | None, ...], work: str, numbers: list[float]) -> Any:
+    """The operator, without its autograd formula, which takes longer than a small batch, where none is asked for."""
+    if exporting() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        return operator.default(*tensors, work, numbers)
+    return operator.no_grad(*tensors, work, numbers)
 
 
-# ---- what is wanted, as arguments that a schema has
+# ---- what is wanted, as the two arguments of a schema: a torch operator takes a microsecond for each that it has
 
 
-def _written(want: Want) -> tuple[str, list[float], list[float], float, bool]:
-    """The names of the statistics, their numbers, the orders, the temperature and the bias of `want`."""
-    names, numbers = [], []
-    for stat in want.stats:
-        parts = (stat,) if isinstance(stat, str) else stat
-        names.append(" ".join([x for x in parts if isinstance(x, str)]))
-        numbers += [float(x) for x in parts if not isinstance(x, str)]
-    return ",".join(names), numbers, [float(r) for r in want.orders], float(want.temperature), want.bias
+def _names(want: Want) -> str:
+    """The statistics but for their numbers."""
+    parts = [(stat,) if isinstance(stat, str) else stat for stat in want.stats]
+    return ",".join([" ".join([x for x in some if isinstance(x, str)]) for some in parts])
 
 
-def _read(stats: str, numbers: Sequence[float], orders: Sequence[float], *options: Any) -> Want:
+def _numbers(want: Want) -> list[float]:
+    of_stats = [x for stat in want.stats if not isinstance(stat, str) for x in stat if not isinstance(x, str)]
+    return [float(want.temperature), *[_finite(x) for x in (*want.orders, *of_stats)]]
+
+
+def _finite(x: float) -> float:
+    """The order infinity as the largest double: what packages of AOTInductor, and exports of torch 2.8, hold is JSON."""
+    return reference.LARGEST if x == math.inf else float(x)
+
+
+def _want(names: str, numbers: Iterator[float], orders: int, bias: bool, log: bool) -> Want:
     from fastood.kernels import Want
 
-    left = iter(numbers)
-    found: list[Stat] = []
-    for name in filter(None, stats.split(",")):
-        if name == "gen":
-            found.append((name, next(left), int(next(left))))
-        elif name == "power_sum":
-            found.append((name, next(left)))
-        elif name.startswith("gradient"):
-            _, q, expectation = name.split()
-            found.append(("gradient", q, next(left), next(left), expectation))
+    def take(n: int) -> tuple[float, ...]:
+        return tuple(math.inf if x == reference.LARGEST else x for x in islice(numbers, n))
+
+    (T,), r = take(1), take(orders)
+    stats: list[Any] = []
+    for name, *words in map(str.split, filter(None, names.split(","))):
+        if name == "gradient":
+            q, expectation = words
+            stats.append((name, q, *take(2), expectation))
+        elif name == "gen":
+            gamma, M = take(2)
+            stats.append((name, gamma, int(M)))
         else:
-            found.append(name)
-    return Want(tuple(found), tuple(orders), *options)
+            stats.append((name, *take(1)) if name == "power_sum" else name)
+    return Want(tuple(stats), r, T, bias, log)
 
 
-@lru_cache(maxsize=1024)
-def _work(
-    stats: str,
-    numbers: tuple[float, ...],
-    orders: tuple[float, ...],
-    temperature: float,
-    bias: bool,
-    products: tuple[float, ...],
-) -> Job:
-    from fastood.kernels import Job, Product
-
-    rows = [products[i : i + 5] for i in range(0, len(products), 5)]
-    made = tuple(Product(int(s), int(r), factor, int(power), divisor) for s, r, factor, power, divisor in rows)
-    return Job(_read(stats, numbers, orders, temperature, bias), made)
+def _first(*tensors: Tensor | None) -> Tensor:
+    return next(x for x in tensors if x is not None)
 
 
 def _backend(name: str) -> Any:
@@ -118,162 +122,152 @@ def _backend(name: str) -> Any:
     return BACKENDS[name]
 
 
-def _rows(*tensors: Tensor | None) -> Any:
-    return next(x.shape[0] for x in tensors if x is not None)
-
-
-def _beside(*tensors: Tensor | None) -> Tensor:
-    return next(x for x in tensors if x is not None)
-
-
 # ---- finished scores
 
 
-class _Call:
-    """The products operator with all of its arguments but the tensors, worked out once."""
+class _Products:
+    """The operator with all that is no tensor, worked out once."""
 
-    def __init__(self, job: Job, shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
-        self.job, self.shape, self.dtype, self.backend = job, shape, dtype, _backend(backend)
+    def __init__(self, work: str, numbers: Iterable[float]) -> None:
+        from fastood.kernels import Job, Product
+
+        backend, bias, orders, _, _, _, names = work.split(";")
+        left = iter(numbers)
+        want = _want(names, left, int(orders), bias == "1", log=False)
+        rows = zip(*[left] * 5, strict=True)
+        products = tuple(Product(int(stat), int(r), factor, int(k), divisor) for stat, r, factor, k, divisor in rows)
+        self.job, self.backend, (self.shape, self.dtype) = Job(want, products), _backend(backend), _result(work)
         self.short: Callable[..., Any] | None = None
 
     def __call__(self, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
         if self.short is not None and (out := self.short(logits, feats, labels)) is not None:
             return out
-        n = _rows(logits, feats)
-        options: Any = tuple(n if k < 0 else k for k in self.shape), self.dtype, self.shape[0] < 0
+        options: Any = self.options(logits, feats)
         out = self.backend.products(logits, feats, self.job, *options, labels)
         if out is None:
-            found = self.backend.row_stats(logits, feats, self.job.want, labels)
-            return reference.multiplied(found, self.job, *options)
+            return reference.multiplied(
+                self.backend.row_stats(logits, feats, self.job.want, labels), self.job, *options
+            )
         if self.dtype == torch.float32:
             self.short = self.backend.plain(self.job, self.shape)
         return out
 
+    def options(self, logits: Tensor | None, feats: Tensor | None) -> tuple[tuple[int, ...], torch.dtype, bool]:
+        n = _first(logits, feats).shape[0]
+        return tuple(n if k < 0 else k for k in self.shape), self.dtype, self.shape[0] < 0
+
+
+_known_products = lru_cache(maxsize=1024)(_Products)
+
 
 @lru_cache(maxsize=1024)
-def _call(
-    stats: str,
-    numbers: tuple[float, ...],
-    orders: tuple[float, ...],
-    temperature: float,
-    bias: bool,
-    products: tuple[float, ...],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    backend: str,
-) -> _Call:
-    return _Call(_work(stats, numbers, orders, temperature, bias, products), shape, dtype, backend)
+def _result(work: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape, in which -1 stands for the rows, and the type."""
+    *_, wide, by_row, fixed, _ = work.split(";")
+    sizes = [int(n) for n in filter(None, fixed.split(","))]
+    shape = (-1, *sizes) if by_row == "1" else (*sizes, -1)
+    return shape, torch.float64 if wide == "1" else torch.float32
 
 
 def _products(
-    logits: Tensor | None,
-    feats: Tensor | None,
-    labels: Tensor | None,
-    stats: str,
-    numbers: list[float],
-    orders: list[float],
-    temperature: float,
-    bias: bool,
-    products: list[float],
-    shape: list[int],
-    dtype: torch.dtype,
-    backend: str,
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
 ) -> Tensor:
-    options = temperature, bias, tuple(products), tuple(shape), dtype, backend
-    return _call(stats, tuple(numbers), tuple(orders), *options)(logits, feats, labels)
+    return _known_products(work, tuple(numbers))(logits, feats, labels)
 
 
-def _products_by_reference(tensors: Sequence[Tensor | None], arguments: Sequence[Any]) -> tuple[Tensor]:
-    logits, feats, labels = tensors
-    stats, numbers, orders, temperature, bias, products, shape, dtype, _ = arguments
-    job = _work(stats, tuple(numbers), tuple(orders), temperature, bias, tuple(products))
-    n = _rows(logits, feats)
-    full = tuple(n if k < 0 else k for k in shape)
-    return (reference.products(logits, feats, job, full, dtype, shape[0] < 0, labels),)
+def _products_by_reference(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> tuple[Tensor]:
+    call = _Products(work, numbers)
+    options: Any = call.options(logits, feats)
+    return (reference.products(logits, feats, call.job, *options, labels),)
 
 
-def _products_fake(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, *arguments: Any) -> Tensor:
-    shape, dtype, _ = arguments[-3:]
-    n = _rows(logits, feats)
-    return _beside(logits, feats).new_empty([n if k < 0 else k for k in shape], dtype=dtype)
+def _products_fake(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> Tensor:
+    x, (shape, dtype) = _first(logits, feats), _result(work)
+    return x.new_empty([x.shape[0] if n < 0 else n for n in shape], dtype=dtype)
+
+
+def _rows_of_products(work: str) -> tuple[int]:
+    shape, _ = _result(work)
+    return (0 if shape[0] < 0 else len(shape) - 1,)
 
 
 # ---- row statistics
 
 
+def _asked(work: str, numbers: Iterable[float]) -> tuple[Any, Want]:
+    backend, bias, orders, log, names = work.split(";")
+    return _backend(backend), _want(names, iter(numbers), int(orders), bias == "1", log == "1")
+
+
 def _row_stats(
-    logits: Tensor | None,
-    feats: Tensor | None,
-    labels: Tensor | None,
-    stats: str,
-    numbers: list[float],
-    orders: list[float],
-    temperature: float,
-    bias: bool,
-    log: bool,
-    backend: str,
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
 ) -> tuple[Tensor, Tensor]:
-    want = _read(stats, numbers, orders, temperature, bias, log)
-    return _stacked(_backend(backend).row_stats(logits, feats, want, labels), want, _beside(logits, feats))
+    backend, want = _asked(work, numbers)
+    return _stacked(backend.row_stats(logits, feats, want, labels), want, _first(logits, feats))
+
+
+def _row_stats_by_reference(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> tuple[Tensor, Tensor]:
+    _, want = _asked(work, numbers)
+    return _stacked(reference.row_stats(logits, feats, want, labels), want, _first(logits, feats))
 
 
 def _stacked(found: tuple[dict[Stat, Tensor], Tensor | None], want: Want, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics, one after the other, [S, N], and norms [N, P], both float64, of none where none are wanted."""
     stats, norms = found
-    n = beside.shape[0]
     columns = [stats[s].double() for s in want.stats]
     return (
-        torch.stack(columns) if columns else beside.new_empty((0, n), dtype=torch.float64),
-        beside.new_empty((n, 0), dtype=torch.float64) if norms is None else norms.double().contiguous(),
+        torch.stack(columns) if columns else beside.new_empty((0, len(beside)), dtype=torch.float64),
+        beside.new_empty((len(beside), 0), dtype=torch.float64) if norms is None else norms.double().contiguous(),
     )
 
 
-def _row_stats_by_reference(tensors: Sequence[Tensor | None], arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    logits, feats, labels = tensors
-    want = _read(*arguments[:-1])
-    return _stacked(reference.row_stats(logits, feats, want, labels), want, _beside(logits, feats))
-
-
 def _row_stats_fake(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, *arguments: Any
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
 ) -> tuple[Tensor, Tensor]:
-    stats, _, orders, *_ = arguments
-    x, n = _beside(logits, feats), _rows(logits, feats)
-    many = len(stats.split(",")) if stats else 0
-    return x.new_empty((many, n), dtype=torch.float64), x.new_empty((n, len(orders)), dtype=torch.float64)
+    _, _, orders, _, names = work.split(";")
+    x = _first(logits, feats)
+    stats = x.new_empty((len(names.split(",")) if names else 0, x.shape[0]), dtype=torch.float64)
+    return stats, x.new_empty((x.shape[0], int(orders)), dtype=torch.float64)
 
 
 # ---- what torch is told of them
 
 
-def _backward(by_reference: Callable[..., tuple[Tensor, ...]], tensors: int) -> tuple[Callable[..., Any], ...]:
-    """The autograd formula of an operator whose first arguments are so many tensors, and what it keeps for it."""
+def _backward(by_reference: Callable[..., tuple[Tensor, ...]]) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """The autograd formula of an operator, and what keeps the inputs for it."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.arguments = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:3])
+        ctx.arguments = inputs[3:]
 
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
         twice = torch.is_grad_enabled()
-        needed = ctx.needs_input_grad[:tensors]
         with torch.enable_grad():
             # Views: logits and feats may be the same tensor.
             inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors]
-            outs = by_reference(inputs, ctx.arguments)
+            outs = by_reference(*inputs, *ctx.arguments)
+        needed = ctx.needs_input_grad[:3]
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
         some = [(out, g) for out, g in zip(outs, slopes, strict=True) if g is not None and out.requires_grad]
-        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found: Iterator[Tensor | None] = iter([None] * len(wanted))
         if some:
             of, g = zip(*some, strict=True)
-            found = iter(torch.autograd.grad(of, wanted, g, create_graph=twice, allow_unused=True))  # type: ignore[arg-type]
-        return (*(next(found) if need else None for need in needed), *[None] * len(ctx.arguments))
+            found = iter(torch.autograd.grad(of, wanted, g, create_graph=twice, allow_unused=True))
+        return (*(next(found) if need else None for need in needed), None, None)
 
     return backward, keep
 
 
-def _over_rows(operator: Any, tensors: int, rows_of: Callable[..., tuple[int, ...]]) -> Callable[..., Any]:
-    """The vmap rule: rows do not know of each other, so a batch of matrices is one of B * N rows.
+def _over_rows(operator: Any, rows_of: Callable[[str], tuple[int, ...]]) -> Callable[..., Any]:
+    """The vmap rule: rows do not know of each other, so B matrices of N rows are one of B N.
 
-    ``rows_of(arguments)`` says which axis of each result the rows are.
+    ``rows_of(work)`` says which axis of each result the rows are.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -282,53 +276,39 @@ def _over_rows(operator: Any, tensors: int, rows_of: Callable[..., tuple[int, ..
         def flat(x: Tensor | None, at: int | None) -> Tensor | None:
             if x is None:
                 return None
-            x = x.movedim(at, 0) if at is not None else x.expand(B, *x.shape)
-            return x.flatten(0, 1)
+            return (x.expand(B, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
 
-        matrices = [flat(x, at) for x, at in zip(inputs[:tensors], in_dims, strict=False)]
-        out = operator(*matrices, *inputs[tensors:])
-        axes = rows_of(inputs[tensors:])
-        outs = out if isinstance(out, tuple) else (out,)
-        batched = tuple(x.unflatten(at, (B, x.shape[at] // B if B else 0)) for x, at in zip(outs, axes, strict=True))
-        return (batched, axes) if isinstance(out, tuple) else (batched[0], axes[0])
+        matrices = [flat(x, at) for x, at in zip(inputs[:3], in_dims, strict=False)]
+        out, axes = operator(*matrices, *inputs[3:]), rows_of(inputs[3])
+        sizes = B, len(_first(*matrices)) // max(B, 1)
+        if isinstance(out, tuple):
+            return tuple(x.unflatten(at, sizes) for x, at in zip(out, axes, strict=True)), axes
+        return out.unflatten(axes[0], sizes), axes[0]
 
     return rule
 
 
 def _define(
     name: str,
-    schema: str,
+    results: str,
     call: Callable[..., Any],
     fake: Callable[..., Any],
     by_reference: Callable[..., tuple[Tensor, ...]],
-    rows_of: Callable[..., tuple[int, ...]],
+    rows_of: Callable[[str], tuple[int, ...]],
 ) -> None:
-    full = f"fastood::{name}"
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in DEVICES:
-        _library.impl(name, call, device.upper())
-    torch.library.register_fake(full, fake, lib=_library)
-    backward, keep = _backward(by_reference, 3)
-    torch.library.register_autograd(full, backward, setup_context=keep, lib=_library)
-    torch.library.register_vmap(full, _over_rows(getattr(torch.ops.fastood, name), 3, rows_of), lib=_library)
+    tensors = "Tensor? logits, Tensor? feats, Tensor? labels"
+    for overload in (name, f"{name}.no_grad"):
+        schema = f"({tensors}, str work, float[] numbers) -> {results}"
+        _library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in DEVICES:
+            _library.impl(overload, call, device.upper())
+        torch.library.register_fake(f"fastood::{overload}", fake, lib=_library)
+    operator = getattr(torch.ops.fastood, name).default
+    backward, keep = _backward(by_reference)
+    torch.library.register_autograd(operator, backward, setup_context=keep, lib=_library)
+    torch.library.register_vmap(operator, _over_rows(operator, rows_of), lib=_library)
 
 
 _library = torch.library.Library("fastood", "DEF")
-_TENSORS = "Tensor? logits, Tensor? feats, Tensor? labels"
-_WANT = "str stats, float[] numbers, float[] orders, float temperature, bool bias"
-_define(
-    "products",
-    f"({_TENSORS}, {_WANT}, float[] products, int[] shape, ScalarType dtype, str backend) -> Tensor",
-    _products,
-    _products_fake,
-    _products_by_reference,
-    lambda arguments: (0 if arguments[-3][0] < 0 else len(arguments[-3]) - 1,),
-)
-_define(
-    "row_stats",
-    f"({_TENSORS}, {_WANT}, bool log, str backend) -> (Tensor, Tensor)",
-    _row_stats,
-    _row_stats_fake,
-    _row_stats_by_reference,
-    lambda arguments: (1, 0),
-)
+_define("products", "Tensor", _products, _products_fake, _products_by_reference, _rows_of_products)
+_define("row_stats", "(Tensor, Tensor)", _row_stats, _row_stats_fake, _row_stats_by_reference, lambda work: (1, 0))
