@@ -149,7 +149,11 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         # What is exported holds plain torch operations, so that it loads without fastood, but where a name is given.
         plain = (name == "auto" and exporting()) or differentiated()
         chosen = "reference" if plain else _name_of(name, device, dtype)
-        return Operator(chosen) if chosen != "reference" and device.type in operator.DEVICES else reference
+        return (
+            Operator(chosen, always=name != "auto")
+            if chosen != "reference" and device.type in operator.DEVICES
+            else reference
+        )
     return BACKENDS[_name_of(name, device, dtype)]
 
 

@@ -30,10 +30,13 @@ class Operator(NamedTuple):
     """A backend (see kernels/__init__.py) that puts the one called `name` into the graph."""
 
     name: str
+    always: bool  # even where the compiler does better
 
     def row_stats(
         self, logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
     ) -> tuple[dict[Stat, Tensor], Tensor | None]:
+        if self._is_light(want):
+            return reference.row_stats(logits, feats, want, labels)
         work = f"{self.name};{int(want.bias)};{len(want.orders)};{int(want.log)};{_names(want)}"
         tensors = logits if want.stats else None, feats if want.orders else None, labels
         stats, norms = _put(torch.ops.fastood.row_stats, tensors, work, _numbers(want))
@@ -50,11 +53,17 @@ class Operator(NamedTuple):
         labels: Tensor | None = None,
     ) -> Tensor:
         want, wide = job.want, int(dtype == torch.float64)
+        if self._is_light(want):
+            return reference.products(logits, feats, job, shape, dtype, by_row, labels)
         fixed = ",".join([str(n) for n in (shape[1:] if by_row else shape[:-1])])
         work = f"{self.name};{int(want.bias)};{len(want.orders)};{wide};{int(by_row)};{fixed};{_names(want)}"
         numbers = [*_numbers(want), *[float(x) for product in job.products for x in product]]
         tensors = logits if want.stats else None, feats if want.orders else None, labels
         return _put(torch.ops.fastood.products, tensors, work, numbers)
+
+    def _is_light(self, want: Want) -> bool:
+        """A maximum alone is best taken where the compiler makes the logits: docs/compile.md has the measurement."""
+        return not self.always and want.stats == ("fmax",) and not want.orders
 
     def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         return reference.batchgrad(logits, feats, anchors)
@@ -88,7 +97,7 @@ def _numbers(want: Want) -> list[float]:
 
 
 def _finite(x: float) -> float:
-    """The order infinity as the largest double: what packages of AOTInductor, and exports of torch 2.8, hold is JSON."""
+    """The order infinity as the largest double: AOTInductor, and torch 2.8 in an export, write numbers as JSON."""
     return reference.LARGEST if x == math.inf else float(x)
 
 
@@ -179,8 +188,8 @@ def _products_by_reference(
     logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
 ) -> tuple[Tensor]:
     call = _Products(work, numbers)
-    options: Any = call.options(logits, feats)
-    return (reference.products(logits, feats, call.job, *options, labels),)
+    shape, dtype, by_row = call.options(logits, feats)
+    return (reference.products(logits, feats, call.job, shape, dtype, by_row, labels),)
 
 
 def _products_fake(

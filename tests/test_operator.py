@@ -3,8 +3,11 @@
 import contextlib
 import itertools
 import math
+import shutil
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -216,7 +219,17 @@ def test_operator_of_what_a_kernel_does_not_do(device):
 
 def test_operator_gives_way_to_plain_operations(device):
     f, h = batch(5, device)
-    calls = [lambda f, h: fastood.score(f, h, backend="reference")]
+    by_name = {"backend": kernels_of(device)}
+    calls = [
+        lambda f, h: fastood.score(f, h, backend="reference"),
+        lambda f, h: fastood.score(f, method="max_logit"),
+        lambda f, h: fastood.row_stats(f, ["fmax"])["fmax"],
+    ]
+    for call in (
+        lambda f, h: fastood.score(f, method="max_logit", **by_name),
+        lambda f, h: fastood.score(f, **by_name),
+    ):
+        assert len(traced(call, f, h)[0]) == 1
     if device == "cuda":
         calls.append(lambda f, h: fastood.score(f.double(), h))
     for call in calls:
@@ -245,3 +258,92 @@ def test_operator_in_cuda_graphs_on_cuda(warm):
             torch.testing.assert_close(score, model(x)[1], rtol=1e-4, atol=0)
             torch.testing.assert_close(logits, model(x)[0], rtol=1e-4, atol=1e-4)
     assert not counters["inductor"]["cudagraph_skips"]
+
+
+# ---- what leaves the process
+
+
+def run_alone(code, *arguments):
+    """In a process that knows this one's modules by their files alone."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def exported(model, x):
+    with torch.no_grad():
+        return torch.export.export(model.eval(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
+
+
+def test_operator_asked_for_by_name_stays_in_an_export(tmp_path):
+    model = Served("cpu", norm=math.inf)
+    program = exported(model, torch.randn(5, 16))
+    assert "fastood.products.default" in str(program.graph)
+    torch.export.save(program, tmp_path / "model.pt2")
+    x = torch.randn(9, 16)
+    torch.save((x, model(x)[1].detach()), tmp_path / "rows.pt")
+    code = """
+import sys, torch
+path, rows = sys.argv[1:]
+try:
+    torch.export.load(path)
+except Exception:
+    pass
+else:
+    raise AssertionError("no operator is in it")
+import fastood
+x, expected = torch.load(rows)
+torch.testing.assert_close(torch.export.load(path).module()(x)[1], expected, rtol=1e-5, atol=0)
+"""
+    run_alone(code, tmp_path / "model.pt2", tmp_path / "rows.pt")
+
+
+@pytest.mark.slow
+def test_operator_asked_for_by_name_stays_in_a_compiled_package(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, which AOTInductor compiles with")
+    model = Served("cpu", norm=math.inf)
+    program = exported(model, torch.randn(5, 16))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    x = torch.randn(9, 16)
+    torch.save((x, model(x)[1].detach()), tmp_path / "rows.pt")
+    code = """
+import sys, torch, fastood
+x, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1])(x)[1], expected, rtol=1e-5, atol=0)
+"""
+    run_alone(code, package, tmp_path / "rows.pt")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_holds_plain_operations(strict):
+    model = Served().eval()
+    program = torch.export.export(model, (torch.randn(5, 16),), strict=strict)
+    assert "fastood" not in str(program.graph)
+
+
+def test_onnx_in_onnxruntime(tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"needs {name}")
+
+    class Scores(torch.nn.Module):
+        def forward(self, f, h):
+            products = fastood.scores(f, h, ["msp", "energy", "exgrad", "gen"], norm=2)
+            return (*products.values(), fastood.score(f, h), fastood.score(f, h, "gradnorm", log=True))
+
+    rows, n = batch(6), torch.export.Dim("n")
+    program = torch.onnx.export(Scores(), rows, dynamo=True, dynamic_shapes={"f": {0: n}, "h": {0: n}}, verbose=False)
+    program.save(tmp_path / "scores.onnx")
+    f, h = batch(17)
+    f[0, 3], f[1, 2], f[2, 5] = 60.0, -math.inf, math.nan  # a sure row, a masked class, and what is no number
+    expected = [x.numpy() for x in Scores()(f, h)]
+    np.savez(tmp_path / "rows.npz", f.numpy(), h.numpy(), *expected)
+    code = """
+import sys, numpy as np, onnxruntime
+f, h, *expected = np.load(sys.argv[2]).values()
+session = onnxruntime.InferenceSession(sys.argv[1])
+for got, wanted in zip(session.run(None, {"f": f, "h": h}), expected, strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=2e-5)
+assert not {"torch", "fastood"} & set(sys.modules)
+"""
+    run_alone(code, tmp_path / "scores.onnx", tmp_path / "rows.npz")

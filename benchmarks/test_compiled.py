@@ -1,0 +1,70 @@
+"""What a score adds to a compiled model: through its operator, as plain operations, and the kernel's own time.
+
+The ratio that is printed is what the score adds to the compiled model over what the same score takes by itself, eager.
+"""
+
+import numpy as np
+import pytest
+import torch
+from harness import OURS, in_turn, stopwatches, weighed
+from torch import nn
+
+import fastood
+
+ALONE, REFERENCE, KERNEL = "without a score", f"{OURS}, reference", "the score alone, eager"
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+def cnn():
+    layers = []
+    for channels, wider in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(128, 10), (3, 32, 32)
+
+
+def wide_head():
+    return nn.Identity(), nn.Linear(2048, 1000), (2048,)
+
+
+class Served(nn.Module):
+    def __init__(self, body, head, backend=None):
+        super().__init__()
+        self.body, self.head, self.backend = body, head, backend
+
+    def forward(self, x):
+        feats = self.body(x)
+        logits = self.head(feats)
+        return (logits, feats) if self.backend is None else (logits, fastood.score(logits, feats, backend=self.backend))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("N", [256, 4096, 1])
+@pytest.mark.parametrize("made", [cnn, wide_head], ids=lambda f: f.__name__)
+def test_what_a_score_adds(compare, made, N, device):
+    torch.manual_seed(0)
+    body, head, sizes = made()
+    body, head = body.to(device).eval(), head.to(device).eval()
+    x = torch.randn(N, *sizes, device=device)
+    backends = {ALONE: None, OURS: "auto", REFERENCE: "reference"}
+    torch.compiler.reset()
+    models = {name: torch.compile(Served(body, head, backend), fullgraph=True) for name, backend in backends.items()}
+    with torch.no_grad():
+        logits, feats = Served(body, head)(x)
+        calls = {name: lambda model=model: model(x) for name, model in models.items()}
+        calls[KERNEL] = lambda: fastood.score(logits, feats)
+        truth = fastood.score(logits.double(), feats.double())
+        for name in (OURS, REFERENCE):
+            torch.testing.assert_close(calls[name]()[1].double(), truth, rtol=1e-3, atol=1e-3)
+        if compare.disabled:
+            return
+        timers, rounds = stopwatches(calls, x.device, *((0, 3) if compare.quick else (4, 20)))
+        times = in_turn(timers, rounds)
+    added = {
+        name: np.median(np.subtract(times[name], times[ALONE])) / np.median(times[KERNEL]) for name in (OURS, REFERENCE)
+    }
+    ratios = f"adds {added[OURS]:.2f} x the score alone, as plain operations {added[REFERENCE]:.2f} x"
+    group = f"{made.__name__} · N={N} · {device} · {ratios}"
+    compare.record(group, times, weighed(times), added=float(added[OURS]), added_plain=float(added[REFERENCE]), N=N)
