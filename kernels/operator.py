@@ -1,4 +1,4 @@
-"""The operators that a compiled graph holds in place of a kernel: torch.ops.fastood.products and row_stats.
+"""The operators that a compiled graph holds in place of a kernel: torch.ops.fastood.products, row_stats and batchgrad.
 
 A compiler cannot look into a kernel of ours, and plain operations in its place take several times as long. So under
 ``torch.compile`` ``select`` gives ``Operator(name)``, a backend whose functions are one operator each; it calls the
@@ -9,13 +9,14 @@ can be kept on disk and run in another process that has imported fastood. Gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastood.kernels import reference
 from fastood.kernels.seam import exporting
@@ -66,7 +67,11 @@ class Operator(NamedTuple):
         return not self.always and want.stats == ("fmax",) and not want.orders
 
     def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-        return reference.batchgrad(logits, feats, anchors)
+        if self.name != "cpu":  # a CUDA graph would keep addresses of what was made of a G that is its own copy
+            return reference.batchgrad(logits, feats, anchors)
+        tensors = logits, feats, anchors.G
+        work = f"{self.name};{int(anchors.bias)};{anchors.sign}"
+        return _put(torch.ops.fastood.batchgrad, tensors, work, [float(anchors.temperature)])
 
     def plain(self, work: Job | Anchors, shape: tuple[int, ...]) -> None:
         return None
@@ -245,6 +250,50 @@ def _row_stats_fake(
     return stats, x.new_empty((x.shape[0], int(orders)), dtype=torch.float64)
 
 
+# ---- BatchGrad
+
+
+_anchors: MutableMapping[Tensor, tuple[Any, Anchors]] = WeakTensorKeyDictionary()
+
+
+def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> Tensor:
+    of = work, *numbers, 0 if G.is_inference() else G._version
+    known = _anchors.get(G)
+    if known is None or known[0] != of:
+        known = _anchors[G] = of, _anchors_of(G.detach(), work, numbers)  # which is not G, or G would live for ever
+    return _backend(work.split(";")[0]).batchgrad(logits, feats, known[1]).to(_wide(logits, feats, G))
+
+
+def _anchors_of(G: Tensor, work: str, numbers: list[float]) -> Anchors:
+    from fastood.kernels import Anchors
+
+    _, bias, sign = work.split(";")
+    return Anchors(G, numbers[0], bias == "1", int(sign))
+
+
+def _batchgrad_by_reference(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> tuple[Tensor]:
+    out = reference.batchgrad(logits, feats, _anchors_of(G, work, numbers))
+    return (out.to(_wide(logits, feats, G)),)
+
+
+def _batchgrad_fake(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=_wide(logits, feats, G))
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _batchgrad_of_each(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+    """The vmap rule: G may be another one each time."""
+    each = [
+        x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
+        for x, at in zip(inputs[:3], in_dims, strict=False)
+    ]
+    out = [torch.ops.fastood.batchgrad.default(*some, *inputs[3:]) for some in zip(*each, strict=True)]
+    return torch.stack(out), 0
+
+
 # ---- what torch is told of them
 
 
@@ -273,7 +322,7 @@ def _backward(by_reference: Callable[..., tuple[Tensor, ...]]) -> tuple[Callable
     return backward, keep
 
 
-def _over_rows(operator: Any, rows_of: Callable[[str], tuple[int, ...]]) -> Callable[..., Any]:
+def _over_rows(name: str, rows_of: Callable[[str], tuple[int, ...]]) -> Callable[..., Any]:
     """The vmap rule: rows do not know of each other, so B matrices of N rows are one of B N.
 
     ``rows_of(work)`` says which axis of each result the rows are.
@@ -288,6 +337,7 @@ def _over_rows(operator: Any, rows_of: Callable[[str], tuple[int, ...]]) -> Call
             return (x.expand(B, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
 
         matrices = [flat(x, at) for x, at in zip(inputs[:3], in_dims, strict=False)]
+        operator = getattr(torch.ops.fastood, name).default
         out, axes = operator(*matrices, *inputs[3:]), rows_of(inputs[3])
         sizes = B, len(_first(*matrices)) // max(B, 1)
         if isinstance(out, tuple):
@@ -299,13 +349,13 @@ def _over_rows(operator: Any, rows_of: Callable[[str], tuple[int, ...]]) -> Call
 
 def _define(
     name: str,
+    tensors: str,
     results: str,
     call: Callable[..., Any],
     fake: Callable[..., Any],
     by_reference: Callable[..., tuple[Tensor, ...]],
-    rows_of: Callable[[str], tuple[int, ...]],
+    vmap_rule: Callable[..., Any],
 ) -> None:
-    tensors = "Tensor? logits, Tensor? feats, Tensor? labels"
     for overload in (name, f"{name}.no_grad"):
         schema = f"({tensors}, str work, float[] numbers) -> {results}"
         _library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -315,9 +365,35 @@ def _define(
     operator = getattr(torch.ops.fastood, name).default
     backward, keep = _backward(by_reference)
     torch.library.register_autograd(operator, backward, setup_context=keep, lib=_library)
-    torch.library.register_vmap(operator, _over_rows(operator, rows_of), lib=_library)
+    torch.library.register_vmap(operator, vmap_rule, lib=_library)
 
 
 _library = torch.library.Library("fastood", "DEF")
-_define("products", "Tensor", _products, _products_fake, _products_by_reference, _rows_of_products)
-_define("row_stats", "(Tensor, Tensor)", _row_stats, _row_stats_fake, _row_stats_by_reference, lambda work: (1, 0))
+_matrices = "Tensor? logits, Tensor? feats, Tensor? labels"
+_define(
+    "products",
+    _matrices,
+    "Tensor",
+    _products,
+    _products_fake,
+    _products_by_reference,
+    _over_rows("products", _rows_of_products),
+)
+_define(
+    "row_stats",
+    _matrices,
+    "(Tensor, Tensor)",
+    _row_stats,
+    _row_stats_fake,
+    _row_stats_by_reference,
+    _over_rows("row_stats", lambda work: (1, 0)),
+)
+_define(
+    "batchgrad",
+    "Tensor logits, Tensor feats, Tensor G",
+    "Tensor",
+    _batchgrad,
+    _batchgrad_fake,
+    _batchgrad_by_reference,
+    _batchgrad_of_each,
+)

@@ -190,6 +190,42 @@ def test_operator_vmap_rule(device):
         assert torch.equal(got, torch.stack(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operator_of_batchgrad(dtype):
+    f, h = batch(5, dtype=dtype)
+    for bias in (False, True):
+        anchors = torch.randn(12, 9 + bias)
+        detector = fastood.BatchGrad(anchors, temperature=1.5, bias=bias)
+        ours, _, compiled = traced(lambda f, h, detector=detector: detector.score(f, h), f, h)
+        assert ours == ["fastood.batchgrad.no_grad"]
+        assert torch.equal(compiled(f, h), detector.score(f, h))
+        raw = f"cpu;{int(bias)};1", [1.5]
+        if bias and dtype == torch.float32:
+            inputs = [x.clone().requires_grad_() for x in (f, h, anchors)]
+            torch.library.opcheck(ops.batchgrad.default, (*inputs, *raw))
+            torch.library.opcheck(ops.batchgrad.no_grad, (f, h, anchors, *raw))
+        many = torch.stack([anchors, 2 * anchors])
+        got = torch.vmap(lambda G, raw=raw: ops.batchgrad.default(f, h, G, *raw))(many)
+        for each, G in zip(got, many, strict=True):
+            assert torch.equal(each, fastood.BatchGrad(G, temperature=1.5, bias=bias).score(f, h, oriented=False))
+        with torch.no_grad():  # what was made of G serves as long as G is what it was
+            before = ops.batchgrad.no_grad(f, h, anchors, *raw)
+            anchors.mul_(2)
+            assert torch.equal(ops.batchgrad.no_grad(f, h, anchors, *raw), got[1])
+            assert not torch.equal(before, got[1])
+
+
+def test_operator_forgets_a_g_that_is_gone():
+    from fastood.kernels.operator import _anchors
+
+    G, (f, h) = torch.randn(12, 9), batch(5)
+    before = len(_anchors)
+    ops.batchgrad.no_grad(f, h, G, "cpu;0;1", [1.0])
+    assert len(_anchors) == before + 1
+    del G
+    assert len(_anchors) == before
+
+
 def test_operator_has_no_part_in_function_transforms(device):
     f, h = torch.randn(3, 4, 12, device=device), torch.randn(3, 4, 9, device=device)
     calls = (
