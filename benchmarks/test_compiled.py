@@ -3,7 +3,6 @@
 The ratio that is printed is what the score adds to the compiled model over what the same score takes by itself, eager.
 """
 
-import numpy as np
 import pytest
 import torch
 from harness import OURS, in_turn, stopwatches, weighed
@@ -41,10 +40,11 @@ class Served(nn.Module):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("N", [256, 4096, 1])
+@pytest.mark.parametrize("N", [256, 1], ids="N={}".format)
 @pytest.mark.parametrize("made", [cnn, wide_head], ids=lambda f: f.__name__)
 def test_what_a_score_adds(compare, made, N, device):
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # what differences of times are taken of must be steady
     body, head, sizes = made()
     body, head = body.to(device).eval(), head.to(device).eval()
     x = torch.randn(N, *sizes, device=device)
@@ -60,11 +60,11 @@ def test_what_a_score_adds(compare, made, N, device):
             torch.testing.assert_close(calls[name]()[1].double(), truth, rtol=1e-3, atol=1e-3)
         if compare.disabled:
             return
-        timers, rounds = stopwatches(calls, x.device, *((0, 3) if compare.quick else (4, 20)))
+        timers, rounds = stopwatches(calls, x.device, *((0, 3) if compare.quick else (6, 40)))
         times = in_turn(timers, rounds)
-    added = {
-        name: np.median(np.subtract(times[name], times[ALONE])) / np.median(times[KERNEL]) for name in (OURS, REFERENCE)
-    }
+    # Of the shortest times: what disturbs a machine adds to both, and more than a score does.
+    least = {name: min(some) for name, some in times.items()}
+    added = {name: (least[name] - least[ALONE]) / least[KERNEL] for name in (OURS, REFERENCE)}
     ratios = f"adds {added[OURS]:.2f} x the score alone, as plain operations {added[REFERENCE]:.2f} x"
-    group = f"{made.__name__} · N={N} · {device} · {ratios}"
-    compare.record(group, times, weighed(times), added=float(added[OURS]), added_plain=float(added[REFERENCE]), N=N)
+    group = f"{made.__name__} · N={N} · {'1 thread' if device == 'cpu' else 'GPU'} · {ratios}"
+    compare.record(group, times, weighed(times), added=added[OURS], added_plain=added[REFERENCE], N=N)
