@@ -68,3 +68,37 @@ def test_what_a_score_adds(compare, made, N, device):
     ratios = f"adds {added[OURS]:.2f} x the score alone, as plain operations {added[REFERENCE]:.2f} x"
     group = f"{made.__name__} · N={N} · {'1 thread' if device == 'cpu' else 'GPU'} · {ratios}"
     compare.record(group, times, weighed(times), added=added[OURS], added_plain=added[REFERENCE], N=N)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(1024, 1000), (1, 1000), (16, 50000)], ids=str)
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("method", ["max_logit", "msp", "energy"])
+def test_a_score_beside_what_makes_its_logits(compare, method, capped, shape, device):
+    """The operator, and plain operations, which a compiler may fuse with what the logits are made by."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    logits = torch.randn(*shape, device=device)
+
+    def call(x, backend):
+        return fastood.score(30 * torch.tanh(x / 30) if capped else x, method=method, backend=backend)
+
+    name = fastood_backend(device)
+    torch.compiler.reset()
+    compiled = {OURS: name, REFERENCE: "reference"}
+    calls = {
+        label: lambda made=torch.compile(call, fullgraph=True), backend=backend: made(logits, backend)
+        for label, backend in compiled.items()
+    }
+    torch.testing.assert_close(calls[OURS](), calls[REFERENCE](), rtol=1e-4, atol=1e-4)
+    if compare.disabled:
+        return
+    timers, rounds = stopwatches(calls, logits.device, *((0, 3) if compare.quick else (1, 10)))
+    times = in_turn(timers, rounds)
+    made = "capped" if capped else "given"
+    group = f"{method} of logits {made} · N={shape[0]} C={shape[1]} · {'1 thread' if device == 'cpu' else 'GPU'}"
+    compare.record(group, times, weighed(times), N=shape[0], C=shape[1])
+
+
+def fastood_backend(device):
+    return next(name for name, status in fastood.backends(device).items() if status.usable)

@@ -144,7 +144,10 @@ class BackendStatus(NamedTuple):
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called `name` ("auto": the best usable one) for tensors of this device and dtype."""
+    """The backend called `name` ("auto": the best usable one) for tensors of this device and dtype.
+
+    While torch.compile traces, that is an ``Operator`` which calls it when the graph runs: see kernels/operator.py.
+    """
     if torch.compiler.is_compiling():
         # What is exported holds plain torch operations, so that it loads without fastood, but where a name is given.
         plain = (name == "auto" and exporting()) or differentiated()
