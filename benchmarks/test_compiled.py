@@ -3,6 +3,8 @@
 The ratio that is printed is what the score adds to the compiled model over what the same score takes by itself, eager.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from harness import OURS, in_turn, stopwatches, weighed
@@ -83,12 +85,11 @@ def test_a_score_beside_what_makes_its_logits(compare, method, capped, shape, de
     def call(x, backend):
         return fastood.score(30 * torch.tanh(x / 30) if capped else x, method=method, backend=backend)
 
-    name = fastood_backend(device)
+    kernels = next(name for name, status in fastood.backends(device).items() if status.usable)
     torch.compiler.reset()
-    compiled = {OURS: name, REFERENCE: "reference"}
     calls = {
-        label: lambda made=torch.compile(call, fullgraph=True), backend=backend: made(logits, backend)
-        for label, backend in compiled.items()
+        label: partial(torch.compile(call, fullgraph=True), logits, backend)
+        for label, backend in ((OURS, kernels), (REFERENCE, "reference"))
     }
     torch.testing.assert_close(calls[OURS](), calls[REFERENCE](), rtol=1e-4, atol=1e-4)
     if compare.disabled:
@@ -98,7 +99,3 @@ def test_a_score_beside_what_makes_its_logits(compare, method, capped, shape, de
     made = "capped" if capped else "given"
     group = f"{method} of logits {made} · N={shape[0]} C={shape[1]} · {'1 thread' if device == 'cpu' else 'GPU'}"
     compare.record(group, times, weighed(times), N=shape[0], C=shape[1])
-
-
-def fastood_backend(device):
-    return next(name for name, status in fastood.backends(device).items() if status.usable)
