@@ -146,7 +146,7 @@ class BatchGrad:
         f, h, as_numpy = logits_and_feats(logits, feats)
         f, h = required("logits", f), required("feats", h)
         G = anchors.G
-        for name, x, columns in (("logits", f, G.shape[0]), ("feats", h, G.shape[1] - anchors.bias)):
+        for name, x, columns in (("logits", f, G.shape[0]), ("feats", h, G.shape[1] - int(anchors.bias))):
             if x.shape[1] != columns:
                 raise ValueError(f"{name} must have {columns} columns, for G is {list(G.shape)}, got {list(x.shape)}")
         if G.device != f.device:

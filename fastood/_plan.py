@@ -82,10 +82,9 @@ class Plan:
         out = None
         if self.job is not None:
             out = chosen.products(f, h, self.job, shape, dtype, by_row, q)
-            if out is not None and chosen not in self.ways:
-                short = chosen.plain(self.job, self.shape)
-                if short is not None:
-                    self.ways = {**self.ways, chosen: short}  # another thread may be going through them
+            short = None if out is None else chosen.plain(self.job, self.shape)
+            if short is not None and chosen not in self.ways:
+                self.ways = {**self.ways, chosen: short}  # another thread may be going through them
         if out is None:
             out = self._composed(f, h, q, chosen, dtype, by_row).reshape(shape).to(dtype)
         return give(out, as_numpy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from types import EllipsisType
 from typing import Any
 
@@ -396,10 +395,13 @@ def _entry(method: str, argument: str = "method") -> Score:
 
 def _entries(argument: str, methods: Any) -> list[Score]:
     names = _names(argument, methods)
-    with suppress(TypeError):  # no hash: let it be refused
+    found: list[Score | None]
+    try:  # which torch 2.8 can trace, and a context manager not
         found = [*map(SCORES.get, names)]
-        if None not in found:
-            return found  # type: ignore[return-value]
+    except TypeError:  # no hash: let it be refused
+        found = [None]
+    if None not in found:
+        return found  # type: ignore[return-value]
     return [_entry(name, argument) for name in names]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastood._inputs import choice
 from fastood.kernels import STATISTICS, Stat
-from fastood.kernels.reference import LARGEST, Powers
+from fastood.kernels.reference import LARGEST, Powers, times_norm
 
 
 class RowStats(dict[Stat, Tensor]):
@@ -141,16 +141,14 @@ class Score:
         elif log:
             raw = self.power * (u - math.log(self.divisor(s.T))) + v
         else:
-            raw = v
             T = self.divisor(s.T)
-            if self.power in (1, 2):  # one by one, in an order in which nothing overflows before the score: 0 stays 0
-                for _ in range(int(self.power)):
-                    raw = raw * u / T if T < 1 else raw * (u / T if self.gradient else u)
+            if self.power in (1, 2):
+                raw = times_norm(v, u, int(self.power), T, s.wide)
             else:
                 factor = Powers(u / T)(self.power)
                 raw = factor.masked_fill((v == 0) & factor.isinf() & u.isfinite(), 0) * v
-            if s.wide:
-                raw = torch.where(u == LARGEST, raw * LARGEST, raw)
+                if s.wide:
+                    raw = torch.where(u == LARGEST, raw * LARGEST, raw)
         return self.sign(oriented) * raw
 
     def _v(self, s: RowStats, params: Mapping[str, Any], log: bool) -> Any:

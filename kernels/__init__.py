@@ -36,7 +36,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from fastood.kernels import cpu, reference, triton
+from fastood.kernels import cpu, operator, reference, triton
+from fastood.kernels.operator import Operator
+from fastood.kernels.seam import constant, differentiated, exporting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,11 +144,25 @@ class BackendStatus(NamedTuple):
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called `name` ("auto": the best usable one) for tensors of this device and dtype."""
+    """The backend called `name` ("auto": the best usable one) for tensors of this device and dtype.
+
+    While torch.compile traces, that is an ``Operator`` which calls it when the graph runs: see kernels/operator.py.
+    """
+    if torch.compiler.is_compiling():
+        # What is exported holds plain torch operations, so that it loads without fastood, but where a name is given.
+        plain = (name == "auto" and exporting()) or differentiated()
+        chosen = "reference" if plain else _name_of(name, device, dtype)
+        return (
+            Operator(chosen, always=name != "auto")
+            if chosen != "reference" and device.type in operator.DEVICES
+            else reference
+        )
+    return BACKENDS[_name_of(name, device, dtype)]
+
+
+@constant
+def _name_of(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
-        # A traced graph holds plain torch operations only, so that it loads without fastood.
-        if torch.compiler.is_compiling():
-            return reference
         name = DEFAULT
     if name == "auto":
         if cpu.MISSING and device.type == "cpu":
@@ -154,12 +170,12 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})", advice)
         if device.type == "cuda" and (reason := triton.missing()):
             _warn_once(f"fastood's Triton kernels cannot be used ({reason})", "Install a newer Triton.")
-        return next(b for b in BACKENDS.values() if b.unusable(device, dtype) is None)
+        return next(name for name, b in BACKENDS.items() if b.unusable(device, dtype) is None)
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
     if reason := BACKENDS[name].unusable(device, dtype):
         raise RuntimeError(f"backend {name!r} cannot serve {dtype} on {device}: {reason}")
-    return BACKENDS[name]
+    return name
 
 
 @cache

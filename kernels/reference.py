@@ -27,7 +27,7 @@ from torch import Tensor
 from fastood.kernels.seam import traced
 
 if TYPE_CHECKING:
-    from fastood.kernels import Anchors, Stat, Want
+    from fastood.kernels import Anchors, Job, Stat, Want
 
 
 LARGEST = float(torch.finfo(torch.float64).max)  # also stands for a norm of finite features beyond it
@@ -42,8 +42,43 @@ def plain(*_: object) -> None:
     return None
 
 
-def products(*_: object) -> None:
-    """Nothing to gain over row_stats."""
+def products(
+    logits: Tensor | None,
+    feats: Tensor | None,
+    job: Job,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    by_row: bool,
+    labels: Tensor | None = None,
+) -> Tensor:
+    return multiplied(row_stats(logits, feats, job.want, labels), job, shape, dtype, by_row)
+
+
+def multiplied(
+    found: tuple[dict[Stat, Tensor], Tensor | None],
+    job: Job,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    by_row: bool,
+) -> Tensor:
+    """The products of a job, as ``products`` gives them, from what ``row_stats`` found for it."""
+    stats, norms = found
+    columns: list[Any] = []
+    for stat, order, factor, power, divisor in job.products:
+        v = factor if stat < 0 else factor * stats[job.want.stats[stat]].double()
+        if order >= 0:
+            assert norms is not None
+            v = times_norm(v, norms[:, order], power, divisor, wide=dtype == torch.float64)
+        columns.append(v)
+    return torch.stack(columns, -1 if by_row else 0).reshape(shape).to(dtype)
+
+
+def times_norm(v: Tensor | float, u: Tensor, power: int, divisor: float, wide: bool) -> Tensor:
+    """v (u / divisor)^power of a power 1 or 2; `wide` for results in float64."""
+    raw: Any = v
+    for _ in range(power):  # one by one, in an order in which nothing overflows before the score: 0 stays 0
+        raw = raw * u / divisor if divisor < 1 else raw * (u / divisor)
+    return torch.where(u == LARGEST, raw * LARGEST, raw) if wide else raw
 
 
 def row_stats(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _of_torch(name: str, otherwise: Any) -> Any:
@@ -24,13 +26,29 @@ def _always() -> bool:
     return True
 
 
+_functorch = _of_torch("_C._are_functorch_transforms_active", _always)  # vmap, jvp, torch.func.grad
 # Each tells whether something looks into torch's operations; the C++ backend asks them too.
 MODES: tuple[Callable[[], Any], ...] = (
     _of_torch("_C._is_tracing", _of_torch("jit.is_tracing", _always)),  # torch.jit.trace
-    _of_torch("_C._are_functorch_transforms_active", _always),  # vmap, jvp, torch.func.grad
+    _functorch,
     _of_torch("_C._len_torch_dispatch_stack", _always),  # make_fx, FakeTensorMode and the like
 )
 _is_functional = _of_torch("_is_functional_tensor", lambda x: True)
+
+
+def constant(function: F) -> F:
+    """`function` as one that torch.compile calls once instead of tracing it: of constants, with a constant result.
+
+    As torch.compiler.assume_constant_result does, which imports the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def exporting() -> bool:
+    """Whether torch.export is at work. Its own question is answered by torch 2.8's compiler with True, always."""
+    return torch.compiler.is_exporting()
 
 
 def traced(*tensors: Tensor | None) -> bool:
@@ -39,7 +57,21 @@ def traced(*tensors: Tensor | None) -> bool:
 
 
 def _transformed() -> bool:
-    return any(mode() for mode in MODES) or getattr(forward_ad, "_current_level", 0) >= 0
+    return any(mode() for mode in MODES) or forward_mode()
+
+
+def forward_mode() -> bool:
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def differentiated() -> bool:
+    """Whether a function transform or forward-mode autograd is at work, in which an operator of ours has no part.
+
+    torch.compile can trace this, unlike the rest of MODES.
+    """
+    if _functorch():
+        return True
+    return forward_mode()
 
 
 def _grows(x: Tensor) -> bool:

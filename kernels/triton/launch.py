@@ -15,9 +15,10 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from fastood.kernels import Anchors, Want
 from fastood.kernels.cpu import _TYPES, _native
 from fastood.kernels.triton import device, shapes
 from fastood.kernels.triton.shapes import Plan
+
+Made = TypeVar("Made")
 
 # ---- programs
 
@@ -230,12 +233,14 @@ def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
     if "triton G" not in anchors.prepared:
         classes, feats = shapes.BATCHGRAD["CLASSES"], shapes.BATCHGRAD["FEATS"]
         C, D = anchors.G.shape
-        G = torch.nn.functional.pad(anchors.G.float(), (0, -D % feats, 0, -C % classes))
-        G = G.unflatten(1, (-1, feats)).unflatten(0, (-1, classes)).transpose(1, 2)  # by class block and feature block
-        above, below = (x.clamp(min=0).sum(-1, dtype=torch.float64) for x in (G, -G))
-        anchors.prepared["triton G"] = G.transpose(2, 3).contiguous(), torch.stack([above, below], -1).float()
-        if G.is_cuda:  # other streams read it too
-            torch.cuda.current_stream(G.device).synchronize()
+
+        def make() -> tuple[Tensor, Tensor]:
+            G = torch.nn.functional.pad(anchors.G.float(), (0, -D % feats, 0, -C % classes))
+            G = G.unflatten(1, (-1, feats)).unflatten(0, (-1, classes)).transpose(1, 2)  # by class and feature block
+            above, below = (x.clamp(min=0).sum(-1, dtype=torch.float64) for x in (G, -G))
+            return G.transpose(2, 3).contiguous(), torch.stack([above, below], -1).float()
+
+        anchors.prepared["triton G"] = _kept(anchors.G.device, make)
     return anchors.prepared["triton G"]
 
 
@@ -388,8 +393,28 @@ def _readable(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1 << 16)  # a CUDA graph has the addresses
 def _table(numbers: tuple[float, ...], on: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.float64, device=on)
+    return _kept(on, lambda: torch.tensor(numbers, dtype=torch.float64, device=on))
+
+
+def _kept(on: torch.device, make: Callable[[], Made]) -> Made:
+    """What `make` makes of tensors that are there already, in memory that no CUDA graph counts among its own.
+
+    A compiler that warms up a graph takes all that its thread allocates for the graph's, and refuses what stays.
+    """
+
+    def apart() -> Made:
+        with torch.no_grad(), torch.cuda.device(on), _relaxed(on):
+            made = make()
+            torch.cuda.current_stream().synchronize()  # other streams read it too
+            return made
+
+    if on.type != "cuda":
+        with torch.inference_mode(False):
+            return make()
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(on).synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(apart).result()
 
 
 def _on(on: torch.device) -> AbstractContextManager[Any]:
@@ -416,16 +441,20 @@ def dlpack_device(on: torch.device) -> tuple[int, int]:
     return (2, on.index) if on.type == "cuda" else (1, 0)
 
 
+def _beside_capture(on: torch.device) -> AbstractContextManager[Any]:
+    """Kernels that are loaded here stay out of a CUDA graph that this thread captures."""
+    return _relaxed(on) if on.type == "cuda" and torch.cuda.is_current_stream_capturing() else nullcontext()
+
+
 @contextmanager
-def _beside_capture(on: torch.device) -> Iterator[None]:
-    """Memory, copies and kernels that are loaded here stay out of a CUDA graph that this thread captures."""
-    if on.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield
-        return
-    mode = ctypes.c_int(2)  # relaxed: this thread may do what a capture forbids it by default
-    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+def _relaxed(on: torch.device) -> Iterator[None]:
+    """On a stream of its own, this thread may do what a capture, its own or another's, forbids it by default."""
+    mode = ctypes.c_int(2)
+    if has_driver(on):
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
         with torch.cuda.stream(torch.cuda.Stream(on)):
             yield
     finally:
-        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        if has_driver(on):
+            _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))

@@ -1,0 +1,101 @@
+"""What a score adds to a compiled model: through its operator, as plain operations, and called after it.
+
+A group's line says it in microseconds, of the shortest times: what disturbs a machine adds to each of them. The eager
+call that it is compared with comes after the model too, and finds in the caches what the operator finds there.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from harness import OURS, in_turn, stopwatches, weighed
+from torch import nn
+
+import fastood
+
+ALONE, REFERENCE, AFTER = "without a score", f"{OURS}, reference", "the eager score after it"
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+def cnn():
+    layers = []
+    for channels, wider in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(128, 10), (3, 32, 32)
+
+
+def wide_head():
+    return nn.Identity(), nn.Linear(2048, 1000), (2048,)
+
+
+class Served(nn.Module):
+    def __init__(self, body, head, backend=None):
+        super().__init__()
+        self.body, self.head, self.backend = body, head, backend
+
+    def forward(self, x):
+        feats = self.body(x)
+        logits = self.head(feats)
+        return (logits, feats) if self.backend is None else (logits, fastood.score(logits, feats, backend=self.backend))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("N", [256, 1], ids="N={}".format)
+@pytest.mark.parametrize("made", [cnn, wide_head], ids=lambda f: f.__name__)
+def test_what_a_score_adds(compare, made, N, device):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # what differences of times are taken of must be steady
+    body, head, sizes = made()
+    body, head = body.to(device).eval(), head.to(device).eval()
+    x = torch.randn(N, *sizes, device=device)
+    backends = {ALONE: None, OURS: "auto", REFERENCE: "reference"}
+    torch.compiler.reset()
+    models = {name: torch.compile(Served(body, head, backend), fullgraph=True) for name, backend in backends.items()}
+    with torch.no_grad():
+        logits, feats = Served(body, head)(x)
+        calls = {name: lambda model=model: model(x) for name, model in models.items()}
+        calls[AFTER] = lambda: fastood.score(*models[ALONE](x))
+        truth = fastood.score(logits.double(), feats.double())
+        for name in (OURS, REFERENCE):
+            torch.testing.assert_close(calls[name]()[1].double(), truth, rtol=1e-3, atol=1e-3)
+        if compare.disabled:
+            return
+        timers, rounds = stopwatches(calls, x.device, *((0, 3) if compare.quick else (6, 40)))
+        times = in_turn(timers, rounds)
+    added = {name: (min(times[name]) - min(times[ALONE])) * 1e6 for name in (OURS, AFTER, REFERENCE)}
+    ours, after, plain = (f"{x:.0f}" for x in added.values())
+    on = "1 thread" if device == "cpu" else "GPU"
+    group = f"{made.__name__} · N={N} · {on} · adds {ours} us, the eager score {after}, plain operations {plain}"
+    compare.record(group, times, weighed(times), added=added, N=N)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(1024, 1000), (1, 1000), (16, 50000)], ids=str)
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("method", ["max_logit", "msp", "energy"])
+def test_a_score_beside_what_makes_its_logits(compare, method, capped, shape, device):
+    """The operator, and plain operations, which a compiler may fuse with what the logits are made by."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    logits = torch.randn(*shape, device=device)
+
+    def call(x, backend):
+        return fastood.score(30 * torch.tanh(x / 30) if capped else x, method=method, backend=backend)
+
+    kernels = next(name for name, status in fastood.backends(device).items() if status.usable)
+    torch.compiler.reset()
+    calls = {
+        label: partial(torch.compile(call, fullgraph=True), logits, backend)
+        for label, backend in ((OURS, kernels), (REFERENCE, "reference"))
+    }
+    torch.testing.assert_close(calls[OURS](), calls[REFERENCE](), rtol=1e-4, atol=1e-4)
+    if compare.disabled:
+        return
+    timers, rounds = stopwatches(calls, logits.device, *((0, 3) if compare.quick else (1, 10)))
+    times = in_turn(timers, rounds)
+    made = "capped" if capped else "given"
+    group = f"{method} of logits {made} · N={shape[0]} C={shape[1]} · {'1 thread' if device == 'cpu' else 'GPU'}"
+    compare.record(group, times, weighed(times), N=shape[0], C=shape[1])

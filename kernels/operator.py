@@ -1,0 +1,399 @@
+"""The operators that a compiled graph holds in place of a kernel: torch.ops.fastood.products, row_stats and batchgrad.
+
+A compiler cannot look into a kernel of ours, and plain operations in its place take several times as long. So under
+``torch.compile`` ``select`` gives ``Operator(name)``, a backend whose functions are one operator each; it calls the
+backend of that name when the graph runs. Everything else about a call is in the operator's arguments, so that a graph
+can be kept on disk and run in another process that has imported fastood. Gradients are the reference's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastood.kernels import reference
+from fastood.kernels.seam import exporting
+
+if TYPE_CHECKING:
+    from fastood.kernels import Anchors, Job, Stat, Want
+
+DEVICES = "cpu", "cuda"
+
+
+class Operator(NamedTuple):
+    """A backend (see kernels/__init__.py) that puts the one called `name` into the graph."""
+
+    name: str
+    always: bool  # even where the compiler does better
+
+    def row_stats(
+        self, logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
+    ) -> tuple[dict[Stat, Tensor], Tensor | None]:
+        if self._is_light(want):
+            return reference.row_stats(logits, feats, want, labels)
+        work = f"{self.name};{int(want.bias)};{len(want.orders)};{int(want.log)};{_names(want)}"
+        tensors = logits if want.stats else None, feats if want.orders else None, labels
+        stats, norms = _put(torch.ops.fastood.row_stats, tensors, work, _numbers(want))
+        return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
+
+    def products(
+        self,
+        logits: Tensor | None,
+        feats: Tensor | None,
+        job: Job,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        by_row: bool,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        want, wide = job.want, int(dtype == torch.float64)
+        if self._is_light(want):
+            return reference.products(logits, feats, job, shape, dtype, by_row, labels)
+        fixed = ",".join([str(n) for n in (shape[1:] if by_row else shape[:-1])])
+        work = f"{self.name};{int(want.bias)};{len(want.orders)};{wide};{int(by_row)};{fixed};{_names(want)}"
+        numbers = [*_numbers(want), *[float(x) for product in job.products for x in product]]
+        tensors = logits if want.stats else None, feats if want.orders else None, labels
+        return _put(torch.ops.fastood.products, tensors, work, numbers)
+
+    def _is_light(self, want: Want) -> bool:
+        """A maximum alone is best taken where the compiler makes the logits: docs/compile.md has the measurement."""
+        return not self.always and want.stats == ("fmax",) and not want.orders
+
+    def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
+        if self.name != "cpu":  # a CUDA graph would keep addresses of what was made of a G that is its own copy
+            return reference.batchgrad(logits, feats, anchors)
+        tensors = logits, feats, anchors.G
+        work = f"{self.name};{int(anchors.bias)};{anchors.sign}"
+        return _put(torch.ops.fastood.batchgrad, tensors, work, [float(anchors.temperature)])
+
+    def plain(self, work: Job | Anchors, shape: tuple[int, ...]) -> None:
+        return None
+
+    def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+
+def _put(operator: Any, tensors: tuple[Tensor | None, ...], work: str, numbers: list[float]) -> Any:
+    """The operator, without its autograd formula, which takes longer than a small batch, where none is asked for."""
+    if exporting() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        return operator.default(*tensors, work, numbers)
+    return operator.no_grad(*tensors, work, numbers)
+
+
+# ---- what is wanted, as the two arguments of a schema: a torch operator takes a microsecond for each that it has
+
+
+def _names(want: Want) -> str:
+    """The statistics but for their numbers."""
+    parts = [(stat,) if isinstance(stat, str) else stat for stat in want.stats]
+    return ",".join([" ".join([x for x in some if isinstance(x, str)]) for some in parts])
+
+
+def _numbers(want: Want) -> list[float]:
+    of_stats = [x for stat in want.stats if not isinstance(stat, str) for x in stat if not isinstance(x, str)]
+    return [float(want.temperature), *[_finite(x) for x in (*want.orders, *of_stats)]]
+
+
+def _finite(x: float) -> float:
+    """The order infinity as the largest double: AOTInductor, and torch 2.8 in an export, write numbers as JSON."""
+    return reference.LARGEST if x == math.inf else float(x)
+
+
+def _want(names: str, numbers: Iterator[float], orders: int, bias: bool, log: bool) -> Want:
+    from fastood.kernels import Want
+
+    def take(n: int) -> tuple[float, ...]:
+        return tuple(math.inf if x == reference.LARGEST else x for x in islice(numbers, n))
+
+    (T,), r = take(1), take(orders)
+    stats: list[Any] = []
+    for name, *words in map(str.split, filter(None, names.split(","))):
+        if name == "gradient":
+            q, expectation = words
+            stats.append((name, q, *take(2), expectation))
+        elif name == "gen":
+            gamma, M = take(2)
+            stats.append((name, gamma, int(M)))
+        else:
+            stats.append((name, *take(1)) if name == "power_sum" else name)
+    return Want(tuple(stats), r, T, bias, log)
+
+
+def _first(*tensors: Tensor | None) -> Tensor:
+    return next(x for x in tensors if x is not None)
+
+
+def _backend(name: str) -> Any:
+    from fastood.kernels import BACKENDS
+
+    return BACKENDS[name]
+
+
+# ---- finished scores
+
+
+class _Products:
+    """The operator with all that is no tensor, worked out once."""
+
+    def __init__(self, work: str, numbers: Iterable[float]) -> None:
+        from fastood.kernels import Job, Product
+
+        backend, bias, orders, _, _, _, names = work.split(";")
+        left = iter(numbers)
+        want = _want(names, left, int(orders), bias == "1", log=False)
+        rows = zip(*[left] * 5, strict=True)
+        products = tuple(Product(int(stat), int(r), factor, int(k), divisor) for stat, r, factor, k, divisor in rows)
+        self.job, self.backend, (self.shape, self.dtype) = Job(want, products), _backend(backend), _result(work)
+        self.short: Callable[..., Any] | None = None
+
+    def __call__(self, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
+        if self.short is not None and (out := self.short(logits, feats, labels)) is not None:
+            return out
+        options: Any = self.options(logits, feats)
+        out = self.backend.products(logits, feats, self.job, *options, labels)
+        if out is None:
+            return reference.multiplied(
+                self.backend.row_stats(logits, feats, self.job.want, labels), self.job, *options
+            )
+        if self.dtype == torch.float32:
+            self.short = self.backend.plain(self.job, self.shape)
+        return out
+
+    def options(self, logits: Tensor | None, feats: Tensor | None) -> tuple[tuple[int, ...], torch.dtype, bool]:
+        n = _first(logits, feats).shape[0]
+        return tuple(n if k < 0 else k for k in self.shape), self.dtype, self.shape[0] < 0
+
+
+_known_products = lru_cache(maxsize=1024)(_Products)
+
+
+@lru_cache(maxsize=1024)
+def _result(work: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape, in which -1 stands for the rows, and the type."""
+    *_, wide, by_row, fixed, _ = work.split(";")
+    sizes = [int(n) for n in filter(None, fixed.split(","))]
+    shape = (-1, *sizes) if by_row == "1" else (*sizes, -1)
+    return shape, torch.float64 if wide == "1" else torch.float32
+
+
+def _products(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> Tensor:
+    return _known_products(work, tuple(numbers))(logits, feats, labels)
+
+
+def _products_by_reference(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> tuple[Tensor]:
+    call = _Products(work, numbers)
+    shape, dtype, by_row = call.options(logits, feats)
+    return (reference.products(logits, feats, call.job, shape, dtype, by_row, labels),)
+
+
+def _products_fake(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> Tensor:
+    x, (shape, dtype) = _first(logits, feats), _result(work)
+    return x.new_empty([x.shape[0] if n < 0 else n for n in shape], dtype=dtype)
+
+
+def _rows_of_products(work: str) -> tuple[int]:
+    shape, _ = _result(work)
+    return (0 if shape[0] < 0 else len(shape) - 1,)
+
+
+# ---- row statistics
+
+
+def _asked(work: str, numbers: Iterable[float]) -> tuple[Any, Want]:
+    backend, bias, orders, log, names = work.split(";")
+    return _backend(backend), _want(names, iter(numbers), int(orders), bias == "1", log == "1")
+
+
+def _row_stats(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> tuple[Tensor, Tensor]:
+    backend, want = _asked(work, numbers)
+    return _stacked(backend.row_stats(logits, feats, want, labels), want, _first(logits, feats))
+
+
+def _row_stats_by_reference(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> tuple[Tensor, Tensor]:
+    _, want = _asked(work, numbers)
+    return _stacked(reference.row_stats(logits, feats, want, labels), want, _first(logits, feats))
+
+
+def _stacked(found: tuple[dict[Stat, Tensor], Tensor | None], want: Want, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics, one after the other, [S, N], and norms [N, P], both float64, of none where none are wanted."""
+    stats, norms = found
+    columns = [stats[s].double() for s in want.stats]
+    return (
+        torch.stack(columns) if columns else beside.new_empty((0, len(beside)), dtype=torch.float64),
+        beside.new_empty((len(beside), 0), dtype=torch.float64) if norms is None else norms.double().contiguous(),
+    )
+
+
+def _row_stats_fake(
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+) -> tuple[Tensor, Tensor]:
+    _, _, orders, _, names = work.split(";")
+    x = _first(logits, feats)
+    stats = x.new_empty((len(names.split(",")) if names else 0, x.shape[0]), dtype=torch.float64)
+    return stats, x.new_empty((x.shape[0], int(orders)), dtype=torch.float64)
+
+
+# ---- BatchGrad
+
+
+_anchors: MutableMapping[Tensor, tuple[Any, Anchors]] = WeakTensorKeyDictionary()
+
+
+def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> Tensor:
+    of = work, *numbers, 0 if G.is_inference() else G._version
+    known = _anchors.get(G)
+    if known is None or known[0] != of:
+        known = _anchors[G] = of, _anchors_of(G.detach(), work, numbers)  # which is not G, or G would live for ever
+    return _backend(work.split(";")[0]).batchgrad(logits, feats, known[1]).to(_wide(logits, feats, G))
+
+
+def _anchors_of(G: Tensor, work: str, numbers: list[float]) -> Anchors:
+    from fastood.kernels import Anchors
+
+    _, bias, sign = work.split(";")
+    return Anchors(G, numbers[0], bias == "1", int(sign))
+
+
+def _batchgrad_by_reference(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> tuple[Tensor]:
+    out = reference.batchgrad(logits, feats, _anchors_of(G, work, numbers))
+    return (out.to(_wide(logits, feats, G)),)
+
+
+def _batchgrad_fake(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=_wide(logits, feats, G))
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _batchgrad_of_each(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+    """The vmap rule: G may be another one each time."""
+    each = [
+        x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
+        for x, at in zip(inputs[:3], in_dims, strict=False)
+    ]
+    out = [torch.ops.fastood.batchgrad.default(*some, *inputs[3:]) for some in zip(*each, strict=True)]
+    return torch.stack(out), 0
+
+
+# ---- what torch is told of them
+
+
+def _backward(by_reference: Callable[..., tuple[Tensor, ...]]) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """The autograd formula of an operator, and what keeps the inputs for it."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.arguments = inputs[3:]
+
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views: logits and feats may be the same tensor.
+            inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors]
+            outs = by_reference(*inputs, *ctx.arguments)
+        needed = ctx.needs_input_grad[:3]
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
+        some = [(out, g) for out, g in zip(outs, slopes, strict=True) if g is not None and out.requires_grad]
+        found: Iterator[Tensor | None] = iter([None] * len(wanted))
+        if some:
+            of, g = zip(*some, strict=True)
+            found = iter(torch.autograd.grad(of, wanted, g, create_graph=twice, allow_unused=True))
+        return (*(next(found) if need else None for need in needed), None, None)
+
+    return backward, keep
+
+
+def _over_rows(name: str, rows_of: Callable[[str], tuple[int, ...]]) -> Callable[..., Any]:
+    """The vmap rule: rows do not know of each other, so B matrices of N rows are one of B N.
+
+    ``rows_of(work)`` says which axis of each result the rows are.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        B = info.batch_size
+
+        def flat(x: Tensor | None, at: int | None) -> Tensor | None:
+            if x is None:
+                return None
+            return (x.expand(B, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
+
+        matrices = [flat(x, at) for x, at in zip(inputs[:3], in_dims, strict=False)]
+        operator = getattr(torch.ops.fastood, name).default
+        out, axes = operator(*matrices, *inputs[3:]), rows_of(inputs[3])
+        sizes = B, len(_first(*matrices)) // max(B, 1)
+        if isinstance(out, tuple):
+            return tuple(x.unflatten(at, sizes) for x, at in zip(out, axes, strict=True)), axes
+        return out.unflatten(axes[0], sizes), axes[0]
+
+    return rule
+
+
+def _define(
+    name: str,
+    tensors: str,
+    results: str,
+    call: Callable[..., Any],
+    fake: Callable[..., Any],
+    by_reference: Callable[..., tuple[Tensor, ...]],
+    vmap_rule: Callable[..., Any],
+) -> None:
+    for overload in (name, f"{name}.no_grad"):
+        schema = f"({tensors}, str work, float[] numbers) -> {results}"
+        _library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in DEVICES:
+            _library.impl(overload, call, device.upper())
+        torch.library.register_fake(f"fastood::{overload}", fake, lib=_library)
+    operator = getattr(torch.ops.fastood, name).default
+    backward, keep = _backward(by_reference)
+    torch.library.register_autograd(operator, backward, setup_context=keep, lib=_library)
+    torch.library.register_vmap(operator, vmap_rule, lib=_library)
+
+
+_library = torch.library.Library("fastood", "DEF")
+_matrices = "Tensor? logits, Tensor? feats, Tensor? labels"
+_define(
+    "products",
+    _matrices,
+    "Tensor",
+    _products,
+    _products_fake,
+    _products_by_reference,
+    _over_rows("products", _rows_of_products),
+)
+_define(
+    "row_stats",
+    _matrices,
+    "(Tensor, Tensor)",
+    _row_stats,
+    _row_stats_fake,
+    _row_stats_by_reference,
+    _over_rows("row_stats", lambda work: (1, 0)),
+)
+_define(
+    "batchgrad",
+    "Tensor logits, Tensor feats, Tensor G",
+    "Tensor",
+    _batchgrad,
+    _batchgrad_fake,
+    _batchgrad_by_reference,
+    _batchgrad_of_each,
+)

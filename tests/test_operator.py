@@ -1,0 +1,385 @@
+"""The operators of a compiled graph: on a CPU, and on a GPU where there is one (pytest -k "operator and cuda")."""
+
+import contextlib
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fastood
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, in its compiler
+if not fastood.backends("cpu")["cpu"].usable:
+    pytest.skip("needs the C++ part, built where there is a C++ compiler", allow_module_level=True)
+
+ops = torch.ops.fastood
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()  # which counts compilations of one function
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request):
+    if not fastood.backends(request.param)[kernels_of(request.param)].usable:
+        pytest.skip(f"needs the {kernels_of(request.param)} backend")
+    return request.param
+
+
+def kernels_of(device):
+    return {"cpu": "cpu", "cuda": "triton"}[device]
+
+
+def batch(n, device="cpu", C=12, D=9, dtype=torch.float32):
+    return torch.randn(n, C, device=device).to(dtype), torch.randn(n, D, device=device).to(dtype)
+
+
+def traced(call, *inputs, dynamic=None):
+    """The operators of ours that torch.compile makes of a call, all operations, and the compiled call."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=keep)
+    compiled(*inputs)
+    (graph,) = graphs
+    found = [getattr(x.target, "__name__", str(x.target)) for x in graph.graph.nodes if x.op.startswith("call")]
+    ours = [str(x.target) for x in graph.graph.nodes if "fastood." in str(x.target)]
+    return ours, found, compiled
+
+
+CALLS = {
+    "score": lambda f, h: fastood.score(f, h),
+    "without features": lambda f, h: fastood.score(f, method="tv"),
+    "log": lambda f, h: fastood.score(f, h, "gradnorm", temperature=2.0, bias=True),
+    "infinite order": lambda f, h: fastood.score(f, h, "msp", norm=math.inf),
+    "scores": lambda f, h: torch.stack([*fastood.scores(f, h, ["msp", "tv"], norm=2).values()]),
+    "sweep": lambda f, h: fastood.sweep(f, h),
+    "norms": lambda f, h: fastood.norms(h, [0.3, 2]),
+    "gradient_norm": lambda f, h: fastood.gradient_norm(f, h, f.softmax(-1), 2, 2, "outside"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operator_is_one(device, name):
+    call = CALLS[name]
+    ours, _, compiled = traced(call, *batch(5, device), dynamic=True)
+    assert ours == ["fastood.products.no_grad"]
+    for n in (2, 7):
+        f, h = batch(n, device)
+        assert torch.equal(compiled(f, h), call(f, h))
+
+
+@pytest.mark.parametrize("name", list(fastood.SCORES))
+def test_operator_equals_the_kernel_to_the_bit(device, name):
+    log = fastood.SCORES[name].positive and name != "norm_eg_p_l2sq"
+    for options in ({}, {"log": True}) if log else ({},):
+
+        def call(f, h, options=options):
+            return fastood.score(f, h, name, **options)
+
+        ours, found, compiled = traced(call, *batch(5, device), dynamic=True)
+        assert len(ours) == 1
+        assert not {"max", "amax", "exp", "sum", "abs"}.intersection(found)
+        for n, dtype in itertools.product((3, 8), (torch.float32, torch.bfloat16)):
+            f, h = batch(n, device, C=20, D=11, dtype=dtype)
+            if device == "cpu":
+                assert torch.equal(compiled(f, h), call(f, h))
+            else:  # formulas over several statistics are rounded to float64 by turns there
+                torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-6, atol=0)
+
+
+class Served(torch.nn.Module):
+    def __init__(self, backend="auto", **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU())
+        self.head = torch.nn.Linear(32, 100)
+        self.options = {"backend": backend, **options}
+
+    def forward(self, x):
+        h = self.body(x)
+        logits = self.head(h)
+        return logits, fastood.score(logits, h, **self.options)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_operator_compiled_whole_of_any_batch(device, autocast):
+    model = Served().to(device).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    mode = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
+    with torch.no_grad(), mode:
+        for n in (4, 9, 33):
+            x = torch.randn(n, 16, device=device)
+            logits, score = compiled(x)
+            assert logits.dtype == (torch.bfloat16 if autocast else torch.float32)
+            assert score.dtype == torch.float32
+            torch.testing.assert_close(score, model(x)[1], rtol=2e-2 if autocast else 1e-4, atol=0)
+
+
+def test_operator_gradients_are_the_references(device):
+    def call(f, h):
+        return fastood.score(f, h, "tv", norm=2) + fastood.score(f, h, "eg_u_l2sq") + fastood.score(f, f, "exgrad")
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for n in (4, 6):
+        f, h = (x.requires_grad_() for x in batch(n, device))
+        exact = [x.detach().double().requires_grad_() for x in (f, h)]
+        truth = torch.autograd.grad(call(*exact).sum(), exact)
+        got = torch.autograd.grad(compiled(f, h).sum(), (f, h))
+        for g, t in zip(got, truth, strict=True):
+            torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            assert not compiled(f, h).requires_grad
+
+
+def test_operator_of_part_of_the_inputs_needs_grad(device):
+    f, h = batch(4, device)
+    h.requires_grad_()
+    for name in ("energy", "eg_u_l2sq"):
+        compiled = torch.compile(lambda f, h, name=name: fastood.score(f, h, name), fullgraph=True, backend="aot_eager")
+        (got,) = torch.autograd.grad(compiled(f, h).sum(), h)
+        (expected,) = torch.autograd.grad(fastood.score(f, h, name).sum(), h)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def some_work(device, shape="1;2"):
+    """An energy times ||h||_0.3 and alone, both by 2, and statistics: as their schemas say it."""
+    numbers = [1.5, 0.3, sys.float_info.max]
+    return (
+        (f"{kernels_of(device)};0;2;0;{shape};energy", [*numbers, 0, 0, 2, 1, 1, 0, -1, 2, 1, 1]),
+        (f"{kernels_of(device)};0;2;0;energy,gradient uniform inside", [*numbers, 2.0, 1.0]),
+    )
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_operator_keeps_torchs_rules(device, requires_grad):
+    f, h = (x.requires_grad_(requires_grad) for x in batch(5, device))
+    for operator, work in zip((ops.products, ops.row_stats), some_work(device), strict=True):
+        torch.library.opcheck(operator.default, (f, h, None, *work))
+        if not requires_grad:
+            torch.library.opcheck(operator.no_grad, (f, h, None, *work))
+
+
+def test_operator_vmap_rule(device):
+    f, h = torch.randn(3, 4, 12, device=device), torch.randn(4, 9, device=device)
+    for shape in ("1;2", "0;2"):
+
+        def call(f, h, shape=shape):
+            return ops.products.default(f, h, None, *some_work(device, shape)[0])
+
+        each = torch.stack([call(x, h) for x in f])
+        torch.testing.assert_close(each[0].flatten()[0], 2 * fastood.score(f[0], h, temperature=1.5)[0])
+        assert torch.equal(torch.vmap(call, (0, None))(f, h), each)
+        assert torch.equal(torch.vmap(call, (1, None))(f.movedim(0, 1), h), each)
+
+    def stats(f):
+        return ops.row_stats.default(f, h, None, *some_work(device)[1])
+
+    for got, expected in zip(torch.vmap(stats)(f), zip(*map(stats, f), strict=True), strict=True):
+        assert torch.equal(got, torch.stack(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operator_of_batchgrad(dtype):
+    f, h = batch(5, dtype=dtype)
+    for bias in (False, True):
+        anchors = torch.randn(12, 9 + bias)
+        detector = fastood.BatchGrad(anchors, temperature=1.5, bias=bias)
+        ours, _, compiled = traced(lambda f, h, detector=detector: detector.score(f, h), f, h)
+        assert ours == ["fastood.batchgrad.no_grad"]
+        assert torch.equal(compiled(f, h), detector.score(f, h))
+        raw = f"cpu;{int(bias)};1", [1.5]
+        if bias and dtype == torch.float32:
+            inputs = [x.clone().requires_grad_() for x in (f, h, anchors)]
+            torch.library.opcheck(ops.batchgrad.default, (*inputs, *raw))
+            torch.library.opcheck(ops.batchgrad.no_grad, (f, h, anchors, *raw))
+        many = torch.stack([anchors, 2 * anchors])
+        got = torch.vmap(lambda G, raw=raw: ops.batchgrad.default(f, h, G, *raw))(many)
+        for each, G in zip(got, many, strict=True):
+            assert torch.equal(each, fastood.BatchGrad(G, temperature=1.5, bias=bias).score(f, h, oriented=False))
+        with torch.no_grad():  # what was made of G serves as long as G is what it was
+            before = ops.batchgrad.no_grad(f, h, anchors, *raw)
+            anchors.mul_(2)
+            assert torch.equal(ops.batchgrad.no_grad(f, h, anchors, *raw), got[1])
+            assert not torch.equal(before, got[1])
+
+
+def test_operator_forgets_a_g_that_is_gone():
+    from fastood.kernels.operator import _anchors
+
+    G, (f, h) = torch.randn(12, 9), batch(5)
+    before = len(_anchors)
+    ops.batchgrad.no_grad(f, h, G, "cpu;0;1", [1.0])
+    assert len(_anchors) == before + 1
+    del G
+    assert len(_anchors) == before
+
+
+def test_operator_has_no_part_in_function_transforms(device):
+    f, h = torch.randn(3, 4, 12, device=device), torch.randn(3, 4, 9, device=device)
+    calls = (
+        lambda f, h: torch.vmap(fastood.score)(f, h),
+        lambda f, h: torch.func.grad(lambda x: fastood.score(x, h[0]).sum())(f[0]),
+        lambda f, h: torch.func.jvp(lambda x: fastood.score(x, h[0]), (f[0],), (torch.ones_like(f[0]),))[1],
+    )
+    for call in calls:
+        ours, _, compiled = traced(call, f, h)
+        assert not ours
+        torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-4, atol=1e-4)
+
+
+def test_operator_of_what_a_kernel_does_not_do(device):
+    f, h = batch(5, device)
+    for call in (
+        lambda f, h: fastood.score(f, h, temperature=1e-35),
+        lambda f, h: fastood.norms(h, [r / 10 for r in range(1, 80)]),
+        lambda f, h: fastood.score(f, h[:, :0], norm=2),
+        lambda f, h: fastood.score(f[:0], h[:0]),
+        lambda f, h: fastood.score(f.T.contiguous().T, h[:, ::2]),
+    ):
+        ours, _, compiled = traced(call, f, h)
+        assert len(ours) == 1
+        torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-6, atol=0)
+
+
+def test_operator_gives_way_to_plain_operations(device):
+    f, h = batch(5, device)
+    by_name = {"backend": kernels_of(device)}
+    calls = [
+        lambda f, h: fastood.score(f, h, backend="reference"),
+        lambda f, h: fastood.score(f, method="max_logit"),
+        lambda f, h: fastood.row_stats(f, ["fmax"])["fmax"],
+    ]
+    for call in (
+        lambda f, h: fastood.score(f, method="max_logit", **by_name),
+        lambda f, h: fastood.score(f, **by_name),
+    ):
+        assert len(traced(call, f, h)[0]) == 1
+    if device == "cuda":
+        calls.append(lambda f, h: fastood.score(f.double(), h))
+    for call in calls:
+        ours, _, compiled = traced(call, f, h)
+        assert not ours
+        torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-5, atol=1e-5)
+    with pytest.raises(Exception, match=r"backend 'triton' cannot serve torch\.float64"):
+        traced(lambda f: fastood.score(f, backend="triton"), f.double())
+
+
+@needs_gpu
+@pytest.mark.parametrize("warm", [False, True])
+def test_operator_in_cuda_graphs_on_cuda(warm):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    # Orders and a temperature of no other test: the kernels' constants are made in the graph's warm-up.
+    model = Served(norm=1.7 if warm else 1.9, temperature=1.3).cuda().eval()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        if warm:
+            model(torch.randn(64, 16, device="cuda"))
+        for _ in range(5):
+            x = torch.randn(64, 16, device="cuda")
+            logits, score = (out.clone() for out in compiled(x))
+            torch.testing.assert_close(score, model(x)[1], rtol=1e-4, atol=0)
+            torch.testing.assert_close(logits, model(x)[0], rtol=1e-4, atol=1e-4)
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+# ---- what leaves the process
+
+
+def run_alone(code, *arguments):
+    """In a process that knows this one's modules by their files alone."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def exported(model, x):
+    with torch.no_grad():
+        return torch.export.export(model.eval(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
+
+
+def test_operator_asked_for_by_name_stays_in_an_export(tmp_path):
+    model = Served("cpu", norm=math.inf)
+    program = exported(model, torch.randn(5, 16))
+    assert "fastood.products.default" in str(program.graph)
+    torch.export.save(program, tmp_path / "model.pt2")
+    x = torch.randn(9, 16)
+    torch.save((x, model(x)[1].detach()), tmp_path / "rows.pt")
+    code = """
+import sys, torch
+path, rows = sys.argv[1:]
+try:
+    torch.export.load(path)
+except Exception:
+    pass
+else:
+    raise AssertionError("no operator is in it")
+import fastood
+x, expected = torch.load(rows)
+torch.testing.assert_close(torch.export.load(path).module()(x)[1], expected, rtol=1e-5, atol=0)
+"""
+    run_alone(code, tmp_path / "model.pt2", tmp_path / "rows.pt")
+
+
+@pytest.mark.slow
+def test_operator_asked_for_by_name_stays_in_a_compiled_package(tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, which AOTInductor compiles with")
+    model = Served("cpu", norm=math.inf)
+    program = exported(model, torch.randn(5, 16))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    x = torch.randn(9, 16)
+    torch.save((x, model(x)[1].detach()), tmp_path / "rows.pt")
+    code = """
+import sys, torch, fastood
+x, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1])(x)[1], expected, rtol=1e-5, atol=0)
+"""
+    run_alone(code, package, tmp_path / "rows.pt")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_holds_plain_operations(strict):
+    model = Served().eval()
+    program = torch.export.export(model, (torch.randn(5, 16),), strict=strict)
+    assert "fastood" not in str(program.graph)
+
+
+def test_onnx_in_onnxruntime(tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"needs {name}")
+
+    class Scores(torch.nn.Module):
+        def forward(self, f, h):
+            products = fastood.scores(f, h, ["msp", "energy", "exgrad", "gen"], norm=2)
+            return (*products.values(), fastood.score(f, h), fastood.score(f, h, "gradnorm", log=True))
+
+    rows, n = batch(6), torch.export.Dim("n")
+    program = torch.onnx.export(Scores(), rows, dynamo=True, dynamic_shapes={"f": {0: n}, "h": {0: n}}, verbose=False)
+    program.save(tmp_path / "scores.onnx")
+    f, h = batch(17)
+    f[0, 3], f[1, 2], f[2, 5] = 60.0, -math.inf, math.nan  # a sure row, a masked class, and what is no number
+    expected = [x.numpy() for x in Scores()(f, h)]
+    np.savez(tmp_path / "rows.npz", f.numpy(), h.numpy(), *expected)
+    code = """
+import sys, numpy as np, onnxruntime
+f, h, *expected = np.load(sys.argv[2]).values()
+session = onnxruntime.InferenceSession(sys.argv[1])
+for got, wanted in zip(session.run(None, {"f": f, "h": h}), expected, strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=2e-5)
+assert not {"torch", "fastood"} & set(sys.modules)
+"""
+    run_alone(code, tmp_path / "scores.onnx", tmp_path / "rows.npz")
