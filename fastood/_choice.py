@@ -115,7 +115,7 @@ def choose(
     assert winner is not None
     table = []
     for d, p in zip(detectors, placed, strict=True):
-        settings = {"method": d.method, "norm": "default" if d.norm is ... else d.norm, "temperature": d.temperature}
+        settings = {"method": d.method, "norm": d.norm, "temperature": d.temperature}
         settings |= {"bias": True} if d.bias else {}
         found = (p.auroc, winner.auroc - p.auroc, (winner - p).stderr) if p else (math.nan,) * 3
         table.append({**settings, **d.params, **dict(zip(("auroc", "behind", "stderr"), found, strict=True))})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 Array = Tensor | np.ndarray
-ArrayT = TypeVar("ArrayT", Tensor, np.ndarray)
+ArrayT = TypeVar("ArrayT", bound=Array)
+Order = float | Literal["auto"] | None  # an order; the default of the score; none
 
 
 class _Writable:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import ArrayT, choice, give, logits_and_feats, order_of, result_dtype, take, temperature_of
+from fastood._inputs import ArrayT, Order, choice, give, logits_and_feats, order_of, result_dtype, take, temperature_of
 from fastood._plan import Plan, keep, known_plan, stat_of, typed
 from fastood.kernels import STATISTICS, Stat, Want, select
-from fastood.registry import NORM, SCORES, Score
+from fastood.registry import NORM, SCORES, Method, Score
 
 PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
 PAPER_NORMS = (0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf)
@@ -25,9 +24,9 @@ BEST_NORM = 0.3  # Section 4.3: ||h||_0.3 x energy, chosen on the paper's own te
 def score(
     logits: ArrayT | None,
     feats: ArrayT | None = None,
-    method: str = "energy",
+    method: Method = "energy",
     *,
-    norm: float | EllipsisType | None = ...,
+    norm: Order = "auto",
     temperature: float = 1.0,
     bias: bool = False,
     log: bool = False,
@@ -136,9 +135,9 @@ def score(
 def scores(
     logits: ArrayT | None,
     feats: ArrayT | None = None,
-    methods: Iterable[str] | None = None,
+    methods: Iterable[Method] | None = None,
     *,
-    norm: float | EllipsisType | None = ...,
+    norm: Order = "auto",
     temperature: float = 1.0,
     bias: bool = False,
     log: bool = False,
@@ -181,7 +180,7 @@ def scores(
     key = (*entries, norm, type(norm), feats is None, *options, *map(type, options), backend, *typed(params))
     plan = known_plan(key)
     if plan is None:
-        columns = [(e, _order(e, ... if e.gradient else norm, feats is not None)) for e in entries]
+        columns = [(e, _order(e, "auto" if e.gradient else norm, feats is not None)) for e in entries]
         plan = keep(key, Plan(columns, (len(entries), -1), *options, params))
     if not entries:
         logits_and_feats(logits, feats)
@@ -317,7 +316,7 @@ def warm_up(
     *,
     device: str | torch.device = "cuda",
     backend: str = "auto",
-    norm: float | EllipsisType | None = ...,
+    norm: Order = "auto",
     **options: Any,
 ) -> None:
     """Compile and load ahead what ``score(logits [N, C], feats [N, D], method)`` needs of a GPU, for any N.
@@ -352,7 +351,7 @@ def warm_up(
     logits = torch.zeros(1, C, dtype=dtype, device=device)
     feats = None if D is None else torch.zeros(1, D, dtype=dtype, device=device)
     for name in _names("methods", methods):
-        of_norm = ... if _entry(name, "methods").gradient else norm
+        of_norm: Order = "auto" if _entry(name, "methods").gradient else norm
         score(logits, feats, name, norm=of_norm, backend=backend, **options)
 
 
@@ -411,13 +410,14 @@ def _names(argument: str, names: Any) -> list[Any]:
     return list(names)
 
 
-def _order(entry: Score, norm: float | EllipsisType | None, with_feats: bool) -> float | None:
+def _order(entry: Score, norm: Order, with_feats: bool) -> float | None:
     """The order of U: fixed for a gradient score, the caller's or the default for any other."""
+    by_default = isinstance(norm, str) and norm == "auto"
     if entry.gradient:
-        if norm is not ...:
+        if not by_default:
             raise ValueError(f"norm: {entry.name} = {entry.formula} has a norm of its own, got norm={norm!r}")
         return float(entry.gradient["order"])
-    if norm is ...:
+    if by_default:
         return BEST_NORM if (with_feats and entry.multiplied) or not entry.stats else None
     if norm is None and not entry.stats:
         raise ValueError(f"norm must be an order r >= 0 for {entry.name!r}, got None")

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import EllipsisType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -21,7 +20,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from fastood import SCORES, Detector, _data
-from fastood._inputs import choice, number, order_of
+from fastood._inputs import Order, choice, number, order_of
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +190,7 @@ def score(
     if detector_file and given:
         raise ValueError(f"--detector has settings of its own: leave out {', '.join(given)}")
     methods = _methods(method or ["energy"], norm is not None)
-    order: float | EllipsisType | None = ... if norm is None else _order(norm)
+    order: Order = "auto" if norm is None else _order(norm)
     number("--temperature", temperature, above=0)
     choice("--nan", nan, tuple(_NAN))
     place = _device(device)
@@ -240,9 +239,7 @@ class _Work(NamedTuple):
     columns: Callable[[Tensor | None, Tensor | None], Columns]
 
 
-def _scores(
-    rows: Rows, methods: list[str] | None, order: float | EllipsisType | None, *, backend: str, **options: Any
-) -> _Work:
+def _scores(rows: Rows, methods: list[str] | None, order: Order, *, backend: str, **options: Any) -> _Work:
     import torch
 
     import fastood
@@ -252,7 +249,7 @@ def _scores(
     no_rows = [None if width is None else torch.empty(0, width) for width in (rows.classes, rows.dim)]
     none = fastood.scores(no_rows[0], no_rows[1], methods, norm=order, **options, backend="reference")
     entries = [SCORES[name] for name in none]
-    orders = [order_or_default(e, ... if e.gradient else order, rows.dim is not None) for e in entries]
+    orders = [order_or_default(e, "auto" if e.gradient else order, rows.dim is not None) for e in entries]
     log, oriented = options["log"], options["oriented"]
     labels = {e.name: _data.label_of(e, r, log=log, oriented=oriented) for e, r in zip(entries, orders, strict=True)}
 
@@ -360,7 +357,7 @@ def fit(
         raise ValueError(f"--tpr must be between 0 and 1, got {tpr}")
     writable(out, source, suffixes=(".safetensors",))
     place = _device(device)
-    order: float | EllipsisType | None = ... if norm is None else _order(norm)
+    order: Order = "auto" if norm is None else _order(norm)
     detector = Detector(method, norm=order, temperature=temperature, bias=bias, tpr=tpr, per_class=per_class)
 
     odd: _Odd = {}
@@ -483,7 +480,7 @@ def evaluate(
         if output:
             writable(output, id_file, *files.values(), suffixes=suffixes)
     methods = _methods(method or ["all"], bool(norm))
-    norms = tuple(map(_order, norm)) if norm else ...
+    norms: Any = tuple(map(_order, norm)) if norm else "auto"
     number("--temperature", temperature, above=0)
     choice("--nan", nan, tuple(_NAN))
     place = _device(device)
@@ -496,7 +493,7 @@ def evaluate(
     with ExitStack() as stack:
         sets = [stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *files.values())]
         every = [SCORES[name] for name in methods or SCORES]
-        used = _used((e, r) for e in every for r in ((... if e.multiplied else None,) if norms is ... else norms))
+        used = _used((e, r) for e in every for r in (("auto" if e.multiplied else None,) if norms == "auto" else norms))
         _check_alike(sets, logits_key, feats_key, used)
         if detector:
             for rows in sets:
@@ -787,7 +784,7 @@ class _Nans:
             typer.echo(f"{path}: {count} ({_data.some(self.of)}) and are {fate}: {why}")
 
 
-def _used(columns: Iterable[tuple[Score, float | EllipsisType | None]]) -> set[str]:
+def _used(columns: Iterable[tuple[Score, Order]]) -> set[str]:
     """What scores times norms of these orders are computed from."""
     return {name for entry, r in columns for name in (*entry.needs, *(() if r is None else ("feats",)))}
 

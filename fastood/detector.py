@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 
 from fastood._data import label_of
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import Array, ArrayT, class_labels, flag, number, widened
+from fastood._inputs import Array, ArrayT, Order, class_labels, flag, number, widened
 from fastood._plan import Plan
 from fastood._version import __version__
 from fastood.api import _entry, rows_along, score
 from fastood.api import _order as order_of_norm
+from fastood.registry import Method
 
 if TYPE_CHECKING:
     from fastood._choice import Choice
@@ -110,9 +110,9 @@ class Detector:
 
     def __init__(
         self,
-        method: str = "energy",
+        method: Method = "energy",
         *,
-        norm: float | EllipsisType | None = ...,
+        norm: Order = "auto",
         temperature: float = 1.0,
         bias: bool = False,
         tpr: float = 0.95,
@@ -683,7 +683,7 @@ class Detector:
 
     def __repr__(self) -> str:
         norm = self._options["norm"]
-        options = "" if norm is ... else f", norm={norm if norm is None else f'{norm:g}'}"
+        options = "" if norm == "auto" else f", norm={norm if norm is None else f'{norm:g}'}"
         options += "".join(
             f", {name}={x!r}"
             for name, x in {"temperature": self.temperature, "bias": self.bias, **self.params}.items()

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import isfinite
 from statistics import fmean
-from types import EllipsisType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,7 +44,7 @@ def score_rows(
     chunks: Chunks,
     *,
     methods: Sequence[str] | None = None,
-    norms: Sequence[float | None] | EllipsisType = ...,
+    norms: Sequence[float | None] | Literal["auto"] = "auto",
     temperature: float = 1.0,
     bias: bool = False,
     backend: str = "auto",
@@ -83,8 +82,8 @@ def score_rows(
     {'tv': array([0.48201379, 0.48201379]), 'tv*||h||_2': array([2.41006895, 2.41006895])}
     """
     one_thread_if_forked()
-    by_default = isinstance(norms, EllipsisType)
-    asked = (None, BEST_NORM) if isinstance(norms, EllipsisType) else norms
+    by_default = isinstance(norms, str)
+    asked = (None, BEST_NORM) if isinstance(norms, str) else norms
     orders = [None if r is None else order_of("norms", r) for r in asked]
     parts: dict[str, list[Scores]] = {}
     for logits, feats in chunks:

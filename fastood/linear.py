@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from types import EllipsisType
 from typing import Any, Generic, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastood._inputs import ArrayT, flag, give, result_dtype, take
+from fastood._inputs import ArrayT, Order, flag, give, result_dtype, take
 from fastood._plan import Plan, keep, known_plan, typed
 from fastood.api import _entry, _order
 from fastood.kernels import select, triton
 from fastood.kernels.seam import traced
-from fastood.registry import SCORES, Score
+from fastood.registry import SCORES, Method, Score
 
 # A tile has as many rows as make up so many logits, but never fewer rows than a product needs to be fast.
 TILE = 1 << 23
@@ -40,16 +39,16 @@ class Predicted(NamedTuple, Generic[ArrayT]):
 
 @overload
 def score_linear(
-    feats: ArrayT, weight: ArrayT, bias: ArrayT | None = ..., method: str = ..., *,
-    norm: float | EllipsisType | None = ..., temperature: float = ..., log: bool = ..., oriented: bool = ...,
+    feats: ArrayT, weight: ArrayT, bias: ArrayT | None = ..., method: Method = ..., *,
+    norm: Order = ..., temperature: float = ..., log: bool = ..., oriented: bool = ...,
     backend: str = ..., predict: Literal[False] = ..., **params: Any,
 ) -> ArrayT: ...  # fmt: skip
 
 
 @overload
 def score_linear(
-    feats: ArrayT, weight: ArrayT, bias: ArrayT | None = ..., method: str = ..., *,
-    norm: float | EllipsisType | None = ..., temperature: float = ..., log: bool = ..., oriented: bool = ...,
+    feats: ArrayT, weight: ArrayT, bias: ArrayT | None = ..., method: Method = ..., *,
+    norm: Order = ..., temperature: float = ..., log: bool = ..., oriented: bool = ...,
     backend: str = ..., predict: Literal[True], **params: Any,
 ) -> Predicted[ArrayT]: ...  # fmt: skip
 
@@ -58,9 +57,9 @@ def score_linear(
     feats: ArrayT,
     weight: ArrayT,
     bias: ArrayT | None = None,
-    method: str = "energy",
+    method: Method = "energy",
     *,
-    norm: float | EllipsisType | None = ...,
+    norm: Order = "auto",
     temperature: float = 1.0,
     log: bool = False,
     oriented: bool = True,

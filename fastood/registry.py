@@ -19,6 +19,29 @@ from fastood._inputs import choice
 from fastood.kernels import STATISTICS, Stat
 from fastood.kernels.reference import LARGEST, Powers, times_norm
 
+# What completes as a method; the last is any that was registered.
+Method = (
+    Literal[
+        "msp",
+        "energy",
+        "varsum",
+        "tv",
+        "max_logit",
+        "neg_entropy",
+        "kl_uniform",
+        "gen",
+        "norm",
+        "gradnorm",
+        "exgrad",
+        "eg_u_l1",
+        "eg_u_l2sq",
+        "eg_p_l2sq",
+        "eg_p_logp_l2sq",
+        "norm_eg_p_l2sq",
+    ]
+    | str
+)
+
 
 class RowStats(dict[Stat, Tensor]):
     """What a formula sees: statistics [N] by name, the number of classes ``C``, the temperature ``T``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from numbers import Integral
-from types import EllipsisType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -129,8 +128,7 @@ class OODDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc] # scikit-l
         return validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)
 
     def _detector(self, tpr: float) -> Detector:
-        norm: float | EllipsisType | None = ... if self.norm == "auto" else self.norm
-        return Detector(self.method, norm=norm, temperature=self.temperature, bias=self.bias, tpr=tpr)
+        return Detector(self.method, norm=self.norm, temperature=self.temperature, bias=self.bias, tpr=tpr)
 
     def _split(self, X: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any] | None]:
         C = self.n_classes

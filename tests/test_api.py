@@ -1,6 +1,7 @@
 """What callers see: kinds and devices of results, defaults, orientation, errors, the seam with PyTorch."""
 
 import enum
+import inspect
 import io
 import itertools
 import math
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import types
+import typing
 import warnings
 
 import numpy as np
@@ -791,3 +793,17 @@ def test_import_is_light():
     code = f"import sys, torch; before = {{*sys.modules}}; import fastood; print(({new}) & {{*{heavy}}})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_every_method_completes():
+    names, _ = typing.get_args(fastood.registry.Method)
+    assert typing.get_args(names) == tuple(fastood.SCORES)
+
+
+def test_help_says_what_norm_is_left_out():
+    for function in (fastood.score, fastood.scores, fastood.Detector, fastood.score_linear):
+        assert inspect.signature(function).parameters["norm"].default == "auto"
+    logits, feats = torch.randn(3, 5), torch.randn(3, 4)
+    assert torch.equal(fastood.score(logits, feats, norm="auto"), fastood.score(logits, feats, norm=0.3))
+    with pytest.raises(TypeError, match="norm must be a number"):
+        fastood.score(logits, feats, norm="2")
