@@ -938,7 +938,8 @@ def test_demo_prints_the_table_and_the_files(data, monkeypatch):
         inside = {"msp": [0.9, 0.8], "energy": [3.0, 1.0], "energy*||h||_0.3": [1.0, 2.0]}
         noise = {"msp": [0.7], "energy": [4.0], "energy*||h||_0.3": [0.5]}
         blur = {"msp": [0.7], "energy": [2.0], "energy*||h||_0.3": [1.5]}
-        return demo.Demo(evaluate(inside, {"noise": noise, "blur": blur}), [out / "picture.png"])
+        decided = fastood.Detector("energy"), {"ID": (19, 20), "noise": (1, 1), "blur": (0, 1)}
+        return demo.Demo(evaluate(inside, {"noise": noise, "blur": blur}), [out / "picture.png"], *decided)
 
     monkeypatch.setattr(demo, "run", quick)
     result = run("demo", "--out", "here", "--seed", "3")
