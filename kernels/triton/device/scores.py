@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from fastood.kernels.triton.device.formulas import PEEL, VANISHING, formula
 from fastood.kernels.triton.device.norms import norm_sums
-from fastood.kernels.triton.device.softmax import PEEL, softmax_sums
+from fastood.kernels.triton.device.softmax import softmax_sums
 from fastood.kernels.triton.device.stream import streamed_sums
 from fastood.kernels.triton.device.words import (
     INF,
@@ -21,12 +22,6 @@ from fastood.kernels.triton.device.words import (
 )
 
 LARGEST = tl.constexpr(1.7976931348623157e308)  # double
-
-# The statistics, as shapes.py numbers them.
-FMAX, LSE, ENERGY, MSP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-S2, TOTAL_VARIATION, SUMLOGP_STAT, LOG_ONE_MINUS_S2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
-KL_UNIFORM = tl.constexpr(8)
-ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11), tl.constexpr(12)
 
 
 @triton.jit
@@ -57,62 +52,40 @@ def parts_of(sums, scale, PEEL_: tl.constexpr):
     if PEEL_:
         weight = tl.full(m.shape, 1.0, tl.float64)
         far = tl.zeros_like(weight)
-        ratio = tl.where(rest > 0.0, squares / rest, 0.0)
+        rest_squares = squares
         if rare:
             far = tl.where(pivot < m, (pivot.to(tl.float64) - m.to(tl.float64)) * scale, 0.0)
             gap = tl.maximum(far, -16384.0)  # 2^-16384 is 0, and 0 times what may be infinite would be NaN
             weight = exp2_double(gap)
             near = weight.to(tl.float32)
-            squares *= near * near
-            ratio *= near
+            rest_squares *= near
+            squares = rest_squares * near
             exp_t = tl.where(rest > 0.0, tl.fma(gap.to(tl.float32), rest, exp_t), 0.0)
-        return m, weight, rest, squares, ratio, exp_t, mean_z, deviation, rare, far, kl
+        return m, weight, rest, squares, rest_squares, exp_t, mean_z, deviation, rare, far, kl
     else:
         return m, 1.0, rest, squares, squares, exp_t, mean_z, deviation, False, 0.0, kl
 
 
 @triton.jit
-def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
-    """One statistic of kernels/__init__.py; those that vanish with the rest in units of its weight."""
-    m, weight, rest, squares, ratio, cross, mean_z, deviation, _, gap, kl = parts
+def statistic(CODE: tl.constexpr, parts, T, C: tl.constexpr, PEEL_: tl.constexpr):
+    """One statistic of kernels/statistics.py; those that vanish with the rest in units of its weight."""
+    m, weight, rest, squares, rest_squares, exp_t, mean_z, deviation, _, gap, kl = parts
     if PEEL_:
         near = weight.to(tl.float32)
-        r = rest * near
-        total_log = log1p(r)
-        small_log = tl.where(near < 1.0, rest, total_log)
+        r1 = rest * near
+        log_sum = log1p(r1)
+        rest_log = tl.where(near < 1.0, rest, log_sum)
     else:
-        r = rest
-        total_log = log2(1.0 + r) * LN2
-        small_log = total_log
-    inverse = reciprocal(1.0 + r)
-    if CODE == FMAX:
-        return tl.where(tl.abs(m) < INF, m, float("nan"))
-    elif CODE == ENERGY:
-        return tl.where(tl.abs(m) < INF, tl.fma(temperature, total_log, m), m)
-    elif CODE == LSE:
-        return tl.where(tl.abs(m) < INF, m / temperature + total_log, m)
-    elif CODE == MSP:
-        return inverse
-    elif CODE == S2:
-        return (1.0 + squares) * inverse * inverse
-    elif CODE == TOTAL_VARIATION:
-        return deviation * inverse * 0.5
-    elif CODE == SUMLOGP_STAT:
-        return (mean_z - total_log).to(tl.float64) * C
-    elif CODE == KL_UNIFORM:
-        return kl
-    elif CODE == ONE_MINUS_MSP:
-        return rest * inverse
-    elif CODE == LOG_MSP:
-        return 0.0 - small_log
-    elif CODE == ONE_MINUS_S2:
-        return rest * (2.0 + (r - ratio)) * inverse * inverse
-    elif CODE == LOG_ONE_MINUS_S2:
-        light = statistic(ONE_MINUS_S2, parts, temperature, C, PEEL_)
-        x = tl.fma(gap, tl.full(gap.shape, LN2, tl.float64), log(light))  # finite where the weight is 0
-        return tl.where(light > 0.0, x, tl.where(light == 0.0, -INF, light).to(tl.float64))
-    else:
-        return tl.fma(cross * LN2, inverse, 0.0 - small_log)
+        r1 = rest
+        log_sum = log2(1.0 + r1) * LN2
+        rest_log = log_sum
+    p_max = reciprocal(1.0 + r1)
+    classes = tl.full(m.shape, C, tl.float64)  # times which a mean may be beyond float32
+    tv = deviation * p_max * 0.5
+    rest_z = exp_t * LN2
+    return formula(
+        CODE, gap, m, T, classes, r1, p_max, log_sum, squares, mean_z, tv, kl, rest, rest_squares, rest_log, rest_z
+    )
 
 
 @triton.jit
@@ -181,7 +154,7 @@ def scores(
             score = FEW[k][3] * 1.0 if FEW[k][3] != 0 else small(table_ptr + 2 + COLUMNS + k)
             if FEW[k][0] >= 0:
                 score *= statistic(STATS[FEW[k][0]], parts, temperature, C, PEEL & SUMS)
-                if PEEL & SUMS and STATS[FEW[k][0]] >= ONE_MINUS_MSP:
+                if PEEL & SUMS and VANISHING >> STATS[FEW[k][0]] & 1:
                     score = score.to(tl.float64)
                     if parts[8]:
                         score *= parts[1]
