@@ -40,12 +40,12 @@ QUANTITIES: dict[str, Sums] = {
     "p_max": EXP,  # 1 / (1 + r1)
     "log_sum": EXP,  # log (1 + r1)
     "r2": EXP | SQUARES,  # sum of the rest's e^2z, to the precision of 1 + r2
+    "r2_per_r1": EXP | PEEL | SQUARES,  # r2 / r1, 0 where both are
     "mean_z": EXP | SUMLOGP,
     "tv": EXP | TV,
     "kl_uniform": EXP | SUMLOGP | KL,
-    "rest": EXP | PEEL,  # r1, r2 and log (1 + r1) to relative precision
-    "rest_squares": EXP | PEEL | SQUARES,
-    "rest_log": EXP | PEEL,
+    "rest": EXP | PEEL,  # r1 to relative precision
+    "rest_log": EXP | PEEL,  # log (1 + r1) to relative precision
     "rest_z": EXP | PEEL | PLOGP,  # sum of the rest's z e^z
 }
 
@@ -80,7 +80,7 @@ class Statistic:
         return not self.is_log and any(name.startswith("rest") for name in self.quantities)
 
 
-_ONE_MINUS_S2 = "(rest * (2 + r1) - rest_squares) * p_max * p_max"  # 2 r1 >= 2 r2 and r1^2 >= r2: nothing cancels
+_ONE_MINUS_S2 = "rest * (2 + (r1 - r2_per_r1)) * p_max * p_max"  # r2 / r1 is at most 1 and at most r1: nothing cancels
 
 # A statistic's number, in C++ and in Triton, is its place here.
 TABLE = (

@@ -52,24 +52,24 @@ def parts_of(sums, scale, PEEL_: tl.constexpr):
     if PEEL_:
         weight = tl.full(m.shape, 1.0, tl.float64)
         far = tl.zeros_like(weight)
-        rest_squares = squares
+        ratio = tl.where(rest > 0.0, squares / rest, 0.0)
         if rare:
             far = tl.where(pivot < m, (pivot.to(tl.float64) - m.to(tl.float64)) * scale, 0.0)
             gap = tl.maximum(far, -16384.0)  # 2^-16384 is 0, and 0 times what may be infinite would be NaN
             weight = exp2_double(gap)
             near = weight.to(tl.float32)
-            rest_squares *= near
-            squares = rest_squares * near
+            squares *= near * near
+            ratio *= near
             exp_t = tl.where(rest > 0.0, tl.fma(gap.to(tl.float32), rest, exp_t), 0.0)
-        return m, weight, rest, squares, rest_squares, exp_t, mean_z, deviation, rare, far, kl
+        return m, weight, rest, squares, ratio, exp_t, mean_z, deviation, rare, far, kl
     else:
         return m, 1.0, rest, squares, squares, exp_t, mean_z, deviation, False, 0.0, kl
 
 
 @triton.jit
-def statistic(CODE: tl.constexpr, parts, T, C: tl.constexpr, PEEL_: tl.constexpr):
+def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
     """One statistic of kernels/statistics.py; those that vanish with the rest in units of its weight."""
-    m, weight, rest, squares, rest_squares, exp_t, mean_z, deviation, _, gap, kl = parts
+    m, weight, rest, squares, ratio, exp_t, mean_z, deviation, _, gap, kl = parts
     if PEEL_:
         near = weight.to(tl.float32)
         r1 = rest * near
@@ -80,11 +80,23 @@ def statistic(CODE: tl.constexpr, parts, T, C: tl.constexpr, PEEL_: tl.constexpr
         log_sum = log2(1.0 + r1) * LN2
         rest_log = log_sum
     p_max = reciprocal(1.0 + r1)
-    classes = tl.full(m.shape, C, tl.float64)  # times which a mean may be beyond float32
-    tv = deviation * p_max * 0.5
-    rest_z = exp_t * LN2
     return formula(
-        CODE, gap, m, T, classes, r1, p_max, log_sum, squares, mean_z, tv, kl, rest, rest_squares, rest_log, rest_z
+        CODE,
+        gap,
+        fmax=m,
+        T=temperature,
+        C=tl.full(m.shape, C, tl.float64),  # times which a mean may be beyond float32
+        r1=r1,
+        p_max=p_max,
+        log_sum=log_sum,
+        r2=squares,
+        r2_per_r1=ratio,
+        mean_z=mean_z,
+        tv=deviation * p_max * 0.5,
+        kl_uniform=kl,
+        rest=rest,
+        rest_log=rest_log,
+        rest_z=exp_t * LN2,
     )
 
 
