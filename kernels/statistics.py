@@ -50,6 +50,10 @@ QUANTITIES: dict[str, Sums] = {
 }
 
 
+def _names(node: ast.AST) -> set[str]:
+    return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+
+
 @dataclass(frozen=True)
 class Statistic:
     """A row of the table."""
@@ -61,7 +65,7 @@ class Statistic:
 
     @cached_property
     def quantities(self) -> set[str]:
-        return {node.id for node in ast.walk(ast.parse(self.formula)) if isinstance(node, ast.Name)} - {"log"}
+        return _names(ast.parse(self.formula)) - {"log"}
 
     @property
     def sums(self) -> Sums:
@@ -123,13 +127,19 @@ class _Rendered(ast.NodeTransformer):
         return super().generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        return ast.Constant(float(node.value))  # type: ignore[arg-type]  # 1 / 2 is 0 in C++
+        match node.value:
+            case int() | float() as number:
+                return ast.Constant(float(number))  # 1 / 2 is 0 in C++
+        return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.Name(self.name(node.id)) if node.id in QUANTITIES else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        return ast.Name(self.log(ast.unparse(node.args[0]))) if ast.unparse(node.func) == "log" else self.generic_visit(node)
+        match node:
+            case ast.Call(ast.Name("log"), [x], []) if any(name.startswith("rest") for name in _names(x)):
+                return ast.Name(self.log(ast.unparse(x)))
+        return self.generic_visit(node)
 
 
 def rendered(formula: str, name: Callable[[str], str], log: Callable[[str], str]) -> str:
