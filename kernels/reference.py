@@ -169,7 +169,7 @@ class Softmax:
         return self._log_scaled(self.total)
 
     def _log_scaled(self, x: Tensor) -> Tensor:
-        """log(e^gap x), finite where e^gap underflows; without another class log 0, but no slope of it, which would be NaN."""
+        """log(e^gap x), finite where e^gap is 0; without another class log 0, but no slope of it: that would be NaN."""
         alone = self.total == 0
         return self._or_nan(torch.where(alone, -math.inf, self.gap + torch.where(alone, 1.0, x).log()))
 
