@@ -174,17 +174,13 @@ class Softmax:
         return self._or_nan(torch.where(alone, -math.inf, self.gap + torch.where(alone, 1.0, x).log()))
 
     @lazy
+    def scaled_r2(self) -> Tensor:
+        """r2 / e^gap, as total is r1 / e^gap."""
+        return self.exp_gap * row_sum(self.e.square()).double()
+
+    @lazy
     def r2(self) -> Tensor:
-        return self.exp_gap.square() * self.squares
-
-    @lazy
-    def squares(self) -> Tensor:
-        """R_2, float64."""
-        return row_sum(self.e.square()).double()
-
-    @lazy
-    def r2_per_r1(self) -> Tensor:
-        return self.exp_gap * self.squares / self.total.clamp(min=1)  # 0 where there is one class alone
+        return self.exp_gap * self.scaled_r2
 
     @lazy
     def rest_z(self) -> Tensor:
@@ -316,8 +312,8 @@ class Softmax:
 
 
 # Here nothing comes in units of a weight, but in a logarithm, e^gap.
-_AS_IT_IS = {"rest": "r1", "rest_log": "log_sum"}
-_SCALED = {"rest": "total"}
+_AS_IT_IS = {"rest": "r1", "rest_squares": "r2", "rest_log": "log_sum"}
+_SCALED = {"rest": "total", "rest_squares": "scaled_r2"}
 
 
 def closed_form(s: Statistic) -> lazy:

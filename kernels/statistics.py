@@ -30,8 +30,8 @@ class Sums(IntFlag):
 
 EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL, KL = Sums
 
-# What formulas are made of, and the sums that it takes. Those of the rest may come in units of a weight that they all
-# vanish with, so that no formula has a product or a quotient of two of them.
+# What formulas are made of, and the sums that each takes. Those called rest may come in units of a weight that all of
+# them vanish with, and that may be 0 itself: a formula is linear in them, or the log of one that is.
 QUANTITIES: dict[str, Sums] = {
     "fmax": Sums(0),  # max f
     "T": Sums(0),
@@ -40,11 +40,11 @@ QUANTITIES: dict[str, Sums] = {
     "p_max": EXP,  # 1 / (1 + r1)
     "log_sum": EXP,  # log (1 + r1)
     "r2": EXP | SQUARES,  # sum of the rest's e^2z, to the precision of 1 + r2
-    "r2_per_r1": EXP | PEEL | SQUARES,  # r2 / r1, 0 where both are
     "mean_z": EXP | SUMLOGP,
-    "tv": EXP | TV,
+    "tv": EXP | TV,  # this and the next take a second look at flat rows, in each backend's own way
     "kl_uniform": EXP | SUMLOGP | KL,
     "rest": EXP | PEEL,  # r1 to relative precision
+    "rest_squares": EXP | PEEL | SQUARES,  # r2 to relative precision
     "rest_log": EXP | PEEL,  # log (1 + r1) to relative precision
     "rest_z": EXP | PEEL | PLOGP,  # sum of the rest's z e^z
 }
@@ -60,7 +60,7 @@ class Statistic:
 
     name: str
     meaning: str
-    formula: str = ""  # of QUANTITIES; log(x) of what vanishes with the rest. "": a backend has a function for it
+    formula: str = ""  # + - * / of QUANTITIES and numbers, or a log; "": a backend has a function of its own for it
     infinite: bool = False  # the row's maximum, instead of NaN, where that is infinite
 
     @cached_property
@@ -84,7 +84,7 @@ class Statistic:
         return not self.is_log and any(name.startswith("rest") for name in self.quantities)
 
 
-_ONE_MINUS_S2 = "rest * (2 + (r1 - r2_per_r1)) * p_max * p_max"  # r2 / r1 is at most 1 and at most r1: nothing cancels
+_ONE_MINUS_S2 = "(rest * (2 + r1) - rest_squares) * p_max * p_max"  # 2 r1 >= 2 r2 and r1^2 >= r2: nothing cancels
 
 # A statistic's number, in C++ and in Triton, is its place here.
 TABLE = (
@@ -123,7 +123,7 @@ class _Rendered(ast.NodeTransformer):
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         if not isinstance(node, _SYNTAX):
-            raise ValueError(f"a formula is made of + - * /, numbers, log and {', '.join(QUANTITIES)}")
+            raise ValueError(f"a formula is made of + - * /, numbers, log(rest ...) and {', '.join(QUANTITIES)}")
         return super().generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
@@ -137,7 +137,8 @@ class _Rendered(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         match node:
-            case ast.Call(ast.Name("log"), [x], []) if any(name.startswith("rest") for name in _names(x)):
+            # Of a row whose rest is next to 0, C++ and the reference find the logarithm of `rest` alone.
+            case ast.Call(ast.Name("log"), [x], []) if "rest" in _names(x) and not _names(x) & {"rest_log", "rest_z"}:
                 return ast.Name(self.log(ast.unparse(x)))
         return self.generic_visit(node)
 

@@ -46,7 +46,7 @@ def test_a_formula_says_which_sums_it_takes():
 
 
 @pytest.mark.parametrize(
-    "formula", ["r1 ** 2", "r3", "exp(rest)", "r1 if T else r2", "log(rest, 2)", "'r1' + r1", "log(T)"]
+    "formula", ["r1 ** 2", "r3", "exp(rest)", "r1 if T else r2", "log(rest, 2)", "'r1' + r1", "log(T)", "log(-rest_z)"]
 )
 def test_what_is_no_formula_is_refused(formula):
     with pytest.raises(ValueError, match=r"a formula is made of"):

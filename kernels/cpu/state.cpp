@@ -72,12 +72,12 @@ struct Quantities {
   double p_max() const { return 1 / (1 + r1()); }
   double log_sum() const { return log1p; }
   double r2() const { return (s.ties - 1) + s.squares; }
-  double r2_per_r1() const { return r2() / std::max(r1(), std::numeric_limits<double>::min()); }
   double mean_z() const { return ::fastood::mean_z(plan, s, int64_t(classes)); }
   double tv() const { return swept; }
   double kl_uniform() const { return (log1p - log_C) - mean_z(); }
   // All in doubles: without a weight.
   double rest() const { return r1(); }
+  double rest_squares() const { return r2(); }
   double rest_log() const { return log1p; }
   double rest_z() const { return s.exp_z; }
 };
@@ -86,12 +86,9 @@ struct Quantities {
 struct QuantitiesOfRest : Quantities {
   double r1() const { return 0; }
   double p_max() const { return 1; }
-  double log_sum() const { return 0; }
   double r2() const { return 0; }
-  double r2_per_r1() const { return 0; }
   double rest() const { return 1; }
-  double rest_log() const { return 1; }
-  double rest_z() const { return NaN; }
+  double rest_squares() const { return 0; }
 };
 
 double log_of_rest(Stat stat, double log2_rest) {

@@ -46,8 +46,8 @@ template <class Use> void with_formula(Stat stat, Use use) {
     case Stat::one_minus_msp: return use([](const auto& q) { return q.rest() * q.p_max(); });
     case Stat::log_msp: return use([](const auto& q) { return -q.rest_log(); });
     case Stat::s2: return use([](const auto& q) { return (1.0 + q.r2()) * q.p_max() * q.p_max(); });
-    case Stat::one_minus_s2: return use([](const auto& q) { return q.rest() * (2.0 + (q.r1() - q.r2_per_r1())) * q.p_max() * q.p_max(); });
-    case Stat::log_one_minus_s2: return use([](const auto& q) { return std::log(q.rest() * (2.0 + (q.r1() - q.r2_per_r1())) * q.p_max() * q.p_max()); });
+    case Stat::one_minus_s2: return use([](const auto& q) { return (q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max(); });
+    case Stat::log_one_minus_s2: return use([](const auto& q) { return std::log((q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max()); });
     case Stat::tv: return use([](const auto& q) { return q.tv(); });
     case Stat::plogp: return use([](const auto& q) { return q.rest_z() * q.p_max() - q.rest_log(); });
     case Stat::sumlogp: return use([](const auto& q) { return q.C() * (q.mean_z() - q.log_sum()); });

@@ -18,7 +18,7 @@ VANISHING = tl.constexpr(0b10010110000)  # a bit for each statistic
 
 @triton.jit
 def formula(CODE: tl.constexpr, gap,
-            fmax, T, C, r1, p_max, log_sum, r2, r2_per_r1, mean_z, tv, kl_uniform, rest, rest_log, rest_z):  # fmt: skip
+            fmax, T, C, r1, p_max, log_sum, r2, mean_z, tv, kl_uniform, rest, rest_squares, rest_log, rest_z):  # fmt: skip
     """A statistic of rows; one that vanishes with the rest in units of its weight, 2^gap."""
     if CODE == 0:  # fmax
         return tl.where(tl.abs(fmax) < INF, fmax, float("nan"))
@@ -35,9 +35,9 @@ def formula(CODE: tl.constexpr, gap,
     elif CODE == 6:  # s2
         return (1.0 + r2) * p_max * p_max
     elif CODE == 7:  # one_minus_s2
-        return rest * (2.0 + (r1 - r2_per_r1)) * p_max * p_max
+        return (rest * (2.0 + r1) - rest_squares) * p_max * p_max
     elif CODE == 8:  # log_one_minus_s2
-        return log_scaled(rest * (2.0 + (r1 - r2_per_r1)) * p_max * p_max, gap)
+        return log_scaled((rest * (2.0 + r1) - rest_squares) * p_max * p_max, gap)
     elif CODE == 9:  # tv
         return tv
     elif CODE == 10:  # plogp

@@ -90,11 +90,11 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
         p_max=p_max,
         log_sum=log_sum,
         r2=squares,
-        r2_per_r1=ratio,
         mean_z=mean_z,
         tv=deviation * p_max * 0.5,
         kl_uniform=kl,
         rest=rest,
+        rest_squares=rest * ratio,
         rest_log=rest_log,
         rest_z=exp_t * LN2,
     )
