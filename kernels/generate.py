@@ -12,8 +12,6 @@ CPP = Template("""\
 // $note
 #pragma once
 
-#include <cmath>
-
 namespace fastood {
 
 enum Sums : int { $sums };
@@ -44,6 +42,8 @@ $cases
 
 TRITON = Template('''\
 """$note"""
+# ruff: noqa: E501
+# fmt: off
 
 import triton
 import triton.language as tl
@@ -57,7 +57,7 @@ VANISHING = tl.constexpr($vanishing)  # a bit for each statistic
 
 @triton.jit
 def formula(CODE: tl.constexpr, gap,
-            $quantities):  # fmt: skip
+            $quantities):
     """A statistic of rows; one that vanishes with the rest in units of its weight, 2^gap."""
 $branches
 ''')
@@ -65,7 +65,7 @@ $branches
 
 def cpp() -> str:
     def value(formula: str) -> str:
-        return rendered(formula, lambda name: f"q.{name}()", lambda x: f"std::log({value(x)})")
+        return rendered(formula, lambda name: f"q.{name}()", lambda x: f"q.log({value(x)})")
 
     def about(s: Statistic) -> str:
         sums = " | ".join(str(x.name) for x in s.sums) or "0"

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "statistics.h"
+#include "statistics.h"  // of whose templates state.cpp alone makes code
 
 namespace fastood {
 

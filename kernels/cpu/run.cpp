@@ -155,7 +155,7 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
     if (stat == Stat::gen)
       out[i] = kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
     else if (is_log && r1 < 0x1p-900)
-      out[i] = log_of_rest(stat, kernels->log2_rest[type](f, C, q.plan.logits, s.max));
+      out[i] = statistic_of_rest(stat, q.plan.logits, s, kernels->log2_rest[type](f, C, q.plan.logits, s.max));
   }
 }
 

@@ -80,21 +80,24 @@ struct Quantities {
   double rest_squares() const { return r2(); }
   double rest_log() const { return log1p; }
   double rest_z() const { return s.exp_z; }
+  double log(double x) const { return std::log(x); }
 };
 
-// In units of the rest, where that is next to 0.
+// In units of a rest that is next to 0.
 struct QuantitiesOfRest : Quantities {
+  double log2_rest;
   double r1() const { return 0; }
   double p_max() const { return 1; }
   double r2() const { return 0; }
   double rest() const { return 1; }
   double rest_squares() const { return 0; }
+  double log(double x) const { return std::log(x) + 0.6931471805599453 * log2_rest; }
 };
 
-double log_of_rest(Stat stat, double log2_rest) {
+double statistic_of_rest(Stat stat, const LogitsPlan& plan, const LogitsState& s, double log2_rest) {
   double value = NaN;
-  with_formula(stat, [&](auto formula) { value = formula(QuantitiesOfRest{{LogitsPlan{}, LogitsState{}, 0, 0, 0, 0}}); });
-  return value + 0.6931471805599453 * log2_rest;
+  with_formula(stat, [&](auto formula) { value = formula(QuantitiesOfRest{{plan, s, 0, 0, 0, 0}, log2_rest}); });
+  return value;
 }
 
 void statistics(Stat stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,

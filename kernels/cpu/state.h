@@ -26,8 +26,8 @@ inline bool nearly_flat(Stat stat, double value, const LogitsPlan& plan, const L
 // A statistic of each of some rows, log1p being log (1 + r1), and swept what a second sweep gave.
 void statistics(Stat stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
                 const double* swept, const double* log1p, double* out);
-// One that is a logarithm of what vanishes with the rest, of a row in which that is next to 0, from log2 of its sum.
-double log_of_rest(Stat stat, double log2_rest);
+// One that is a logarithm, of a row whose rest is next to 0: from the logarithm of that.
+double statistic_of_rest(Stat stat, const LogitsPlan& plan, const LogitsState& s, double log2_rest);
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);
 void clear(const NormsPlan& plan, NormsState* s);

@@ -1,8 +1,6 @@
 // Written by `python -m fastood.kernels.generate` from kernels/statistics.py, which says what all of this is.
 #pragma once
 
-#include <cmath>
-
 namespace fastood {
 
 enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16, PEEL = 32, KL = 64 };
@@ -47,7 +45,7 @@ template <class Use> void with_formula(Stat stat, Use use) {
     case Stat::log_msp: return use([](const auto& q) { return -q.rest_log(); });
     case Stat::s2: return use([](const auto& q) { return (1.0 + q.r2()) * q.p_max() * q.p_max(); });
     case Stat::one_minus_s2: return use([](const auto& q) { return (q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max(); });
-    case Stat::log_one_minus_s2: return use([](const auto& q) { return std::log((q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max()); });
+    case Stat::log_one_minus_s2: return use([](const auto& q) { return q.log((q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max()); });
     case Stat::tv: return use([](const auto& q) { return q.tv(); });
     case Stat::plogp: return use([](const auto& q) { return q.rest_z() * q.p_max() - q.rest_log(); });
     case Stat::sumlogp: return use([](const auto& q) { return q.C() * (q.mean_z() - q.log_sum()); });

@@ -1,4 +1,6 @@
 """Written by `python -m fastood.kernels.generate` from kernels/statistics.py, which says what all of this is."""
+# ruff: noqa: E501
+# fmt: off
 
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ VANISHING = tl.constexpr(0b10010110000)  # a bit for each statistic
 
 @triton.jit
 def formula(CODE: tl.constexpr, gap,
-            fmax, T, C, r1, p_max, log_sum, r2, mean_z, tv, kl_uniform, rest, rest_squares, rest_log, rest_z):  # fmt: skip
+            fmax, T, C, r1, p_max, log_sum, r2, mean_z, tv, kl_uniform, rest, rest_squares, rest_log, rest_z):
     """A statistic of rows; one that vanishes with the rest in units of its weight, 2^gap."""
     if CODE == 0:  # fmax
         return tl.where(tl.abs(fmax) < INF, fmax, float("nan"))
