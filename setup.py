@@ -17,7 +17,10 @@ native = Extension(
     depends=[
         "kernels/tensors.h",
         "kernels/triton/launcher.h",
-        *(f"kernels/cpu/{name}.h" for name in ("plan", "state", "run", "vectors", "rows", "gradient", "batchgrad")),
+        *(
+            f"kernels/cpu/{name}.h"
+            for name in ("statistics", "plan", "state", "run", "vectors", "rows", "gradient", "batchgrad")
+        ),
     ],
     extra_compile_args=[]
     if sys.platform == "win32"

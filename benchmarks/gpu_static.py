@@ -47,6 +47,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import gpu_model
 from fastood.kernels import Product, Stat, Want
+from fastood.kernels.statistics import TV
 from fastood.kernels.triton import device, shapes
 from fastood.kernels.triton.launch import UNUSED_BITS
 
@@ -106,7 +107,7 @@ def compile_case(
     assert plan is not None
     shape = shapes.launch_shape(C, D, size, plan.sums)
     x, x_tiles = shapes.logits_tile(C, *(rows or (C, 0)), size, shape.lanes) if C else (shapes.NOTHING, 0)
-    sweeps = (1 + bool(plan.sums & shapes.TV), math.ceil(C / (x.w * x.p * x_tiles)) - 1) if x_tiles else (0, 0)
+    sweeps = (1 + bool(plan.sums & TV), math.ceil(C / (x.w * x.p * x_tiles)) - 1) if x_tiles else (0, 0)
     h = shapes.feats_tile(D, D, 0, size, shape.lanes) if D else shapes.NOTHING
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "x_ptr": POINTERS[case.dtype], "h_ptr": POINTERS[case.dtype]}
     constants = shapes.constants(plan, C, x, x_tiles, D, h, case.dtype == HALF, bias, log, shape.rows)

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastood._fork import one_thread_if_forked
 from fastood._inputs import ArrayT, Order, choice, give, logits_and_feats, order_of, result_dtype, take, temperature_of
 from fastood._plan import Plan, keep, known_plan, stat_of, typed
-from fastood.kernels import STATISTICS, Stat, Want, select
+from fastood.kernels import Stat, Want, select
+from fastood.kernels.statistics import FORMULAS
 from fastood.registry import NORM, SCORES, Method, Score
 
 PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
@@ -301,7 +302,7 @@ def row_stats(
     f, _, as_numpy = logits_and_feats(logits, None)
     assert f is not None
     if stats is None:
-        stats = [name for name in STATISTICS if name not in ("power_sum", "gen", "gradient")]
+        stats = FORMULAS
     wanted = tuple(stat_of(s) for s in _names("stats", stats))
     want = Want(wanted, temperature=temperature_of(temperature))
     found, _ = select(backend, f.device, f.dtype).row_stats(f, None, want)

@@ -22,8 +22,9 @@ this folder that computes those numbers; it has five functions:
 ``unusable(device, dtype) -> str | None``
     Why it cannot serve tensors of that device and dtype here, or None where it can.
 
-Which statistics exist, and what each one means, is ``STATISTICS`` below: the contract between
-scores and backends.
+Which statistics exist, and what each one means, is ``STATISTICS`` below, made from the table in
+statistics.py: the contract between scores and backends. A backend leaves those that it lacks to
+the reference.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import torch
 from fastood.kernels import cpu, operator, reference, triton
 from fastood.kernels.operator import Operator
 from fastood.kernels.seam import constant, differentiated, exporting
+from fastood.kernels.statistics import TABLE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,27 +48,7 @@ if TYPE_CHECKING:
 # A statistic is named by a string, or by a tuple of a string and its parameters.
 Stat = str | tuple[str, float] | tuple[str, float, int] | tuple[str, str, float, float, str]
 
-STATISTICS: dict[str, str] = {
-    "fmax": "max_k f_k",
-    "lse": "log sum_k exp z_k, with z = f / T",
-    "energy": "T * lse, finite even where lse overflows",
-    "msp": "max_k p_k",
-    "one_minus_msp": "1 - max_k p_k, to relative precision",
-    "log_msp": "log max_k p_k, to relative precision",
-    "s2": "S_2 = sum_k p_k^2",
-    "one_minus_s2": "1 - S_2 = sum_k p_k (1 - p_k), to relative precision",
-    "log_one_minus_s2": "log (1 - S_2), finite where 1 - S_2 underflows",
-    "tv": "1/2 sum_k |1/C - p_k|, to relative precision",
-    "plogp": "sum_k p_k log p_k",
-    "sumlogp": "sum_k log p_k",
-    "kl_uniform": "KL(u || p) = -log C - 1/C sum_k log p_k, to relative precision",
-    "power_sum": "('power_sum', r): S_r = sum_k p_k^r, r > 0",
-    "gen": "('gen', gamma, M): sum over the M largest p of p^gamma (1 - p)^gamma",
-    "gradient": (
-        "('gradient', q, r, power, expectation): || E_q[e_Y - p] ||_r^power ('inside') or E_q[ || e_Y - p ||_r^power ] "
-        "('outside'), q 'uniform', 'predicted', 'log_predicted' (weights log p_y, 'outside' only) or 'given'"
-    ),
-}
+STATISTICS: dict[str, str] = {s.name: s.meaning for s in TABLE}
 
 
 class Want(NamedTuple):

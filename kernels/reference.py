@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastood.kernels.seam import traced
+from fastood.kernels.statistics import FORMULAS, Statistic, rendered
 
 if TYPE_CHECKING:
     from fastood.kernels import Anchors, Job, Stat, Want
@@ -200,61 +201,51 @@ class Softmax:
 
     @lazy
     def log_r1(self) -> Tensor:
-        """Finite where r1 itself underflows; without another class log 0, but no slope of it, which would be NaN."""
+        return self._log_scaled(self.total)
+
+    def _log_scaled(self, x: Tensor) -> Tensor:
+        """log(e^gap x), finite where e^gap is 0; without another class log 0, but no slope of it: that would be NaN."""
         alone = self.total == 0
-        return torch.where(alone, -math.inf, self.gap + torch.where(alone, 1.0, self.total).log())
+        return self._or_nan(torch.where(alone, -math.inf, self.gap + torch.where(alone, 1.0, x).log()))
+
+    @lazy
+    def scaled_r2(self) -> Tensor:
+        """r2 / e^gap, as total is r1 / e^gap."""
+        return self.exp_gap * row_sum(self.e.square()).double()
 
     @lazy
     def r2(self) -> Tensor:
-        return self.exp_gap.square() * row_sum(self.e.square()).double()
+        return self.exp_gap * self.scaled_r2
+
+    @lazy
+    def rest_z(self) -> Tensor:
+        """r1's sum with each term times z relative to the maximum: all of one sign."""
+        z = self.z.masked_fill(self.z == -math.inf, 0)  # 0 log 0 = 0
+        gap = self.gap.clamp(min=-1e4)  # exp(-1e4) = 0, and 0 * -inf would be NaN
+        return self.exp_gap * (row_sum(self.e * z).double() + gap * self.total)
+
+    @lazy
+    def log_sum(self) -> Tensor:
+        return self.r1.log1p()
+
+    @lazy
+    def p_max(self) -> Tensor:
+        return 1 / (1 + self.r1)
 
     @lazy
     def p_2(self) -> Tensor:
         """The probability at the pivot, so that p_k = p_2 E_k."""
         return self.exp_gap / (1 + self.r1)
 
-    # ---- the statistics
+    # ---- the statistics that are more than a formula; the others are added below
+
+    msp: Tensor
+    one_minus_msp: Tensor
+    log_msp: Tensor
 
     @lazy
     def fmax(self) -> Tensor:
         return self._or_nan(self.f_max.double())
-
-    @lazy
-    def lse(self) -> Tensor:
-        f_max = self.f_max.double()
-        return torch.where(self.finite, f_max / self.T + self.r1.log1p(), f_max)
-
-    @lazy
-    def energy(self) -> Tensor:
-        f_max = self.f_max.double()
-        return torch.where(self.finite, f_max + self.T * self.r1.log1p(), f_max)
-
-    @lazy
-    def msp(self) -> Tensor:
-        return 1 / (1 + self.r1)
-
-    @lazy
-    def one_minus_msp(self) -> Tensor:
-        return self.r1 / (1 + self.r1)
-
-    @lazy
-    def log_msp(self) -> Tensor:
-        return -self.r1.log1p()
-
-    @lazy
-    def s2(self) -> Tensor:
-        return (1 + self.r2) / (1 + self.r1).square()
-
-    @lazy
-    def one_minus_s2(self) -> Tensor:
-        # r1^2 >= r2 and 2 r1 >= 2 r2: nothing cancels.
-        return (2 * self.r1 + (self.r1.square() - self.r2)) / (1 + self.r1).square()
-
-    @lazy
-    def log_one_minus_s2(self) -> Tensor:
-        # Without another class, 0: log r1 is -inf, and so is this.
-        r2_over_r1 = self.exp_gap * row_sum(self.e.square()).double() / self.total.clamp(min=1)
-        return self._or_nan(self.log_r1 + (2 + self.r1 - r2_over_r1).log() - 2 * self.r1.log1p())
 
     @lazy
     def tv(self) -> Tensor:
@@ -264,13 +255,6 @@ class Softmax:
         return self._again(tv, tv < FLAT_TV, lambda level: level.tv)
 
     @lazy
-    def plogp(self) -> Tensor:
-        # sum_k p_k z_k - log(1 + r1), with z relative to the maximum: all terms of one sign.
-        z = self.z.masked_fill(self.z == -math.inf, 0)  # 0 log 0 = 0
-        gap = self.gap.clamp(min=-1e4)  # exp(-1e4) = 0, and 0 * -inf would be NaN
-        return self.p_2 * (row_sum(self.e * z).double() + gap * self.total) - self.r1.log1p()
-
-    @lazy
     def mean_z(self) -> Tensor:
         """mean of (f_k - f_max) / T, float64: neither a term nor their sum overflows where the mean does not."""
         unit = 2.0 ** -self.C.bit_length() if self.T > 1e-100 else 1.0
@@ -278,12 +262,8 @@ class Softmax:
         return row_sum(below) / (unit * self.C)
 
     @lazy
-    def sumlogp(self) -> Tensor:
-        return self.C * (self.mean_z - self.r1.log1p())
-
-    @lazy
     def kl_uniform(self) -> Tensor:
-        kl = (self.r1.log1p() - math.log(self.C)) - self.mean_z
+        kl = (self.log_sum - math.log(self.C)) - self.mean_z
         return self._again(kl, (kl < FLAT_KL) | (kl < FLAT_KL_SHARE * -self.mean_z), lambda level: level.kl_uniform)
 
     def _again(self, stat: Tensor, flat: Tensor, exact: Callable[[Level], Tensor]) -> Tensor:
@@ -364,6 +344,32 @@ class Softmax:
     def _peeled(self, q: Tensor) -> Tensor:
         """q of the peeled maximum, float64."""
         return q.gather(-1, self.top[:, None])[:, 0].double()
+
+
+# Here nothing comes in units of a weight, but in a logarithm, e^gap.
+_AS_IT_IS = {"rest": "r1", "rest_squares": "r2", "rest_log": "log_sum"}
+_SCALED = {"rest": "total", "rest_squares": "scaled_r2"}
+
+
+def closed_form(s: Statistic) -> lazy:
+    """A statistic from its formula in the table."""
+
+    def text(formula: str, names: dict[str, str]) -> str:
+        return rendered(
+            formula, lambda name: f"self.{names.get(name, name)}", lambda x: f"self._log_scaled({text(x, _SCALED)})"
+        )
+
+    value = text(s.formula, _AS_IT_IS)
+    if s.infinite:
+        value = f"where(self.finite, {value}, self.f_max.double())"
+    compute = eval(f"lambda self: {value}", {"where": torch.where})
+    compute.__name__ = s.name
+    return lazy(compute)
+
+
+for _s in FORMULAS.values():
+    if _s.formula != _s.name:
+        setattr(Softmax, _s.name, closed_form(_s))
 
 
 # Below these what the sums of exponentials give loses too much: KL(u || p) itself, and its share of -mean z; and TV.

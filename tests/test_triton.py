@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import fastood
 from fastood import kernels
 from fastood.kernels import Want, triton
+from fastood.kernels.statistics import FORMULAS
 from fastood.kernels.triton import shapes
 
 ROOT = Path(__file__).parent.parent
@@ -31,8 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 only_compiled = pytest.mark.skipif(INTERPRETED, reason="needs a process that does not interpret")
 
-STATS = ["fmax", "lse", "energy", "msp", "one_minus_msp", "log_msp", "s2", "one_minus_s2", "tv", "plogp", "sumlogp"]
-STATS += ["kl_uniform", "log_one_minus_s2"]
+STATS = list(FORMULAS)
 ORDERS = [0, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 6, math.inf]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -1142,6 +1142,7 @@ TUPLES = """
 import contextlib
 from triton.compiler.code_generator import CodeGenerator
 from benchmarks.gpu_static import *
+from fastood.kernels.statistics import FORMULAS
 
 call, seen = CodeGenerator.call_JitFunction, {}
 
@@ -1171,7 +1172,7 @@ def only_made(*args, make_ir=ASTSource.make_ir, **options):
 
 CodeGenerator.call_JitFunction, ASTSource.make_ir = recorded, only_made
 target = GPUTarget("cuda", 90, 32)
-every = (*EVERY_V, "kl_uniform", "lse", "one_minus_msp", "log_msp", "one_minus_s2", "log_one_minus_s2")
+every = tuple(FORMULAS)
 more = [Case("", t, C, D, stats, GRID, 0, 0) for t in (BFLOAT, FLOAT) for C, D in ((1000, 64), (1001, 65))
         for stats in (("tv",), ("tv", "s2"), every)]
 for case in (*more, *CASES):
@@ -1219,8 +1220,9 @@ amd = sys.argv[1] == "gfx942"
 if amd:
     torch.version.hip = "any"
 from benchmarks.gpu_static import *
+from fastood.kernels.statistics import FORMULAS
 target = GPUTarget("hip", "gfx942", 64) if amd else GPUTarget("cuda", 90, 32)
-every = (*EVERY_V, "kl_uniform", "lse", "one_minus_msp", "log_msp", "one_minus_s2", "log_one_minus_s2")
+every = tuple(FORMULAS)
 cases = [Case("", t, C, D, every, (0.1, 0.25, 1.5, 100.0), 0, 0) for t, C, D in (
     (BFLOAT, 1001, 257), (HALF, 10, 64), (HALF, 3001, 64), (FLOAT, 100, 17), (FLOAT, 7, 3), (FLOAT, 128256, 4096))]
 cases += [Case("", BFLOAT, 30001, 0, every, (), 0, 0), Case("", HALF, 30008, 64, every, (2.0,), 0, 0)]

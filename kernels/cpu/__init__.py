@@ -28,25 +28,9 @@ except ImportError as error:
 if TYPE_CHECKING:
     from fastood.kernels import Anchors, Job, Product, Stat, Want
 
-# The numbers that state.h and plan.h give them.
-_STATS = {
-    "fmax": 0,
-    "lse": 1,
-    "energy": 2,
-    "msp": 3,
-    "one_minus_msp": 4,
-    "log_msp": 5,
-    "s2": 6,
-    "one_minus_s2": 7,
-    "tv": 8,
-    "plogp": 9,
-    "sumlogp": 10,
-    "power_sum": 11,
-    "gen": 12,
-    "log_one_minus_s2": 13,
-    "gradient": 14,
-    "kl_uniform": 15,
-}
+# Their numbers, as the C++ part was built with them: one that the table got since is left to the reference.
+_STATS = {} if _native is None else {name: i for i, name in enumerate(_native.statistics())}
+# The numbers that plan.h gives them.
 _LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _MOST_POWER_SUMS, _MOST_ORDERS = 8, 32  # of one call; as many statistics as orders

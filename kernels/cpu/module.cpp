@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <vector>
@@ -49,7 +50,7 @@ static const char PLAN[] = "fastood plan";
 
 static void free_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
 
-// prepare(temperature, stats, powers, counts, orders, bias, log, products, gradient): stats are numbers of Stat, powers
+// prepare(temperature, stats, powers, counts, orders, bias, log, products, gradient): stats are their numbers, powers
 // the r or gamma of each and counts the M, 0 where it has none, products tuples of (stat, order, factor, power,
 // divisor), gradient (outside, labels, order, power) or ().
 static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -65,11 +66,13 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (stats > MAX_STATS || orders > MAX_ORDERS)
     return PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);
   for (Py_ssize_t j = 0; j < stats; j++) {
-    const int stat = int(PyLong_AsLong(PyTuple_GetItem(args[1], j)));
+    const long number = PyLong_AsLong(PyTuple_GetItem(args[1], j));
+    if (number < 0 || number >= long(std::size(ABOUT))) return PyErr_Format(PyExc_ValueError, "no statistic %ld", number);
+    const Stat stat = Stat(number);
     plan->stats.push_back(stat);
     plan->power_of_stat.push_back(logits.power_sums);
-    logits.sums |= sums_for(stat);
-    if (stat == POWER_SUM && logits.power_sums < MAX_POWER_SUMS)
+    logits.sums |= ABOUT[number].sums;
+    if (stat == Stat::power_sum && logits.power_sums < MAX_POWER_SUMS)
       logits.power[logits.power_sums++] = PyFloat_AsDouble(PyTuple_GetItem(args[2], j));
     plan->gamma.push_back(PyFloat_AsDouble(PyTuple_GetItem(args[2], j)));
     plan->M.push_back(PyLong_AsLongLong(PyTuple_GetItem(args[3], j)));
@@ -255,6 +258,16 @@ static PyObject* levels(PyObject*, PyObject*) {
   return names;
 }
 
+static PyObject* statistics(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const About& about : ABOUT) {
+    PyObject* name = PyUnicode_FromString(about.name);
+    PyList_Append(names, name);
+    Py_DECREF(name);
+  }
+  return names;
+}
+
 static PyObject* level(PyObject*, PyObject*) { return PyUnicode_FromString(kernels->name); }
 
 static PyObject* use_level(PyObject*, PyObject* name) {
@@ -298,6 +311,7 @@ static PyMethodDef methods[] = {
     {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launch)), METH_FASTCALL, nullptr},
     {"use_driver", use_driver, METH_VARARGS, nullptr},
     {"use_torch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_torch)), METH_FASTCALL, nullptr},
+    {"statistics", statistics, METH_NOARGS, "Their names, by number."},
     {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},
     {"level", level, METH_NOARGS, "The one in use."},
     {"use_level", use_level, METH_O, "Use another one."},

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "statistics.h"  // of whose templates state.cpp alone makes code
+
 namespace fastood {
 
 enum Type : int { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, TYPES };
@@ -15,9 +17,6 @@ constexpr int64_t CHUNK = 8192;
 constexpr int64_t FEW = 48;
 constexpr int MAX_ORDERS = 32;
 constexpr int MAX_POWER_SUMS = 8, MAX_STATS = 32;
-
-// Sums over the logits beside sum exp; the work is what is asked for.
-enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16 };
 
 struct LogitsPlan {
   double temperature;

@@ -100,7 +100,7 @@ static void few_logits(const Request& q, int64_t row, int64_t count, Batch* batc
 // With x_k = (f_k - level) / T - shift, where the level is that of p = 1/C, and shift what its type rounds away,
 // p_k - 1/C = expm1(x_k) / C and KL(u || p) = mean(e^x_k - 1 - x_k), in which nothing cancels. What a row's sums tell of
 // the level is off by as much as they are; mean expm1(x) tells by how much, until it is small beside what is asked for.
-static void of_flat_rows(const Request& q, int stat, int64_t row, int64_t count, const LogitsState* s, const double* log1p,
+static void of_flat_rows(const Request& q, Stat stat, int64_t row, int64_t count, const LogitsState* s, const double* log1p,
                          double* out) {
   const double C = double(q.logits.columns), T = q.plan.logits.temperature;
   bool flat[BATCH], any = false;
@@ -129,8 +129,8 @@ static void of_flat_rows(const Request& q, int stat, int64_t row, int64_t count,
     for (int64_t i = 0; i < count; i++) {
       if (!flat[i]) continue;
       const double off = sums[i].expm1 / C;
-      out[i] = (stat == KL_UNIFORM ? sums[i].tail : sums[i].above) / C;
-      flat[i] = !((stat == KL_UNIFORM ? off * off : std::fabs(off) / 16) <= (wide ? 0x1p-53 : 0x1p-24) * out[i]);
+      out[i] = (stat == Stat::kl_uniform ? sums[i].tail : sums[i].above) / C;
+      flat[i] = !((stat == Stat::kl_uniform ? off * off : std::fabs(off) / 16) <= (wide ? 0x1p-53 : 0x1p-24) * out[i]);
       any |= flat[i];
       if (flat[i]) shift[i] += std::log1p(off);
     }
@@ -140,20 +140,22 @@ static void of_flat_rows(const Request& q, int stat, int64_t row, int64_t count,
 // The j-th statistic of some rows: from their sums, or from the rows themselves, read again, where those do not tell.
 static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count, const Batch& batch, const double* log1p,
                           double* out) {
-  const int stat = q.plan.stats[j], type = q.logits.type;
+  const Stat stat = q.plan.stats[j];
+  const int type = q.logits.type;
   const int64_t C = q.logits.columns;
   statistics(stat, q.plan.power_of_stat[j], q.plan.logits, batch.logits, count, C, batch.swept, log1p, out);
-  if (stat == KL_UNIFORM || stat == TOTAL_VARIATION) return of_flat_rows(q, stat, row, count, batch.logits, log1p, out);
-  if (stat != GEN && stat != LOG_ONE_MINUS_S2) return;
+  if (stat == Stat::kl_uniform || stat == Stat::tv) return of_flat_rows(q, stat, row, count, batch.logits, log1p, out);
+  const bool is_log = ABOUT[int(stat)].is_log;
+  if (stat != Stat::gen && !is_log) return;
   for (int64_t i = 0; i < count; i++) {
     const LogitsState& s = batch.logits[i];
     const void* f = q.logits.at(row + i, 0);
     const double r1 = rest(s);
     if (!has_softmax(s)) continue;
-    if (stat == GEN)
+    if (stat == Stat::gen)
       out[i] = kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
-    else if (r1 < 0x1p-900)  // 1 - S_2 = 2 r1
-      out[i] = 0.6931471805599453 * (1 + kernels->log2_rest[type](f, C, q.plan.logits, s.max));
+    else if (is_log && r1 < 0x1p-900)
+      out[i] = statistic_of_rest(stat, q.plan.logits, s, kernels->log2_rest[type](f, C, q.plan.logits, s.max));
   }
 }
 

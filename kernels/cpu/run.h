@@ -30,8 +30,9 @@ struct Plan {
   NormsPlan norms[2]{};  // for float32 arithmetic, and for float64
   std::vector<Order> orders[2];
   bool bias = false, log = false;
-  std::vector<int> stats, power_of_stat;
-  std::vector<double> gamma;  // of each statistic that is a GEN, as is M
+  std::vector<Stat> stats;
+  std::vector<int> power_of_stat;
+  std::vector<double> gamma;  // of each statistic that is a gen, as is M
   std::vector<int64_t> M;
   std::vector<Product> products;
   GradientPlan gradient{};

@@ -11,20 +11,6 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 
 // ---- logits
 
-int sums_for(int stat) {
-  switch (stat) {
-    case FMAX: return 0;
-    case S2:
-    case LOG_ONE_MINUS_S2:
-    case ONE_MINUS_S2: return EXP | SQUARES;
-    case TOTAL_VARIATION: return EXP | TV;
-    case PLOGP_STAT: return EXP | PLOGP;
-    case KL_UNIFORM:
-    case SUMLOGP_STAT: return EXP | SUMLOGP;
-    default: return EXP;
-  }
-}
-
 void set_scale(LogitsPlan* plan, double scale, double scale_low) {
   constexpr double most_float = std::numeric_limits<float>::max(), most_double = std::numeric_limits<double>::max();
   plan->scale = scale;
@@ -73,46 +59,65 @@ void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
   a->nan |= other.nan;
 }
 
-void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
+// What formulas are made of, of one row.
+struct Quantities {
+  const LogitsPlan& plan;
+  const LogitsState& s;
+  double classes, swept, log1p, log_C;
+
+  double fmax() const { return s.max; }
+  double T() const { return plan.temperature; }
+  double C() const { return classes; }
+  double r1() const { return ::fastood::rest(s); }
+  double p_max() const { return 1 / (1 + r1()); }
+  double log_sum() const { return log1p; }
+  double r2() const { return (s.ties - 1) + s.squares; }
+  double mean_z() const { return ::fastood::mean_z(plan, s, int64_t(classes)); }
+  double tv() const { return swept; }
+  double kl_uniform() const { return (log1p - log_C) - mean_z(); }
+  // All in doubles: without a weight.
+  double rest() const { return r1(); }
+  double rest_squares() const { return r2(); }
+  double rest_log() const { return log1p; }
+  double rest_z() const { return s.exp_z; }
+  double log(double x) const { return std::log(x); }
+};
+
+// In units of a rest that is next to 0.
+struct QuantitiesOfRest : Quantities {
+  double log2_rest;
+  double r1() const { return 0; }
+  double p_max() const { return 1; }
+  double r2() const { return 0; }
+  double rest() const { return 1; }
+  double rest_squares() const { return 0; }
+  double log(double x) const { return std::log(x) + 0.6931471805599453 * log2_rest; }
+};
+
+double statistic_of_rest(Stat stat, const LogitsPlan& plan, const LogitsState& s, double log2_rest) {
+  double value = NaN;
+  with_formula(stat, [&](auto formula) { value = formula(QuantitiesOfRest{{plan, s, 0, 0, 0, 0}, log2_rest}); });
+  return value;
+}
+
+void statistics(Stat stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
                 const double* swept, const double* log1p, double* out) {
-  const double T = plan.temperature;
   auto each = [&](auto formula) {
+    const double C = double(classes), log_C = stat == Stat::kl_uniform ? std::log(C) : 0;
     for (int64_t i = 0; i < count; i++) {
       const LogitsState& s = states[i];
-      const double r1 = rest(s), r2 = (s.ties - 1) + s.squares;
-      if (std::isfinite(s.max) && !s.nan) out[i] = formula(s, i, r1, r2);
-      else out[i] = !s.nan && (stat == LSE || stat == ENERGY) ? s.max : NaN;
+      if (std::isfinite(s.max) && !s.nan) out[i] = formula(Quantities{plan, s, C, swept[i], log1p[i], log_C});
+      else out[i] = !s.nan && ABOUT[int(stat)].infinite ? s.max : NaN;
     }
   };
-  typedef const LogitsState& S;
   switch (stat) {
-    case FMAX: return each([](S s, int64_t, double, double) { return s.max; });
-    case LSE: return each([&](S s, int64_t i, double, double) { return s.max / T + log1p[i]; });
-    case ENERGY: return each([&](S s, int64_t i, double, double) { return s.max + T * log1p[i]; });
-    case MSP: return each([](S, int64_t, double r1, double) { return 1 / (1 + r1); });
-    case ONE_MINUS_MSP: return each([](S, int64_t, double r1, double) { return r1 / (1 + r1); });
-    case LOG_MSP: return each([&](S, int64_t i, double, double) { return -log1p[i]; });
-    case S2: return each([](S, int64_t, double r1, double r2) { return (1 + r2) / ((1 + r1) * (1 + r1)); });
-    case ONE_MINUS_S2:
-      return each([](S, int64_t, double r1, double r2) { return (2 * r1 + (r1 * r1 - r2)) / ((1 + r1) * (1 + r1)); });
-    case LOG_ONE_MINUS_S2:
-      return each([&](S, int64_t i, double r1, double r2) {
-        return std::log(r1) + std::log(2 + r1 - (r1 > 0 ? r2 / r1 : 0)) - 2 * log1p[i];
+    case Stat::power_sum:
+      return each([&](const Quantities& q) {
+        return (q.s.ties + q.s.powers[power]) / std::pow(1 + q.r1(), plan.power[power]);
       });
-    case TOTAL_VARIATION:
-    case GRADIENT: return each([&](S, int64_t i, double, double) { return swept[i]; });
-    case PLOGP_STAT: return each([&](S s, int64_t i, double r1, double) { return s.exp_z / (1 + r1) - log1p[i]; });
-    case SUMLOGP_STAT:
-      return each([&](S s, int64_t i, double, double) { return classes * (mean_z(plan, s, classes) - log1p[i]); });
-    case KL_UNIFORM: {
-      const double log_C = std::log(double(classes));
-      return each([&](S s, int64_t i, double, double) { return (log1p[i] - log_C) - mean_z(plan, s, classes); });
-    }
-    case POWER_SUM:
-      return each([&](S s, int64_t, double r1, double) {
-        return (s.ties + s.powers[power]) / std::pow(1 + r1, plan.power[power]);
-      });
-    default: return each([](S, int64_t, double, double) { return NaN; });
+    case Stat::gradient: return each([](const Quantities& q) { return q.swept; });
+    case Stat::gen: return each([](const Quantities&) { return NaN; });  // from the row itself
+    default: return with_formula(stat, each);
   }
 }
 

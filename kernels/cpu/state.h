@@ -5,33 +5,29 @@
 
 namespace fastood {
 
-// The statistics of kernels/__init__.py, in its order.
-enum Stat : int {
-  FMAX, LSE, ENERGY, MSP, ONE_MINUS_MSP, LOG_MSP, S2, ONE_MINUS_S2, TOTAL_VARIATION, PLOGP_STAT, SUMLOGP_STAT, POWER_SUM, GEN, LOG_ONE_MINUS_S2, GRADIENT, KL_UNIFORM
-};
-
 // What an order r of a norm is made from.
 struct Order {
   double r;
   int slot;  // in NormsState.sum; -1 for r = 0 and infinity
 };
 
-int sums_for(int stat);
 void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b);
-// A statistic of one row, log1p being log (1 + r1), r1 = rest(s), and swept what a second sweep over it gave.
 inline double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
-void statistics(int stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
-                const double* swept, const double* log1p, double* out);
-
 // mean z; finite where the sum of z, or one z, is not.
 inline double mean_z(const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
   return s.below / double(classes) / (plan.temperature * DIFFERENCE);
 }
 // Whether a row, where `value` is not NaN, is so near the uniform distribution that its sums do not tell KL(u || p), or TV.
-inline bool nearly_flat(int stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
-  if (stat == TOTAL_VARIATION) return value < 0.125;
+inline bool nearly_flat(Stat stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
+  if (stat == Stat::tv) return value < 0.125;
   return value < 1 || value < -0.125 * mean_z(plan, s, classes);
 }
+
+// A statistic of each of some rows, log1p being log (1 + r1), and swept what a second sweep gave.
+void statistics(Stat stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
+                const double* swept, const double* log1p, double* out);
+// One that is a logarithm, of a row whose rest is next to 0: from the logarithm of that.
+double statistic_of_rest(Stat stat, const LogitsPlan& plan, const LogitsState& s, double log2_rest);
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);
 void clear(const NormsPlan& plan, NormsState* s);

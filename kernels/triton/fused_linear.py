@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastood.kernels import Stat
-from fastood.kernels.triton import device, shapes
+from fastood.kernels.statistics import EXP, SQUARES
+from fastood.kernels.triton import device
 
-# One sweep gives these to the numeric contract.
+# One sweep gives these to the numeric contract; device/linear.py has them in this order.
 STATS = ("fmax", "lse", "energy", "msp", "s2")
 
 
@@ -35,7 +36,7 @@ class Tiling(NamedTuple):
     def constants(self, D: int, squares: bool) -> dict[str, Any]:
         """The compile-time arguments of device.linear.partial_sums."""
         return {
-            "SUMS": shapes.EXP | (shapes.SQUARES if squares else 0),
+            "SUMS": int(EXP | SQUARES if squares else EXP),
             "ROWS": self.rows,
             "CLASSES": self.classes,
             "STEP": self.step,
@@ -101,6 +102,6 @@ def linear(
             )  # fmt: skip
             device.linear.merged[math.ceil(N / MERGED["ROWS"]),](
                 part, classes, out, best, N, C, parts, scale, temperature,
-                STATS=tuple(shapes.STATS[str(s)][0] for s in stats), SUMS=constants["SUMS"], **MERGED,
+                STATS=tuple(STATS.index(str(s)) for s in stats), SUMS=constants["SUMS"], **MERGED,
             )  # fmt: skip
     return dict(zip(stats, out, strict=True)), best

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fastood.kernels.statistics import FORMULAS, KL, PLOGP, SUMLOGP, TABLE
+
 if TYPE_CHECKING:
     from fastood.kernels import Product, Want
 
@@ -269,27 +271,9 @@ def gen_constants(M: int, C: int, stride: int, itemsize: int, shift: int) -> tup
     }, shape
 
 
-# ---- statistics. The numbers that device/scores.py gives them, and the sums they are made of.
+# ---- statistics. The numbers that device/formulas.py gives them.
 
-EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL, KL = 1, 2, 4, 8, 16, 32, 64
-
-STATS = {
-    "fmax": (0, 0),
-    "lse": (1, EXP),
-    "energy": (2, EXP),
-    "msp": (3, EXP),
-    "s2": (4, EXP | SQUARES),
-    "tv": (5, EXP | TV),
-    "sumlogp": (6, EXP | SUMLOGP),
-    "log_one_minus_s2": (7, EXP | PEEL | SQUARES),
-    "kl_uniform": (8, EXP | SUMLOGP | KL),
-    "one_minus_msp": (9, EXP | PEEL),
-    "log_msp": (10, EXP | PEEL),
-    "one_minus_s2": (11, EXP | PEEL | SQUARES),
-    "plogp": (12, EXP | PEEL | PLOGP),
-}
-
-LIGHT = 9  # from this number on a statistic vanishes with the rest of the row
+STATS = {s.name: i for i, s in enumerate(TABLE) if s.formula}
 
 # ---- norms
 
@@ -432,7 +416,6 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         columns += [(-1, 1.0, j, 1) for j in range(len(want.orders))]
     else:
         columns = [(p.stat, p.factor / p.divisor**p.power, p.order, p.power) for p in products]
-    stats = [STATS[want.stats[i]][0] if i >= 0 else -1 for i, *_ in columns]  # type: ignore[index]
     orders = [want.orders[j] if j >= 0 else math.inf for _, _, j, _ in columns]
     table = (
         math.log2(math.e) / want.temperature,
@@ -441,16 +424,16 @@ def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
         *(factor for _, factor, _, _ in columns),
         *(float(j) for _, _, j, _ in columns),
         *(1.0 / r if 0 < r < math.inf else 1.0 for r in orders),
-        *(float(code >= LIGHT) for code in stats),
+        *(float(i >= 0 and FORMULAS[want.stats[i]].vanishes) for i, *_ in columns),  # type: ignore[index]
         *(float(0 < r < math.inf) for r in orders),
         *(float(power) for *_, power in columns),
     )
     sums = 0
     for s in want.stats:
-        sums |= STATS[s][1]  # type: ignore[index]
+        sums |= int(FORMULAS[s].sums)  # type: ignore[index]
     return Plan(
         sums,
-        tuple(STATS[s][0] for s in want.stats),  # type: ignore[index]
+        tuple(STATS[s] for s in want.stats),  # type: ignore[index]
         want.orders,
         table,
         len(columns),

@@ -8,10 +8,11 @@ nor what is left beside the maximum.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.scores import ENERGY, FMAX, LSE, MSP, S2
-from fastood.kernels.triton.device.softmax import SQUARES
+from fastood.kernels.triton.device.formulas import SQUARES
 from fastood.kernels.triton.device.words import INF, INTERPRETED, exp2_double, in_full, log
 
+# The statistics, in the order of fused_linear.py.
+FMAX, LSE, ENERGY, MSP, S2 = (tl.constexpr(i) for i in range(5))
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 STEP_UP = tl.constexpr(4.0)  # how far 2^t may be above the reference, in powers of two, before that follows
 

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from fastood.kernels.triton.device.formulas import PEEL, VANISHING, formula
 from fastood.kernels.triton.device.norms import norm_sums
-from fastood.kernels.triton.device.softmax import PEEL, softmax_sums
+from fastood.kernels.triton.device.softmax import softmax_sums
 from fastood.kernels.triton.device.stream import streamed_sums
 from fastood.kernels.triton.device.words import (
     INF,
@@ -21,12 +22,6 @@ from fastood.kernels.triton.device.words import (
 )
 
 LARGEST = tl.constexpr(1.7976931348623157e308)  # double
-
-# The statistics, as shapes.py numbers them.
-FMAX, LSE, ENERGY, MSP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-S2, TOTAL_VARIATION, SUMLOGP_STAT, LOG_ONE_MINUS_S2 = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
-KL_UNIFORM = tl.constexpr(8)
-ONE_MINUS_MSP, LOG_MSP, ONE_MINUS_S2, PLOGP_STAT = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11), tl.constexpr(12)
 
 
 @triton.jit
@@ -73,46 +68,36 @@ def parts_of(sums, scale, PEEL_: tl.constexpr):
 
 @triton.jit
 def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
-    """One statistic of kernels/__init__.py; those that vanish with the rest in units of its weight."""
-    m, weight, rest, squares, ratio, cross, mean_z, deviation, _, gap, kl = parts
+    """One statistic of kernels/statistics.py; those that vanish with the rest in units of its weight."""
+    m, weight, rest, squares, ratio, exp_t, mean_z, deviation, _, gap, kl = parts
     if PEEL_:
         near = weight.to(tl.float32)
-        r = rest * near
-        total_log = log1p(r)
-        small_log = tl.where(near < 1.0, rest, total_log)
+        r1 = rest * near
+        log_sum = log1p(r1)
+        rest_log = tl.where(near < 1.0, rest, log_sum)
     else:
-        r = rest
-        total_log = log2(1.0 + r) * LN2
-        small_log = total_log
-    inverse = reciprocal(1.0 + r)
-    if CODE == FMAX:
-        return tl.where(tl.abs(m) < INF, m, float("nan"))
-    elif CODE == ENERGY:
-        return tl.where(tl.abs(m) < INF, tl.fma(temperature, total_log, m), m)
-    elif CODE == LSE:
-        return tl.where(tl.abs(m) < INF, m / temperature + total_log, m)
-    elif CODE == MSP:
-        return inverse
-    elif CODE == S2:
-        return (1.0 + squares) * inverse * inverse
-    elif CODE == TOTAL_VARIATION:
-        return deviation * inverse * 0.5
-    elif CODE == SUMLOGP_STAT:
-        return (mean_z - total_log).to(tl.float64) * C
-    elif CODE == KL_UNIFORM:
-        return kl
-    elif CODE == ONE_MINUS_MSP:
-        return rest * inverse
-    elif CODE == LOG_MSP:
-        return 0.0 - small_log
-    elif CODE == ONE_MINUS_S2:
-        return rest * (2.0 + (r - ratio)) * inverse * inverse
-    elif CODE == LOG_ONE_MINUS_S2:
-        light = statistic(ONE_MINUS_S2, parts, temperature, C, PEEL_)
-        x = tl.fma(gap, tl.full(gap.shape, LN2, tl.float64), log(light))  # finite where the weight is 0
-        return tl.where(light > 0.0, x, tl.where(light == 0.0, -INF, light).to(tl.float64))
-    else:
-        return tl.fma(cross * LN2, inverse, 0.0 - small_log)
+        r1 = rest
+        log_sum = log2(1.0 + r1) * LN2
+        rest_log = log_sum
+    p_max = reciprocal(1.0 + r1)
+    return formula(
+        CODE,
+        gap,
+        fmax=m,
+        T=temperature,
+        C=tl.full(m.shape, C, tl.float64),  # times which a mean may be beyond float32
+        r1=r1,
+        p_max=p_max,
+        log_sum=log_sum,
+        r2=squares,
+        mean_z=mean_z,
+        tv=deviation * p_max * 0.5,
+        kl_uniform=kl,
+        rest=rest,
+        rest_squares=rest * ratio,
+        rest_log=rest_log,
+        rest_z=exp_t * LN2,
+    )
 
 
 @triton.jit
@@ -181,7 +166,7 @@ def scores(
             score = FEW[k][3] * 1.0 if FEW[k][3] != 0 else small(table_ptr + 2 + COLUMNS + k)
             if FEW[k][0] >= 0:
                 score *= statistic(STATS[FEW[k][0]], parts, temperature, C, PEEL & SUMS)
-                if PEEL & SUMS and STATS[FEW[k][0]] >= ONE_MINUS_MSP:
+                if PEEL & SUMS and VANISHING >> STATS[FEW[k][0]] & 1:
                     score = score.to(tl.float64)
                     if parts[8]:
                         score *= parts[1]

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastood.kernels.triton.device.formulas import EXP, KL, PEEL, PLOGP, SQUARES, SUMLOGP, TV
 from fastood.kernels.triton.device.level import has_flat_tv, kl_uniform, mean_z_again, of_flat_rows
 from fastood.kernels.triton.device.words import (
     INF,
@@ -24,15 +25,6 @@ from fastood.kernels.triton.device.words import (
     unpack,
     within,
 )
-
-# What a call needs of the logits beside their maximum: shapes.py adds these up.
-EXP = tl.constexpr(1)
-SQUARES = tl.constexpr(2)
-PLOGP = tl.constexpr(4)
-SUMLOGP = tl.constexpr(8)
-TV = tl.constexpr(16)
-PEEL = tl.constexpr(32)  # the rest beside one maximum, to relative precision
-KL = tl.constexpr(64)  # KL(u || p), beside SUMLOGP
 
 DEEP = tl.constexpr(2.0**-80)  # a rest below this is summed again from a pivot of its own
 FAR = tl.constexpr(16384.0)  # rows with a maximum beyond this times T / log2(e) are summed again

@@ -11,16 +11,10 @@ needs it again.
 import triton
 import triton.language as tl
 
+from fastood.kernels.triton.device.formulas import EXP, KL, PEEL, PLOGP, SQUARES, SUMLOGP, TV
 from fastood.kernels.triton.device.softmax import (
     DEEP,
-    EXP,
     FAR,
-    KL,
-    PEEL,
-    PLOGP,
-    SQUARES,
-    SUMLOGP,
-    TV,
     deviations_again,
     flat_again,
     has_flat_tv,

@@ -152,6 +152,13 @@ def log(x):
 
 
 @triton.jit
+def log_scaled(x, gap):
+    """ln (x 2^gap) in float64 of x >= 0, finite where 2^gap is 0."""
+    y = tl.fma(gap, tl.full(gap.shape, LN2, tl.float64), log(x))
+    return tl.where(x > 0.0, y, tl.where(x == 0.0, -INF, x).to(tl.float64))
+
+
+@triton.jit
 def exp2_double(x):
     """2^x of float64 x to float32's precision, over float64's range; by bits, since conversions are slow."""
     fixed = tl.minimum(tl.maximum(x, -1022.0), 1024.0) + 1.5 * 2.0**29  # its last 23 bits are below 1

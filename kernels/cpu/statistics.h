@@ -1,0 +1,57 @@
+// Written by `python -m fastood.kernels.generate` from kernels/statistics.py, which says what all of this is.
+#pragma once
+
+namespace fastood {
+
+enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16, PEEL = 32, KL = 64 };
+
+enum class Stat : int {
+  fmax, lse, energy, msp, one_minus_msp, log_msp, s2, one_minus_s2, log_one_minus_s2, tv, plogp, sumlogp,
+  kl_uniform, power_sum, gen, gradient
+};
+
+struct About {
+  const char* name;
+  int sums;
+  bool infinite, is_log;
+};
+constexpr About ABOUT[] = {
+    {"fmax", 0, false, false},
+    {"lse", EXP, true, false},
+    {"energy", EXP, true, false},
+    {"msp", EXP, false, false},
+    {"one_minus_msp", EXP | PEEL, false, false},
+    {"log_msp", EXP | PEEL, false, false},
+    {"s2", EXP | SQUARES, false, false},
+    {"one_minus_s2", EXP | SQUARES | PEEL, false, false},
+    {"log_one_minus_s2", EXP | SQUARES | PEEL, false, true},
+    {"tv", EXP | TV, false, false},
+    {"plogp", EXP | PLOGP | PEEL, false, false},
+    {"sumlogp", EXP | SUMLOGP, false, false},
+    {"kl_uniform", EXP | SUMLOGP | KL, false, false},
+    {"power_sum", EXP, false, false},
+    {"gen", EXP, false, false},
+    {"gradient", EXP, false, false},
+};
+
+// Calls use(formula): formula(q) is the statistic of a row of which q has the quantities.
+template <class Use> void with_formula(Stat stat, Use use) {
+  switch (stat) {
+    case Stat::fmax: return use([](const auto& q) { return q.fmax(); });
+    case Stat::lse: return use([](const auto& q) { return q.fmax() / q.T() + q.log_sum(); });
+    case Stat::energy: return use([](const auto& q) { return q.fmax() + q.T() * q.log_sum(); });
+    case Stat::msp: return use([](const auto& q) { return q.p_max(); });
+    case Stat::one_minus_msp: return use([](const auto& q) { return q.rest() * q.p_max(); });
+    case Stat::log_msp: return use([](const auto& q) { return -q.rest_log(); });
+    case Stat::s2: return use([](const auto& q) { return (1.0 + q.r2()) * q.p_max() * q.p_max(); });
+    case Stat::one_minus_s2: return use([](const auto& q) { return (q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max(); });
+    case Stat::log_one_minus_s2: return use([](const auto& q) { return q.log((q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max()); });
+    case Stat::tv: return use([](const auto& q) { return q.tv(); });
+    case Stat::plogp: return use([](const auto& q) { return q.rest_z() * q.p_max() - q.rest_log(); });
+    case Stat::sumlogp: return use([](const auto& q) { return q.C() * (q.mean_z() - q.log_sum()); });
+    case Stat::kl_uniform: return use([](const auto& q) { return q.kl_uniform(); });
+    default: return;
+  }
+}
+
+}  // namespace fastood

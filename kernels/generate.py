@@ -1,0 +1,107 @@
+"""Writes what C++ and Triton read of the table of statistics: `python -m fastood.kernels.generate`."""
+
+from pathlib import Path
+from string import Template
+from textwrap import fill
+
+from fastood.kernels.statistics import FORMULAS, QUANTITIES, TABLE, Statistic, Sums, rendered
+
+NOTE = "Written by `python -m fastood.kernels.generate` from kernels/statistics.py, which says what all of this is."
+
+CPP = Template("""\
+// $note
+#pragma once
+
+namespace fastood {
+
+enum Sums : int { $sums };
+
+enum class Stat : int {
+  $stats
+};
+
+struct About {
+  const char* name;
+  int sums;
+  bool infinite, is_log;
+};
+constexpr About ABOUT[] = {
+$about
+};
+
+// Calls use(formula): formula(q) is the statistic of a row of which q has the quantities.
+template <class Use> void with_formula(Stat stat, Use use) {
+  switch (stat) {
+$cases
+    default: return;
+  }
+}
+
+}  // namespace fastood
+""")
+
+TRITON = Template('''\
+"""$note"""
+# fmt: off
+
+import triton
+import triton.language as tl
+
+from fastood.kernels.triton.device.words import INF, log_scaled
+
+$sums
+
+VANISHING = tl.constexpr($vanishing)  # a bit for each statistic
+
+
+@triton.jit
+def formula(CODE: tl.constexpr, gap,
+            $quantities):
+    """A statistic of rows; one that vanishes with the rest in units of its weight, 2^gap."""
+$branches
+''')
+
+
+def cpp() -> str:
+    def value(formula: str) -> str:
+        return rendered(formula, lambda name: f"q.{name}()", lambda x: f"q.log({value(x)})")
+
+    def about(s: Statistic) -> str:
+        sums = " | ".join(str(x.name) for x in s.sums) or "0"
+        return f'    {{"{s.name}", {sums}, {str(s.infinite).lower()}, {str(s.is_log).lower()}}},'
+
+    def case(s: Statistic) -> str:
+        return f"    case Stat::{s.name}: return use([](const auto& q) {{ return {value(s.formula)}; }});"
+
+    return CPP.substitute(
+        note=NOTE,
+        sums=", ".join(f"{s.name} = {s.value}" for s in Sums),
+        stats=fill(", ".join(s.name for s in TABLE), 110).replace("\n", "\n  "),
+        about="\n".join(map(about, TABLE)),
+        cases="\n".join(map(case, FORMULAS.values())),
+    )
+
+
+def triton() -> str:
+    def value(s: Statistic) -> str:
+        text = rendered(s.formula, str, lambda x: f"log_scaled({rendered(x, str, str)}, gap)")
+        otherwise = "fmax" if s.infinite else 'float("nan")'
+        return f"tl.where(tl.abs(fmax) < INF, {text}, {otherwise})" if "fmax" in s.quantities else text
+
+    numbers = {s.name: i for i, s in enumerate(TABLE)}
+    branches = [f"if CODE == {numbers[s.name]}:  # {s.name}\n        return {value(s)}" for s in FORMULAS.values()]
+    return TRITON.substitute(
+        note=NOTE,
+        sums="\n".join(f"{s.name} = tl.constexpr({s.value})" for s in Sums),
+        vanishing=bin(sum(s.vanishes << i for i, s in enumerate(TABLE))),
+        quantities=fill(", ".join(QUANTITIES), 100).replace("\n", "\n" + " " * 12),
+        branches="    " + "\n    el".join(branches),
+    )
+
+
+KERNELS = Path(__file__).parent
+WRITTEN = {KERNELS / "cpu" / "statistics.h": cpp, KERNELS / "triton" / "device" / "formulas.py": triton}
+
+if __name__ == "__main__":
+    for path, text in WRITTEN.items():
+        path.write_text(text())
