@@ -160,7 +160,7 @@ def approximation(exact, worst):
     return lambda self, handle: type(handle)(approximate(handle), handle.dtype.scalar)
 
 
-@pytest.fixture(params=[None, (1, 1), (1, -1), (-1, 1), (-1, -1)], ids=str)
+@pytest.fixture
 def approximations(request, monkeypatch):
     """Of the logarithm and of roots, by PTX's documentation; None for what the processor at hand does."""
     if request.param is None:
@@ -190,7 +190,15 @@ def test_norms_are_the_same_wherever_rows_begin(triton_device, D, dtype):
         assert torch.equal(fastood.norms(h, orders, backend="triton"), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ERRORS = [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+
+
+@pytest.mark.parametrize(
+    ("approximations", "dtype"),
+    [(None, t) for t in DTYPES] + [(error, DTYPES[i % 3]) for i, error in enumerate(ERRORS, 1)],
+    indirect=["approximations"],
+    ids=str,
+)
 def test_norms_of_every_order_and_size(triton_device, approximations, dtype):
     """The largest orders of ordinary features, and all orders of the largest and smallest: also of equal ones, whose
     errors add up.
