@@ -20,16 +20,17 @@ from fastood.kernels.seam import MODES, traced
 
 _native: Any = None
 MISSING = ""  # why there is no C++ part
+# The statistics' numbers, as the C++ part was built with them: one that the table got since is left to the reference.
+_STATS: dict[str, int] = {}
 try:
     _native = import_module("fastood.kernels.cpu._native")
-except ImportError as error:
-    MISSING = str(error)
+    _STATS = {name: i for i, name in enumerate(_native.statistics())}
+except (ImportError, AttributeError) as error:  # the second is of a part that was built from older sources
+    _native, MISSING = None, str(error)
 
 if TYPE_CHECKING:
     from fastood.kernels import Anchors, Job, Product, Stat, Want
 
-# Their numbers, as the C++ part was built with them: one that the table got since is left to the reference.
-_STATS = {} if _native is None else {name: i for i, name in enumerate(_native.statistics())}
 # The numbers that plan.h gives them.
 _LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
