@@ -13,11 +13,22 @@ def main() -> None:
             raise
         sys.exit('The command line needs more packages: pip install "fastood[cli]"')
     # A polite kill and a closed terminal unwind the stack, so that no half-written file stays behind.
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        sys.exit(128 + number)
+
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-    app()
+            signal.signal(number, stop)
+    try:
+        app()
+    except SystemExit:
+        if received:  # whatever became of the exit on its way through other people's code
+            sys.exit(128 + received[0])
+        raise
 
 
 if __name__ == "__main__":

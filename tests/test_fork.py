@@ -54,6 +54,7 @@ EITHER = {  # of tensors and of arrays
     "scores log": lambda f, h: fastood.scores(f, h, log=True),
     "scores reference": lambda f, h: fastood.scores(f, h, backend="reference"),
     "sweep": lambda f, h: fastood.sweep(f, h),
+    "score_linear": lambda f, h: fastood.score_linear(f, h[:50, :f.shape[1]], None, "msp", norm=None),
     "norms": lambda f, h: fastood.norms(h, [0.3, 2]),
     "norms log": lambda f, h: fastood.norms(h, [0.3, 2], log=True),
     "row_stats": lambda f, h: fastood.row_stats(f),

@@ -336,7 +336,7 @@ def test_a_row_alone_in_other_memory_has_the_same_bits(triton_device, C, D, dtyp
     stats = fastood.row_stats(f, STATS, backend="triton")
     norms = fastood.norms(h, ORDERS, backend="triton")
     scores = fastood.score(f, h, backend="triton")
-    for i in (1, 2, 3, 6, 7, 8):
+    for i in (1, 3, 6, 8) if INTERPRETED else (1, 2, 3, 6, 7, 8):
         alone, alone_h = f[i : i + 1].clone(), h[i : i + 1].clone()
         for name, one in fastood.row_stats(alone, STATS, backend="triton").items():
             assert torch.equal(one, stats[name][i : i + 1]), name
@@ -1128,7 +1128,8 @@ def test_every_order_finds_its_sum():
 
 @needs_triton
 @only_compiled
-@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 def test_compiles_ahead_of_time(architecture):
     """What benchmarks/gpu_static.py does not compile: rare statistics, orders and types; and for AMD, scores."""
     run = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, architecture], cwd=ROOT, capture_output=True, text=True)
