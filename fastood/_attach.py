@@ -30,7 +30,7 @@ def attach(
 
     The model is split at its head, the last layer: ``feats = body(inputs)``, ``logits = head(feats)``, where the body
     is the model with nothing in the head's place. That this gives the model's own logits, and that whatever follows
-    the head is linear, is checked on the example, or else on the first call, which runs the model three times.
+    the head is linear, is checked on the example, or else on the first call, which runs the model a few times.
 
     Parameters
     ----------
@@ -353,8 +353,8 @@ def _find(model: nn.Module) -> str:
     last = _last_linear(model)
     if not last:
         raise ValueError(
-            f"model must have a head, but no Linear nor 1x1 Conv2d was found in {type(model).__name__}: pass its name, "
-            f"or {_PAIR}"
+            f"model must have a head, but no Linear nor 1x1 Conv2d was found within {type(model).__name__}: pass its "
+            f"name, or {_PAIR}"
         )
     return last
 

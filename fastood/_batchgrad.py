@@ -190,6 +190,8 @@ class BatchGrad:
         from safetensors import SafetensorError, safe_open
 
         one_thread_if_forked()
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"path must be a file that BatchGrad.save wrote, {str(path)!r} is a directory")
         try:
             with safe_open(path, framework="pt") as file:
                 options, G = file.metadata() or {}, file.get_tensor("G")

@@ -58,7 +58,7 @@ def inverted(negative_rows: Mapping[str, int], rows: int) -> str | None:
         return None
     return (
         f"negative {some(found)} in {max(found.values()):,} of {rows:,} rows, where a larger norm makes a row "
-        "look less in-distribution; --norm none leaves the norm out"
+        "look less in-distribution; --norm none (of 'fastood fit', for a detector) leaves the norm out"
     )
 
 

@@ -51,7 +51,7 @@ def score(
         Penultimate features h, the input of the last layer.
     method : str
         A name in ``fastood.SCORES``.
-    norm : float or None
+    norm : float, None or "auto"
         Order r >= 0 (fractions and ``math.inf`` too) of the ||h||_r that multiplies a V term; None for
         U = 1. Left out: 0.3 with feats (the paper's best on ImageNet), None without, and None for a V
         that is never above 0 (``multiplied`` in the registry: neg_entropy, gen). A gradient score has its
@@ -422,4 +422,6 @@ def _order(entry: Score, norm: Order, with_feats: bool) -> float | None:
         return BEST_NORM if (with_feats and entry.multiplied) or not entry.stats else None
     if norm is None and not entry.stats:
         raise ValueError(f"norm must be an order r >= 0 for {entry.name!r}, got None")
+    if isinstance(norm, str):
+        raise TypeError(f"norm must be a number, None or 'auto', got {norm!r}")
     return None if norm is None else order_of("norm", norm)

@@ -634,7 +634,7 @@ class Detector:
                         f"this is fastood {__version__}, which reads version {FILE_VERSION}"
                     )
                 return cls._restored(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, safetensors.SafetensorError) as error:
             missing = "it lacks " if isinstance(error, KeyError) else ""
             raise FileError(f"{os.fspath(path)}: cannot be read as a detector: {missing}{error}") from error
 

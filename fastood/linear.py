@@ -74,7 +74,7 @@ def score_linear(
     Parameters
     ----------
     feats : Tensor or ndarray [N, D]
-        Penultimate features h; float16, bfloat16, float32 or float64.
+        Penultimate features h; float16, bfloat16, float32, float64 or FP8.
     weight : Tensor or ndarray [C, D]
         Of the last layer, ``torch.nn.Linear.weight``.
     bias : Tensor or ndarray [C], optional

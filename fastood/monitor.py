@@ -435,7 +435,7 @@ class Monitor:
         }
 
     def __repr__(self) -> str:
-        flagged = f"{100 * self.flag_rate:.2g}% flagged, {self.not_finite} not finite" if self.rows else "none flagged"
+        flagged = f"{100 * self.flag_rate:.3g}% flagged, {self.not_finite} not finite" if self.rows else "none flagged"
         alarm = "ALARM" if self.alarm else "no alarm"
         return (
             f"Monitor({self.rows} rows, {flagged}; drift p-value {self.drift_p_value:.2g}, {alarm} at {self.alpha:g})"

@@ -551,7 +551,7 @@ class Table:
         ({"method": "norm", "norm": None}, ValueError, "norm must be an order r >= 0 for 'norm', got None"),
         ({"norm": -1}, ValueError, "norm must be a number >= 0, got -1.0"),
         ({"norm": math.nan}, ValueError, "norm must be a number >= 0, got nan"),
-        ({"norm": "0.3"}, TypeError, "norm must be a number, got str"),
+        ({"norm": "0.3"}, TypeError, "norm must be a number, None or 'auto', got '0.3'"),
         ({"norm": True}, TypeError, "norm must be a number, got bool"),
         ({"temperature": 0}, ValueError, "temperature must be a finite number > 0, got 0.0"),
         ({"temperature": -2.0}, ValueError, "temperature must be a finite number > 0, got -2.0"),

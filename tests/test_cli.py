@@ -260,7 +260,8 @@ def test_scores_that_a_norm_inverts_are_warned_of(data):
     (line,) = warnings("eval", *sets)
     assert line == (
         f"warning: val.npz: negative energy*||h||_0.3, max_logit*||h||_0.3 in {N} of {N} rows, "
-        "where a larger norm makes a row look less in-distribution; --norm none leaves the norm out"
+        "where a larger norm makes a row look less in-distribution; --norm none (of 'fastood fit', for a detector) "
+        "leaves the norm out"
     )
     assert warnings("eval", *sets, "--norm", "none") == []
     assert warnings("eval", *sets, "--method", "gen", "--method", "msp") == []

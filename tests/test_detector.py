@@ -624,6 +624,10 @@ def test_other_files(tmp_path):
     pickled.write_bytes(pickle.dumps({"scores": [1.0]}))
     with pytest.raises(FileError, match="cannot be read as a detector"):
         Detector.load(pickled)
+    deep = tmp_path / "deep.safetensors"
+    deep.write_bytes(safetensors_numpy.save({"scores": np.zeros(3)}, {"fastood": '{"a":' * 100_000}))
+    with pytest.raises(FileError, match=r"deep\.safetensors: cannot be read as a detector"):
+        Detector.load(deep)
     plain = tmp_path / "plain.safetensors"
     plain.write_bytes(safetensors_numpy.save({"logits": np.zeros((3, 2))}))
     with pytest.raises(FileError, match=r"not a file that Detector\.save wrote"):

@@ -105,7 +105,7 @@ def test_a_score_that_overflows_is_not_accepted():
     ("options", "error", "message"),
     [
         ({"method": "enrgy"}, ValueError, "method must be one of"),
-        ({"norm": "two"}, TypeError, "norm must be a number, got str"),
+        ({"norm": "two"}, TypeError, "norm must be a number, None or 'auto', got 'two'"),
         ({"tpr": 2}, ValueError, "tpr must be a number between 0 and 1, got 2"),
         ({"n_classes": 0}, ValueError, "n_classes must be from 1 to the 5 columns of X, got 0"),
         ({"n_classes": 6}, ValueError, "n_classes must be from 1 to the 5 columns of X, got 6"),
