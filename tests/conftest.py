@@ -69,17 +69,19 @@ def interpreter(request, tmp_path_factory):
         return
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     # The largest shapes, which take a minute, have smaller ones of their kind.
-    command += ["-k", "triton and not 33001 and not 70000 and not 1000003", "--hypothesis-profile=interpreter"]
+    chosen = "triton and not 33001 and not 70000 and not 1000003"
+    command += ["--hypothesis-profile=interpreter", "-k"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
     started = []
-    for name in ("test_contract.py", "test_triton.py"):  # of about the same length
+    halves = " and (norms or stat)", " and not (norms or stat)"
+    for file, some in [("test_contract.py", ""), *(("test_triton.py", half) for half in halves)]:
         log = tmp_path_factory.mktemp("interpreter") / "log"
-        with log.open("w") as file:
+        with log.open("w") as output:
             process = subprocess.Popen(
-                [*command, f"tests/{name}"],
+                [*command, chosen + some, f"tests/{file}"],
                 cwd=Path(__file__).parent.parent,
                 env=environment,
-                stdout=file,
+                stdout=output,
                 stderr=subprocess.STDOUT,
             )
         started.append((process, log))
