@@ -99,7 +99,7 @@ class Monitor:
     >>> for batch in (5 * torch.randn(5000, 10, generator=g)).split(100):
     ...     monitor.update(detector.score(batch))
     >>> monitor
-    Monitor(5000 rows, 5.6% flagged, 0 not finite; drift p-value 1, no alarm at 0.01)
+    Monitor(5000 rows, 5.56% flagged, 0 not finite; drift p-value 1, no alarm at 0.01)
     >>> monitor.update(detector.score(3 * torch.randn(1000, 10, generator=g)))
     >>> monitor.alarm
     True
