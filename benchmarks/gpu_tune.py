@@ -1,7 +1,7 @@
 """Launch shapes beside those of shapes.py, timed on a GPU: python -m benchmarks.gpu_tune OUT
 
 Each candidate replaces numbers of fastood/kernels/triton/shapes.py for one kernel of gpu_day.py: rows a program, warps,
-most registers a thread; tiles in flight. They are compiled in parallel, at most 10 s each on a core of one's own, then
+most registers a thread; tiles in flight. They are compiled in parallel, then
 checked against float64 and timed one after the other. OUT/tune.txt has a line each: its share of the read ceiling.
 """
 
@@ -28,7 +28,9 @@ AS_THEY_ARE = {name: getattr(shapes, name) for name in NAMES}
 # What a table has for one of its keys: rows, warps and most registers, or warps and tiles in flight of long rows.
 TABLES: list[tuple[str, int, str, str, int, list[tuple[int, ...]]]] = [
     ("4 V", 1000, "bfloat16", "ROWS", 1024, [(2, 1), (4, 1)]),
-    ("7 statistics", 1000, "bfloat16", "ROWS", 1024, [(2, 1), (1, 1), (4, 1), (4, 2), (2, 1, 96), (2, 1, 128)]),
+    ("7 statistics", 1000, "bfloat16", "ROWS", 1024, [(2, 1), (1, 1), (4, 1), (2, 2), (4, 2), (8, 2)]),
+    ("7 statistics", 1000, "bfloat16", "ROWS", 1024, [(2, 1, 80), (2, 1, 96), (2, 1, 128)]),
+    ("7 statistics", 1000, "bfloat16", "ROWS", 1024, [(1, 1, 64), (1, 1, 80), (4, 1, 128), (4, 1, 168)]),
     ("7 statistics", 1001, "bfloat16", "ROWS", 1024, [(2, 1), (1, 1), (4, 1)]),
     ("4 V", 100, "bfloat16", "ROWS", 128, [(16, 2), (8, 1), (16, 1), (32, 2), (32, 4)]),
     ("4 V", 10, "bfloat16", "ROWS", 16, [(256, 4), (128, 4), (128, 2), (512, 4)]),

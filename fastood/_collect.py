@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastood._attach import Attached, as_arguments, attach, device_of, require_eval
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import flag
+from fastood._inputs import FP8_NAMES, flag
 
 
 class Collected(NamedTuple):
@@ -251,10 +251,7 @@ _SAFETENSORS = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    **FP8_NAMES,
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",

@@ -16,8 +16,14 @@ from torch import Tensor
 from fastood._fork import one_thread_if_forked
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Every number of these is one of float16 too.
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+# Every number of these is one of float16 too; and what safetensors calls them.
+FP8_NAMES = {
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}
+FP8 = tuple(FP8_NAMES)  # an older torch.compile cannot look a type up in a dict
 
 Array = Tensor | np.ndarray
 ArrayT = TypeVar("ArrayT", bound=Array)

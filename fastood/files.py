@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastood._inputs import FLOATS, FP8, _from_numpy, widened
+from fastood._inputs import FLOATS, FP8, FP8_NAMES, _from_numpy, widened
 
 CHUNK_BYTES = 64 << 20
 
@@ -395,12 +395,7 @@ def _safetensors(path: Path, resources: ExitStack) -> _Contents:
     return {name: partial(tensor, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-_FP8 = {
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}
+_FP8 = {name: str(dtype).removeprefix("torch.") for dtype, name in FP8_NAMES.items()}
 _SAFETENSORS = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
 
 
