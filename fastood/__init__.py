@@ -16,6 +16,7 @@ from fastood.gradients import gradient_norm
 from fastood.kernels import STATISTICS, backends
 from fastood.linear import score_linear
 from fastood.registry import SCORES, Score, register
+from fastood.successors import SUCCESSORS, Fitted, Successor
 
 if TYPE_CHECKING:
     from fastood import evaluation, metrics
@@ -28,11 +29,14 @@ from fastood._version import __version__ as __version__
 __all__ = [
     "SCORES",
     "STATISTICS",
+    "SUCCESSORS",
     "BatchGrad",
     "Detector",
+    "Fitted",
     "Monitor",
     "OODHead",
     "Score",
+    "Successor",
     "anchor_gradient",
     "attach",
     "backends",

@@ -11,11 +11,24 @@ import torch
 from torch import Tensor
 
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import ArrayT, Order, choice, give, logits_and_feats, order_of, result_dtype, take, temperature_of
+from fastood._inputs import (
+    ArrayT,
+    Order,
+    choice,
+    flag,
+    give,
+    logits_and_feats,
+    order_of,
+    result_dtype,
+    take,
+    temperature_of,
+)
 from fastood._plan import Plan, keep, known_plan, stat_of, typed
 from fastood.kernels import Stat, Want, select
 from fastood.kernels.statistics import FORMULAS
 from fastood.registry import NORM, SCORES, Method, Score
+from fastood.successors import SUCCESSORS, Fitted
+from fastood.successors.fitted import Head, successor_of
 
 PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
 PAPER_NORMS = (0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf)
@@ -25,7 +38,7 @@ BEST_NORM = 0.3  # Section 4.3: ||h||_0.3 x energy, chosen on the paper's own te
 def score(
     logits: ArrayT | None,
     feats: ArrayT | None = None,
-    method: Method = "energy",
+    method: Method | Fitted = "energy",
     *,
     norm: Order = "auto",
     temperature: float = 1.0,
@@ -34,6 +47,7 @@ def score(
     oriented: bool = True,
     backend: str = "auto",
     dim: int | None = None,
+    head: Head | None = None,
     **params: Any,
 ) -> ArrayT:
     """How in-distribution each row is: one OOD score S = U * V per sample. Higher = more in-distribution.
@@ -49,8 +63,9 @@ def score(
         logit of -inf is a masked class; of FP8 float8_e5m2 alone has one. May be None for ``method="norm"``.
     feats : Tensor or ndarray [N, D], optional
         Penultimate features h, the input of the last layer.
-    method : str
-        A name in ``fastood.SCORES``.
+    method : str or Fitted
+        A name in ``fastood.SCORES``; of a score that came after the paper, a name in ``fastood.SUCCESSORS`` that needs
+        no fit, or a ``fastood.Fitted`` of any. Those take no `norm`, `bias` or `log`.
     norm : float, None or "auto"
         Order r >= 0 (fractions and ``math.inf`` too) of the ||h||_r that multiplies a V term; None for
         U = 1. Left out: 0.3 with feats (the paper's best on ImageNet), None without, and None for a V
@@ -69,8 +84,10 @@ def score(
     dim : int, optional
         Where the classes of logits, and the features of feats, lie in tensors of more dimensions; all others are
         positions, each of which is a row. 1 for the pixels of [N, C, H, W], -1 for the members of [M, N, C].
+    head : nn.Linear, 1x1 nn.Conv2d or (weight [C, D], bias [C] or None), optional
+        The last layer, for the successors that take it: ``fastood.attach(model).head``.
     **params
-        Parameters of the score itself: ``gamma`` and ``M`` of "gen".
+        Parameters of the score itself: ``gamma`` and ``M`` of "gen", ``percentile`` of "scale".
 
     Returns
     -------
@@ -118,7 +135,7 @@ def score(
     if dim is not None:
         (f, h), shape = rows_along(dim, logits=logits, feats=feats)
         options: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
-        return score(f, h, method, **options, backend=backend, **params).reshape(shape)
+        return score(f, h, method, **options, backend=backend, head=head, **params).reshape(shape)
     key: Any = (
         method, norm, feats is None, temperature, bias, log, oriented, backend,
         norm.__class__, temperature.__class__, bias.__class__, log.__class__, oriented.__class__,
@@ -126,7 +143,10 @@ def score(
     if params:
         key = (key, *typed(params))
     plan = known_plan(key)
-    if plan is None or plan.scores[0][0] is not SCORES.get(method):
+    if plan is None or plan.scores[0][0] is not SCORES.get(method):  # type: ignore[arg-type]
+        if (fitted := successor_of(method, head, temperature, params)) is not None:
+            refuse_factors(fitted.method, norm, bias, log)
+            return fitted.score(logits, feats, oriented=oriented, backend=backend)
         entry = _entry(method)
         order = _order(entry, norm, feats is not None)
         plan = keep(key, Plan([(entry, order)], (-1,), temperature, bias, log, oriented, params))
@@ -136,7 +156,7 @@ def score(
 def scores(
     logits: ArrayT | None,
     feats: ArrayT | None = None,
-    methods: Iterable[Method] | None = None,
+    methods: Iterable[Method | Fitted] | None = None,
     *,
     norm: Order = "auto",
     temperature: float = 1.0,
@@ -145,6 +165,7 @@ def scores(
     oriented: bool = True,
     backend: str = "auto",
     dim: int | None = None,
+    head: Head | None = None,
     **params: Any,
 ) -> dict[str, ArrayT]:
     """Many scores from one read of logits and feats: name -> [N]. Higher = more in-distribution.
@@ -155,8 +176,9 @@ def scores(
 
     Parameters
     ----------
-    methods : iterable of str, optional
-        Names in ``fastood.SCORES``. Left out: every score that the given inputs (and ``log=True``) allow.
+    methods : iterable of str or Fitted, optional
+        As in ``fastood.score``; a Fitted goes by its method's name. `norm` is for those in ``fastood.SCORES`` alone.
+        Left out: every one of ``fastood.SCORES`` that the given inputs (and ``log=True``) allow.
 
     Examples
     --------
@@ -167,8 +189,13 @@ def scores(
     if dim is not None:
         (f, h), shape = rows_along(dim, logits=logits, feats=feats)
         asked: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
-        found: dict[str, Any] = scores(f, h, methods, **asked, backend=backend, **params)
+        found: dict[str, Any] = scores(f, h, methods, **asked, backend=backend, head=head, **params)
         return {name: x.reshape(shape) for name, x in found.items()}
+    if methods is not None:
+        methods = _names("methods", methods)
+        if any(isinstance(m, Fitted) or (isinstance(m, str) and m in SUCCESSORS) for m in methods):
+            of_all: Any = {"temperature": temperature, "log": log, "oriented": oriented, "backend": backend}
+            return _scores_of_both_kinds(logits, feats, methods, {"norm": norm, "bias": bias}, of_all, head, params)
     entries: list[Score]
     if methods is None:
         given = {name for name, x in (("logits", logits), ("feats", feats)) if x is not None}
@@ -388,9 +415,38 @@ def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
     return rows, next(iter(shapes.values()), ())
 
 
-def _entry(method: str, argument: str = "method") -> Score:
+def _scores_of_both_kinds(
+    logits: Any, feats: Any, methods: list[Any], factors: Any, of_all: Any, head: Any, params: dict[str, Any]
+) -> dict[str, Any]:
+    """``scores`` where some of the methods are successors: those one by one, the others from one read."""
+    paper = [m for m in methods if not isinstance(m, Fitted) and m not in SUCCESSORS]
+    own = {m: {k: x for k, x in params.items() if k in SUCCESSORS[m].params} for m in methods if m in SUCCESSORS}
+    rest = {k: x for k, x in params.items() if not any(k in given for given in own.values())}
+    found = scores(logits, feats, paper, **factors, **of_all, **rest) if paper or rest else {}
+    for m in methods:
+        if isinstance(m, Fitted):
+            found[m.method] = score(logits, feats, m, **of_all)
+        elif m in own:
+            found[m] = score(logits, feats, m, **of_all, head=head, **own[m])
+    return {name: found[name] for name in (m.method if isinstance(m, Fitted) else m for m in methods)}
+
+
+def refuse_factors(name: str, norm: Order, bias: bool, log: bool) -> None:
+    if norm not in (None, "auto"):
+        raise ValueError(f"norm: {name} takes none, got norm={norm!r}")
+    for argument, given in (("bias", flag("bias", bias)), ("log", flag("log", log))):
+        if given:
+            raise ValueError(f"{argument}: {name} takes none, it is not U * V")
+
+
+def _entry(method: Any, argument: str = "method") -> Score:
     entry = SCORES.get(method) if isinstance(method, str) else None
-    return entry or SCORES[choice(argument, method, tuple(SCORES))]
+    if entry is None:
+        name = choice(argument, method, (*SCORES, *SUCCESSORS))
+        if name not in SCORES:
+            raise ValueError(f"{argument} must be one of fastood.SCORES here, got {name!r}, one of fastood.SUCCESSORS")
+        entry = SCORES[name]
+    return entry
 
 
 def _entries(argument: str, methods: Any) -> list[Score]:

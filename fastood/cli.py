@@ -699,7 +699,7 @@ def print_table(evaluation: Evaluation) -> None:
 
 
 def _label(detector: Detector) -> str:
-    return _data.label_of(SCORES[detector.method], _facts(detector)["norm"])
+    return detector._label()
 
 
 def _facts(detector: Detector) -> dict[str, Any]:

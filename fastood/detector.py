@@ -20,9 +20,10 @@ from fastood._fork import one_thread_if_forked
 from fastood._inputs import Array, ArrayT, Order, class_labels, flag, number, widened
 from fastood._plan import Plan
 from fastood._version import __version__
-from fastood.api import _entry, rows_along, score
+from fastood.api import _entry, refuse_factors, rows_along, score
 from fastood.api import _order as order_of_norm
 from fastood.registry import Method
+from fastood.successors.fitted import Fitted, Head, successor_of
 
 if TYPE_CHECKING:
     from fastood._choice import Choice
@@ -35,6 +36,7 @@ SKETCH_ERROR = 1e-4
 """The share of rows by which a rank in a sketch of that k may be off, at 99% confidence (datasketches says 9.35e-5)."""
 
 FILE_VERSION = 1
+_OF_SUCCESSOR = "successor."  # before the names of its tensors in a file
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -58,7 +60,9 @@ class Detector:
     Parameters
     ----------
     method, norm, temperature, bias
-        As in ``fastood.score``. What `norm` stands for when it is left out is decided by the first fit.
+        As in ``fastood.score``. What `norm` stands for when it is left out is decided by the first fit. A
+        ``fastood.Fitted`` as the method is one whose own fit is done, on training rows. The name of a score that has to
+        be fitted, such as "mahalanobis", makes one at each ``fit``, of every other row, and calibrates on the rest.
     tpr : float
         Between 0 and 1: the share of in-distribution rows to accept. It takes at least
         ``1 / (1 - tpr) - 1`` rows: 19 for 0.95, 99 for 0.99.
@@ -66,6 +70,8 @@ class Detector:
         A threshold for every *predicted* class (argmax of the logits, so that calibration and decision
         go by the same), and the promise for each of them. A predicted class with fewer rows than `tpr`
         takes uses the threshold of all rows together, and has no promise of its own.
+    head
+        The last layer, as in ``fastood.score``, for the successors that take it.
     **params
         Parameters of the score itself: ``gamma`` and ``M`` of "gen".
 
@@ -77,6 +83,8 @@ class Detector:
         The columns of the logits and feats that it was fitted on; None for what its score does not read.
     choice : object or None
         What ``choose`` found out.
+    successor : Fitted or None
+        The score, where it came after the paper.
 
     Raises
     ------
@@ -110,24 +118,33 @@ class Detector:
 
     def __init__(
         self,
-        method: Method = "energy",
+        method: Method | Fitted = "energy",
         *,
         norm: Order = "auto",
         temperature: float = 1.0,
         bias: bool = False,
         tpr: float = 0.95,
         per_class: bool = False,
+        head: Head | None = None,
         **params: Any,
     ) -> None:
-        entry = _entry(method)
+        self.successor = successor_of(method, head, temperature, params)
+        self._learns = bool(self.successor and self.successor.needs_fit)
         # Refuses what fastood.score would refuse.
-        Plan([(entry, order_of_norm(entry, norm, True))], (-1,), temperature, bias, False, True, params)
+        if self.successor:
+            refuse_factors(self.successor.method, norm, bias, False)
+            name, temperature, params = self.successor.method, self.successor.temperature, self.successor.params
+            norm, needs = "auto", self.successor.entry.needs
+        else:
+            entry = _entry(method)
+            name, needs = entry.name, entry.needs
+            Plan([(entry, order_of_norm(entry, norm, True))], (-1,), temperature, bias, False, True, params)
         if number("tpr", tpr, above=0) >= 1:
             raise ValueError(f"tpr must be a number between 0 and 1, got {tpr!r}")
-        self.method, self.norm, self.temperature, self.bias = method, norm, float(temperature), bool(bias)
+        self.method, self.norm, self.temperature, self.bias = name, norm, float(temperature), bool(bias)
         self.tpr, self.per_class = float(tpr), flag("per_class", per_class)
         self.params = {name: x.item() if isinstance(x, np.generic) else x for name, x in params.items()}
-        self._by_logits = "logits" in entry.needs
+        self._by_logits, self._by_feats = "logits" in needs, self.successor is not None and "feats" in needs
         self.choice: Choice | None = None
         self._forget()
 
@@ -197,6 +214,9 @@ class Detector:
         ValueError: tpr=0.99 takes at least 99 in-distribution rows, got 50
         """
         self._forget()
+        if self._learns:
+            logits, feats, labels = self._learned(logits, feats, labels, dim)
+            dim = None
         self.partial_fit(logits, feats, labels, backend=backend, dim=dim)
         self._calibrate()
         self._warn_if_inverted()
@@ -230,13 +250,16 @@ class Detector:
                 labels = labels.reshape(-1)  # of another shape they are refused below
         if self.rows == 0:
             self._forget()  # what an empty batch may have left
-            self._decide_norm(order_of_norm(_entry(self.method), self.norm, feats is not None))
+            self._decide_norm(
+                None if self.successor else order_of_norm(_entry(self.method), self.norm, feats is not None)
+            )
         one_thread_if_forked()
         with torch.no_grad():
             s, c = self._scored(logits, feats, backend)
         if self.rows == 0:
             self.classes = logits.shape[1] if logits is not None and (self._by_logits or self.per_class) else None
-            self.dim = feats.shape[1] if feats is not None and self._order is not None else None
+            reads_feats = self._by_feats or self._order is not None
+            self.dim = feats.shape[1] if feats is not None and reads_feats else None
         x = _numpy(s).astype(np.float64)
         if odd := np.flatnonzero(~np.isfinite(x)).tolist():
             raise ValueError(
@@ -258,6 +281,20 @@ class Detector:
                 self._of_class.setdefault(k, _Sample()).add(part)
         self._limits = {}
         return self
+
+    def _learned(self, logits: Any, feats: Any, labels: Any, dim: int | None) -> tuple[Any, Any, Any]:
+        """Fit the successor on every other row; the rows in between, to calibrate on."""
+        assert self.successor is not None
+        if dim is not None:
+            (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
+            if isinstance(labels, Tensor | np.ndarray) and tuple(labels.shape) == shape:
+                labels = labels.reshape(-1)
+        given = logits, feats, labels
+        if labels is not None and len(labels) != (n := len(feats if logits is None else logits)):
+            raise ValueError(f"labels must be [{n}], one class per row, got {len(labels)}")
+        self.successor.fit(*(None if x is None else x[::2] for x in given))
+        logits, feats, labels = (None if x is None else x[1::2] for x in given)
+        return logits, feats, labels
 
     def fit_loader(self, model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> Detector:
         """``fit`` on all that a DataLoader gives, run through a model; a batch at a time is held in memory.
@@ -322,6 +359,8 @@ class Detector:
         for name, x in self._settings().items():
             if theirs[name] != x:
                 raise ValueError(f"other must have {name}={x!r}, got {name}={theirs[name]!r}")
+        if self.successor and other.successor and self.successor.digest() != other.successor.digest():
+            raise ValueError(f"other must score by the same fitted {self.method}: fit one, and give it to both")
         self._all.merge(other._all)
         for k, sample in other._of_class.items():
             self._of_class.setdefault(k, _Sample()).merge(sample)
@@ -404,7 +443,10 @@ class Detector:
         if dim is not None:
             (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
             return self.score(logits, feats, backend=backend).reshape(shape)
-        s = score(logits, feats, self.method, backend=backend, **self._options)
+        if self.successor:
+            s = self.successor.score(logits, feats, backend=backend)
+        else:
+            s = score(logits, feats, self.method, backend=backend, **self._options)
         if self.classes is not None and (logits is None or logits.shape[1] != self.classes):
             self._refuse("logits", logits, "classes", self.classes)
         if self.dim is not None and (feats is None or feats.shape[1] != self.dim):
@@ -494,7 +536,7 @@ class Detector:
     def _decide_norm(self, order: float | None) -> None:
         """From now on, so that leaving feats out later is noticed."""
         self._order = order
-        if not _entry(self.method).gradient:  # which takes no norm
+        if not (self.successor or _entry(self.method).gradient):  # which take no norm
             self._options["norm"] = order
 
     def _refuse(self, name: str, x: Any, what: str, wanted: int) -> None:
@@ -556,8 +598,10 @@ class Detector:
         return np.atleast_1d(self._limits[np.dtype(np.float64)])
 
     def _warn_if_inverted(self) -> None:
+        if self._order is None:
+            return
         entry = _entry(self.method)
-        if self._order is None or entry.gradient or not entry.stats:
+        if entry.gradient or not entry.stats:
             return  # no norm multiplies a V
         lowest = self._calibrate().min()
         if lowest < 0:
@@ -566,6 +610,10 @@ class Detector:
                 "look less in-distribution, a smaller one is accepted; norm=None leaves the norm out",
                 stacklevel=3,
             )
+
+    def _label(self) -> str:
+        """What its scores are called in a table."""
+        return self.method if self.successor else label_of(_entry(self.method), self._order)
 
     def _fitted(self) -> None:
         if self.classes is None and self.dim is None:
@@ -596,6 +644,9 @@ class Detector:
         if any(sample.sketched for sample in samples):
             tensors["weights"] = np.concatenate([np.diff(upto, prepend=0) for _, upto in ranked])
         settings = self._settings()
+        if self.successor:
+            tensors |= {_OF_SUCCESSOR + name: x.numpy() for name, x in self.successor._tensors().items()}
+            settings["successor"] = self.successor._header()
         if settings["norm"] == math.inf:
             settings["norm"] = "inf"  # which JSON has no number for
         header = {"kind": "Detector", "version": FILE_VERSION, "fastood": __version__, "rows": self.rows, **settings}
@@ -644,23 +695,35 @@ class Detector:
         if settings["norm"] == "inf":
             settings["norm"] = math.inf
         order = settings["norm"]
-        if (entry := _entry(settings["method"])).gradient:
-            order = settings.pop("norm")
-            if order != entry.gradient["order"]:
-                raise ValueError(f"norm of {entry.name} must be {entry.gradient['order']}, got {order!r}")
-        if not isinstance(header["params"], dict):
-            raise ValueError(f"params must be an object, got {header['params']!r}")
-        detector = cls(**settings, **header["params"])
+        own = {name: x for name, x in tensors.items() if not name.startswith(_OF_SUCCESSOR)}
+        if "successor" in header:
+            its = {name[len(_OF_SUCCESSOR) :]: torch.from_numpy(x) for name, x in tensors.items() if name not in own}
+            detector = cls(
+                Fitted._restored(header["successor"], its), tpr=settings["tpr"], per_class=settings["per_class"]
+            )
+            same = {"method": detector.method, "temperature": detector.temperature, "norm": None, "bias": False}
+            if odd := [name for name, x in same.items() if settings[name] != x]:
+                raise ValueError(f"{odd[0]} must be {same[odd[0]]!r}, as of its successor, got {settings[odd[0]]!r}")
+        else:
+            own = dict(tensors)
+            if (entry := _entry(settings["method"])).gradient:
+                order = settings.pop("norm")
+                if order != entry.gradient["order"]:
+                    raise ValueError(f"norm of {entry.name} must be {entry.gradient['order']}, got {order!r}")
+            if not isinstance(header["params"], dict):
+                raise ValueError(f"params must be an object, got {header['params']!r}")
+            detector = cls(**settings, **header["params"])
         detector._decide_norm(order)
         for name in ("classes", "dim"):
             x = header[name]
             if x is not None and (type(x) is not int or x < 0):
                 raise ValueError(f"{name} must be a number of columns or null, got {x!r}")
             setattr(detector, name, x)
-        for name, used in (("classes", entry.stats or detector.per_class), ("dim", order is not None)):
+        reads_feats = detector._by_feats or order is not None
+        for name, used in (("classes", detector._by_logits or detector.per_class), ("dim", reads_feats)):
             if (header[name] is not None) != bool(used):
                 raise ValueError(f"{name} must {'not ' if used else ''}be null for this score, got {header[name]!r}")
-        detector._all, *of_class = _Sample.all_of(tensors, 1 + (detector.classes or 0) * detector.per_class)
+        detector._all, *of_class = _Sample.all_of(own, 1 + (detector.classes or 0) * detector.per_class)
         detector._of_class = {k: sample for k, sample in enumerate(of_class) if sample.n}
         if header["rows"] != detector.rows:
             raise ValueError(f"it must hold {header['rows']!r} rows, found {detector.rows}")

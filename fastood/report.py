@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from fastood._data import label_of
 from fastood._version import __version__
 from fastood.detector import Detector
 from fastood.evaluation import CONVENTION, Evaluation
@@ -21,7 +20,6 @@ from fastood.files import atomic
 from fastood.metrics import METRICS
 from fastood.plots import histograms
 from fastood.recommendation import METHOD
-from fastood.registry import SCORES
 
 _TIED = 8  # scores not shown to be worse than the recommended one, named before the long tables
 _LOWER_IS_BETTER = ("fpr95_in", "fpr95_out")
@@ -103,7 +101,7 @@ def write_html(
 def _decided(detector: Detector, accepted: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     limit = "the threshold of their predicted class" if detector.per_class else f"{detector.threshold:.6g}"
     shares = {name: f"{1 - n / rows:.1%}" if rows else "-" for name, (n, rows) in accepted.items()}
-    label = label_of(SCORES[detector.method], detector._order)
+    label = detector._label()
     return {"label": label, "detector": detector, "limit": limit, "shares": shares, "accepted": accepted}
 
 

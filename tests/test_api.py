@@ -545,7 +545,7 @@ class Table:
         ({"feats": np.ma.masked_array(H.numpy())}, TypeError, r"feats must not be a masked array: .*filled\(\)"),
         ({"method": "enrgy"}, ValueError, "method must be one of 'msp', .*got 'enrgy': did you mean 'energy'?"),
         ({"method": "MSP"}, ValueError, "got 'MSP': did you mean 'msp'?"),
-        ({"method": "mahalanobis"}, ValueError, "got 'mahalanobis'$"),
+        ({"method": "nearest"}, ValueError, "got 'nearest'$"),
         ({"temprature": 2}, TypeError, "nor a parameter of energy: did you mean 'temperature'?"),
         ({"method": "gradnorm", "norm": 2}, ValueError, "norm: gradnorm = .* has a norm of its own, got norm=2"),
         ({"method": "norm", "norm": None}, ValueError, "norm must be an order r >= 0 for 'norm', got None"),

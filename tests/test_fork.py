@@ -38,6 +38,7 @@ def detected(f, h, new):
     return {"accept": new.accept(f, h), "p": new.p_value(f, h)}
 
 fitted = fastood.Detector(per_class=True).fit(f, h)
+neighbours = fastood.Fitted("knn").fit(None, h[:500])
 
 model = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.ReLU(), torch.nn.Linear(D, C)).eval()
 attached = fastood.attach(model, example=h[:2])
@@ -68,6 +69,8 @@ EITHER = {  # of tensors and of arrays
     "Detector": lambda f, h: detected(f, h, fastood.Detector()),
     "Detector per class": lambda f, h: detected(f, h, fastood.Detector(per_class=True)),
     "Detector of the parent": lambda f, h: fitted.accept(f, h),
+    "Fitted": lambda f, h: fastood.Fitted("mahalanobis").fit(f, h).score(f, h),
+    "Fitted of the parent": lambda f, h: neighbours.score(f, h),
     "metrics": lambda f, h: metrics.evaluate(f[:, 0], f[:, 1]),
     "evaluation": lambda f, h: evaluation.evaluate({"f": f[:, 0]}, {"o": {"f": f[:, 1]}}).table()[0],
 }
@@ -95,7 +98,7 @@ for name, entry in fastood.SCORES.items():
         TENSORS[f"score {name} {log}"] = lambda name=name, log=log: fastood.score(f, h, name, log=log)
 calls = {f"{name} {kind}": lambda c=c, x=x: c(*x) for name, c in EITHER.items()
          for kind, x in (("torch", (f, h)), ("numpy", (f.numpy(), h.numpy())))} | TENSORS
-nothing_to_run = {"SCORES", "STATISTICS", "Score", "register", "backends"}
+nothing_to_run = {"SCORES", "STATISTICS", "SUCCESSORS", "Score", "Successor", "register", "backends"}
 untested = set(fastood.__all__) - {name.split()[0] for name in calls} - nothing_to_run
 assert not untested, untested
 
