@@ -136,6 +136,8 @@ def score_linear(
             columns.append((PROBABILITY, None))
         plan = keep(key, Plan(columns, (len(columns), -1), temperature, False, log, oriented, params))
     h, w, b, as_numpy = _layer(feats, weight, bias)
+    if w.shape[0] == 0:
+        raise ValueError(f"weight must have at least one class, got shape {list(w.shape)}")
     out, classes = _scored(plan, h, w, b, backend, predict)
     score = give(out[0], as_numpy)
     if classes is None:
@@ -158,8 +160,6 @@ def _layer(feats: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor |
     (h, w, b), as_numpy = take(feats=feats, weight=weight, bias=row)
     assert h is not None
     assert w is not None
-    if w.shape[0] == 0:
-        raise ValueError(f"weight must have at least one class, got shape {list(w.shape)}")
     if w.shape[1] != h.shape[1]:
         raise ValueError(f"weight must be [C, {h.shape[1]}] for feats {list(h.shape)}, got shape {list(w.shape)}")
     if b is not None and b.shape[1] != w.shape[0]:

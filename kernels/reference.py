@@ -142,9 +142,6 @@ class Softmax:
     def __init__(self, logits: Tensor, temperature: float) -> None:
         self.T = temperature
         self.f = working(logits)
-        # A scalar takes the tensor's type in a division: 0 or inf there would turn a 0 or -inf into NaN.
-        limits = torch.finfo(self.f.dtype)
-        self.divisor = min(max(temperature, limits.tiny), limits.max)
         self.C = logits.shape[-1]
         self.f_max, self.top = self.f.max(-1)
         self.finite = self.f_max.isfinite()
@@ -169,13 +166,7 @@ class Softmax:
     @lazy
     def z(self) -> Tensor:
         """(f_k - f_2) / T of the rest."""
-        return self._relative(self.rest, self.f_2)
-
-    def _relative(self, f: Tensor, to: Tensor) -> Tensor:
-        # Subtracted before it is divided, or a small T overflows; halved where T is large, or the difference does.
-        if self.divisor <= 1:
-            return (f - to[:, None]) / self.divisor
-        return (f / 2 - to[:, None] / 2) / (self.divisor / 2)
+        return relative(self.rest, self.f_2, self.T)
 
     @lazy
     def e(self) -> Tensor:
@@ -188,7 +179,7 @@ class Softmax:
 
     @lazy
     def exp_gap(self) -> Tensor:
-        return _exp_quotient(self.f_2.double(), self.f_max.double(), self.T)
+        return exp_quotient(self.f_2.double(), self.f_max.double(), self.T)
 
     @lazy
     def total(self) -> Tensor:
@@ -437,7 +428,18 @@ def distribution(labels: Tensor) -> Tensor:
     return torch.where(good[:, None], q, math.nan)
 
 
-def _exp_quotient(a: Tensor, b: Tensor, T: float) -> Tensor:
+def relative(f: Tensor, to: Tensor, T: float) -> Tensor:
+    """(f - to) / T, `to` one number per row."""
+    # A scalar takes the tensor's type in a division: 0 or inf there would turn a 0 or -inf into NaN.
+    limits = torch.finfo(f.dtype)
+    divisor = min(max(T, limits.tiny), limits.max)
+    # Subtracted before it is divided, or a small T overflows; halved where T is large, or the difference does.
+    if divisor <= 1:
+        return (f - to[:, None]) / divisor
+    return (f / 2 - to[:, None] / 2) / (divisor / 2)
+
+
+def exp_quotient(a: Tensor, b: Tensor, T: float) -> Tensor:
     """exp((a - b) / T) for a <= b in float64, its error not growing with the quotient.
 
     The quotient is taken to a few bits, so that its product with each half of T is exact; what is left
