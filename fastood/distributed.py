@@ -361,7 +361,7 @@ class _Greeting(NamedTuple):
         return cls(bool(good), rows, classes, bool(wide), place, check, text.rstrip(b"\0").decode(errors="ignore"))
 
 
-def _agreed(name: str, greetings: list[_Greeting]) -> None:
+def _agreed(greetings: list[_Greeting]) -> None:
     first = greetings[0]
     for rank, one in enumerate(greetings):
         if not one.good:
@@ -371,7 +371,7 @@ def _agreed(name: str, greetings: list[_Greeting]) -> None:
                 f"every rank must be asked for the same, got\n{first.text} on rank 0\n{one.text} on {rank}"
             )
     if any(x.rows != first.rows for x in greetings):
-        raise ValueError(f"{name} must have the same rows on every rank, got {[x.rows for x in greetings]} of them")
+        raise ValueError(f"every rank must have the same rows, got {[x.rows for x in greetings]} of them")
     if not any(x.classes for x in greetings):
         raise ValueError("the slices of all ranks must have at least one class, got none")
 
@@ -463,7 +463,7 @@ class _Rows:
         wait = self.ranks.greeted(_Greeting.of(True, N, mine, wide, self.ranks.place, self.asked))
         sent = self._read() if self.want.stats else None
         greetings = wait()
-        _agreed("feats" if self.predict else "logits", greetings)
+        _agreed(greetings)
         C, dtype = sum(x.classes for x in greetings), torch.float64 if any(x.wide for x in greetings) else torch.float32
         if sent is None:
             return {}, C, dtype

@@ -73,7 +73,7 @@ def parts_for(stats: Iterable[Stat]) -> list[Stat]:
     """The parts, a number per row each, that statistics of whole rows are merged from."""
     parts: dict[Stat, None] = {"max": None, "rest": None}  # in this order
     for stat in stats:
-        if isinstance(stat, str):
+        if stat in FORMULAS:
             formula = FORMULAS[stat]
             of_stat: list[Stat] = [part for name in sorted(formula.quantities) for part in PARTS[name]]
             if any(isinstance(x, ast.Call) for x in ast.walk(ast.parse(formula.formula))):
@@ -83,7 +83,8 @@ def parts_for(stats: Iterable[Stat]) -> list[Stat]:
         elif stat[0] == "gen":
             of_stat = ["log_rest"]  # and the largest logits
         else:
-            raise ValueError(f"stats: {stat[0]} is not known of rows whose classes are split")
+            name = stat if isinstance(stat, str) else stat[0]
+            raise ValueError(f"stats: {name} is not known of rows whose classes are split")
         parts |= dict.fromkeys(of_stat)
     return list(parts)
 
@@ -114,8 +115,8 @@ def above_level(f: Tensor, T: float, f_max: Tensor, level: Tensor) -> Tensor:
     for some, top, away in zip(f.split(n), f_max.split(n), level.split(n), strict=True):
         x = working(some)
         # Relative to a number of x's type next to the level: no difference to that rounds to more than itself.
-        limit = torch.finfo(x.dtype).max
-        near = (top + T * away).clamp(-limit, limit).to(x.dtype)
+        near = (top + T * away).to(x.dtype)
+        near = torch.where(near.isfinite(), near, top.to(x.dtype))  # of a T so large that any will do
         beside = (near.double() - top) / T - away
         x = relative(x, near, T).add_(beside.to(x.dtype)[:, None])
         sums.append(row_sum(x.expm1_().relu_()).double())
