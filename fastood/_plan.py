@@ -126,8 +126,13 @@ def typed(params: Mapping[str, Any]) -> list[tuple[str, Any, type]]:
 
 def known_plan(key: Any) -> Plan | None:
     """The plan kept under `key`. A plan costs more than scoring one row."""
+    return None if torch.compiler.is_compiling() else kept(key)
+
+
+def kept(key: Any) -> Plan | None:
+    """The same, for who knows that no compiler is at work."""
     try:
-        return None if torch.compiler.is_compiling() else _PLANS.get(key)
+        return _PLANS.get(key)
     except TypeError:  # an argument that has no hash is also one that has no meaning: let it be refused
         return None
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastood._compiled import short_way
 from fastood._fork import one_thread_if_forked
 from fastood._inputs import (
     ArrayT,
@@ -23,7 +24,7 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood._plan import Plan, keep, known_plan, stat_of, typed
+from fastood._plan import Plan, keep, kept, known_plan, stat_of, typed
 from fastood.kernels import Stat, Want, select
 from fastood.kernels.statistics import FORMULAS
 from fastood.registry import NORM, SCORES, Method, Score
@@ -136,13 +137,18 @@ def score(
         (f, h), shape = rows_along(dim, logits=logits, feats=feats)
         options: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
         return score(f, h, method, **options, backend=backend, head=head, **params).reshape(shape)
+    compiling = torch.compiler.is_compiling()
+    if compiling and head is None and not params:
+        found = short_way(logits, feats, (method, norm, temperature, bias, log, oriented, backend))
+        if found is not None:
+            return found  # type: ignore[return-value]
     key: Any = (
         method, norm, feats is None, temperature, bias, log, oriented, backend,
         norm.__class__, temperature.__class__, bias.__class__, log.__class__, oriented.__class__,
     )  # fmt: skip
     if params:
         key = (key, *typed(params))
-    plan = known_plan(key)
+    plan = None if compiling else kept(key)
     if plan is None or plan.scores[0][0] is not SCORES.get(method):  # type: ignore[arg-type]
         if (fitted := successor_of(method, head, temperature, params)) is not None:
             refuse_factors(fitted.method, norm, bias, log)

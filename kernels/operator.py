@@ -8,8 +8,7 @@ can be kept on disk and run in another process that has imported fastood. Gradie
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,9 +37,9 @@ class Operator(NamedTuple):
     ) -> tuple[dict[Stat, Tensor], Tensor | None]:
         if self._is_light(want):
             return reference.row_stats(logits, feats, want, labels)
-        work = f"{self.name};{int(want.bias)};{len(want.orders)};{int(want.log)};{_names(want)}"
+        work = f"{self.name};{int(want.bias)};{len(want.orders)};{int(want.log)};{_names(want)};{_numbers(want)}"
         tensors = logits if want.stats else None, feats if want.orders else None, labels
-        stats, norms = _put(torch.ops.fastood.row_stats, tensors, work, _numbers(want))
+        stats, norms = put(torch.ops.fastood.row_stats, tensors, work)
         return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
 
     def products(
@@ -53,25 +52,21 @@ class Operator(NamedTuple):
         by_row: bool,
         labels: Tensor | None = None,
     ) -> Tensor:
-        want, wide = job.want, int(dtype == torch.float64)
-        if self._is_light(want):
+        if self._is_light(job.want):
             return reference.products(logits, feats, job, shape, dtype, by_row, labels)
-        fixed = ",".join([str(n) for n in (shape[1:] if by_row else shape[:-1])])
-        work = f"{self.name};{int(want.bias)};{len(want.orders)};{wide};{int(by_row)};{fixed};{_names(want)}"
-        numbers = [*_numbers(want), *[float(x) for product in job.products for x in product]]
-        tensors = logits if want.stats else None, feats if want.orders else None, labels
-        return _put(torch.ops.fastood.products, tensors, work, numbers)
+        fixed = shape[1:] if by_row else shape[:-1]
+        tensors = logits if job.want.stats else None, feats if job.want.orders else None, labels
+        return put(torch.ops.fastood.products, tensors, work_of(self.name, job, fixed, dtype, by_row))
 
     def _is_light(self, want: Want) -> bool:
-        """A maximum alone is best taken where the compiler makes the logits: docs/compile.md has the measurement."""
-        return not self.always and want.stats == ("fmax",) and not want.orders
+        return not self.always and is_light(want)
 
     def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         if self.name != "cpu":  # a CUDA graph would keep addresses of what was made of a G that is its own copy
             return reference.batchgrad(logits, feats, anchors)
         tensors = logits, feats, anchors.G
-        work = f"{self.name};{int(anchors.bias)};{anchors.sign}"
-        return _put(torch.ops.fastood.batchgrad, tensors, work, [float(anchors.temperature)])
+        work = f"{self.name};{int(anchors.bias)};{anchors.sign};{text(anchors.temperature)}"
+        return put(torch.ops.fastood.batchgrad, tensors, work)
 
     def plain(self, work: Job | Anchors, shape: tuple[int, ...]) -> None:
         return None
@@ -80,14 +75,27 @@ class Operator(NamedTuple):
         return None
 
 
-def _put(operator: Any, tensors: tuple[Tensor | None, ...], work: str, numbers: list[float]) -> Any:
+def is_light(want: Want) -> bool:
+    """A maximum alone is best taken where the compiler makes the logits: docs/compile.md has the measurement."""
+    return want.stats == ("fmax",) and not want.orders
+
+
+def put(operator: Any, tensors: tuple[Tensor | None, ...], work: str) -> Any:
     """The operator, without its autograd formula, which takes longer than a small batch, where none is asked for."""
     if exporting() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
-        return operator.default(*tensors, work, numbers)
-    return operator.no_grad(*tensors, work, numbers)
+        return operator.default(*tensors, work)
+    return operator.no_grad(*tensors, work)
 
 
-# ---- what is wanted, as the two arguments of a schema: a torch operator takes a microsecond for each that it has
+# ---- what is wanted, as one argument of a schema: a torch operator takes a microsecond for each that it has
+
+
+def work_of(backend: str, job: Job, fixed: tuple[int, ...], dtype: torch.dtype, by_row: bool) -> str:
+    """Finished scores; `fixed` is the result's shape without its rows."""
+    want, wide = job.want, int(dtype == torch.float64)
+    sizes = ",".join([f"{n}" for n in fixed])
+    head = f"{backend};{int(want.bias)};{len(want.orders)};{wide};{int(by_row)};{sizes};{_names(want)};"
+    return head + _numbers(want, *[x for product in job.products for x in product])
 
 
 def _names(want: Want) -> str:
@@ -96,33 +104,35 @@ def _names(want: Want) -> str:
     return ",".join([" ".join([x for x in some if isinstance(x, str)]) for some in parts])
 
 
-def _numbers(want: Want) -> list[float]:
+def _numbers(want: Want, *others: float) -> str:
     of_stats = [x for stat in want.stats if not isinstance(stat, str) for x in stat if not isinstance(x, str)]
-    return [float(want.temperature), *[_finite(x) for x in (*want.orders, *of_stats)]]
+    return ",".join([text(x) for x in (want.temperature, *want.orders, *of_stats, *others)])
 
 
-def _finite(x: float) -> float:
-    """The order infinity as the largest double: AOTInductor, and torch 2.8 in an export, write numbers as JSON."""
-    return reference.LARGEST if x == math.inf else float(x)
+def text(x: float) -> str:
+    """To the bit, as float.fromhex reads it. Where x is an argument of the compiled function, and so a symbol, this is
+    the one way to write it that torch 2.8, 2.13 and 2.14 all trace."""
+    return float(x).hex()
+
+
+def _read(numbers: str) -> Iterator[float]:
+    return map(float.fromhex, numbers.split(","))
 
 
 def _want(names: str, numbers: Iterator[float], orders: int, bias: bool, log: bool) -> Want:
     from fastood.kernels import Want
 
-    def take(n: int) -> tuple[float, ...]:
-        return tuple(math.inf if x == reference.LARGEST else x for x in islice(numbers, n))
-
-    (T,), r = take(1), take(orders)
+    T, r = next(numbers), tuple(islice(numbers, orders))
     stats: list[Any] = []
     for name, *words in map(str.split, filter(None, names.split(","))):
         if name == "gradient":
             q, expectation = words
-            stats.append((name, q, *take(2), expectation))
+            stats.append((name, q, *islice(numbers, 2), expectation))
         elif name == "gen":
-            gamma, M = take(2)
+            gamma, M = islice(numbers, 2)
             stats.append((name, gamma, int(M)))
         else:
-            stats.append((name, *take(1)) if name == "power_sum" else name)
+            stats.append((name, *islice(numbers, 1)) if name == "power_sum" else name)
     return Want(tuple(stats), r, T, bias, log)
 
 
@@ -142,11 +152,11 @@ def _backend(name: str) -> Any:
 class _Products:
     """The operator with all that is no tensor, worked out once."""
 
-    def __init__(self, work: str, numbers: Iterable[float]) -> None:
+    def __init__(self, work: str) -> None:
         from fastood.kernels import Job, Product
 
-        backend, bias, orders, _, _, _, names = work.split(";")
-        left = iter(numbers)
+        backend, bias, orders, _, _, _, names, numbers = work.split(";")
+        left = _read(numbers)
         want = _want(names, left, int(orders), bias == "1", log=False)
         rows = zip(*[left] * 5, strict=True)
         products = tuple(Product(int(stat), int(r), factor, int(k), divisor) for stat, r, factor, k, divisor in rows)
@@ -177,29 +187,25 @@ _known_products = lru_cache(maxsize=1024)(_Products)
 @lru_cache(maxsize=1024)
 def _result(work: str) -> tuple[tuple[int, ...], torch.dtype]:
     """The shape, in which -1 stands for the rows, and the type."""
-    *_, wide, by_row, fixed, _ = work.split(";")
+    *_, wide, by_row, fixed, _, _ = work.split(";")
     sizes = [int(n) for n in filter(None, fixed.split(","))]
     shape = (-1, *sizes) if by_row == "1" else (*sizes, -1)
     return shape, torch.float64 if wide == "1" else torch.float32
 
 
-def _products(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
-) -> Tensor:
-    return _known_products(work, tuple(numbers))(logits, feats, labels)
+def _products(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
+    return _known_products(work)(logits, feats, labels)
 
 
 def _products_by_reference(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str
 ) -> tuple[Tensor]:
-    call = _Products(work, numbers)
+    call = _Products(work)
     shape, dtype, by_row = call.options(logits, feats)
     return (reference.products(logits, feats, call.job, shape, dtype, by_row, labels),)
 
 
-def _products_fake(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
-) -> Tensor:
+def _products_fake(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
     x, (shape, dtype) = _first(logits, feats), _result(work)
     return x.new_empty([x.shape[0] if n < 0 else n for n in shape], dtype=dtype)
 
@@ -212,22 +218,20 @@ def _rows_of_products(work: str) -> tuple[int]:
 # ---- row statistics
 
 
-def _asked(work: str, numbers: Iterable[float]) -> tuple[Any, Want]:
-    backend, bias, orders, log, names = work.split(";")
-    return _backend(backend), _want(names, iter(numbers), int(orders), bias == "1", log == "1")
+def _asked(work: str) -> tuple[Any, Want]:
+    backend, bias, orders, log, names, numbers = work.split(";")
+    return _backend(backend), _want(names, _read(numbers), int(orders), bias == "1", log == "1")
 
 
-def _row_stats(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
-) -> tuple[Tensor, Tensor]:
-    backend, want = _asked(work, numbers)
+def _row_stats(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> tuple[Tensor, Tensor]:
+    backend, want = _asked(work)
     return _stacked(backend.row_stats(logits, feats, want, labels), want, _first(logits, feats))
 
 
 def _row_stats_by_reference(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str
 ) -> tuple[Tensor, Tensor]:
-    _, want = _asked(work, numbers)
+    _, want = _asked(work)
     return _stacked(reference.row_stats(logits, feats, want, labels), want, _first(logits, feats))
 
 
@@ -242,9 +246,9 @@ def _stacked(found: tuple[dict[Stat, Tensor], Tensor | None], want: Want, beside
 
 
 def _row_stats_fake(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str, numbers: list[float]
+    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str
 ) -> tuple[Tensor, Tensor]:
-    _, _, orders, _, names = work.split(";")
+    _, _, orders, _, names, _ = work.split(";")
     x = _first(logits, feats)
     stats = x.new_empty((len(names.split(",")) if names else 0, x.shape[0]), dtype=torch.float64)
     return stats, x.new_empty((x.shape[0], int(orders)), dtype=torch.float64)
@@ -256,27 +260,27 @@ def _row_stats_fake(
 _anchors: MutableMapping[Tensor, tuple[Any, Anchors]] = WeakTensorKeyDictionary()
 
 
-def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> Tensor:
-    of = work, *numbers, 0 if G.is_inference() else G._version
+def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tensor:
+    of = work, 0 if G.is_inference() else G._version
     known = _anchors.get(G)
     if known is None or known[0] != of:
-        known = _anchors[G] = of, _anchors_of(G.detach(), work, numbers)  # which is not G, or G would live for ever
+        known = _anchors[G] = of, _anchors_of(G.detach(), work)  # which is not G, or G would live for ever
     return _backend(work.split(";")[0]).batchgrad(logits, feats, known[1]).to(_wide(logits, feats, G))
 
 
-def _anchors_of(G: Tensor, work: str, numbers: list[float]) -> Anchors:
+def _anchors_of(G: Tensor, work: str) -> Anchors:
     from fastood.kernels import Anchors
 
-    _, bias, sign = work.split(";")
-    return Anchors(G, numbers[0], bias == "1", int(sign))
+    _, bias, sign, T = work.split(";")
+    return Anchors(G, float.fromhex(T), bias == "1", int(sign))
 
 
-def _batchgrad_by_reference(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> tuple[Tensor]:
-    out = reference.batchgrad(logits, feats, _anchors_of(G, work, numbers))
+def _batchgrad_by_reference(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> tuple[Tensor]:
+    out = reference.batchgrad(logits, feats, _anchors_of(G, work))
     return (out.to(_wide(logits, feats, G)),)
 
 
-def _batchgrad_fake(logits: Tensor, feats: Tensor, G: Tensor, work: str, numbers: list[float]) -> Tensor:
+def _batchgrad_fake(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=_wide(logits, feats, G))
 
 
@@ -317,7 +321,7 @@ def _backward(by_reference: Callable[..., tuple[Tensor, ...]]) -> tuple[Callable
         if some:
             of, g = zip(*some, strict=True)
             found = iter(torch.autograd.grad(of, wanted, g, create_graph=twice, allow_unused=True))
-        return (*(next(found) if need else None for need in needed), None, None)
+        return (*(next(found) if need else None for need in needed), None)
 
     return backward, keep
 
@@ -357,7 +361,7 @@ def _define(
     vmap_rule: Callable[..., Any],
 ) -> None:
     for overload in (name, f"{name}.no_grad"):
-        schema = f"({tensors}, str work, float[] numbers) -> {results}"
+        schema = f"({tensors}, str work) -> {results}"
         _library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
         for device in DEVICES:
             _library.impl(overload, call, device.upper())

@@ -155,10 +155,10 @@ def test_operator_of_part_of_the_inputs_needs_grad(device):
 
 def some_work(device, shape="1;2"):
     """An energy times ||h||_0.3 and alone, both by 2, and statistics: as their schemas say it."""
-    numbers = [1.5, 0.3, sys.float_info.max]
+    of, (T, r) = kernels_of(device), ((1.5).hex(), (0.3).hex())
     return (
-        (f"{kernels_of(device)};0;2;0;{shape};energy", [*numbers, 0, 0, 2, 1, 1, 0, -1, 2, 1, 1]),
-        (f"{kernels_of(device)};0;2;0;energy,gradient uniform inside", [*numbers, 2.0, 1.0]),
+        f"{of};0;2;0;{shape};energy;{T},{r},inf,0,0,2,1,1,0,-1,2,1,1",
+        f"{of};0;2;0;energy,gradient uniform inside;{T},{r},inf,2,1",
     )
 
 
@@ -166,9 +166,9 @@ def some_work(device, shape="1;2"):
 def test_operator_keeps_torchs_rules(device, requires_grad):
     f, h = (x.requires_grad_(requires_grad) for x in batch(5, device))
     for operator, work in zip((ops.products, ops.row_stats), some_work(device), strict=True):
-        torch.library.opcheck(operator.default, (f, h, None, *work))
+        torch.library.opcheck(operator.default, (f, h, None, work))
         if not requires_grad:
-            torch.library.opcheck(operator.no_grad, (f, h, None, *work))
+            torch.library.opcheck(operator.no_grad, (f, h, None, work))
 
 
 def test_operator_vmap_rule(device):
@@ -176,7 +176,7 @@ def test_operator_vmap_rule(device):
     for shape in ("1;2", "0;2"):
 
         def call(f, h, shape=shape):
-            return ops.products.default(f, h, None, *some_work(device, shape)[0])
+            return ops.products.default(f, h, None, some_work(device, shape)[0])
 
         each = torch.stack([call(x, h) for x in f])
         torch.testing.assert_close(each[0].flatten()[0], 2 * fastood.score(f[0], h, temperature=1.5)[0])
@@ -184,7 +184,7 @@ def test_operator_vmap_rule(device):
         assert torch.equal(torch.vmap(call, (1, None))(f.movedim(0, 1), h), each)
 
     def stats(f):
-        return ops.row_stats.default(f, h, None, *some_work(device)[1])
+        return ops.row_stats.default(f, h, None, some_work(device)[1])
 
     for got, expected in zip(torch.vmap(stats)(f), zip(*map(stats, f), strict=True), strict=True):
         assert torch.equal(got, torch.stack(expected))
@@ -199,19 +199,19 @@ def test_operator_of_batchgrad(dtype):
         ours, _, compiled = traced(lambda f, h, detector=detector: detector.score(f, h), f, h)
         assert ours == ["fastood.batchgrad.no_grad"]
         assert torch.equal(compiled(f, h), detector.score(f, h))
-        raw = f"cpu;{int(bias)};1", [1.5]
+        raw = f"cpu;{int(bias)};1;{(1.5).hex()}"
         if bias and dtype == torch.float32:
             inputs = [x.clone().requires_grad_() for x in (f, h, anchors)]
-            torch.library.opcheck(ops.batchgrad.default, (*inputs, *raw))
-            torch.library.opcheck(ops.batchgrad.no_grad, (f, h, anchors, *raw))
+            torch.library.opcheck(ops.batchgrad.default, (*inputs, raw))
+            torch.library.opcheck(ops.batchgrad.no_grad, (f, h, anchors, raw))
         many = torch.stack([anchors, 2 * anchors])
-        got = torch.vmap(lambda G, raw=raw: ops.batchgrad.default(f, h, G, *raw))(many)
+        got = torch.vmap(lambda G, raw=raw: ops.batchgrad.default(f, h, G, raw))(many)
         for each, G in zip(got, many, strict=True):
             assert torch.equal(each, fastood.BatchGrad(G, temperature=1.5, bias=bias).score(f, h, oriented=False))
         with torch.no_grad():  # what was made of G serves as long as G is what it was
-            before = ops.batchgrad.no_grad(f, h, anchors, *raw)
+            before = ops.batchgrad.no_grad(f, h, anchors, raw)
             anchors.mul_(2)
-            assert torch.equal(ops.batchgrad.no_grad(f, h, anchors, *raw), got[1])
+            assert torch.equal(ops.batchgrad.no_grad(f, h, anchors, raw), got[1])
             assert not torch.equal(before, got[1])
 
 
@@ -220,10 +220,62 @@ def test_operator_forgets_a_g_that_is_gone():
 
     G, (f, h) = torch.randn(12, 9), batch(5)
     before = len(_anchors)
-    ops.batchgrad.no_grad(f, h, G, "cpu;0;1", [1.0])
+    ops.batchgrad.no_grad(f, h, G, f"cpu;0;1;{(1.0).hex()}")
     assert len(_anchors) == before + 1
     del G
     assert len(_anchors) == before
+
+
+def test_operator_of_arguments_of_the_compiled_function():
+    """Which torch holds for symbols once they have changed, and which are refused as the eager call refuses them."""
+    f, h = batch(5)
+
+    def call(f, h, norm, temperature):
+        return fastood.score(f, h, "gradnorm" if norm is None else "msp", norm=norm or "auto", temperature=temperature)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for norm, T in ((1.0, 1.0), (0.3, 1.1), (2, 3), (math.inf, 0.1), (None, 1.5)):
+        assert torch.equal(compiled(f, h, norm, T), call(f, h, norm, T))
+    compiled = torch.compile(fastood.score, backend="eager")
+    for wrong in ({"norm": True}, {"norm": "2"}, {"temperature": True}, {"temperature": "1.0"}, {"bias": 1}):
+        with pytest.raises(TypeError, match=f"^{next(iter(wrong))} must be"):
+            compiled(f, h, **wrong)
+    for method, feats, named in (("msp", h[:3], "feats"), ("gradnorm", None, "feats"), ("mps", h, "method")):
+        with pytest.raises(ValueError, match=f"^{named} must be|^{named} must have"):
+            compiled(f, feats, method)
+
+
+def test_a_score_registered_anew_is_seen():
+    f, h = batch(5)
+    compiled = torch.compile(lambda f, h: fastood.score(f, h, "anew"), backend="eager", fullgraph=True)
+    for factor in (2.0, 3.0):
+        fastood.register(fastood.Score("anew", "factor T lse", "mine", "in", stats=("energy",), factor=factor))
+        try:
+            torch.testing.assert_close(compiled(f, h), factor * fastood.score(f, h))
+        finally:
+            del fastood.SCORES["anew"]
+
+
+def test_a_compiled_score_sees_forward_mode():
+    f, h = batch(5)
+    compiled = torch.compile(lambda f, h: fastood.score(f, h), backend="eager", fullgraph=True)
+    compiled(f, h)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(f, torch.ones_like(f))
+        got, expected = (torch.autograd.forward_ad.unpack_dual(c(dual, h)).tangent for c in (compiled, fastood.score))
+    torch.testing.assert_close(got, expected)
+
+
+def test_little_is_checked_before_a_compiled_score_is_called():
+    """Each check of torch's compiler takes some 0.1 us: a few dozen are the arguments of score and where it is."""
+    f, h = batch(5)
+    checks = {}
+    for name, call in (("score", lambda f, h: fastood.score(f, h)), ("none", lambda f, h: f[:, 0] * h[:, 0])):
+        with torch.no_grad():
+            torch.compile(call, backend="eager", fullgraph=True)(f, h)
+        (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(call.__code__)
+        checks[name] = str(entry.guard_manager).count("+- ") - str(entry.guard_manager).count("+- GuardManager")
+    assert 0 < checks["score"] - checks["none"] < 50, checks
 
 
 def test_operator_has_no_part_in_function_transforms(device):
