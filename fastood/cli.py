@@ -8,10 +8,10 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fastood import SCORES, Detector, _data
+from fastood import SCORES, Detector, _columns, _data
 from fastood._inputs import Order, choice, number, order_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from fastood.evaluation import Evaluation
     from fastood.files import Rows
-    from fastood.registry import Score
 
     Columns = dict[str, NDArray[Any]]
     Chunks = Iterator[tuple[Tensor | None, Tensor | None]]
@@ -200,11 +199,11 @@ def score(
     odd: _Odd = {}
     nans, below_0, accepted = _Nans(), Counter[str](), 0
     with open_rows(source, logits_key, feats_key, id_key) as rows:
-        work = (
-            _decisions(rows, detector, backend)
-            if detector
-            else _scores(rows, methods, order, backend=backend, **options)
-        )
+        if detector:
+            _check_fits(rows, detector)
+            work = _columns.of_detector(detector, backend)
+        else:
+            work = _columns.of_scores(rows.classes, rows.dim, methods, order, backend=backend, **options)
         with (
             save_scores(writable(out, source), metadata=_as_json(work.metadata), id_key=rows.id_key) as writer,
             _bars() as chunks_of,
@@ -228,62 +227,6 @@ def score(
     typer.echo(f"{out}: {written:,} rows of {', '.join(work.labels)}{decided}")
     typer.echo(_contents(rows, work.used))
     nans.tell(source, _NAN[nan], log)
-
-
-class _Work(NamedTuple):
-    """What `score` writes: the labels of its scores, and `columns(logits, feats)`, which may hold more."""
-
-    labels: list[str]
-    used: set[str]
-    metadata: dict[str, Any]
-    columns: Callable[[Tensor | None, Tensor | None], Columns]
-
-
-def _scores(rows: Rows, methods: list[str] | None, order: Order, *, backend: str, **options: Any) -> _Work:
-    import torch
-
-    import fastood
-    from fastood.api import _order as order_or_default
-
-    # The scores of no rows: which there will be, and what is refused is refused before any row is read.
-    no_rows = [None if width is None else torch.empty(0, width) for width in (rows.classes, rows.dim)]
-    none = fastood.scores(no_rows[0], no_rows[1], methods, norm=order, **options, backend="reference")
-    entries = [SCORES[name] for name in none]
-    orders = [order_or_default(e, "auto" if e.gradient else order, rows.dim is not None) for e in entries]
-    log, oriented = options["log"], options["oriented"]
-    labels = {e.name: _data.label_of(e, r, log=log, oriented=oriented) for e, r in zip(entries, orders, strict=True)}
-
-    def columns(logits: Tensor | None, feats: Tensor | None) -> Columns:
-        found = fastood.scores(logits, feats, list(labels), norm=order, **options, backend=backend)
-        return {labels[name]: x.cpu().numpy() for name, x in found.items()}
-
-    metadata = {"fastood": fastood.__version__, "method": list(labels), "norm": orders, **options}
-    return _Work([*labels.values()], _used(zip(entries, orders, strict=True)), metadata, columns)
-
-
-def _decisions(rows: Rows, detector: Detector, backend: str) -> _Work:
-    import fastood
-
-    used = _check_fits(rows, detector)
-    label = _label(detector)
-
-    def columns(logits: Any, feats: Any) -> Columns:
-        s, c = detector._scored(logits, feats, backend)
-        p = detector._p_values(s, c)
-        return {k: x.cpu().numpy() for k, x in {label: s, "accept": p > 1 - detector.tpr, "p_value": p}.items()}
-
-    facts = _facts(detector)
-    metadata = {
-        "fastood": fastood.__version__,
-        "method": [facts["method"]],
-        "norm": [facts["norm"]],
-        "temperature": facts["temperature"],
-        "bias": facts["bias"],
-        "log": False,
-        "oriented": True,
-        "detector": {**facts, "threshold": _thresholds(detector)},
-    }
-    return _Work([label], used, metadata, columns)
 
 
 def _as_written(columns: Columns, out: Path) -> Columns:
@@ -379,15 +322,15 @@ def fit(
             y = None if labels is None else torch.from_numpy(labels.astype(int))
             detector.partial_fit(logits, feats, y, backend=backend)
             seen += len(s)
-            below_0.update(_data.negative({_label(detector): s.cpu().numpy()}))
+            below_0.update(_data.negative({detector._label(): s.cpu().numpy()}))
     said = _promise(detector)  # or which rows are lacking
     detector.save(out)
     _warn(odd, {source: _data.inverted(below_0, seen)})
     right = ", those that the classifier gets right" if labels_key else ""
     of = f" of {seen:,}" if detector.rows < seen else ""
-    typer.echo(f"{out}: {_label(detector)}, fitted on {detector.rows:,}{of} rows{right}")
+    typer.echo(f"{out}: {detector._label()}, fitted on {detector.rows:,}{of} rows{right}")
     typer.echo(said)
-    typer.echo(_contents(rows, _used([(SCORES[method], _facts(detector)["norm"])]), "labels"))
+    typer.echo(_contents(rows, _columns.used_by([(SCORES[method], _columns.facts(detector)["norm"])]), "labels"))
     if lost:
         typer.echo(f"{source}: {lost:,} of {seen:,} rows have a score that is not finite and are left out")
 
@@ -408,9 +351,9 @@ def inspect(
     detector = Detector.load(source)
     with safe_open(source, "np") as file:
         header = json.loads(file.metadata()["fastood"])  # which load has checked
-    facts = {"file": str(source), "format": header["version"], "fastood": header["fastood"], **_facts(detector)}
+    facts = {"file": str(source), "format": header["version"], "fastood": header["fastood"], **_columns.facts(detector)}
     if as_json:
-        typer.echo(json.dumps(_finite({**facts, "threshold": _thresholds(detector)}), indent=2))
+        typer.echo(json.dumps(_columns.finite({**facts, "threshold": _columns.thresholds(detector)}), indent=2))
         return
     facts["norm"] = "none" if facts["norm"] is None else f"{facts['norm']:g}"
     for name, fact in facts.items():
@@ -493,7 +436,8 @@ def evaluate(
     with ExitStack() as stack:
         sets = [stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *files.values())]
         every = [SCORES[name] for name in methods or SCORES]
-        used = _used((e, r) for e in every for r in (("auto" if e.multiplied else None,) if norms == "auto" else norms))
+        orders = [("auto" if e.multiplied else None,) if norms == "auto" else norms for e in every]
+        used = _columns.used_by((e, r) for e, of_it in zip(every, orders, strict=True) for r in of_it)
         _check_alike(sets, logits_key, feats_key, used)
         if detector:
             for rows in sets:
@@ -522,11 +466,11 @@ def evaluate(
             shares = [n / rows.rows if rows.rows else None for n, rows in zip(accepted.values(), sets, strict=True)]
             decided = {
                 "detector": {
-                    **_facts(detector),
+                    **_columns.facts(detector),
                     "accepted": {"id": shares[0], "ood": dict(zip(files, shares[1:], strict=True))},
                 }
             }
-            typer.echo(f"\n{detector_file}: {_label(detector)}, tpr {detector.tpr:.6g}, accepts")
+            typer.echo(f"\n{detector_file}: {detector._label()}, tpr {detector.tpr:.6g}, accepts")
             for (name, n), rows in zip(accepted.items(), sets, strict=True):
                 share = f"{n / rows.rows:.6f}" if rows.rows else "-"
                 typer.echo(f"  {share} of {'the ID set' if name is None else name}: {n:,} of {rows.rows:,} rows")
@@ -698,25 +642,11 @@ def print_table(evaluation: Evaluation) -> None:
 # ---- detectors
 
 
-def _label(detector: Detector) -> str:
-    return detector._label()
-
-
-def _facts(detector: Detector) -> dict[str, Any]:
-    """The settings, and what it was fitted on. A norm is the one that was decided, not what it was decided by."""
-    return {**detector._settings(), "rows": detector.rows}
-
-
-def _thresholds(detector: Detector) -> float | list[float]:
-    limit = detector.threshold
-    return limit if isinstance(limit, float) else limit.tolist()
-
-
 def _promise(detector: Detector) -> str:
     """What it accepts, and how many rows like those that it was fitted on."""
     from fastood.detector import _rank
 
-    n, limit = detector.rows, _thresholds(detector)
+    n, limit = detector.rows, _columns.thresholds(detector)
     kept = f"at least {100 * detector.tpr:.6g}% of rows drawn like those that it was fitted on"
     if isinstance(limit, float):
         k = _rank(n, detector.tpr)
@@ -784,11 +714,6 @@ class _Nans:
             typer.echo(f"{path}: {count} ({_data.some(self.of)}) and are {fate}: {why}")
 
 
-def _used(columns: Iterable[tuple[Score, Order]]) -> set[str]:
-    """What scores times norms of these orders are computed from."""
-    return {name for entry, r in columns for name in (*entry.needs, *(() if r is None else ("feats",)))}
-
-
 def _contents(rows: Rows, used: set[str], ids: str = "IDs") -> str:
     """One line on what was found in a file, under which names, and used; `ids` is what its third array is."""
     from fastood.files import listed
@@ -853,16 +778,7 @@ def _device(text: str) -> torch.device:
 
 
 def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:
-    return {name: json.dumps(_finite(fact)) for name, fact in facts.items()}
-
-
-def _finite(fact: Any) -> Any:
-    """For JSON, which has no infinity: "inf", as a norm's order may be."""
-    if isinstance(fact, dict):
-        return {name: _finite(x) for name, x in fact.items()}
-    if isinstance(fact, list):
-        return [_finite(x) for x in fact]
-    return "inf" if fact == math.inf else fact
+    return {name: json.dumps(_columns.finite(fact)) for name, fact in facts.items()}
 
 
 @contextmanager
