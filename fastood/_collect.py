@@ -104,13 +104,9 @@ def run(model: nn.Module, loader: Iterable[Any], progress: bool) -> Iterator[Col
     """The batches of a loader, run through a model: where the model is, and only good until the next one."""
     one_thread_if_forked()
     flag("progress", progress)
-    inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    inner = getattr(inner, "module", inner)  # of DataParallel
-    if not isinstance(inner, Attached):
-        model = inner = attach(model)
-    require_eval(inner, "model")
+    model = ready(model)
     device, labelled = device_of(model), None
-    for batch in _shown(loader) if progress else loader:
+    for batch in shown(loader, "batches") if progress else loader:
         inputs, labels = _parted(batch)
         arguments, named = as_arguments(_moved(inputs, device))
         with torch.inference_mode():
@@ -125,6 +121,16 @@ def run(model: nn.Module, loader: Iterable[Any], progress: bool) -> Iterator[Col
         yield Collected(logits, feats, labels)
     if labelled is None:
         raise ValueError("loader must give at least one batch, got none")
+
+
+def ready(model: nn.Module) -> nn.Module:
+    """`model`, attached to if it is not; an error where it is in training mode."""
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    inner = getattr(inner, "module", inner)  # of DataParallel
+    if not isinstance(inner, Attached):
+        model = inner = attach(model)
+    require_eval(inner, "model")
+    return model
 
 
 def _parted(batch: Any) -> tuple[Any, Any]:
@@ -149,15 +155,15 @@ def _moved(x: Any, device: torch.device) -> Any:
     return tuple(_moved(part, device) for part in x) if isinstance(x, tuple | list) else x
 
 
-def _shown(loader: Iterable[Any]) -> Iterable[Any]:
+def shown(loader: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
     """`loader`, with a bar on the terminal where there is one."""
     if not sys.stderr.isatty() or find_spec("rich") is None:
         return loader
     from rich.console import Console
     from rich.progress import track
 
-    total = operator.length_hint(loader) or None  # of batches; an IterableDataset may not know
-    return track(loader, "batches", total, console=Console(stderr=True), transient=True)
+    total = total or operator.length_hint(loader) or None  # an IterableDataset may not know
+    return track(loader, what, total, console=Console(stderr=True), transient=True)
 
 
 class _Held:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,11 @@ def facts(detector: Detector) -> dict[str, Any]:
 def thresholds(detector: Detector) -> float | list[float]:
     limit = detector.threshold
     return limit if isinstance(limit, float) else limit.tolist()
+
+
+def as_json(facts: Mapping[str, Any]) -> dict[str, str]:
+    """For the metadata of a file."""
+    return {name: json.dumps(finite(fact)) for name, fact in facts.items()}
 
 
 def finite(fact: Any) -> Any:

@@ -8,8 +8,9 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,8 +111,10 @@ _DETECTORS_OWN = "method", "norm", "temperature", "bias", "log", "raw"
 @app.command(no_args_is_help=True)
 def score(
     ctx: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Logits and features.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Scores: .csv, .parquet, .npz, .npy, .safetensors, .pt.")],
+    source_uri: Annotated[str, typer.Argument(metavar="IN", help="Logits and features.")],
+    out_uri: Annotated[
+        str, typer.Argument(metavar="OUT", help="Scores: .csv, .parquet, .npz, .npy, .safetensors, .pt.")
+    ],
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -147,6 +150,30 @@ def score(
     chunk_rows: ChunkRows = None,
     device: Device = "cpu",
     backend: Backend = "auto",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ray",
+            help="IN is a folder of .parquet files, partitioned or not, OUT one for files of the same names; both may "
+            "be URIs such as s3://bucket/folder. All other columns are carried through. Run again after a failure, "
+            "it goes on where it was.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray: actors.", show_default="one per CPU, or per GPU with --device cuda")
+    ] = None,
+    bad_files: Annotated[
+        str,
+        typer.Option(metavar="fail|skip", help="Ray: a file that cannot be read or scored; it is named either way."),
+    ] = "fail",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Ray: score a column of images through a model, which this function, without arguments, makes.",
+        ),
+    ] = None,
+    inputs_key: Annotated[str, typer.Option(help="Ray: the column that the model takes.")] = "image",
 ) -> None:
     """Score every row of a file, or decide about it.
 
@@ -181,20 +208,46 @@ def score(
     A decision for every row:
 
         fastood score requests.npz decisions.csv --detector det.safetensors
+
+    A folder of Parquet files, on a Ray cluster:
+
+        fastood score logits/ decisions/ --detector det.safetensors --engine ray
     """
     from fastood.files import open_rows, save_scores, writable
 
-    sources = {f"--{name}": ctx.get_parameter_source(name) for name in _DETECTORS_OWN}
-    given = [name for name, origin in sources.items() if origin and origin.name == "COMMANDLINE"]
+    source, out = Path(source_uri), Path(out_uri)
+    given = _given(ctx, _DETECTORS_OWN)
     if detector_file and given:
         raise ValueError(f"--detector has settings of its own: leave out {', '.join(given)}")
     methods = _methods(method or ["energy"], norm is not None)
     order: Order = "auto" if norm is None else _order(norm)
     number("--temperature", temperature, above=0)
     choice("--nan", nan, tuple(_NAN))
-    place = _device(device)
     options: dict[str, Any] = {"temperature": temperature, "bias": bias, "log": log, "oriented": not raw}
     detector = Detector.load(detector_file) if detector_file else None
+    if engine is not None:
+        choice("--engine", engine, ("ray",))
+        if id_key is not None:
+            raise ValueError("--id-key: --engine ray carries every column through; leave it out")
+        scoring: dict[str, Any] = {"methods": methods or "all", "norm": order, **options}
+        _score_on_ray(
+            source_uri,
+            out_uri,
+            workers=workers,
+            bad_files=bad_files,
+            nan=nan,
+            chunk_rows=chunk_rows,
+            model=_Factory(model) if model else None,
+            **{f"{name}_key": key for name, key in (("logits", logits_key), ("feats", feats_key)) if key},
+            inputs_key=inputs_key,
+            device=device,
+            backend=backend,
+            **({"detector": detector} if detector else scoring),
+        )
+        return
+    if given := _given(ctx, ("workers", "bad_files", "model", "inputs_key")):
+        raise ValueError(f"{', '.join(given)}: only with --engine ray")
+    place = _device(device)
 
     odd: _Odd = {}
     nans, below_0, accepted = _Nans(), Counter[str](), 0
@@ -205,7 +258,7 @@ def score(
         else:
             work = _columns.of_scores(rows.classes, rows.dim, methods, order, backend=backend, **options)
         with (
-            save_scores(writable(out, source), metadata=_as_json(work.metadata), id_key=rows.id_key) as writer,
+            save_scores(writable(out, source), metadata=_columns.as_json(work.metadata), id_key=rows.id_key) as writer,
             _bars() as chunks_of,
         ):
             chunks = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
@@ -227,6 +280,52 @@ def score(
     typer.echo(f"{out}: {written:,} rows of {', '.join(work.labels)}{decided}")
     typer.echo(_contents(rows, work.used))
     nans.tell(source, _NAN[nan], log)
+
+
+def _score_on_ray(source: str, out: str, *, bad_files: str, nan: str, **settings: Any) -> None:
+    from fastood.ray import score_files
+
+    choice("--bad-files", bad_files, ("fail", "skip"))
+    found = score_files(source, out, bad_files=bad_files, nan=nan, **settings)
+    _warn({}, {_data.some(paths): text for text, paths in found.odd.items()})
+    _warn({}, {source: _data.inverted(found.negative, found.rows)})
+    _warn({}, {f"{len(found.bad):,} of {found.files:,} files are bad and left out": _data.some(found.bad.values())})
+    written = found.rows - (found.nan if nan == "drop" else 0)
+    decided = "" if found.accepted is None else f", {found.accepted:,} of them accepted"
+    typer.echo(f"{out}: {written:,} rows{decided}")
+    good = found.files - len(found.bad)
+    before = f", {good - found.new:,} of which had been scored before" if good > found.new else ""
+    typer.echo(f"{source}: {good:,} files{before}")
+    if found.nan:
+        typer.echo(f"{source}: {found.nan:,} of {found.rows:,} rows have a NaN score and are {_NAN[nan]}")
+
+
+class _Factory:
+    """A function by its name, MODULE:FUNCTION, that every worker imports for itself."""
+
+    def __init__(self, text: str) -> None:
+        module, _, name = text.partition(":")
+        if not (module and name):
+            raise ValueError(f"--model must be MODULE:FUNCTION, got {text!r}")
+        self.__module__, self.__qualname__, self._folder = module, name, os.getcwd()
+        self._function()  # here, too, so that a mistake is said at once
+
+    def _function(self) -> Callable[[], Any]:
+        if self._folder not in sys.path:
+            sys.path.insert(0, self._folder)
+        try:
+            return getattr(import_module(self.__module__), self.__qualname__)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"--model: {self.__module__}:{self.__qualname__} cannot be imported: {error}") from error
+
+    def __call__(self) -> Any:
+        return self._function()()
+
+
+def _given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
+    """Which of these options the command line has."""
+    sources = {f"--{name.replace('_', '-')}": ctx.get_parameter_source(name) for name in names}
+    return [name for name, origin in sources.items() if origin and origin.name == "COMMANDLINE"]
 
 
 def _as_written(columns: Columns, out: Path) -> Columns:
@@ -436,7 +535,7 @@ def evaluate(
     with ExitStack() as stack:
         sets = [stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *files.values())]
         every = [SCORES[name] for name in methods or SCORES]
-        orders = [("auto" if e.multiplied else None,) if norms == "auto" else norms for e in every]
+        orders: list[Any] = [("auto" if e.multiplied else None,) if norms == "auto" else norms for e in every]
         used = _columns.used_by((e, r) for e, of_it in zip(every, orders, strict=True) for r in of_it)
         _check_alike(sets, logits_key, feats_key, used)
         if detector:
@@ -775,10 +874,6 @@ def _device(text: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: torch finds no GPU here for {text!r}")
     return device
-
-
-def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:
-    return {name: json.dumps(_columns.finite(fact)) for name, fact in facts.items()}
 
 
 @contextmanager

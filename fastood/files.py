@@ -318,7 +318,10 @@ def library(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise FileError(f'{module} is needed for this kind of file: pip install "fastood[cli]"') from None
+        name, _, _ = module.partition(".")
+        extra = "ray" if name == "ray" else "cli"
+        what = "this" if name == "ray" else "this kind of file"
+        raise FileError(f'{module} is needed for {what}: pip install "fastood[{extra}]"') from None
 
 
 def _npy_header(path: Path, key: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

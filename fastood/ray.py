@@ -1,0 +1,328 @@
+"""Parquet files by the thousand, scored on a Ray cluster: ``pip install "fastood[ray]"``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from fastood._collect import shown
+from fastood._columns import finite
+from fastood._inputs import choice, flag
+from fastood._version import __version__
+from fastood.arrow import NAN, TEMPORARY, Path, Report, Scorer, atomically, filesystem, score_batch, score_file
+from fastood.files import FileError, library
+
+__all__ = ["Scorer", "Summary", "score_batch", "score_files"]
+
+BAD_FILES = ("fail", "skip")
+
+MANIFEST = "_manifest.json"
+"""In the folder of scores; engines take names that begin with _ for no data."""
+
+TRIES = 3
+"""How often a file may take its worker down with it before it is counted as a bad one."""
+
+
+class Summary(NamedTuple):
+    """What ``score_files`` did.
+
+    Attributes
+    ----------
+    files : int
+        How many there are, the bad ones among them.
+    new : int
+        How many of them were scored by this call; the others were before, or are bad.
+    rows, nan : int
+        Rows, and how many of them have a NaN score, in all files but the bad ones.
+    accepted : int or None
+        How many of the rows a detector accepts.
+    bad : dict
+        File -> what is wrong with it.
+    negative, odd
+        What ``fastood score`` warns of: label -> rows below 0; a doubt -> the files that raise it.
+    """
+
+    files: int
+    new: int
+    rows: int
+    nan: int
+    accepted: int | None
+    bad: dict[str, str]
+    negative: dict[str, int]
+    odd: dict[str, list[str]]
+
+
+def score_files(
+    source: Path,
+    out: Path,
+    *,
+    workers: int | None = None,
+    bad_files: str = "fail",
+    nan: str = "keep",
+    chunk_rows: int | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Summary:
+    """Score every Parquet file under a folder into one of the same name under another, on a pool of Ray actors.
+
+    An actor takes a file at a time, reads it in chunks, and writes what ``Scorer`` makes of them, so that rows never
+    pass through Ray's object store, and memory is bounded by a chunk per actor. Every file appears whole, and says in
+    its footer what it was made of. A run that failed, or was killed, or lost workers or nodes is finished by calling it
+    again: what is there is not scored twice. `out` also holds ``_manifest.json``: settings, files, rows.
+
+    Ray is started on this machine, unless it is running or ``RAY_ADDRESS`` names a cluster. Every node must reach
+    `source` and `out`, and have fastood.
+
+    Parameters
+    ----------
+    source : path
+        A folder, with any partitions below it, or a file; local, shared, or "s3://bucket/folder" and the like.
+    out : path
+        A folder, made if need be.
+    workers : int, optional
+        Actors. Left out: one per CPU of the cluster, or with ``device="cuda"`` per GPU.
+    bad_files : {"fail", "skip"}
+        A file that cannot be read, or holds something else: an error that names it, or go on without it.
+    nan, chunk_rows
+        As in ``fastood.arrow.score_file``.
+    progress : bool
+        A bar on standard error where that is a terminal and rich is installed.
+    **settings
+        Of the ``Scorer``: methods, norm, detector, model, device, ...
+
+    Returns
+    -------
+    Summary
+
+    Raises
+    ------
+    FileError
+        A ValueError: for a bad file, where there are no files, or where `out` holds scores of other settings.
+
+    Examples
+    --------
+    >>> import fastood.ray
+    >>> fastood.ray.score_files("logits/", "scores/", detector="detector.safetensors")  # doctest: +SKIP
+    """
+    choice("bad_files", bad_files, BAD_FILES)
+    choice("nan", nan, NAN)
+    flag("progress", progress)
+    scorer = Scorer(**settings)
+    files = _files(source, out)
+    asked = finite({**scorer.settings, "nan": nan})
+    _refuse_others(out, asked)
+    found = _Tally(files)
+    _write_manifest(out, asked, found)
+    try:
+        _sweep(out)
+        work = _Score(scorer, out, nan, chunk_rows)
+        for record in _on_actors(work, files, workers, gpu=scorer.device.type == "cuda", progress=progress):
+            found.add(record)
+            if found.bad and bad_files == "fail":
+                break
+        else:
+            _sweep(out)
+    finally:
+        _write_manifest(out, asked, found)
+    if found.bad and bad_files == "fail":
+        raise FileError(next(iter(found.bad.values())))
+    return found.summary()
+
+
+class _Score:
+    """What an actor does with a file."""
+
+    def __init__(self, scorer: Scorer, out: Path, nan: str, chunk_rows: int | None) -> None:
+        self._scorer, self._out, self._nan, self._chunk_rows = scorer, os.fspath(out), nan, chunk_rows
+
+    def __call__(self, path: str, name: str) -> dict[str, Any]:
+        target = _below(self._out, name)
+        with _surviving(path, target):
+            report = score_file(path, target, self._scorer, nan=self._nan, chunk_rows=self._chunk_rows)
+        return report._asdict()
+
+
+@contextmanager
+def _surviving(path: str, target: str) -> Iterator[None]:
+    """A mark beside the target that stays where the process dies; a file that has left some of them is a bad one.
+
+    An engine takes the death of a worker for the machine's fault, and tries again without end.
+    """
+    fs, goal = filesystem(target)
+    folder, _, name = goal.rpartition("/")
+    marks = [f"{folder}/.{name}.{i}{TEMPORARY}" for i in range(TRIES)]
+    free = [x.path for x in fs.get_file_info(marks) if not x.is_file]
+    if not free:
+        raise FileError(f"{path}: {TRIES} workers that took it died, for want of memory or by a crash")
+    fs.create_dir(folder, recursive=True)
+    fs.open_output_stream(free[0]).close()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fs.delete_file(free[0])
+
+
+class _Tally:
+    """What has become of each file so far."""
+
+    def __init__(self, files: list[dict[str, str]]) -> None:
+        self._paths = {file["name"]: file["path"] for file in files}
+        self.reports: dict[str, Report] = {}
+        self.bad: dict[str, str] = {}
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        if record["report"] is not None:
+            self.reports[record["name"]] = Report(**json.loads(record["report"]))
+        elif record["of_file"]:
+            self.bad[record["name"]] = record["error"]
+        else:
+            raise RuntimeError(record["error"])
+
+    def complete(self) -> bool:
+        return len(self.reports) == len(self._paths)
+
+    def summary(self) -> Summary:
+        reports = self.reports.values()
+        negative: Counter[str] = Counter()
+        odd: dict[str, list[str]] = {}
+        for name, report in self.reports.items():
+            negative.update(report.negative)
+            if report.odd is not None:
+                odd.setdefault(report.odd, []).append(self._paths[name])
+        accepted = [report.accepted for report in reports if report.accepted is not None]
+        return Summary(
+            files=len(self._paths),
+            new=sum(report.new for report in reports),
+            rows=sum(report.rows for report in reports),
+            nan=sum(report.nan for report in reports),
+            accepted=sum(accepted) if accepted else None,
+            bad={self._paths[name]: error for name, error in self.bad.items()},
+            negative=dict(negative),
+            odd=odd,
+        )
+
+
+# ---- on Ray
+
+
+def _on_actors(
+    work: Any, files: list[dict[str, str]], workers: int | None, *, gpu: bool, progress: bool
+) -> Iterator[dict[str, Any]]:
+    """`work` of each file, in the order in which they are done."""
+    ray = library("ray")
+    data = library("ray.data")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level="error")
+    if workers is None:
+        workers = max(int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)), 1)
+
+    class Work:  # a class is what makes Ray Data keep an object per actor
+        def __call__(self, file: dict[str, Any]) -> dict[str, Any]:
+            done: dict[str, Any] = {"name": file["name"], "report": None, "error": None, "of_file": False}
+            try:
+                return {**done, "report": json.dumps(work(**file))}
+            except Exception as error:  # words for people; Ray's own come with its stack
+                reason = str(error) if isinstance(error, FileError) else f"{file['path']}: {error!r}"
+                return {**done, "error": reason, "of_file": isinstance(error, FileError)}
+
+    with _quiet(data.DataContext.get_current()):
+        # A file is a block, the unit that is sent out, and sent again where an actor or its node is lost.
+        records = data.from_items(files, override_num_blocks=len(files)).map(
+            Work,
+            compute=data.ActorPoolStrategy(size=min(workers, len(files)), max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            num_gpus=1 if gpu else 0,
+        )
+        rows = records.iter_rows()
+        yield from shown(rows, "files", len(files)) if progress else rows
+
+
+@contextmanager
+def _quiet(context: Any) -> Iterator[None]:
+    """Ray Data without bars and plans of its own."""
+    logger = logging.getLogger("ray.data")
+    bars, level = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        logger.setLevel(level)
+
+
+# ---- folders
+
+
+def _files(source: Path, out: Path) -> list[dict[str, str]]:
+    """The Parquet files below `source`: their paths, and what they are called from there. Large ones come first."""
+    fs, top = filesystem(source)
+    info = fs.get_file_info(top)
+    if info.is_file:
+        return [{"path": os.fspath(source), "name": info.base_name}]
+    out_fs, out_top = filesystem(out)
+    if out_fs.equals(fs) and PurePosixPath(top) in (PurePosixPath(out_top), *PurePosixPath(out_top).parents):
+        raise FileError(f"{os.fspath(out)}: must not be the folder that is scored, nor in it")
+    if info.type.name == "NotFound":
+        raise FileError(f"{os.fspath(source)}: no such file or folder")
+    selector = library("pyarrow.fs").FileSelector(top, recursive=True)
+    found = [(x.size, x.path[len(top) :].lstrip("/")) for x in fs.get_file_info(selector) if x.is_file]
+    # By the custom of data engines, names that begin with . or _ are no data.
+    names = sorted(
+        (-size, name)
+        for size, name in found
+        if name.endswith(".parquet") and not any(part[0] in "._" for part in name.split("/"))
+    )
+    if not names:
+        raise FileError(f"{os.fspath(source)}: holds no .parquet files")
+    return [{"path": _below(source, name), "name": name} for _, name in names]
+
+
+def _below(folder: Path, name: str) -> str:
+    """A path below a folder, which may be a URI with options after it."""
+    text = os.fspath(folder)
+    start, mark, options = text.partition("?") if "://" in text else (text, "", "")
+    return f"{start.rstrip('/')}/{name}{mark}{options}"
+
+
+def _refuse_others(out: Path, asked: dict[str, Any]) -> None:
+    fs, path = filesystem(_below(out, MANIFEST))
+    if not fs.get_file_info(path).is_file:
+        return
+    with fs.open_input_stream(path) as stream:
+        before = json.loads(stream.read())["settings"]
+    differing = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
+    if differing:
+        said = ", ".join(f"{name} {before.get(name)}, not {asked.get(name)}" for name in differing)
+        raise FileError(f"{os.fspath(out)}: holds scores made with other settings ({said}); name another folder")
+
+
+def _write_manifest(out: Path, asked: dict[str, Any], found: _Tally) -> None:
+    files = {name: {"rows": report.rows, "nan": report.nan} for name, report in found.reports.items()}
+    held = {
+        "fastood": __version__,
+        "settings": asked,
+        "complete": found.complete(),
+        "files": files,
+        "bad": found.bad,
+    }
+    with atomically(*filesystem(_below(out, MANIFEST))) as stream:
+        stream.write(json.dumps(held, indent=1).encode())
+
+
+def _sweep(out: Path) -> None:
+    """What killed workers have left behind."""
+    fs, top = filesystem(out)
+    for info in fs.get_file_info(library("pyarrow.fs").FileSelector(top, recursive=True)):
+        if info.is_file and info.base_name.endswith(TEMPORARY):
+            with suppress(OSError):
+                fs.delete_file(info.path)
