@@ -306,10 +306,12 @@ def _tensor(key: str, column: Any) -> Tensor:
             raise ValueError(f"{key!r} must hold no nulls in place of a row's lists")
         values = flat
     shape = list(getattr(kind, "shape", None) or widths)  # an engine's own tensors are flat lists that know a shape
-    x = _from_numpy(key, values.to_numpy(zero_copy_only=False)).reshape(n, *shape)  # a null among the numbers is NaN
-    if permutation := getattr(kind, "permutation", None):
-        x = x.permute(0, *(1 + i for i in permutation))
-    return x
+    permutation = getattr(kind, "permutation", None)
+    if permutation and permutation != sorted(permutation):
+        # pyarrow itself reads back something else than it was given where that is not its own inverse.
+        raise ValueError(f"{key!r} must hold tensors in the order of their memory, got the permutation {permutation}")
+    # A null among the numbers is NaN.
+    return _from_numpy(key, values.to_numpy(zero_copy_only=False)).reshape(n, *shape)
 
 
 def _filtered(pa: Any, column: Any, valid: Any) -> Any:
