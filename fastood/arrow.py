@@ -138,7 +138,7 @@ class Scorer:
         pa = library("pyarrow")
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
         columns, odd = self._columns(pa, table)
-        out = table.drop_columns([name for name in self._read_or_dropped() if name in table.column_names])
+        out = table.drop_columns([*self._read_or_dropped().intersection(table.column_names)])
         for label, x in columns.items():
             if label in out.column_names:
                 raise ValueError(f"no column may be called as a score is, {label!r}")
@@ -148,8 +148,8 @@ class Scorer:
             out = pa.RecordBatch.from_arrays(arrays, schema=out.schema)
         return out, odd
 
-    def _read_or_dropped(self) -> list[str]:
-        return [*self._keys.values(), *([self._inputs_key] if self._make_model is not None else [])]
+    def _read_or_dropped(self) -> set[str]:
+        return {*self._keys.values(), *([self._inputs_key] if self._make_model is not None else [])}
 
     def _to_read(self, names: Iterable[str]) -> list[str]:
         """Which of these columns of a file need to be read."""

@@ -114,6 +114,7 @@ def score_files(
     choice("nan", nan, NAN)
     flag("progress", progress)
     scorer = Scorer(**settings)
+    source, out = (x if "://" in x else os.path.abspath(x) for x in (os.fspath(source), os.fspath(out)))
     files = _files(source, out)
     asked = finite({**scorer.settings, "nan": nan})
     _refuse_others(out, asked)
@@ -221,7 +222,7 @@ def _on_actors(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="error")
+        ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
     if workers is None:
         workers = max(int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)), 1)
 

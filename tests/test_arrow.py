@@ -167,7 +167,7 @@ def test_files_of_images_come_as_bytes_and_missing_ones_are_bad_rows():
     given = pa.table({"id": [0, 1, 2], "image": pa.array([b"4", None, b"0"], pa.binary())})
     scored = Scorer("msp", norm=None, model=reader)(given)
     np.testing.assert_allclose(scored["msp"].to_numpy(), [1 / (1 + np.exp(-4)), np.nan, 0.5], rtol=1e-6)
-    with pytest.raises(ValueError, match="model must give .logits, feats., got no feats"):
+    with pytest.raises(ValueError, match=r"model must give \(logits, feats\), got no feats"):
         Scorer("msp", model=reader)(given)
 
 
