@@ -19,9 +19,11 @@ from fastood.registry import SCORES, Score, register
 from fastood.successors import SUCCESSORS, Fitted, Successor
 
 if TYPE_CHECKING:
+    from fastood import arrow as arrow
     from fastood import distributed as distributed
     from fastood import evaluation, metrics
     from fastood import peers as peers
+    from fastood import ray as ray
     from fastood import sklearn as sklearn
     from fastood.monitor import Monitor
 
@@ -62,7 +64,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # scikit-learn takes longer to import than all the rest of fastood: it loads when used. What is not in __all__ would
     # hide a namesake there.
-    if name in ("distributed", "evaluation", "metrics", "peers", "sklearn"):
+    if name in ("arrow", "distributed", "evaluation", "metrics", "peers", "ray", "sklearn"):
         return import_module(f"fastood.{name}")
     if name == "Monitor":  # scipy is nearly as slow
         return import_module("fastood.monitor").Monitor
