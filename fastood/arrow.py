@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -122,7 +124,7 @@ class Scorer:
         """
         return self._scored(batch)[0]
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What it was made with, so far as the scores hang on it."""
         make = self._make_model
@@ -130,7 +132,7 @@ class Scorer:
         columns = {**self._keys, "inputs": self._inputs_key}
         if self.detector is not None:
             own = self._work(True, True).metadata["detector"]
-            return {"detector": own, "columns": columns, "model": named}
+            return {"detector": own, "digest": _digest(self.detector), "columns": columns, "model": named}
         return {"methods": self._methods, **self._options, "columns": columns, "model": named}
 
     def _scored(self, batch: Any) -> tuple[Any, str | None]:
@@ -276,6 +278,15 @@ def _made(model: Callable[[], Any], device: torch.device) -> Any:
             f"model must make a model: a function without arguments that gives one, got {type(made).__name__}"
         )
     return made
+
+
+def _digest(detector: Detector) -> str:
+    """Of what it scores by and of its calibration: equal where decisions and p-values are."""
+    found = hashlib.sha256(detector.successor.digest().encode() if detector.successor else b"")
+    for _, sample in sorted([(-1, detector._all), *detector._of_class.items()], key=lambda pair: pair[0]):
+        for x in sample.ranked():
+            found.update(np.ascontiguousarray(x).data)
+    return found.hexdigest()
 
 
 # ---- from Arrow to tensors

@@ -276,6 +276,13 @@ def test_what_is_there_is_not_scored_again(source, tmp_path):
     pq.write_table(table(logits=-LOGITS), source)
     assert score_file(source, out, scorer).new
     np.testing.assert_allclose(pq.read_table(out)[LABEL].to_numpy(), truth(-LOGITS), rtol=2e-6)
+    largest = LOGITS.copy()
+    largest[truth().argmax()] *= 2
+    detectors = [fastood.Detector(norm=2, tpr=0.9).fit(logits, FEATS) for logits in (LOGITS, largest)]
+    assert detectors[0].threshold == detectors[1].threshold  # and p-values differ
+    for detector in detectors:
+        assert score_file(source, out, Scorer(detector=detector)).new
+        assert not score_file(source, out, Scorer(detector=detector)).new
     out.write_bytes(out.read_bytes()[:100])
     assert score_file(source, out, scorer).new
 
