@@ -57,6 +57,7 @@ def library():
             bare = ModuleType(name)
             bare.__path__ = list(spec.submodule_search_locations)
             patch.setitem(sys.modules, name, bare)
+        bare.__dict__.update(vars(importlib.import_module("pytorch_ood.utils.utils")))  # which detectors import from it
         yield lambda module: importlib.import_module(f"pytorch_ood.{module}")
         for name in [name for name in sys.modules if name.partition(".")[0] == "pytorch_ood"]:
             patch.delitem(sys.modules, name)
@@ -87,6 +88,108 @@ def test_ranks_as_theirs(library, method):
     pixels = logits.reshape(10, 20, 20, C).movedim(-1, 1)
     with torch.no_grad():
         torch.testing.assert_close(ours.predict_logits(pixels), theirs.predict_logits(pixels), rtol=1e-5, atol=1e-6)
+
+
+def two_sets():
+    """Training rows and new ones of a network: feats, logits, labels, and the head that makes logits of feats.
+
+    The features are positive, so that no two are equal and a largest one is the same for both.
+    """
+    g = torch.Generator().manual_seed(0)
+    head = nn.Linear(D, C)
+    head.weight.data, head.bias.data = torch.randn(C, D, generator=g), torch.randn(C, generator=g)
+    sets = []
+    for n in (600, 300):
+        y = torch.randint(C, (n,), generator=g)
+        h = (head.weight.data[y] + torch.randn(n, D, generator=g)).relu() + 0.1 * torch.rand(n, D, generator=g)
+        sets.append((h, head(h).detach(), y))
+    return *sets, head
+
+
+def of_maps(detector):
+    return lambda h, z: detector.predict_feature_maps(h[:, :, None, None])
+
+
+def of_features(detector, *fit):
+    detector.fit_features(*fit)
+    return lambda h, z: detector.predict_features(h)
+
+
+def of_logits(detector, z, y):
+    detector.fit_logits(z, y)
+    return lambda h, z: detector.predict_logits(z)
+
+
+def flat(head):
+    return lambda x: head(x.flatten(1))
+
+
+# name -> their score of (feats, logits) out of (library, training set, head), our parameters, and what theirs is of ours.
+SUCCESSORS = {
+    "scale": (lambda lib, t, f: of_maps(lib("detector.scale").SCALE(None, flat(f), 0.85)), {}, None),
+    "lts": (lambda lib, t, f: of_features_alone(lib("detector.lts").LTS(None, f)), {}, None),
+    "ash_p": (lambda lib, t, f: of_maps(lib("detector.ash").ASH(None, flat(f), "ash-p", 0.6)), {}, None),
+    "ash_b": (lambda lib, t, f: of_maps(lib("detector.ash").ASH(None, flat(f), "ash-b", 0.65)), {}, None),
+    "ash_s": (lambda lib, t, f: of_maps(lib("detector.ash").ASH(None, flat(f), "ash-s", 0.9)), {}, None),
+    "react": (lambda lib, t, f: of_maps(reacted(lib, t, f)), {}, None),
+    "nci": (lambda lib, t, f: of_features(lib("detector.nci").NCI(None, f, 0.01), t[0]), {"alpha": 0.01}, None),
+    "fdbd": (lambda lib, t, f: of_features(lib("detector.fdbd").fDBD(None, f), t[0]), {}, None),
+    "she": (lambda lib, t, f: of_features(lib("detector.she").SHE(None, f), t[0], t[2]), {}, None),
+    "kl_matching": (lambda lib, t, f: of_logits(lib("detector.klmatching").KLMatching(None), t[1], t[2]), {}, None),
+    # Theirs is half the distance by the sum of squares, not their mean, without shrinkage but for 1e-6.
+    "mahalanobis": (
+        lambda lib, t, f: of_features(lib("detector.mahalanobis").Mahalanobis(None), t[0], t[2]),
+        {"shrinkage": 0},
+        lambda theirs, n: 2 * n * theirs,
+    ),
+    "relative_mahalanobis": (
+        lambda lib, t, f: of_features(lib("detector.rmd").RMD(None), t[0], t[2]),
+        {"shrinkage": 0},
+        lambda theirs, n: n * theirs,
+    ),
+    "vim": (
+        lambda lib, t, f: of_features(lib("detector.vim").ViM(None, 12, f.weight, f.bias), t[0], t[2]),
+        {"dim": 12},
+        None,
+    ),
+    "knn": (lambda lib, t, f: of_features(lib("detector.knn").KNN(None, 20), t[0], t[2]), {"k": 20}, None),
+    "nnguide": (lambda lib, t, f: of_features(lib("detector.nnguide").NNGuide(None, f, 5), t[0], t[2]), {"k": 5}, None),
+}
+
+
+def of_features_alone(detector):
+    return lambda h, z: detector.predict_features(h)
+
+
+def reacted(library, train, head):
+    """Theirs by our threshold, which is within 2^-11 of theirs: that is kept as counts, theirs as all activations."""
+    ours = fastood.Fitted("react", head=head).fit(None, train[0]).state["clip"]
+    detector = library("detector.react").ReAct(lambda x: x, flat(head), percentile=0.9)
+    detector.fit_feature_maps(train[0][:, :, None, None], train[2])
+    assert float(ours) == pytest.approx(detector.threshold, rel=2**-11)
+    detector.threshold = float(ours)
+    return detector
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", SUCCESSORS)
+def test_successors_as_theirs(library, method):
+    train, (h, z, _), head = two_sets()
+    theirs, params, turned = SUCCESSORS[method]
+    expected = theirs(library, train, head)(h, z).double()
+    if turned:
+        expected = turned(expected, len(train[0]))
+    entry = fastood.SUCCESSORS[method]
+    ours = fastood.Fitted(method, head=head if entry.head else None, **params)
+    if entry.fitted_on:
+        ours.fit(train[1], train[0], train[2])
+    got = ours.score(z, h).double()
+    torch.testing.assert_close(-got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().mean()))
+
+
+def test_every_successor_of_theirs_is_compared():
+    theirs_lacks = {"dml", "rg", "class_cosine"}
+    assert SUCCESSORS.keys() | theirs_lacks == fastood.SUCCESSORS.keys()
 
 
 def test_theirs_is_the_interface(library):
