@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from fastood.api import _order as order_or_default
 from fastood.api import scores
 from fastood.detector import Detector
 from fastood.registry import SCORES, Score
+from fastood.successors import Fitted
 
 Columns = dict[str, NDArray[Any]]
 
@@ -35,23 +36,33 @@ class Work(NamedTuple):
 
 
 def of_scores(
-    classes: int | None, dim: int | None, methods: list[str] | None, order: Order, *, backend: str, **options: Any
+    classes: int | None,
+    dim: int | None,
+    methods: list[str] | None,
+    order: Order,
+    successors: Sequence[Fitted] = (),
+    *,
+    backend: str,
+    **options: Any,
 ) -> Work:
-    """Scores of logits of so many columns and feats of so many, None where there are none."""
+    """Scores of logits of so many columns and feats of so many, None where there are none; then the successors."""
     # The scores of no rows: which there will be, and what is refused is refused before any row is read.
     no_rows = [None if width is None else torch.empty(0, width) for width in (classes, dim)]
     none = scores(no_rows[0], no_rows[1], methods, norm=order, **options, backend="reference")
     entries = [SCORES[name] for name in none]
     orders = [order_or_default(e, "auto" if e.gradient else order, dim is not None) for e in entries]
     log, oriented = options["log"], options["oriented"]
-    labels = {e.name: label_of(e, r, log=log, oriented=oriented) for e, r in zip(entries, orders, strict=True)}
+    paper = {e.name: label_of(e, r, log=log, oriented=oriented) for e, r in zip(entries, orders, strict=True)}
+    labels = paper | {fitted.method: "raw " * (not oriented) + fitted.method for fitted in successors}
 
     def columns(logits: Tensor | None, feats: Tensor | None) -> Columns:
-        found = scores(logits, feats, list(labels), norm=order, **options, backend=backend)
+        found: dict[str, Any] = scores(logits, feats, list(paper), norm=order, **options, backend=backend)
+        found |= {x.method: x.score(logits, feats, oriented=oriented, backend=backend) for x in successors}
         return {labels[name]: x.cpu().numpy() for name, x in found.items()}
 
-    metadata = {"fastood": __version__, "method": list(labels), "norm": orders, **options}
-    return Work([*labels.values()], used_by(zip(entries, orders, strict=True)), metadata, columns)
+    used = used_by(zip(entries, orders, strict=True)).union(*(fitted.entry.needs for fitted in successors))
+    metadata = {"fastood": __version__, "method": list(labels), "norm": orders + [None] * len(successors), **options}
+    return Work([*labels.values()], used, metadata, columns)
 
 
 def of_detector(detector: Detector, backend: str) -> Work:

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fastood import SCORES, Detector, _columns, _data
+from fastood import SCORES, SUCCESSORS, Detector, _columns, _data
 from fastood._inputs import Order, choice, number, order_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from fastood.evaluation import Evaluation
     from fastood.files import Rows
+    from fastood.successors import Fitted
 
     Columns = dict[str, NDArray[Any]]
     Chunks = Iterator[tuple[Tensor | None, Tensor | None]]
@@ -105,6 +106,28 @@ Nan = Annotated[
     ),
 ]
 
+HeadFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--head",
+        metavar="FILE",
+        help="The last layer, for scores that take it: 'weight' \\[C, D] and 'bias' \\[C], or the model's checkpoint.",
+    ),
+]
+TrainFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--train",
+        metavar="FILE",
+        help="In-distribution rows, such as training rows, for scores that are fitted on some. knn, nnguide and vim "
+        "hold all of their features in memory.",
+    ),
+]
+TrainLabels = Annotated[
+    str | None,
+    typer.Option(help="What --train calls the true classes. Left out: those that the logits predict."),
+]
+
 _DETECTORS_OWN = "method", "norm", "temperature", "bias", "log", "raw"
 
 
@@ -118,7 +141,8 @@ def score(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A score, repeatable: {', '.join(SCORES)}; or 'all' that the file allows.", show_default="energy"
+            help=f"A score, repeatable: {', '.join((*SCORES, *SUCCESSORS))}; or 'all' that the files allow.",
+            show_default="energy",
         ),
     ] = None,
     norm: Norm = None,
@@ -147,6 +171,9 @@ def score(
             help="Score and decide by what 'fastood fit' wrote, whose settings stand for the options above.",
         ),
     ] = None,
+    head: HeadFile = None,
+    train: TrainFile = None,
+    train_labels_key: TrainLabels = None,
     chunk_rows: ChunkRows = None,
     device: Device = "cpu",
     backend: Backend = "auto",
@@ -209,6 +236,10 @@ def score(
 
         fastood score requests.npz decisions.csv --detector det.safetensors
 
+    Scores that came after the paper, by the last layer and by training rows:
+
+        fastood score val.npz scores.csv --method scale --method vim --head head.npz --train train.npz
+
     A folder of Parquet files, on a Ray cluster:
 
         fastood score logits/ decisions/ --detector det.safetensors --engine ray
@@ -219,7 +250,9 @@ def score(
     given = _given(ctx, _DETECTORS_OWN)
     if detector_file and given:
         raise ValueError(f"--detector has settings of its own: leave out {', '.join(given)}")
-    methods = _methods(method or ["energy"], norm is not None)
+    methods, later = _methods(method or ["energy"], norm is not None, head, train)
+    if later and log:
+        raise ValueError(f"--log: {later[0]} has no logarithm")
     order: Order = "auto" if norm is None else _order(norm)
     number("--temperature", temperature, above=0)
     choice("--nan", nan, tuple(_NAN))
@@ -229,6 +262,8 @@ def score(
         choice("--engine", engine, ("ray",))
         if id_key is not None:
             raise ValueError("--id-key: --engine ray carries every column through; leave it out")
+        if later:
+            raise ValueError(f"--engine ray scores {later[0]} by a --detector: 'fastood fit' makes one")
         scoring: dict[str, Any] = {"methods": methods or "all", "norm": order, **options}
         _score_on_ray(
             source_uri,
@@ -256,7 +291,8 @@ def score(
             _check_fits(rows, detector)
             work = _columns.of_detector(detector, backend)
         else:
-            work = _columns.of_scores(rows.classes, rows.dim, methods, order, backend=backend, **options)
+            fitted = _successors(later, rows, head, train, train_labels_key, temperature, place, method)
+            work = _columns.of_scores(rows.classes, rows.dim, methods, order, fitted, backend=backend, **options)
         with (
             save_scores(writable(out, source), metadata=_columns.as_json(work.metadata), id_key=rows.id_key) as writer,
             _bars() as chunks_of,
@@ -343,7 +379,7 @@ def fit(
         Path, typer.Argument(metavar="ID", help="In-distribution logits and features, not of training data.")
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The detector: .safetensors.")],
-    method: Annotated[str, typer.Option(help=f"A score: {', '.join(SCORES)}.")] = "energy",
+    method: Annotated[str, typer.Option(help=f"A score: {', '.join((*SCORES, *SUCCESSORS))}.")] = "energy",
     norm: Norm = None,
     temperature: Temperature = 1.0,
     bias: Bias = False,
@@ -360,6 +396,9 @@ def fit(
     nan: Annotated[
         str, typer.Option(metavar="drop|fail", help="Rows whose score is not finite: leave them out, or fail.")
     ] = "fail",
+    head: HeadFile = None,
+    train: TrainFile = None,
+    train_labels_key: TrainLabels = None,
     chunk_rows: ChunkRows = None,
     device: Device = "cpu",
     backend: Backend = "auto",
@@ -382,6 +421,10 @@ def fit(
 
         fastood fit val.npz --out det.safetensors --method msp --norm none --tpr 0.99 --per-class --labels-key y
 
+    Mahalanobis distances from the classes of the training rows, calibrated on others:
+
+        fastood fit val.npz --out det.safetensors --method mahalanobis --train train.npz --train-labels-key labels
+
     And then:
 
         fastood score requests.npz decisions.csv --detector det.safetensors
@@ -390,9 +433,9 @@ def fit(
 
     from fastood.files import open_rows, writable
 
-    choice("--method", method, tuple(SCORES))
-    if norm is not None and SCORES[method].gradient:
-        raise ValueError(f"--norm: {method} has a norm of its own")
+    if method == "all":
+        choice("--method", method, (*SCORES, *SUCCESSORS))
+    _, later = _methods([method], norm is not None, head, train)
     choice("--nan", nan, ("drop", "fail"))
     number("--temperature", temperature, above=0)
     if not 0 < tpr < 1:
@@ -400,11 +443,12 @@ def fit(
     writable(out, source, suffixes=(".safetensors",))
     place = _device(device)
     order: Order = "auto" if norm is None else _order(norm)
-    detector = Detector(method, norm=order, temperature=temperature, bias=bias, tpr=tpr, per_class=per_class)
-
     odd: _Odd = {}
     below_0, seen, lost = Counter[str](), 0, 0
     with open_rows(source, logits_key, feats_key, labels_key) as rows, _bars() as chunks_of:
+        made = _successors(later, rows, head, train, train_labels_key, temperature, place, [method])
+        settings: Any = {"norm": order, "temperature": temperature, "bias": bias, "tpr": tpr, "per_class": per_class}
+        detector = Detector(made[0] if made else method, **settings)
         chunks: Iterator[tuple[Any, Any]] = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
         for (logits, feats), labels in zip(chunks, rows.ids(chunk_rows), strict=True):
             if labels is not None and labels.dtype.kind not in "iu":
@@ -429,7 +473,8 @@ def fit(
     of = f" of {seen:,}" if detector.rows < seen else ""
     typer.echo(f"{out}: {detector._label()}, fitted on {detector.rows:,}{of} rows{right}")
     typer.echo(said)
-    typer.echo(_contents(rows, _columns.used_by([(SCORES[method], _columns.facts(detector)["norm"])]), "labels"))
+    read = {name for name, width in (("logits", detector.classes), ("feats", detector.dim)) if width is not None}
+    typer.echo(_contents(rows, read, "labels"))
     if lost:
         typer.echo(f"{source}: {lost:,} of {seen:,} rows have a score that is not finite and are left out")
 
@@ -475,6 +520,9 @@ def evaluate(
     temperature: Temperature = 1.0,
     bias: Bias = False,
     method: Annotated[list[str] | None, typer.Option(help="A score, repeatable.", show_default="all")] = None,
+    head: HeadFile = None,
+    train: TrainFile = None,
+    train_labels_key: TrainLabels = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the table as CSV.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report as HTML.")] = None,
@@ -512,6 +560,10 @@ def evaluate(
     What a detector accepts of each; --id should be rows that it was not fitted on:
 
         fastood eval --id test.npz --ood svhn.npz --detector det.safetensors --json table.json
+
+    The paper's scores beside those that came after it, which need the last layer or training rows:
+
+        fastood eval --id val.npz --ood svhn.npz --head head.npz --train train.npz --train-labels-key labels
     """
     from fastood.evaluation import evaluate as evaluation_of
     from fastood.evaluation import score_rows, settle_nan
@@ -521,7 +573,7 @@ def evaluate(
     for output, suffixes in ((json_file, (".json",)), (csv_file, (".csv",)), (html_file, (".html", ".htm"))):
         if output:
             writable(output, id_file, *files.values(), suffixes=suffixes)
-    methods = _methods(method or ["all"], bool(norm))
+    methods, later = _methods(method or ["all"], bool(norm), head, train)
     norms: Any = tuple(map(_order, norm)) if norm else "auto"
     number("--temperature", temperature, above=0)
     choice("--nan", nan, tuple(_NAN))
@@ -534,10 +586,12 @@ def evaluate(
     scored, nans = [], []
     with ExitStack() as stack:
         sets = [stack.enter_context(open_rows(path, logits_key, feats_key)) for path in (id_file, *files.values())]
-        every = [SCORES[name] for name in methods or SCORES]
+        every = [SCORES[name] for name in (SCORES if methods is None else methods)]
         orders: list[Any] = [("auto" if e.multiplied else None,) if norms == "auto" else norms for e in every]
         used = _columns.used_by((e, r) for e, of_it in zip(every, orders, strict=True) for r in of_it)
+        used = used.union(*(SUCCESSORS[name].needs for name in later))
         _check_alike(sets, logits_key, feats_key, used)
+        successors = _successors(later, sets[0], head, train, train_labels_key, temperature, place, method)
         if detector:
             for rows in sets:
                 _check_fits(rows, detector)
@@ -546,7 +600,7 @@ def evaluate(
                 chunks = _on(place, _looked_at(chunks_of(rows), rows, odd))
                 if detector:
                     chunks = _decided(chunks, detector, backend, accepted, name)
-                columns = score_rows(chunks, methods=methods, norms=norms, **options)
+                columns = score_rows(chunks, methods=methods, norms=norms, successors=successors, **options)
                 counted = _Nans()
                 bad = counted.count(rows.path, columns, fail=nan == "fail")
                 if bad.all() and rows.rows and nan == "drop":
@@ -898,15 +952,47 @@ def _bars() -> Iterator[Callable[..., Chunks]]:
         yield chunks_of
 
 
-def _methods(names: list[str], norm_given: bool) -> list[str] | None:
-    """None, which is every score that the inputs allow, where "all" is among the names."""
-    for name in names:
-        choice("--method", name, ("all", *SCORES))
-    if "all" in names:
-        return None
-    if norm_given and all(SCORES[name].gradient for name in names):
-        raise ValueError(f"--norm: {', '.join(names)} has a norm of its own")
-    return names
+def _methods(
+    names: list[str], norm_given: bool, head: Path | None, train: Path | None
+) -> tuple[list[str] | None, list[str]]:
+    """The paper's scores among the names, None for every one that the inputs allow, and the successors."""
+    from fastood.successors.files import names_of
+
+    paper, later = names_of(names, head=head is not None, train=train is not None)
+    if norm_given and paper is not None and all(SCORES[name].gradient for name in paper):
+        raise ValueError(f"--norm: {', '.join(paper or later)} has a norm of its own, or none")
+    return paper, later
+
+
+def _successors(
+    names: list[str],
+    rows: Rows,
+    head: Path | None,
+    train: Path | None,
+    labels_key: str | None,
+    temperature: float,
+    device: torch.device,
+    asked: list[str] | None,
+) -> list[Fitted]:
+    """The successors called `names`, for rows like these; those that `asked` does not name may be left out."""
+    from fastood.successors.files import from_files
+
+    if not names:
+        return []
+    with _bars() as chunks_of:
+        successors, left_out = from_files(
+            names,
+            rows,
+            head=head,
+            train=train,
+            labels_key=labels_key,
+            temperature=temperature,
+            chunks_of=lambda known: _on(device, chunks_of(known)),
+            whatever=not asked or "all" in asked,
+        )
+    for line in left_out:
+        typer.echo(f"{train}: {line}")
+    return successors
 
 
 def _order(text: str) -> float | None:

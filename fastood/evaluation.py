@@ -26,6 +26,7 @@ from fastood.api import norms as norms_of
 from fastood.files import atomic
 from fastood.recommendation import METHOD, Recommendation, recommend
 from fastood.registry import SCORES
+from fastood.successors import Fitted
 
 Scores = NDArray[np.float64]
 Chunks = Iterable[tuple[Tensor | None, Tensor | None]]
@@ -48,6 +49,7 @@ def score_rows(
     temperature: float = 1.0,
     bias: bool = False,
     backend: str = "auto",
+    successors: Sequence[Fitted] = (),
 ) -> dict[str, Scores]:
     """Scores of a whole set that comes in chunks: label -> float64 [N]. Higher = more in-distribution.
 
@@ -67,6 +69,8 @@ def score_rows(
         and None alone for a V that is never above 0, which a larger norm would lower.
     temperature, bias, backend
         As in ``fastood.score``.
+    successors : sequence of Fitted
+        Scored beside the methods, each under its method's name.
 
     Raises
     ------
@@ -88,7 +92,9 @@ def score_rows(
     parts: dict[str, list[Scores]] = {}
     for logits, feats in chunks:
         f, h = (None if x is None else x.detach().double() for x in (logits, feats))
-        for name, s in _score_chunk(f, h, methods, orders, by_default, temperature, bias, backend).items():
+        found = _score_chunk(f, h, methods, orders, by_default, temperature, bias, backend)
+        found |= {fitted.method: fitted.score(f, h, backend=backend) for fitted in successors}
+        for name, s in found.items():
             parts.setdefault(name, []).append(s.cpu().numpy())
     if not parts:
         raise ValueError("nothing to score: there is no chunk, or no score that these inputs and norms allow")

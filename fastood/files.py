@@ -50,6 +50,13 @@ class _Array(NamedTuple):
     blocks: Callable[[int], Iterator[Block]]
     columns: Sequence[str] = ()  # what `key` stands for, where it is no name itself
 
+    def whole(self) -> Tensor:
+        """All of it at once."""
+        if self.dtype not in _DTYPES:
+            raise FileError(f"{self.key!r} must hold {', '.join(_DTYPES)} numbers, got {self.dtype}")
+        blocks = self.blocks(max(1, self.shape[0]))
+        return torch.cat([x if isinstance(x, Tensor) else _from_numpy(self.key, x.copy()) for x in blocks])
+
 
 # By name; an array is looked at when it is asked for, so that one beside it may be of any kind.
 _Contents = Mapping[str, Callable[[], _Array]]
@@ -216,6 +223,16 @@ def open_rows(
         raise
     used = {name for a in (logits, feats, ids) if a for name in (a.key, *a.columns)}
     return Rows(path, logits, feats, ids, _ranges(name for name in contents if name not in used), resources)
+
+
+@contextmanager
+def arrays_of(path: Path) -> Iterator[_Contents]:
+    """The arrays of a file by name, each looked at when it is called."""
+    if not path.is_file():
+        raise FileError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    opener = _of_format(path, _OPENERS)
+    with ExitStack() as resources, _reading(path):
+        yield opener(path, resources)
 
 
 def _matrix(path: Path, contents: _Contents, asked: str | None, default: str) -> _Array | None:

@@ -124,7 +124,7 @@ def flat(head):
     return lambda x: head(x.flatten(1))
 
 
-# name -> their score of (feats, logits) out of (library, training set, head), our parameters, and what theirs is of ours.
+# name -> their score of (feats, logits), out of (library, training set, head); our parameters; ours out of theirs.
 SUCCESSORS = {
     "scale": (lambda lib, t, f: of_maps(lib("detector.scale").SCALE(None, flat(f), 0.85)), {}, None),
     "lts": (lambda lib, t, f: of_features_alone(lib("detector.lts").LTS(None, f)), {}, None),
