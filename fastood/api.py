@@ -408,7 +408,7 @@ def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
         if x is None:
             rows.append(None)
             continue
-        if not isinstance(x, Tensor | np.ndarray):
+        if not isinstance(x, (Tensor, np.ndarray)):
             take(**{name: x})  # which says what is wrong
         if not -x.ndim <= dim < x.ndim:
             raise ValueError(f"dim must be a dimension of {name}, got dim={dim} for shape {list(x.shape)}")
@@ -418,7 +418,7 @@ def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
     if len(set(shapes.values())) > 1:
         (first, wanted), *_, (name, got) = shapes.items()
         raise ValueError(f"{name} must have the positions of {first}, {list(wanted)}, got {list(got)}")
-    return rows, next(iter(shapes.values()), ())
+    return rows, (*shapes.values(), ())[0]
 
 
 def _scores_of_both_kinds(

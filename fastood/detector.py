@@ -155,7 +155,12 @@ class Detector:
         self._options = {"norm": self.norm, "temperature": self.temperature, "bias": self.bias, **self.params}
         self._all = _Sample()
         self._of_class: dict[int, _Sample] = {}
-        self._limits: dict[Any, Any] = {}
+        self._limits = self._none()
+
+    @staticmethod
+    def _none() -> tuple[dict[Any, Any], dict[Any, Any]]:
+        """Limits of arrays and of tensors; torch 2.8 can trace no dict that has numpy's types among its keys."""
+        return {}, {}
 
     # ---- calibration
 
@@ -246,7 +251,7 @@ class Detector:
         """
         if dim is not None:
             (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
-            if isinstance(labels, Tensor | np.ndarray) and tuple(labels.shape) == shape:
+            if isinstance(labels, (Tensor, np.ndarray)) and tuple(labels.shape) == shape:
                 labels = labels.reshape(-1)  # of another shape they are refused below
         if self.rows == 0:
             self._forget()  # what an empty batch may have left
@@ -279,7 +284,7 @@ class Detector:
             present, starts = np.unique(c[order], return_index=True)
             for k, part in zip(present.tolist(), np.split(x[order], starts[1:]), strict=False):
                 self._of_class.setdefault(k, _Sample()).add(part)
-        self._limits = {}
+        self._limits = self._none()
         return self
 
     def _learned(self, logits: Any, feats: Any, labels: Any, dim: int | None) -> tuple[Any, Any, Any]:
@@ -287,7 +292,7 @@ class Detector:
         assert self.successor is not None
         if dim is not None:
             (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
-            if isinstance(labels, Tensor | np.ndarray) and tuple(labels.shape) == shape:
+            if isinstance(labels, (Tensor, np.ndarray)) and tuple(labels.shape) == shape:
                 labels = labels.reshape(-1)
         given = logits, feats, labels
         if labels is not None and len(labels) != (n := len(feats if logits is None else logits)):
@@ -364,7 +369,7 @@ class Detector:
         self._all.merge(other._all)
         for k, sample in other._of_class.items():
             self._of_class.setdefault(k, _Sample()).merge(sample)
-        self._limits = {}
+        self._limits = self._none()
         return self
 
     @classmethod
@@ -566,18 +571,21 @@ class Detector:
 
     def _limit(self, s: Any) -> Any:
         """What scores like `s` are compared with: a number, or with `per_class` a vector [C] of their kind."""
-        kind = s.dtype if not self.per_class or isinstance(s, np.ndarray) else (s.dtype, s.device)
-        limit = self._limits.get(kind)
+        of_array = isinstance(s, np.ndarray)
+        kind = s.dtype if of_array or not self.per_class else (s.dtype, s.device)
+        limit = self._limits[0 if of_array else 1].get(kind)
         if limit is None:
             self._calibrate()
-            if kind not in self._limits:  # of another device
-                self._limits = {**self._limits, kind: self._limits[s.dtype, torch.device("cpu")].to(s.device)}
-            limit = self._limits[kind]
+            arrays, tensors = self._limits
+            if not of_array and kind not in tensors:  # of another device
+                tensors = {**tensors, kind: tensors[s.dtype, torch.device("cpu")].to(s.device)}
+                self._limits = arrays, tensors
+            limit = (arrays if of_array else tensors)[kind]
         return limit
 
     def _calibrate(self) -> NDArray[np.float64]:
         """Work out ``_limits`` where that is not done yet; the thresholds, [1] or [C]."""
-        if not self._limits:
+        if not self._limits[0]:
             self._fitted()
             if self._all.kth(self.tpr) is None:
                 raise ValueError(self._all.too_few(self.tpr))
@@ -591,11 +599,10 @@ class Detector:
             pair = [(wide, torch.from_numpy(wide)), (narrow, torch.from_numpy(narrow))]
             if not self.per_class:
                 pair = [(x[0], y[0]) for x, y in pair]
-            limits: dict[Any, Any] = {}
-            for x, y in pair:
-                limits |= {x.dtype: x, (y.dtype, y.device) if self.per_class else y.dtype: y}
-            self._limits = limits  # whole, for another thread may be reading
-        return np.atleast_1d(self._limits[np.dtype(np.float64)])
+            arrays: dict[Any, Any] = {x.dtype: x for x, _ in pair}
+            tensors: dict[Any, Any] = {(y.dtype, y.device) if self.per_class else y.dtype: y for _, y in pair}
+            self._limits = arrays, tensors  # whole, for another thread may be reading
+        return np.atleast_1d(self._limits[0][np.dtype(np.float64)])
 
     def _warn_if_inverted(self) -> None:
         if self._order is None:
