@@ -36,6 +36,7 @@ setup(
         "fastood.kernels.cpu",
         "fastood.kernels.triton",
         "fastood.kernels.triton.device",
+        "fastood.reproduce",
     ],
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

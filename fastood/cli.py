@@ -710,6 +710,103 @@ def demo(
 
 
 @app.command()
+def reproduce(
+    ctx: typer.Context,
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SUITE]...", help="digits, offline, photos, paper, imagenet.", show_default="offline photos"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the page, its pictures and its numbers.")] = Path(
+        "fastood-reproduce"
+    ),
+    cache: Annotated[
+        Path | None, typer.Option(help="Where networks and their outputs are kept.", show_default="OUT/cache")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder to look for sets in, too.", show_default="data")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The network of photos and imagenet: efficientnet-lite0, timm:NAME, torchvision:NAME.",
+            show_default="efficientnet-lite0, for photos",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many networks are trained for each set.")] = 3,
+    rows: Annotated[int, typer.Option(help="Test images of each set, at most.")] = 10_000,
+    deep_rows: Annotated[int, typer.Option(help="Those of them that gradients by all parameters are taken of.")] = 100,
+    device: Device = "cpu",
+) -> None:
+    """Rebuild the tables and figures of the paper, and say how far each number is from the printed one.
+
+    A suite is some sets of images, each an in-distribution set or out of another's
+    distribution. digits takes a minute and scikit-learn; offline trains on
+    Fashion-MNIST, 5,000 images of MNIST and those digits, which Debian and PyPI
+    have; photos asks EfficientNet-Lite0, which knows ImageNet, about photographs
+    that packages ship; paper is MNIST, SVHN and CIFAR-10, through torchvision;
+    imagenet is Huang & Li's benchmark, from folders. What is missing is named, with
+    what to fetch.
+
+    Networks, logits, features and gradients are kept in --cache. A run that was
+    stopped goes on where it was, and another one takes what is there.
+
+    [bold]Examples[/]
+
+    The page of the documentation, in some minutes:
+
+        fastood reproduce
+
+    With scikit-learn alone:
+
+        fastood reproduce digits
+
+    The paper's benchmark, with a network of timm's:
+
+        fastood reproduce imagenet --data ~/ood --model timm:resnetv2_101x1_bit --device cuda
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fastood.reproduce import SUITES, run
+
+    chosen = suites or ["offline", "photos"]
+    for name in chosen:
+        choice("SUITE", name, tuple(SUITES))
+    place = _device(device)
+    # For the page: what its numbers hang on. Others have other folders of data.
+    given: list[str] = []
+    for name in ("out", "model", "seeds", "rows", "deep_rows"):
+        origin = ctx.get_parameter_source(name)
+        if origin and origin.name == "COMMANDLINE":
+            given += [f"--{name.replace('_', '-')}", str(ctx.params[name])]
+    hidden = not sys.stderr.isatty()
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(what: str, new: bool, done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of, description=escape(what))
+            if hidden and new:
+                typer.echo(f"{done}/{of} {what}", err=True)
+
+        written = run(
+            out,
+            chosen,
+            cache=cache,
+            data=data,
+            model=model,
+            seeds=seeds,
+            rows=rows,
+            deep_rows=deep_rows,
+            device=place,
+            command=["reproduce", *(suites or []), *given],
+            progress=progress,
+        )
+    typer.echo("Written:")
+    for path in written:
+        typer.echo(f"  {path}")
+
+
+@app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """What fastood runs on here: versions, backends, processor, GPUs. For bug reports, too.
 
