@@ -733,7 +733,10 @@ def reproduce(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many networks are trained for each set.")] = 3,
-    rows: Annotated[int, typer.Option(help="Test images of each set, at most.")] = 10_000,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Test images of each set, at most.", show_default="as in the paper, 500 for photos"),
+    ] = None,
     deep_rows: Annotated[int, typer.Option(help="Those of them that gradients by all parameters are taken of.")] = 100,
     device: Device = "cpu",
 ) -> None:

@@ -30,7 +30,7 @@ def run(
     data: str | os.PathLike[str] | None = None,
     model: str | None = None,
     seeds: int = 3,
-    rows: int = 10_000,
+    rows: int | None = None,
     deep_rows: int = 100,
     device: str | torch.device = "cpu",
     command: Sequence[str] = ("reproduce",),
@@ -57,8 +57,10 @@ def run(
         "timm:NAME", "torchvision:NAME".
     seeds : int
         How many networks are trained for each set.
-    rows, deep_rows : int
-        How many test images of each set are scored at most, and of how many the gradients by all parameters are taken.
+    rows : int, optional
+        How many test images of each set are scored at most; left out, as many as the paper has, and 500 in "photos".
+    deep_rows : int
+        Of how many of them the gradients by all parameters are taken.
     device : str or torch.device
         Where networks run.
     command : sequence of str
@@ -89,7 +91,11 @@ def run(
     if out.is_file():
         raise FileError(f"{out}: is a file; a folder is wanted to write to")
     chosen = [SUITES[choice("suites", name, tuple(SUITES))] for name in dict.fromkeys(suites)]
-    for name, value, least in (("seeds", seeds, 1), ("rows", rows, 50), ("deep_rows", deep_rows, 10)):
+    for name, value, least in (
+        ("seeds", seeds, 1),
+        ("rows", 50 if rows is None else rows, 50),
+        ("deep_rows", deep_rows, 10),
+    ):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
     if model is None and any(suite.name == "imagenet" for suite in chosen):

@@ -350,6 +350,8 @@ class Suite:
         "ImageNet" one that was trained before is given.
     own : bool
         Whether the sets are the paper's own, so that every cell has a printed number.
+    rows : int
+        How many test images of each set there are at most.
     """
 
     name: str
@@ -357,6 +359,7 @@ class Suite:
     pairs: tuple[tuple[str, str], ...]
     scale: Literal["small", "ImageNet"]
     own: bool = False
+    rows: int = 10_000
 
     @property
     def ids(self) -> list[str]:
@@ -392,6 +395,7 @@ SUITES = {
             "A network that knows ImageNet, on photographs that need no download",
             tuple(("photographs", b) for b in ("texture-crops", "fashion-mnist", "mnist-5k", "digits")),
             "ImageNet",
+            rows=500,  # of so large a network
         ),
         Suite("paper", "The paper's small sets", _all_pairs("SVHN", "MNIST", "CIFAR10"), "small", own=True),
         Suite(
@@ -400,6 +404,7 @@ SUITES = {
             tuple(("ImageNet", b) for b in ("iNaturalist", "SUN", "Places", "Textures")),
             "ImageNet",
             own=True,
+            rows=50_000,
         ),
     )
 }

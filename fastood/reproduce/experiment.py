@@ -29,8 +29,8 @@ from fastood.reproduce import networks
 from fastood.reproduce.data import Images, Suite, digest
 from fastood.reproduce.tables import NAIVE, Pairs, deep, same_rows
 
-_BATCH = 256
-_ROWS = 2048  # images whose logits and features are one file
+_BATCH = 64
+_ROWS = 512  # images whose logits and features are one file
 _DEEP_ROWS = 50  # and whose gradients are
 
 
@@ -76,7 +76,7 @@ class Settings:
 
     cache: Path
     seeds: int
-    rows: int
+    rows: int | None
     deep_rows: int
     device: torch.device
 
@@ -112,6 +112,10 @@ class Network:
         model = networks.untrained(self.images)
         model.load_state_dict(load_file(self.weights))
         return model.to(self.settings.device)
+
+    @cached_property
+    def attached(self) -> nn.Module:
+        return attach(self.model)
 
     def inputs(self, images: Any) -> Tensor:
         if self.spec:
@@ -154,7 +158,7 @@ class Network:
         def make(rows: slice) -> dict[str, Tensor]:
             whole = range(len(images.test))[rows]
             parts = (slice(i, min(i + _BATCH, whole.stop)) for i in range(whole.start, whole.stop, _BATCH))
-            logits, feats, _ = collect(attach(self.model), (self.inputs(images.test[p]) for p in parts), progress=False)
+            logits, feats, _ = collect(self.attached, (self.inputs(images.test[p]) for p in parts), progress=False)
             return {"logits": logits, "feats": feats}
 
         for path, rows in self.outputs_of(images).items():
@@ -193,9 +197,9 @@ class Network:
         columns[NAIVE] = rounding_noise(f, h)
         if self.spec:
             return columns
-        x, y = (a.cpu() for a in self.anchors)
-        anchor_logits, anchor_feats, _ = collect(attach(self.model.cpu()), [x], progress=False)
-        G = anchor_gradient(anchor_logits.double(), anchor_feats.double(), y)
+        x, y = self.anchors
+        anchor_logits, anchor_feats, _ = collect(self.attached, [x], progress=False)
+        G = anchor_gradient(anchor_logits.double(), anchor_feats.double(), y.cpu())
         columns["batchgrad"] = batchgrad(f.double(), h.double(), G).numpy()
         for name, raw in stored(self.deep_of(images)).items():
             turned = -1 if name == "batchgrad" else SCORES[name].sign(oriented=True)
@@ -221,7 +225,7 @@ class Experiment:
 
     def __init__(self, suite: Suite, images: dict[str, Images], settings: Settings, model: str | None) -> None:
         self.suite, self.settings = suite, settings
-        self.images = {name: images[name].first(settings.rows) for name in suite.sets}
+        self.images = {name: images[name].first(settings.rows or suite.rows) for name in suite.sets}
         self.spec = None if suite.scale == "small" else model
         seeds = range(1 if self.spec else settings.seeds)
         self.networks = {

@@ -53,7 +53,8 @@ def small(channels: int, classes: int, width: int) -> nn.Sequential:
 def untrained(images: Images) -> nn.Sequential:
     """The network for a set, as ``trained`` begins with it."""
     assert images.train is not None
-    return small(images.train.shape[1], images.classes, RECIPES[images.name].width).eval()
+    with torch.random.fork_rng(devices=[]):
+        return small(images.train.shape[1], images.classes, RECIPES[images.name].width).eval()
 
 
 def trained(images: Images, seed: int, device: torch.device) -> nn.Sequential:
