@@ -13,7 +13,6 @@ C_i of the C classes in slice i, P_i their probability, u_i and p_i the two dist
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -51,7 +50,7 @@ _MADE: dict[str, tuple[tuple[str, ...], Callable[[_Found, int], Tensor]]] = {
     "kl": (("kl_uniform",), lambda s, C: s["kl_uniform"]),  # KL(u_i || p_i)
     "level": (("kl_uniform",), lambda s, C: _rest(s).log1p() - math.log(C)),  # log of the mean of e^z
 }
-_TILE = 1 << 22  # elements of the largest temporary
+_TILE = 1 << 20  # elements of the largest temporary
 
 
 def _rest(s: _Found) -> Tensor:
@@ -76,7 +75,7 @@ def parts_for(stats: Iterable[Stat]) -> list[Stat]:
         if stat in FORMULAS:
             formula = FORMULAS[stat]
             of_stat: list[Stat] = [part for name in sorted(formula.quantities) for part in PARTS[name]]
-            if any(isinstance(x, ast.Call) for x in ast.walk(ast.parse(formula.formula))):
+            if formula.is_log:
                 of_stat.append("log_rest")
         elif stat[0] == "power_sum":
             of_stat = [stat]
@@ -99,12 +98,12 @@ def parts_of(f: Tensor, parts: Sequence[Stat], want: Want, backend: Backend) -> 
     s = {name: x.double() for name, x in found.items()}
     out = torch.stack([_MADE[part][1](s, C) if isinstance(part, str) else s[part] for part in parts])
     if "level" in parts:
-        # Of nearly flat rows log C_i would round it away.
+        # Of nearly flat rows log C_i would round it away: KL(u_i || p_i) is the level less the mean of z.
         level, kl = out[parts.index("level")], s["kl_uniform"]
-        flat = (kl < 1).nonzero()[:, 0]
+        flat = (kl < 1 / 8).nonzero()[:, 0]
         for rows in flat.split(max(1, _TILE // C)):
             level[rows] = Softmax(f[rows], want.temperature).mean_z + kl[rows]
-    out[1:].masked_fill_(s["fmax"].isnan(), 0)  # a slice that is masked weighs nothing; of a row with NaN "max" is
+    out[1:].masked_fill_(s["fmax"].isnan(), 0)  # a masked slice weighs nothing; a NaN stays in "max"
     return out
 
 

@@ -7,7 +7,10 @@ first two. The numbers themselves are test_slices.py's, in one process.
 import datetime
 import functools
 import math
+import re
 import traceback
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +39,7 @@ MARGIN = fastood.Score(
 
 def serve(rank, world, rendezvous, pipe):
     """One rank: it runs what comes through the pipe until None does."""
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -381,7 +385,41 @@ def test_rows_over_another_dimension_of_the_mesh(run):
     assert "one dimension of the mesh, as mesh['tp'] is" in results[0][1]
 
 
+def of_the_page(rank, group, page):
+    names = {}
+    for block in page:
+        exec(compile(block, "docs/distributed.md", "exec"), names)
+        if "logits" in names:
+            logits = names.pop("logits").full_tensor()
+            expected = fastood.score(logits, names["feats"], "gradnorm")
+            torch.testing.assert_close(names["s"], expected)
+            assert torch.equal(names["classes"], logits.argmax(-1))
+    with torch.no_grad():  # which makes the head whole
+        expected = fastood.score(names["head"](names["feats"]), names["feats"])
+    torch.testing.assert_close(names["mine"], expected)
+
+
+def test_the_page(run):
+    page = (Path(__file__).parent.parent / "docs/distributed.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    run(of_the_page, 3, blocks)
+
+
 # ---- collectives, and errors, which are every rank's
+
+
+# Bytes of each rank and row, after the 512 in which they agree.
+SENT = {
+    "energy msp max_logit eg_u_l1": [16],
+    "msp varsum exgrad eg_u_l2sq eg_p_l2sq": [24],
+    "neg_entropy": [24],
+    "eg_p_logp_l2sq": [40],
+    "gen": [24 + 8 * 7],  # the classes of the larger slice are fewer than 100
+    "tv": [24, 8],
+    "gradnorm kl_uniform": [32, 8],
+    "kl_uniform": [32],
+}
 
 
 def counted(rank, group, f, sizes):
@@ -390,26 +428,26 @@ def counted(rank, group, f, sizes):
     dist.all_gather = lambda to, x, *args, **options: sent.append(x.nbytes) or before(to, x, *args, **options)
     try:
         found = {}
-        for methods in ("energy", "msp varsum exgrad", "tv", "gradnorm kl_uniform", "neg_entropy eg_p_logp_l2sq"):
+        for methods in SENT:
             sent.clear()
             fastood.distributed.scores(x, torch.ones(len(f), 3), methods.split(), group=group)
             found[methods] = list(sent)
-        return found
+        sent.clear()
+        fastood.distributed.score(x, torch.ones(len(f), 3), "exgrad", group=group, log=True)
+        found["log"] = list(sent)
+        sent.clear()
+        fastood.distributed.score_linear(torch.ones(len(f), 3), torch.ones(2, 3), group=group, predict=True)
+        return found | {"predict": list(sent)}
     finally:
         dist.all_gather = before
 
 
 def test_what_travels(run):
     """How many collectives, and of how many bytes from each rank: the table of docs/distributed.md."""
-    rows = 8 * 14
-    for found in run(counted, 2, special_rows(torch.float32), (5, 7)):
-        assert found == {
-            "energy": [512, 2 * rows],
-            "msp varsum exgrad": [512, 3 * rows],
-            "tv": [512, 3 * rows, rows],
-            "gradnorm kl_uniform": [512, 4 * rows, rows],
-            "neg_entropy eg_p_logp_l2sq": [512, 5 * rows],
-        }
+    f = special_rows(torch.float32)
+    expected = SENT | {"log": [32], "predict": [24]}
+    expected = {methods: [512, *(n * len(f) for n in numbers)] for methods, numbers in expected.items()}
+    assert run(counted, 2, f, (5, 7)) == [expected, expected]
 
 
 BAD = {

@@ -49,6 +49,7 @@ def assert_right(f, sizes, T=1.0, backend="reference", stats=FORMULAS):
 
 def test_every_quantity_is_known_of_slices():
     assert set(PARTS) == set(QUANTITIES)
+    assert all(x.is_log == ("log(" in x.formula) for x in FORMULAS.values())
 
 
 @pytest.fixture(scope="module", params=["reference", "cpu"])
