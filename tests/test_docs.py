@@ -37,7 +37,7 @@ def same_scores():
     fastood.SCORES.update(before)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/compile.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/compile.md", "docs/successors.md"])
 def test_pages(page, same_scores):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
@@ -138,6 +138,22 @@ def test_examples(example, same_scores, capsys):
 def test_readme_lists_every_score():
     table = (ROOT / "README.md").read_text()
     assert [name for name in fastood.SCORES if f"`{name}`" not in table] == []
+
+
+@pytest.mark.parametrize("name", fastood.SUCCESSORS)
+def test_the_page_of_the_successors_has_each_as_it_is_declared(name):
+    entry = fastood.SUCCESSORS[name]
+    cells = [
+        f"`{name}`",
+        entry.formula.replace("|", r"\|"),
+        entry.source,
+        "OOD" if entry.higher == "out" else "in-distribution",
+        ", ".join(entry.needs),
+        ", ".join(entry.head) or "—",
+        ", ".join(entry.fitted_on) or "—",
+        ", ".join(f"`{name}={x!r}`" for name, x in entry.params.items()) or "—",
+    ]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "successors.md").read_text().splitlines()
 
 
 def test_public_functions_are_documented():

@@ -523,6 +523,13 @@ def test_neighbours_by_tiles_are_those_of_a_whole_product(monkeypatch):
         assert torch.equal(nearest.nearest(x, bank, 7), whole)
 
 
+def test_near_neighbours_are_told_apart_in_float32():
+    g = torch.Generator().manual_seed(0)
+    bank, x = (1 + 1e-3 * torch.randn(n, D, generator=g) for n in (500, 40))
+    got = Fitted("knn", k=10).fit(None, bank).score(None, x)
+    np.testing.assert_allclose(-got, kth_distance(x.double().numpy(), (None, bank.double().numpy()), 10), rtol=3e-4)
+
+
 def test_a_neighbour_that_is_the_row_itself():
     h = rows()[1]
     got = fitted("knn", k=1).score(None, h)

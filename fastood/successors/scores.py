@@ -348,7 +348,7 @@ _register(
 _register(
     name="class_cosine",
     formula="max_k cos(h, m_k), m_k the mean of h over class k",
-    source="the nearest class mean by cosine; the cosine of SHE's Appendix, over all classes",
+    source="the nearest class mean by cosine; of the predicted class alone it is SHE with a cosine, as OpenOOD has it",
     higher="in",
     score=lambda rows, state: (_unit(rows.h) @ state["centres"].T).amax(1),
     needs=("feats",),
@@ -506,12 +506,14 @@ def _enough(totals: State, k: int) -> None:
 
 def _knn_finish(totals: State, state: State, k: int) -> dict[str, Tensor]:
     _enough(totals, k)
-    return {"bank": _unit(wide(totals["bank"])).to(totals["bank"].dtype)}
+    bank = _unit(wide(totals["bank"])).to(totals["bank"].dtype)
+    # In float32 a row is not quite of length 1, which among near neighbours would count.
+    return {"bank": bank, "half_square": wide(bank).square().sum(1) / 2}
 
 
 def _knn(rows: Rows, state: State, k: int) -> Tensor:
     x, bank = _unit(rows.h), state["bank"]
-    kth = nearest(x, bank, k)[:, -1]
+    kth = nearest(x, bank, k, state["half_square"])[:, -1]
     return (x - bank[kth]).norm(dim=1)
 
 
