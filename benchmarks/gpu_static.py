@@ -46,7 +46,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import gpu_model
-from fastood.kernels import Product, Stat, Want
+from fastood.kernels import Column, Request, Stat
 from fastood.kernels.statistics import TV
 from fastood.kernels.triton import device, shapes
 from fastood.kernels.triton.launch import UNUSED_BITS
@@ -102,8 +102,8 @@ def compile_case(
     if case.kernel == "gen":
         return compile_gen(case, target)
     C, D, size = case.C, case.D, case.dtype.itemsize
-    products = [Product(i, j, 1.0, 1, 1.0) for i in _or_none(case.stats) for j in _or_none(case.orders)]
-    plan = shapes.plan_of(Want(case.stats, case.orders), tuple(products))
+    columns = [Column(((i, 1.0),), j) for i in _or_none(case.stats) for j in _or_none(case.orders)]
+    plan = shapes.plan_of(Request(case.stats, case.orders, tuple(columns), (len(columns), -1)))
     assert plan is not None
     shape = shapes.launch_shape(C, D, size, plan.sums)
     x, x_tiles = shapes.logits_tile(C, *(rows or (C, 0)), size, shape.lanes) if C else (shapes.NOTHING, 0)

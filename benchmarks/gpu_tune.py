@@ -19,8 +19,7 @@ import torch
 
 from benchmarks import gpu_day
 from benchmarks.harness import OURS, gpu_seconds
-from fastood import _plan
-from fastood.kernels import triton
+from fastood import _plan, kernels
 from fastood.kernels.triton import launch, shapes
 
 NAMES = ("ROWS", "ROWS_WITH_FEATS", "ROWS_OF_FEATS", "STREAM", "TILES", "HELD_A_THREAD")
@@ -56,7 +55,7 @@ def put(changes: dict[str, Any]) -> None:
     """These numbers into shapes.py, and whatever was worked out with others out of all caches."""
     for name, value in (AS_THEY_ARE | changes).items():
         setattr(shapes, name, value)
-    for known in (triton._columns, triton._route_of, launch.scores, launch.gradient, launch.gen, shapes.plan_of):
+    for known in (kernels._prepared, launch.scores, launch.gradient, launch.gen, shapes.plan_of):
         known.cache_clear()
     _plan._PLANS.clear()
 

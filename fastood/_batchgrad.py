@@ -23,7 +23,7 @@ from fastood._inputs import (
     temperature_of,
 )
 from fastood.gradients import label_minus_p, required
-from fastood.kernels import Anchors, reference, select
+from fastood.kernels import Anchors, Run, reference, select
 from fastood.kernels.seam import traced
 
 
@@ -102,7 +102,11 @@ class BatchGrad:
             raise ValueError(f"G must be finite, got {bad} of {g.numel()} numbers NaN or infinite; {hint}")
         g = g.clone(memory_format=torch.contiguous_format)
         self.anchors = Anchors(g, temperature_of(temperature), bias)
-        self._oriented = Anchors(g, self.anchors.temperature, bias, sign=-1)
+        self._runs: dict[Any, Run] = {}  # as backends carry it out, by backend and sign
+        self._quick: dict[Any, Any] = {}  # their short ways, by the backend asked for and sign
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": {}, "_quick": {}}  # copies and pickles make their own
 
     def __repr__(self) -> str:
         G, bias = self.anchors.G, self.anchors.bias
@@ -135,27 +139,29 @@ class BatchGrad:
         oriented, backend
             As in ``fastood.score``. float64 where an input or G is, else float32.
         """
-        anchors = self._oriented if flag("oriented", oriented) else self.anchors
-        way = None
+        sign = -1 if flag("oriented", oriented) else 1
         if isinstance(backend, str) and not torch.compiler.is_compiling():
-            way = anchors.prepared.get(("way", backend))
-        if way is not None:
-            out = way(logits, feats, None)
+            quick = self._quick.get((backend, sign))
+            out = quick and quick(logits, feats, None)
             if out is not None:
                 return out
         f, h, as_numpy = logits_and_feats(logits, feats)
         f, h = required("logits", f), required("feats", h)
+        anchors = self.anchors._replace(sign=sign)
         G = anchors.G
         for name, x, columns in (("logits", f, G.shape[0]), ("feats", h, G.shape[1] - int(anchors.bias))):
             if x.shape[1] != columns:
                 raise ValueError(f"{name} must have {columns} columns, for G is {list(G.shape)}, got {list(x.shape)}")
         if G.device != f.device:
             raise ValueError(f"G must be on the device of logits, {f.device}, got {G.device}: BatchGrad.to moves it")
-        dtype = result_dtype(f, h, G)
-        chosen = select(backend, f.device, dtype)
-        out = chosen.batchgrad(f, h, anchors).to(dtype)
-        if not G.requires_grad:
-            anchors.prepared["way", backend] = chosen.plain(anchors, (-1,))
+        chosen = select(backend, f.device, result_dtype(f, h, G), f, h, G)
+        if torch.compiler.is_compiling():
+            return give(chosen.batchgrad(anchors)(f, h), as_numpy)
+        run = self._runs.get((chosen, sign))
+        if run is None:
+            run = self._runs[chosen, sign] = chosen.batchgrad(anchors)
+        out = run(f, h)
+        self._quick[backend, sign] = run.quick
         return give(out, as_numpy)
 
     def to(self, *args: Any, **kwargs: Any) -> BatchGrad:

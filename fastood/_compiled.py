@@ -18,7 +18,7 @@ from fastood.kernels import _name_of, operator
 from fastood.kernels.seam import constant, differentiated, exporting, forward_mode
 from fastood.registry import SCORES
 
-_products = torch.ops.fastood.products.no_grad
+_scores = torch.ops.fastood.scores.no_grad
 
 
 def short_way(logits: Any, feats: Any, asked: tuple[Any, ...]) -> Tensor | None:
@@ -48,7 +48,7 @@ def short_way(logits: Any, feats: Any, asked: tuple[Any, ...]) -> Tensor | None:
     if call is None:
         return None
     takes, work = call.split(":")
-    return _products(logits if "f" in takes else None, feats if "h" in takes else None, None, work)
+    return _scores(logits if "f" in takes else None, feats if "h" in takes else None, None, work)
 
 
 @constant
@@ -66,12 +66,18 @@ def _work(registered: int, fixed: tuple[Any, ...], logits: Any, feats: Any) -> s
     except (TypeError, ValueError):
         return None
     dtypes, devices, layouts, nested = map(set, zip(*filter(None, (logits, feats)), strict=True))
-    if plan.job is None or not dtypes.issubset(FLOATS) or len(devices) > 1 or layouts != {torch.strided} or any(nested):
+    if (
+        not plan.request.columns
+        or not dtypes.issubset(FLOATS)
+        or len(devices) > 1
+        or layouts != {torch.strided}
+        or any(nested)
+    ):
         return None
     (device,), dtype = devices, torch.float64 if torch.float64 in dtypes else torch.float32
     chosen = "reference" if exporting() or differentiated() else _name_of(backend, device, dtype)
-    light = backend == "auto" and operator.is_light(plan.want)
+    light = backend == "auto" and operator.is_light(plan.request)
     if chosen == "reference" or device.type not in operator.DEVICES or light:
         return None
-    takes = "f" * bool(plan.want.stats) + "h" * bool(plan.want.orders)
-    return takes + ":" + operator.work_of(chosen, plan.job, (), dtype, by_row=True)
+    takes = "f" * bool(plan.stats) + "h" * bool(plan.orders)
+    return takes + ":" + operator.work_of(chosen, plan.request, dtype)

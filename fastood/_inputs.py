@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastood._fork import one_thread_if_forked
+from fastood.kernels.contract import result_dtype as result_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Every number of these is one of float16 too; and what safetensors calls them.
@@ -114,14 +115,6 @@ def same_rows(name: str, x: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} must have the {logits.shape[0]} rows of logits, got shape {list(x.shape)}")
     if x.device != logits.device:
         raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {x.device}")
-
-
-def result_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where an input is float64, else float32: never a half type."""
-    for t in tensors:
-        if t is not None and t.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
 
 
 def give(x: Tensor, as_numpy: bool) -> Any:

@@ -20,7 +20,7 @@ from fastood._inputs import (
     result_dtype,
     temperature_of,
 )
-from fastood.kernels import STATISTICS, Backend, Job, Product, Stat, Want, select
+from fastood.kernels import NO_NORM, ONE, STATISTICS, Column, Request, Stat, prepared, reference, select
 from fastood.registry import RowStats, Score
 
 
@@ -44,29 +44,31 @@ class Plan:
         for entry, _ in scores:
             if log and not entry.positive:
                 raise ValueError(f"log: {entry.name} is never above 0, so it has no logarithm")
-        stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name], log)))
-        orders = tuple(dict.fromkeys(r for _, r in scores if r is not None))
-        self.want = Want(stats, orders, T, bias, log)
-        self.ways: dict[Backend, Callable[[Any, Any, Any], Any]] = {}  # the short ones, once a longer one was gone
-        self.job = None
-        if not log and all(e.v is None and e.power in (1, 2) for e, _ in scores):
-            places = {stat: i for i, stat in enumerate(stats)}  # tuple.index is beyond torch.compile
-            self.job = Job(self.want, tuple(self._product(e, r, places) for e, r in scores))
+        self.stats = tuple(dict.fromkeys(s for e, _ in scores for s in e.stats_for(self.params[e.name], log)))
+        self.orders = tuple(dict.fromkeys(r for _, r in scores if r is not None))
+        columns: tuple[Column, ...] = ()
+        if not log and all(not callable(e.v) and e.power in (1, 2) for e, _ in scores):
+            places = {stat: i for i, stat in enumerate(self.stats)}  # tuple.index is beyond torch.compile
+            columns = tuple(self._column(e, r, places, T) for e, r in scores)
+        as_they_are = (len(self.stats) + len(self.orders), -1)
+        self.request = Request(self.stats, self.orders, columns, shape if columns else as_they_are, T, bias, log)
+        self.quick: tuple[Callable[[Any, Any, Any], Any], ...] = ()  # short ways, once a longer one was gone
 
-    def _product(self, entry: Score, order: float | None, places: Mapping[Stat, int]) -> Product:
+    def _column(self, entry: Score, order: float | None, places: Mapping[Stat, int], T: float) -> Column:
+        assert not callable(entry.v)
+        sign = float(entry.sign(self.oriented))
         stats = entry.stats_for(self.params[entry.name])
-        return Product(
-            places[stats[0]] if stats else -1,
-            -1 if order is None else self.want.orders.index(order),
-            float(entry.sign(self.oriented) * entry.factor),
+        return Column(
+            tuple((places[s], sign * x) for s, x in zip(stats, entry.v, strict=True)) if stats else ((ONE, sign),),
+            NO_NORM if order is None else self.orders.index(order),
             int(entry.power),
-            entry.divisor(self.want.temperature),
+            entry.divisor(T),
         )
 
     def run(self, logits: Any, feats: Any, backend: str, labels: Any = None) -> Any:
         """All scores as `shape`, in which -1 stands for the rows: it is the first or the last of it."""
-        for way in self.ways.values():
-            out = way(logits, feats, labels)
+        for quick in self.quick:
+            out = quick(logits, feats, labels)
             if out is not None:
                 return out
         f, h, as_numpy = logits_and_feats(logits, feats)
@@ -76,44 +78,38 @@ class Plan:
             self._check_given(f, h)
         q = None if labels is None or f is None else label_probabilities(labels, f, as_numpy)
         dtype = result_dtype(f, h)
-        chosen = select(backend, x.device, dtype)
-        shape = tuple(x.shape[0] if n < 0 else n for n in self.shape)
-        by_row = self.shape[0] < 0
-        out = None
-        if self.job is not None:
-            out = chosen.products(f, h, self.job, shape, dtype, by_row, q)
-            short = None if out is None else chosen.plain(self.job, self.shape)
-            if short is not None and chosen not in self.ways:
-                self.ways = {**self.ways, chosen: short}  # another thread may be going through them
-        if out is None:
-            out = self._composed(f, h, q, chosen, dtype, by_row).reshape(shape).to(dtype)
+        C, D = (0 if matrix is None else matrix.shape[1] for matrix in (f, h))
+        run = prepared(select(backend, x.device, dtype, f, h, q), self.request, C, D)
+        out = run(f, h, q)
+        if not self.request.columns:
+            out = self.made_of(out.unbind(), C, dtype)
+        elif run.quick is not None and run.quick not in self.quick:
+            self.quick = (*self.quick, run.quick)  # a new one: another thread may be going through them
         return give(out, as_numpy)
 
-    def _composed(
-        self, f: Tensor | None, h: Tensor | None, q: Tensor | None, chosen: Backend, dtype: torch.dtype, by_row: bool
-    ) -> Tensor:
-        found, norms = chosen.row_stats(f, h, self.want, q)
-        return self.composed(found, norms, 0 if f is None else f.shape[1], dtype, by_row)
-
-    def composed(
-        self, found: Mapping[Stat, Tensor], norms: Tensor | None, C: int, dtype: torch.dtype, by_row: bool
-    ) -> Tensor:
-        """The scores, from what a backend gives for `want`: float64 [N, K] where `by_row`, else [K, N]."""
-        stats = RowStats(found, C, self.want.temperature, wide=dtype == torch.float64)
-        columns = []
-        for entry, order in self.scores:
-            u = None if order is None or norms is None else norms[:, self.want.orders.index(order)]
-            params = self.params[entry.name]
-            columns.append(entry.compose(stats, u, params=params, log=self.want.log, oriented=self.oriented))
-        return torch.stack(columns, -1 if by_row else 0)
+    def made_of(self, values: Sequence[Tensor], C: int, dtype: torch.dtype) -> Tensor:
+        """The scores, from the request's statistics and then norms, [N] each, where no backend made its columns."""
+        if self.request.columns:
+            return reference.multiplied(values, self.request, dtype)
+        stats = RowStats(
+            dict(zip(self.stats, values, strict=False)), C, self.request.temperature, wide=dtype == torch.float64
+        )
+        norms = dict(zip(self.orders, values[len(self.stats) :], strict=True))
+        options: Any = {"log": self.request.log, "oriented": self.oriented}
+        columns = [
+            e.compose(stats, None if r is None else norms[r], params=self.params[e.name], **options)
+            for e, r in self.scores
+        ]
+        rows_last = torch.stack(columns, -1 if self.shape[0] < 0 else 0)
+        return rows_last.reshape([values[0].shape[0] if n < 0 else n for n in self.shape]).to(dtype)
 
     def _check_given(self, f: Tensor | None, h: Tensor | None) -> None:
         for entry, _ in self.scores:
             for name, x in (("logits", f), ("feats", h)):
                 if x is None and name in entry.needs:
                     raise ValueError(f"{name} must be given: {entry.name} = {entry.formula}")
-        if h is None and self.want.orders:
-            raise ValueError(f"feats must be given for norm={self.want.orders[0]:g}")
+        if h is None and self.orders:
+            raise ValueError(f"feats must be given for norm={self.orders[0]:g}")
 
 
 _PLANS: dict[Any, Plan] = {}

@@ -25,7 +25,7 @@ from fastood._inputs import (
     temperature_of,
 )
 from fastood._plan import Plan, keep, kept, known_plan, stat_of, typed
-from fastood.kernels import Stat, Want, select
+from fastood.kernels import Request, Stat, prepared, select
 from fastood.kernels.statistics import FORMULAS
 from fastood.registry import NORM, SCORES, Method, Score
 from fastood.successors import SUCCESSORS, Fitted
@@ -337,9 +337,9 @@ def row_stats(
     if stats is None:
         stats = FORMULAS
     wanted = tuple(stat_of(s) for s in _names("stats", stats))
-    want = Want(wanted, temperature=temperature_of(temperature))
-    found, _ = select(backend, f.device, f.dtype).row_stats(f, None, want)
-    return {s: give(found[s].to(result_dtype(f)), as_numpy) for s in wanted}
+    request = Request(wanted, (), (), (len(wanted), -1), temperature_of(temperature))
+    found = prepared(select(backend, f.device, f.dtype, f), request, f.shape[1], 0)(f, None)
+    return {s: give(x, as_numpy) for s, x in zip(wanted, found.to(result_dtype(f)), strict=True)}
 
 
 def warm_up(

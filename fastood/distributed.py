@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastood._inputs import ArrayT, Order, flag, give, result_dtype, same_rows, take, temperature_of
 from fastood._plan import Plan, stat_of
 from fastood.api import _entries, _entry, _names, _order, rows_along
-from fastood.kernels import Stat, Want, select
+from fastood.kernels import Request, Stat, prepared, select
 from fastood.kernels.seam import traced
 from fastood.kernels.slices import Whole, above_level, parts_for, parts_of
 from fastood.kernels.statistics import FORMULAS
@@ -102,7 +102,7 @@ def score(
         plan = Plan(
             [(entry, _order(entry, norm, feats is not None))], (1, -1), temperature, bias, log, oriented, params
         )
-        rows = _Rows.of_logits(ranks, plan.want, logits, feats, dim, backend, f"score({_described(plan)})")
+        rows = _Rows.of_logits(ranks, plan.request, logits, feats, dim, backend, f"score({_described(plan)})")
         plan._check_given(*given)
     return rows.scores(plan)[0]
 
@@ -145,7 +145,7 @@ def scores(
             entries = _entries("methods", methods)
         columns = [(e, _order(e, "auto" if e.gradient else norm, feats is not None)) for e in entries]
         plan = Plan(columns, (len(columns), -1), temperature, bias, log, oriented, params)
-        rows = _Rows.of_logits(ranks, plan.want, logits, feats, dim, backend, f"scores({_described(plan)})")
+        rows = _Rows.of_logits(ranks, plan.request, logits, feats, dim, backend, f"scores({_described(plan)})")
         plan._check_given(*given)
     return dict(zip([e.name for e in entries], rows.scores(plan), strict=True))
 
@@ -171,8 +171,8 @@ def row_stats(
     ranks = _Ranks.of("logits", logits, 1, group)
     with ranks.told():
         wanted = tuple(stat_of(s) for s in _names("stats", FORMULAS if stats is None else stats))
-        want = Want(wanted, temperature=temperature_of(temperature))
-        rows = _Rows.of_logits(ranks, want, logits, None, None, backend, f"row_stats({wanted}, {temperature})")
+        request = Request(wanted, (), (), (len(wanted), -1), temperature_of(temperature))
+        rows = _Rows.of_logits(ranks, request, logits, None, None, backend, f"row_stats({wanted}, {temperature})")
     found, _, dtype = rows.merged()
     return {s: rows.give(found[s].to(dtype)) for s in wanted}
 
@@ -257,7 +257,7 @@ def score_linear(
             columns.append((PROBABILITY, None))
         plan = Plan(columns, (len(columns), -1), temperature, False, log, oriented, params)
         asked = f"score_linear({_described(plan)}, {predict=}) with {'no' if bias is None else 'a'} bias"
-        rows = _Rows.of_layer(ranks, plan.want, feats, weight, bias, backend, predict, asked)
+        rows = _Rows.of_layer(ranks, plan.request, feats, weight, bias, backend, predict, asked)
     out = rows.scores(plan)
     if rows.classes is None:
         return out[0]
@@ -267,7 +267,7 @@ def score_linear(
 def _described(plan: Plan) -> str:
     """What has to be the same on every rank."""
     names = [e.name if r is None else f"{e.name} norm={r:g}" for e, r in plan.scores]
-    T, bias, log = plan.want.temperature, plan.want.bias, plan.want.log
+    T, bias, log = plan.request.temperature, plan.request.bias, plan.request.log
     return f"{', '.join(names)}, temperature={T!r}, {bias=}, {log=}, oriented={plan.oriented}, {plan.params}"
 
 
@@ -382,7 +382,7 @@ class _Rows:
     def __init__(
         self,
         ranks: _Ranks,
-        want: Want,
+        request: Request,
         shape: tuple[int, int],
         tensors: tuple[Tensor | None, ...],
         tiles: Callable[[], Iterable[tuple[slice, Tensor]]],
@@ -400,12 +400,12 @@ class _Rows:
         device = next(x.device for x in tensors if x is not None)
         if not ranks.serves(device):
             raise ValueError(f"group must serve tensors on {device}, got {dist.get_backend_config(ranks.group)}")
-        self.ranks, self.want, self.shape, self.tiles, self.feats = ranks, want, shape, tiles, feats
+        self.ranks, self.request, self.shape, self.tiles, self.feats = ranks, request, shape, tiles, feats
         self.dtype, self.device, self.give, self.predict = result_dtype(*tensors), device, give, predict
         self.backend = select(backend, device, self.dtype)
-        self.parts = parts_for(want.stats)
+        self.parts = parts_for(request.stats)
         self.most = max(
-            (int(s[2]) for s in want.stats if len(s) == 3 and s[0] == "gen"), default=0
+            (int(s[2]) for s in request.stats if len(s) == 3 and s[0] == "gen"), default=0
         )  # logits that gen looks at
         features = "no" if feats is None else feats.shape[1]
         self.asked = f"{asked}, {features} feats"
@@ -413,7 +413,7 @@ class _Rows:
 
     @classmethod
     def of_logits(
-        cls, ranks: _Ranks, want: Want, logits: Any, feats: Any, dim: int | None, backend: str, asked: str
+        cls, ranks: _Ranks, request: Request, logits: Any, feats: Any, dim: int | None, backend: str, asked: str
     ) -> _Rows:
         _check_feats(ranks, feats, 1 if dim is None else dim)
         f, h = _local(logits), _local(feats)
@@ -427,11 +427,19 @@ class _Rows:
             same_rows("feats", h, f)
         give = _giver(logits, 1 if dim is None else dim, as_numpy, shape)
         tiles = [(slice(None), f)] if f.numel() else []
-        return cls(ranks, want, (f.shape[0], f.shape[1]), (f, h), lambda: tiles, h, backend, asked, give)
+        return cls(ranks, request, (f.shape[0], f.shape[1]), (f, h), lambda: tiles, h, backend, asked, give)
 
     @classmethod
     def of_layer(
-        cls, ranks: _Ranks, want: Want, feats: Any, weight: Any, bias: Any, backend: str, predict: bool, asked: str
+        cls,
+        ranks: _Ranks,
+        request: Request,
+        feats: Any,
+        weight: Any,
+        bias: Any,
+        backend: str,
+        predict: bool,
+        asked: str,
     ) -> _Rows:
         _check_feats(ranks, feats, 1)
         if _is_dtensor(bias) and _is_dtensor(weight) and bias.placements != weight.placements:
@@ -445,23 +453,25 @@ class _Rows:
             return _tiles(h, w, b) if all(shape) else ()
 
         give = _giver(feats, 1, as_numpy, None)
-        return cls(ranks, want, shape, tensors, tiles, h, backend, asked, give, predict)
+        return cls(ranks, request, shape, tensors, tiles, h, backend, asked, give, predict)
 
     def scores(self, plan: Plan) -> list[Any]:
-        norms = None
-        if self.want.orders:
-            _, norms = self.backend.row_stats(None, self.feats, self.want._replace(stats=()))
+        norms: Iterable[Tensor] = ()
+        if self.request.orders:
+            assert self.feats is not None
+            request = self.request.of((), self.request.orders)
+            norms = prepared(self.backend, request, 0, self.feats.shape[1])(None, self.feats)
         found, C, dtype = self.merged()
         if not plan.scores:
             return []
-        return [self.give(x) for x in plan.composed(found, norms, C, dtype, by_row=False).to(dtype)]
+        return [self.give(x) for x in plan.made_of([*found.values(), *norms], C, dtype)]
 
     def merged(self) -> tuple[dict[Stat, Tensor], int, torch.dtype]:
         """The statistics of whole rows, float64 [N]; the number of classes; the type of results."""
         N, mine = self.shape
         wide = self.dtype == torch.float64
         wait = self.ranks.greeted(_Greeting.of(True, N, mine, wide, self.ranks.place, self.asked))
-        sent = self._read() if self.want.stats else None
+        sent = self._read() if self.request.stats else None
         greetings = wait()
         _agreed(greetings)
         C, dtype = sum(x.classes for x in greetings), torch.float64 if any(x.wide for x in greetings) else torch.float32
@@ -475,17 +485,17 @@ class _Rows:
         every = self.ranks.gathered(sent)[by_place].permute(1, 2, 0)  # [numbers, N, slices]
         parts = dict(zip(self.parts, every, strict=False))
         others = every[len(self.parts) :]
-        whole = Whole(parts, classes, self.want.temperature, others[self.predict :].movedim(0, -1).flatten(1))
-        if "tv" in self.want.stats:
+        whole = Whole(parts, classes, self.request.temperature, others[self.predict :].movedim(0, -1).flatten(1))
+        if "tv" in self.request.stats:
             above = torch.zeros_like(whole.level)
             for rows, f in self.tiles():
-                above[rows] = above_level(f, self.want.temperature, whole.f_max[rows], whole.level[rows])
+                above[rows] = above_level(f, self.request.temperature, whole.f_max[rows], whole.level[rows])
             whole.above = self.ranks.gathered(above)[by_place].sum(0)
         if self.predict:
             before = torch.tensor([0, *accumulate(classes)], device=self.device)[whole.top]
             within = others[0].gather(-1, whole.top[:, None])[:, 0].long()
             self.classes = (before + within).clamp(max=C - 1)  # where all are masked, any
-        return {stat: whole.stat(stat) for stat in self.want.stats}, C, dtype
+        return {stat: whole.stat(stat) for stat in self.request.stats}, C, dtype
 
     def _read(self) -> Tensor:
         """What this slice comes to, float64 [numbers, N]: its parts, its most probable class, its largest logits."""
@@ -494,7 +504,7 @@ class _Rows:
         out = torch.zeros(parts + self.predict + most, N, dtype=torch.float64, device=self.device)
         out[0] = -math.inf  # of no class
         for rows, f in self.tiles():
-            out[:parts, rows] = parts_of(f, self.parts, self.want, self.backend)
+            out[:parts, rows] = parts_of(f, self.parts, self.request, self.backend)
             if self.predict:
                 out[parts, rows] = f.argmax(-1).double()
             if most:

@@ -103,7 +103,7 @@ def _as_score(q: str, order: float, power: float, expectation: Expectation) -> S
         gradient=gradient,
     )
     if (q, expectation) == ("predicted", "inside"):  # E_p[e_Y - p] = 0, exactly
-        return replace(score, stats=("msp",), factor=0.0)
+        return replace(score, stats=("msp",), v=(0,))
     if (q, expectation, order) == ("uniform", "inside", 1):  # ||u - p||_1 = 2 TV
         return replace(score, stats=("tv",), v=lambda s: Powers(2 * s["tv"])(power))
     return score

@@ -180,10 +180,10 @@ def _scored(
     h, w, b = h.detach(), w.detach(), None if b is None else b.detach()
     chosen = select(backend, h.device, result_dtype(h, w, b))
     if chosen is triton:
-        found = triton.linear(h, w, b, plan.want, predict)
+        found = triton.linear(h, w, b, plan.request, predict)
         if found is not None:
-            stats, norms, classes = found
-            return plan.composed(stats, norms, len(w), torch.float32, False).float(), classes
+            values, classes = found
+            return plan.made_of(values, len(w), torch.float32), classes
     out = h.new_empty(len(plan.scores), len(h), dtype=result_dtype(h, w, b))
     classes = torch.empty(len(h), dtype=torch.int64, device=h.device) if predict else None
     for rows, f in _tiles(h, w, b):

@@ -8,14 +8,14 @@ in-distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastood._inputs import choice
+from fastood._inputs import choice, number
 from fastood.kernels import STATISTICS, Stat
 from fastood.kernels.reference import LARGEST, Powers, times_norm
 
@@ -68,11 +68,10 @@ class Score:
         Which inputs the *raw* formula is larger for: in- or out-of-distribution ones.
     stats : tuple, or callable of the score's parameters that gives one
         The row statistics that V is made of: names of ``fastood.STATISTICS``.
-    factor : float
-        V = factor * the first of `stats`, or the factor alone where there are none: what a kernel can
-        multiply by U without coming back to Python.
-    v : callable, optional
-        In place of `factor`: ``v(s, **params)`` -> V, float64 [N], from ``s["name"]``, ``s.C`` and ``s.T``.
+    v : tuple of float, or callable
+        The coefficients of `stats` of which V is the sum, which kernels work out themselves: ``(1.0,)`` where left out,
+        V = 1 where there are no `stats`. Or ``v(s, **params)`` -> V, float64 [N], from ``s["name"]``, ``s.C`` and
+        ``s.T``, for any other formula.
     log_v, log_stats : optional
         log V over statistics of its own, where that is more exact than the logarithm of V.
     positive : bool
@@ -96,7 +95,7 @@ class Score:
     >>> import fastood, torch
     >>> _ = fastood.register(fastood.Score(
     ...     "margin", formula="T lse - max f", source="mine", higher="out",
-    ...     stats=("energy", "fmax"), v=lambda s: s["energy"] - s["fmax"]))
+    ...     stats=("energy", "fmax"), v=(1, -1)))
     >>> fastood.score(torch.tensor([[2.0, 2.0]]), method="margin")
     tensor([-0.6931])
     >>> del fastood.SCORES["margin"]
@@ -107,8 +106,7 @@ class Score:
     source: str
     higher: Literal["in", "out"]
     stats: tuple[Stat, ...] | Callable[..., tuple[Stat, ...]] = ()
-    factor: float = 1.0
-    v: Callable[..., Tensor] | None = None
+    v: Sequence[float] | Callable[..., Tensor] = (1.0,)
     log_v: Callable[..., Tensor] | None = None
     log_stats: tuple[Stat, ...] = ()
     positive: bool = True
@@ -122,6 +120,11 @@ class Score:
             raise TypeError(f"stats must be a tuple of names, got {self.stats!r}")
         for stat in (*self.stats_for(self.params), *self.log_stats):
             choice("stats", stat if isinstance(stat, str) else stat[0], tuple(STATISTICS))
+        if not callable(self.v):
+            v, wanted = tuple(number("v", x) for x in self.v), max(1, len(self.stats_for(self.params)))
+            if len(v) != wanted:
+                raise ValueError(f"v must have {wanted} coefficients, one for each of stats, got {self.v!r}")
+            object.__setattr__(self, "v", v)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -178,8 +181,12 @@ class Score:
         if log and self.log_v:
             return self.log_v(s, **params)
         if not self.stats:
-            return math.log(self.factor) if log else self.factor
-        v = self.v(s, **params) if self.v else self.factor * s[self.stats_for(params)[0]]
+            return 0.0 if log else 1.0
+        if callable(self.v):
+            v = self.v(s, **params)
+        else:
+            terms = [x * s[stat] for x, stat in zip(self.v, self.stats_for(params), strict=True)]
+            v = sum(terms[1:], start=terms[0])
         return v.log() if log else v
 
 
@@ -278,7 +285,7 @@ register(
 )
 register(Score(
     "gen", "-sum over the M largest p of p^gamma (1 - p)^gamma", "GEN, Liu et al. (2023)", "in",
-    stats=lambda gamma, M: (("gen", gamma, M),), factor=-1.0,
+    stats=lambda gamma, M: (("gen", gamma, M),), v=(-1,),
     positive=False, params={"gamma": 0.1, "M": 100},
 ))  # fmt: skip
 
@@ -301,7 +308,7 @@ register(
         "Eq. 1, 2 and 4; Table 1: || grad E_u[log p] ||_1",
         "in",
         stats=("tv",),
-        factor=2,
+        v=(2,),
         gradient=_gradient("uniform", 1, 1, "inside"),
     )
 )
@@ -312,7 +319,7 @@ register(
         "Eq. 3 and 5; Table 1: E_p || grad log p ||_1",
         "out",
         stats=("one_minus_s2",),
-        factor=2,
+        v=(2,),
         log_stats=("log_one_minus_s2",),
         log_v=lambda s: s["log_one_minus_s2"] + math.log(2),
         gradient=_gradient("predicted", 1, 1, "outside"),
@@ -324,9 +331,8 @@ register(
         "(2/T) ||h||_1 (C - 1)/C, a constant times ||h||_1",
         "Table 1: E_u || grad log p ||_1",
         "in",
-        # 0 * msp: a row of logits without a softmax has no gradient either.
-        stats=("msp",),
-        v=lambda s: 2 * (s.C - 1) / s.C + 0 * s["msp"],
+        stats=("one", "uniform"),
+        v=(2, -2),
         gradient=_gradient("uniform", 1, 1, "outside"),
     )
 )
@@ -336,8 +342,8 @@ register(
         "(1/T^2) ||h||_2^2 (1 - 2/C + S_2)",
         "Table 1: E_u || grad log p ||_2^2",
         "in",
-        stats=("s2",),
-        v=lambda s: 1 - 2 / s.C + s["s2"],
+        stats=("one", "uniform", "s2"),
+        v=(1, -2, 1),
         gradient=_gradient("uniform", 2, 2, "outside"),
     )
 )
@@ -359,8 +365,8 @@ register(
         "(1/T^2) ||h||_2^2 ((1 + S_2) sum_k log p_k - 2 sum_k p_k log p_k) <= 0",
         "Table 1: E_p[ (log p / p) || grad log p ||_2^2 ]",
         "out",
-        stats=("s2", "sumlogp", "plogp"),
-        v=lambda s: (1 + s["s2"]) * s["sumlogp"] - 2 * s["plogp"],
+        stats=("s2_sumlogp", "plogp"),
+        v=(1, -2),
         positive=False,
         gradient=_gradient("log_predicted", 2, 2, "outside"),
     )
@@ -372,7 +378,7 @@ register(
         "Table 1: || E_p[grad log p] ||_2^2",
         "in",
         stats=("msp",),
-        factor=0,
+        v=(0,),
         gradient=_gradient("predicted", 2, 2, "inside"),
     )
 )

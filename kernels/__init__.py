@@ -1,117 +1,32 @@
 """Row statistics, and the one place that decides who computes them.
 
-Every score of fastood is an O(N) formula over a few numbers per row. A *backend* is a module in
-this folder that computes those numbers; it has five functions:
-
-``row_stats(logits, feats, want, labels) -> (stats, norms)``
-    ``stats`` maps each name in ``want.stats`` to a tensor ``[N]``; ``norms`` is ``[N, P]`` with one
-    column per order in ``want.orders`` (``None`` where none was asked for). Both come in float32
-    or wider; norms and gradients always in float64, so that U * V overflows only where the product does.
-    The norm of finite features is finite, the largest double where it is beyond them.
-    ``labels`` is the q of a gradient whose q is "given", [N, C] of any float type, not yet checked: a row
-    that is no distribution gives NaN.
-``products(logits, feats, job, shape, dtype, by_row, labels) -> out | None``
-    Finished scores in one go: each ``Product`` of the job, [N, K] where `by_row`, else [K, N], as `shape`; or
-    None where it has no such kernel (for these inputs), and ``row_stats`` is asked instead.
-``plain(work, shape) -> call | None``
-    The short way for tensors that need nothing done to them, of a job or of anchors that the backend served before:
-    ``call(logits, feats, labels)`` gives float32 of `shape`, in which -1 stands for the rows, or None where the long
-    way must be gone, which can tell what is wrong with the tensors. None where a backend has no such way.
-``batchgrad(logits, feats, anchors) -> out``
-    The one score that is no product of row statistics, raw times ``anchors.sign``, [N].
-``unusable(device, dtype) -> str | None``
-    Why it cannot serve tensors of that device and dtype here, or None where it can.
-
-Which statistics exist, and what each one means, is ``STATISTICS`` below, made from the table in
-statistics.py: the contract between scores and backends. A backend leaves those that it lacks to
-the reference.
+contract.py says what is asked of a backend, statistics.py which statistics there are. A call comes here for a backend
+(``select``) and for its request as that backend carries it out (``prepared``): with the reference's help where the
+backend does not support the request as a whole.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastood.kernels import cpu, operator, reference, triton
+from fastood.kernels.contract import NO_NORM, ONE, Anchors, Backend, Column, Request, Run, Stat, result_dtype
 from fastood.kernels.operator import Operator
-from fastood.kernels.seam import constant, differentiated, exporting
+from fastood.kernels.seam import constant, differentiated, exporting, traced
 from fastood.kernels.statistics import TABLE
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# A statistic is named by a string, or by a tuple of a string and its parameters.
-Stat = str | tuple[str, float] | tuple[str, float, int] | tuple[str, str, float, float, str]
+__all__ = [
+    "BACKENDS", "NO_NORM", "ONE", "STATISTICS", "Anchors", "Backend", "Column", "Request", "Run", "Stat", "backends",
+    "prepared", "select",
+]  # fmt: skip
 
 STATISTICS: dict[str, str] = {s.name: s.meaning for s in TABLE}
-
-
-class Want(NamedTuple):
-    """What one call asks a backend for. Work is proportional to it."""
-
-    stats: tuple[Stat, ...] = ()
-    orders: tuple[float, ...] = ()
-    temperature: float = 1.0
-    bias: bool = False  # norms of [h; 1] instead of h
-    log: bool = False  # log ||h||_r instead of ||h||_r
-
-
-class Product(NamedTuple):
-    """One finished score: factor * stats[stat] * (norms[order] / divisor) ** power; -1 for a term that is not there."""
-
-    stat: int
-    order: int
-    factor: float
-    power: int
-    divisor: float
-
-
-class Job:
-    """Finished scores that are asked for again and again."""
-
-    def __init__(self, want: Want, products: tuple[Product, ...]) -> None:
-        self.want, self.products = want, products
-        self.prepared: dict[Any, Any] = {}  # what backends made of it
-
-
-class Anchors:
-    """The constant of BatchGrad: G = sum_i (1/T) (e_{y_i} - p(x_i)) h_i^T of its anchors."""
-
-    def __init__(self, G: Tensor, temperature: float, bias: bool, sign: int = 1) -> None:
-        self.G, self.temperature, self.bias, self.sign = G, temperature, bias, sign
-        self.prepared: dict[Any, Any] = {}  # what backends made of it
-
-    def __reduce__(self) -> Any:
-        return Anchors, (self.G, self.temperature, self.bias, self.sign)  # copies and pickles prepare their own
-
-
-class Backend(Protocol):
-    def row_stats(
-        self, logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
-    ) -> tuple[dict[Stat, Tensor], Tensor | None]: ...
-
-    def products(
-        self,
-        logits: Tensor | None,
-        feats: Tensor | None,
-        job: Job,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        by_row: bool,
-        labels: Tensor | None = None,
-    ) -> Tensor | None: ...
-
-    def plain(self, work: Job | Anchors, shape: tuple[int, ...]) -> Callable[[Any, Any, Any], Any] | None: ...
-
-    def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor: ...
-
-    def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
-
 
 # What "auto" stands for, for a whole process.
 DEFAULT = os.environ.get("FASTOOD_BACKEND", "auto")
@@ -120,15 +35,67 @@ DEFAULT = os.environ.get("FASTOOD_BACKEND", "auto")
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
+def prepared(backend: Backend, request: Request, C: int, D: int) -> Run:
+    """The request as the backend carries it out for rows of C logits and D features, worked out once."""
+    if torch.compiler.is_compiling():  # which traces what there is, with sizes that are no numbers yet
+        return backend.compile(request)
+    return _prepared(backend, request, C if request.stats else 0, D if request.orders else 0)
+
+
+@lru_cache(maxsize=1024)
+def _prepared(backend: Backend, request: Request, C: int, D: int) -> Run:
+    if backend.supports(request, C, D):
+        return backend.compile(request)
+    return Run(_InParts(backend, request, C, D))
+
+
+class _InParts:
+    """A request that a backend does not support as a whole: statistics and norms from as few calls as it takes, the
+    reference's for those that the backend does not know, and the columns made of them in PyTorch."""
+
+    def __init__(self, backend: Backend, request: Request, C: int, D: int) -> None:
+        self.request = request
+        parts = [*((((s,), ())) for s in request.stats), *((((), (r,))) for r in request.orders)]
+        groups: list[tuple[Backend, Request]] = []
+        for stats, orders in parts:
+            alone = request.of(stats, orders)
+            by = backend if backend.supports(alone, *_read(alone, C, D)) else reference
+            for i, (other, group) in enumerate(groups):
+                both = request.of((*group.stats, *stats), (*group.orders, *orders))
+                if other is by and by.supports(both, *_read(both, C, D)):
+                    groups[i] = by, both
+                    break
+            else:
+                groups.append((by, alone))
+        self.runs = [(group, by.compile(group)) for by, group in groups]
+
+    def __call__(self, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
+        stats: dict[Stat, Tensor] = {}
+        norms: dict[float, Tensor] = {}
+        for group, run in self.runs:
+            found = run(logits, feats, labels)
+            stats |= zip(group.stats, found, strict=False)
+            norms |= zip(group.orders, found[len(group.stats) :], strict=True)
+        values = [*(stats[s] for s in self.request.stats), *(norms[r] for r in self.request.orders)]
+        if not self.request.columns:
+            return torch.stack(values)
+        return reference.multiplied(values, self.request, result_dtype(logits, feats))
+
+
+def _read(request: Request, C: int, D: int) -> tuple[int, int]:
+    return C if request.stats else 0, D if request.orders else 0
+
+
 class BackendStatus(NamedTuple):
     usable: bool
     why: str
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called `name` ("auto": the best usable one) for tensors of this device and dtype.
+def select(name: str, device: torch.device, dtype: torch.dtype, *tensors: Tensor | None) -> Backend:
+    """The backend called `name` ("auto": the best usable one) for these tensors, of this device and result type.
 
-    While torch.compile traces, that is an ``Operator`` which calls it when the graph runs: see kernels/operator.py.
+    The reference, whatever the name, where something looks into torch's operations. While torch.compile traces, an
+    ``Operator`` which calls the backend when the graph runs: see kernels/operator.py.
     """
     if torch.compiler.is_compiling():
         # What is exported holds plain torch operations, so that it loads without fastood, but where a name is given.
@@ -139,7 +106,8 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             if chosen != "reference" and device.type in operator.DEVICES
             else reference
         )
-    return BACKENDS[_name_of(name, device, dtype)]
+    backend = BACKENDS[_name_of(name, device, dtype)]
+    return reference if traced(*tensors) else backend
 
 
 @constant

@@ -86,7 +86,8 @@ def triton() -> str:
     def value(s: Statistic) -> str:
         text = rendered(s.formula, str, lambda x: f"log_scaled({rendered(x, str, str)}, gap)")
         otherwise = "fmax" if s.infinite else 'float("nan")'
-        return f"tl.where(tl.abs(fmax) < INF, {text}, {otherwise})" if "fmax" in s.quantities else text
+        checked = not s.sums or "fmax" in s.quantities  # what the sums do not make NaN where there is no softmax
+        return f"tl.where(tl.abs(fmax) < INF, {text}, {otherwise})" if checked else text
 
     numbers = {s.name: i for i, s in enumerate(TABLE)}
     branches = [f"if CODE == {numbers[s.name]}:  # {s.name}\n        return {value(s)}" for s in FORMULAS.values()]

@@ -1,4 +1,4 @@
-"""The operators that a compiled graph holds in place of a kernel: torch.ops.fastood.products, row_stats and batchgrad.
+"""The operators that a compiled graph holds in place of a kernel: torch.ops.fastood.scores and batchgrad.
 
 A compiler cannot look into a kernel of ours, and plain operations in its place take several times as long. So under
 ``torch.compile`` ``select`` gives ``Operator(name)``, a backend whose functions are one operator each; it calls the
@@ -9,75 +9,58 @@ can be kept on disk and run in another process that has imported fastood. Gradie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastood.kernels import reference
+from fastood.kernels.contract import Anchors, Column, Request, Run, result_dtype
 from fastood.kernels.seam import exporting
-
-if TYPE_CHECKING:
-    from fastood.kernels import Anchors, Job, Stat, Want
 
 DEVICES = "cpu", "cuda"
 
 
 class Operator(NamedTuple):
-    """A backend (see kernels/__init__.py) that puts the one called `name` into the graph."""
+    """A backend (see contract.py) that puts the one called `name` into the graph."""
 
     name: str
     always: bool  # even where the compiler does better
 
-    def row_stats(
-        self, logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
-    ) -> tuple[dict[Stat, Tensor], Tensor | None]:
-        if self._is_light(want):
-            return reference.row_stats(logits, feats, want, labels)
-        work = f"{self.name};{int(want.bias)};{len(want.orders)};{int(want.log)};{_names(want)};{_numbers(want)}"
-        tensors = logits if want.stats else None, feats if want.orders else None, labels
-        stats, norms = put(torch.ops.fastood.row_stats, tensors, work)
-        return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
-
-    def products(
-        self,
-        logits: Tensor | None,
-        feats: Tensor | None,
-        job: Job,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        by_row: bool,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        if self._is_light(job.want):
-            return reference.products(logits, feats, job, shape, dtype, by_row, labels)
-        fixed = shape[1:] if by_row else shape[:-1]
-        tensors = logits if job.want.stats else None, feats if job.want.orders else None, labels
-        return put(torch.ops.fastood.products, tensors, work_of(self.name, job, fixed, dtype, by_row))
-
-    def _is_light(self, want: Want) -> bool:
-        return not self.always and is_light(want)
-
-    def batchgrad(self, logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-        if self.name != "cpu":  # a CUDA graph would keep addresses of what was made of a G that is its own copy
-            return reference.batchgrad(logits, feats, anchors)
-        tensors = logits, feats, anchors.G
-        work = f"{self.name};{int(anchors.bias)};{anchors.sign};{text(anchors.temperature)}"
-        return put(torch.ops.fastood.batchgrad, tensors, work)
-
-    def plain(self, work: Job | Anchors, shape: tuple[int, ...]) -> None:
-        return None
-
     def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
+    def supports(self, request: Request, C: int, D: int) -> bool:
+        return True
 
-def is_light(want: Want) -> bool:
+    def compile(self, request: Request) -> Run:
+        if not self.always and is_light(request):
+            return reference.compile(request)
+        return Run(partial(self._scores, request))
+
+    def _scores(self, request: Request, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
+        dtype = result_dtype(logits, feats) if request.columns else torch.float64
+        tensors = logits if request.stats else None, feats if request.orders else None, labels
+        return put(torch.ops.fastood.scores, tensors, work_of(self.name, request, dtype))
+
+    def batchgrad(self, anchors: Anchors) -> Run:
+        if self.name != "cpu":  # a CUDA graph would keep addresses of what was made of a G that is its own copy
+            return reference.batchgrad(anchors)
+        return Run(partial(self._batchgrad, anchors))
+
+    def _batchgrad(
+        self, anchors: Anchors, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        work = f"{self.name};{int(anchors.bias)};{anchors.sign};{text(anchors.temperature)}"
+        return put(torch.ops.fastood.batchgrad, (logits, feats, anchors.G), work)
+
+
+def is_light(request: Request) -> bool:
     """A maximum alone is best taken where the compiler makes the logits: docs/compile.md has the measurement."""
-    return want.stats == ("fmax",) and not want.orders
+    return request.stats == ("fmax",) and not request.orders
 
 
 def put(operator: Any, tensors: tuple[Tensor | None, ...], work: str) -> Any:
@@ -87,26 +70,24 @@ def put(operator: Any, tensors: tuple[Tensor | None, ...], work: str) -> Any:
     return operator.no_grad(*tensors, work)
 
 
-# ---- what is wanted, as one argument of a schema: a torch operator takes a microsecond for each that it has
+# ---- a request as one argument of a schema: a torch operator takes a microsecond for each that it has
 
 
-def work_of(backend: str, job: Job, fixed: tuple[int, ...], dtype: torch.dtype, by_row: bool) -> str:
-    """Finished scores; `fixed` is the result's shape without its rows."""
-    want, wide = job.want, int(dtype == torch.float64)
-    sizes = ",".join([f"{n}" for n in fixed])
-    head = f"{backend};{int(want.bias)};{len(want.orders)};{wide};{int(by_row)};{sizes};{_names(want)};"
-    return head + _numbers(want, *[x for product in job.products for x in product])
-
-
-def _names(want: Want) -> str:
-    """The statistics but for their numbers."""
-    parts = [(stat,) if isinstance(stat, str) else stat for stat in want.stats]
-    return ",".join([" ".join([x for x in some if isinstance(x, str)]) for some in parts])
-
-
-def _numbers(want: Want, *others: float) -> str:
-    of_stats = [x for stat in want.stats if not isinstance(stat, str) for x in stat if not isinstance(x, str)]
-    return ",".join([text(x) for x in (want.temperature, *want.orders, *of_stats, *others)])
+def work_of(backend: str, request: Request, dtype: torch.dtype) -> str:
+    """The request to be carried out by `backend`, with a result of `dtype`."""
+    names, numbers = [], [request.temperature, *request.orders]
+    for stat in request.stats:
+        words = (stat,) if isinstance(stat, str) else stat
+        names.append(" ".join([x for x in words if isinstance(x, str)]))
+        numbers += [x for x in words if not isinstance(x, str)]
+    for column in request.columns:
+        for place, coefficient in column.terms:
+            numbers += [place, coefficient]
+        numbers += [column.order, column.power, column.divisor]
+    flags = f"{int(dtype == torch.float64)};{int(request.bias)};{int(request.log)};{len(request.orders)}"
+    terms = ",".join([f"{len(c.terms)}" for c in request.columns])
+    shape = ",".join([f"{n}" for n in request.shape])
+    return f"{backend};{flags};{terms};{shape};{','.join(names)};" + ",".join([text(x) for x in numbers])
 
 
 def text(x: float) -> str:
@@ -115,177 +96,97 @@ def text(x: float) -> str:
     return float(x).hex()
 
 
-def _read(numbers: str) -> Iterator[float]:
-    return map(float.fromhex, numbers.split(","))
+class _Asked:
+    """A request read again, with all that is no tensor worked out once."""
+
+    def __init__(self, work: str) -> None:
+        self.backend, wide, bias, log, orders, terms, shape, names, numbers = work.split(";")
+        left = map(float.fromhex, numbers.split(","))
+        T, r = next(left), tuple(islice(left, int(orders)))
+        stats: list[Any] = []
+        for name, *words in map(str.split, filter(None, names.split(","))):
+            if name == "gradient":
+                q, expectation = words
+                stats.append((name, q, *islice(left, 2), expectation))
+            elif name == "gen":
+                gamma, M = islice(left, 2)
+                stats.append((name, gamma, int(M)))
+            else:
+                stats.append((name, *islice(left, 1)) if name == "power_sum" else name)
+        columns = []
+        for n in map(int, filter(None, terms.split(","))):
+            of_v = tuple((int(next(left)), next(left)) for _ in range(n))
+            order, power, divisor = islice(left, 3)
+            columns.append(Column(of_v, int(order), int(power), divisor))
+        sizes = tuple(map(int, shape.split(",")))
+        self.request = Request(tuple(stats), r, tuple(columns), sizes, T, bias == "1", log == "1")
+        self.dtype = torch.float64 if wide == "1" else torch.float32
+        self.quick: Callable[..., Any] | None = None
+
+    def __call__(self, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
+        if self.quick is not None and (out := self.quick(logits, feats, labels)) is not None:
+            return out
+        from fastood.kernels import BACKENDS, prepared
+
+        C, D = (0 if x is None else x.shape[1] for x in (logits, feats))
+        run = prepared(BACKENDS[self.backend], self.request, C, D)
+        out = run(logits, feats, labels).to(self.dtype)
+        if self.request.columns and self.dtype == torch.float32:
+            self.quick = run.quick
+        return out
 
 
-def _want(names: str, numbers: Iterator[float], orders: int, bias: bool, log: bool) -> Want:
-    from fastood.kernels import Want
-
-    T, r = next(numbers), tuple(islice(numbers, orders))
-    stats: list[Any] = []
-    for name, *words in map(str.split, filter(None, names.split(","))):
-        if name == "gradient":
-            q, expectation = words
-            stats.append((name, q, *islice(numbers, 2), expectation))
-        elif name == "gen":
-            gamma, M = islice(numbers, 2)
-            stats.append((name, gamma, int(M)))
-        else:
-            stats.append((name, *islice(numbers, 1)) if name == "power_sum" else name)
-    return Want(tuple(stats), r, T, bias, log)
+_asked = lru_cache(maxsize=1024)(_Asked)
 
 
 def _first(*tensors: Tensor | None) -> Tensor:
     return next(x for x in tensors if x is not None)
 
 
-def _backend(name: str) -> Any:
-    from fastood.kernels import BACKENDS
-
-    return BACKENDS[name]
+def _scores(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
+    return _asked(work)(logits, feats, labels)
 
 
-# ---- finished scores
-
-
-class _Products:
-    """The operator with all that is no tensor, worked out once."""
-
-    def __init__(self, work: str) -> None:
-        from fastood.kernels import Job, Product
-
-        backend, bias, orders, _, _, _, names, numbers = work.split(";")
-        left = _read(numbers)
-        want = _want(names, left, int(orders), bias == "1", log=False)
-        rows = zip(*[left] * 5, strict=True)
-        products = tuple(Product(int(stat), int(r), factor, int(k), divisor) for stat, r, factor, k, divisor in rows)
-        self.job, self.backend, (self.shape, self.dtype) = Job(want, products), _backend(backend), _result(work)
-        self.short: Callable[..., Any] | None = None
-
-    def __call__(self, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
-        if self.short is not None and (out := self.short(logits, feats, labels)) is not None:
-            return out
-        options: Any = self.options(logits, feats)
-        out = self.backend.products(logits, feats, self.job, *options, labels)
-        if out is None:
-            return reference.multiplied(
-                self.backend.row_stats(logits, feats, self.job.want, labels), self.job, *options
-            )
-        if self.dtype == torch.float32:
-            self.short = self.backend.plain(self.job, self.shape)
-        return out
-
-    def options(self, logits: Tensor | None, feats: Tensor | None) -> tuple[tuple[int, ...], torch.dtype, bool]:
-        n = _first(logits, feats).shape[0]
-        return tuple(n if k < 0 else k for k in self.shape), self.dtype, self.shape[0] < 0
-
-
-_known_products = lru_cache(maxsize=1024)(_Products)
-
-
-@lru_cache(maxsize=1024)
-def _result(work: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """The shape, in which -1 stands for the rows, and the type."""
-    *_, wide, by_row, fixed, _, _ = work.split(";")
-    sizes = [int(n) for n in filter(None, fixed.split(","))]
-    shape = (-1, *sizes) if by_row == "1" else (*sizes, -1)
-    return shape, torch.float64 if wide == "1" else torch.float32
-
-
-def _products(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
-    return _known_products(work)(logits, feats, labels)
-
-
-def _products_by_reference(
+def _scores_by_reference(
     logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str
 ) -> tuple[Tensor]:
-    call = _Products(work)
-    shape, dtype, by_row = call.options(logits, feats)
-    return (reference.products(logits, feats, call.job, shape, dtype, by_row, labels),)
+    asked = _Asked(work)
+    return (reference.scores(asked.request, logits, feats, labels).to(asked.dtype),)
 
 
-def _products_fake(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
-    x, (shape, dtype) = _first(logits, feats), _result(work)
-    return x.new_empty([x.shape[0] if n < 0 else n for n in shape], dtype=dtype)
-
-
-def _rows_of_products(work: str) -> tuple[int]:
-    shape, _ = _result(work)
-    return (0 if shape[0] < 0 else len(shape) - 1,)
-
-
-# ---- row statistics
-
-
-def _asked(work: str) -> tuple[Any, Want]:
-    backend, bias, orders, log, names, numbers = work.split(";")
-    return _backend(backend), _want(names, _read(numbers), int(orders), bias == "1", log == "1")
-
-
-def _row_stats(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> tuple[Tensor, Tensor]:
-    backend, want = _asked(work)
-    return _stacked(backend.row_stats(logits, feats, want, labels), want, _first(logits, feats))
-
-
-def _row_stats_by_reference(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str
-) -> tuple[Tensor, Tensor]:
-    _, want = _asked(work)
-    return _stacked(reference.row_stats(logits, feats, want, labels), want, _first(logits, feats))
-
-
-def _stacked(found: tuple[dict[Stat, Tensor], Tensor | None], want: Want, beside: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics, one after the other, [S, N], and norms [N, P], both float64, of none where none are wanted."""
-    stats, norms = found
-    columns = [stats[s].double() for s in want.stats]
-    return (
-        torch.stack(columns) if columns else beside.new_empty((0, len(beside)), dtype=torch.float64),
-        beside.new_empty((len(beside), 0), dtype=torch.float64) if norms is None else norms.double().contiguous(),
-    )
-
-
-def _row_stats_fake(
-    logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str
-) -> tuple[Tensor, Tensor]:
-    _, _, orders, _, names, _ = work.split(";")
-    x = _first(logits, feats)
-    stats = x.new_empty((len(names.split(",")) if names else 0, x.shape[0]), dtype=torch.float64)
-    return stats, x.new_empty((x.shape[0], int(orders)), dtype=torch.float64)
+def _scores_fake(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
+    x, asked = _first(logits, feats), _asked(work)
+    return x.new_empty(asked.request.sized(x.shape[0]), dtype=asked.dtype)
 
 
 # ---- BatchGrad
 
 
-_anchors: MutableMapping[Tensor, tuple[Any, Anchors]] = WeakTensorKeyDictionary()
+_anchors: MutableMapping[Tensor, tuple[Any, Run]] = WeakTensorKeyDictionary()
 
 
 def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tensor:
     of = work, 0 if G.is_inference() else G._version
     known = _anchors.get(G)
     if known is None or known[0] != of:
-        known = _anchors[G] = of, _anchors_of(G.detach(), work)  # which is not G, or G would live for ever
-    return _backend(work.split(";")[0]).batchgrad(logits, feats, known[1]).to(_wide(logits, feats, G))
+        from fastood.kernels import BACKENDS
+
+        anchors = _anchors_of(G.detach(), work)  # which is not G, or G would live for ever
+        known = _anchors[G] = of, BACKENDS[work.split(";")[0]].batchgrad(anchors)
+    return known[1](logits, feats)
 
 
 def _anchors_of(G: Tensor, work: str) -> Anchors:
-    from fastood.kernels import Anchors
-
     _, bias, sign, T = work.split(";")
     return Anchors(G, float.fromhex(T), bias == "1", int(sign))
 
 
 def _batchgrad_by_reference(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> tuple[Tensor]:
-    out = reference.batchgrad(logits, feats, _anchors_of(G, work))
-    return (out.to(_wide(logits, feats, G)),)
+    return (reference.expected_l1(_anchors_of(G, work), logits, feats),)
 
 
 def _batchgrad_fake(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=_wide(logits, feats, G))
-
-
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return logits.new_empty(logits.shape[0], dtype=result_dtype(logits, feats, G))
 
 
 def _batchgrad_of_each(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
@@ -326,42 +227,31 @@ def _backward(by_reference: Callable[..., tuple[Tensor, ...]]) -> tuple[Callable
     return backward, keep
 
 
-def _over_rows(name: str, rows_of: Callable[[str], tuple[int, ...]]) -> Callable[..., Any]:
-    """The vmap rule: rows do not know of each other, so B matrices of N rows are one of B N.
+def _over_rows(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+    """The vmap rule: rows do not know of each other, so B matrices of N rows are one of B N."""
+    B = info.batch_size
 
-    ``rows_of(work)`` says which axis of each result the rows are.
-    """
+    def flat(x: Tensor | None, at: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (x.expand(B, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        B = info.batch_size
-
-        def flat(x: Tensor | None, at: int | None) -> Tensor | None:
-            if x is None:
-                return None
-            return (x.expand(B, *x.shape) if at is None else x.movedim(at, 0)).flatten(0, 1)
-
-        matrices = [flat(x, at) for x, at in zip(inputs[:3], in_dims, strict=False)]
-        operator = getattr(torch.ops.fastood, name).default
-        out, axes = operator(*matrices, *inputs[3:]), rows_of(inputs[3])
-        sizes = B, len(_first(*matrices)) // max(B, 1)
-        if isinstance(out, tuple):
-            return tuple(x.unflatten(at, sizes) for x, at in zip(out, axes, strict=True)), axes
-        return out.unflatten(axes[0], sizes), axes[0]
-
-    return rule
+    matrices = [flat(x, at) for x, at in zip(inputs[:3], in_dims, strict=False)]
+    out = torch.ops.fastood.scores.default(*matrices, *inputs[3:])
+    axis = _asked(inputs[3]).request.shape.index(-1)
+    return out.unflatten(axis, (B, len(_first(*matrices)) // max(B, 1))), axis
 
 
 def _define(
     name: str,
     tensors: str,
-    results: str,
     call: Callable[..., Any],
     fake: Callable[..., Any],
     by_reference: Callable[..., tuple[Tensor, ...]],
     vmap_rule: Callable[..., Any],
 ) -> None:
     for overload in (name, f"{name}.no_grad"):
-        schema = f"({tensors}, str work) -> {results}"
+        schema = f"({tensors}, str work) -> Tensor"
         _library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
         for device in DEVICES:
             _library.impl(overload, call, device.upper())
@@ -374,28 +264,10 @@ def _define(
 
 _library = torch.library.Library("fastood", "DEF")
 _matrices = "Tensor? logits, Tensor? feats, Tensor? labels"
-_define(
-    "products",
-    _matrices,
-    "Tensor",
-    _products,
-    _products_fake,
-    _products_by_reference,
-    _over_rows("products", _rows_of_products),
-)
-_define(
-    "row_stats",
-    _matrices,
-    "(Tensor, Tensor)",
-    _row_stats,
-    _row_stats_fake,
-    _row_stats_by_reference,
-    _over_rows("row_stats", lambda work: (1, 0)),
-)
+_define("scores", _matrices, _scores, _scores_fake, _scores_by_reference, _over_rows)
 _define(
     "batchgrad",
     "Tensor logits, Tensor feats, Tensor G",
-    "Tensor",
     _batchgrad,
     _batchgrad_fake,
     _batchgrad_by_reference,

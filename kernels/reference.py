@@ -16,20 +16,17 @@ Nearly flat rows are read again, for what is a difference to the uniform distrib
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastood.kernels.contract import NO_NORM, ONE, Anchors, Request, Run, result_dtype
 from fastood.kernels.seam import traced
 from fastood.kernels.statistics import FORMULAS, Statistic, rendered
-
-if TYPE_CHECKING:
-    from fastood.kernels import Anchors, Job, Stat, Want
-
 
 LARGEST = float(torch.finfo(torch.float64).max)  # also stands for a norm of finite features beyond it
 _TILE = 1 << 22  # elements of the largest temporary of what could need far larger ones
@@ -39,39 +36,60 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def plain(*_: object) -> None:
-    return None
+def supports(request: Request, C: int, D: int) -> bool:
+    return True
 
 
-def products(
-    logits: Tensor | None,
-    feats: Tensor | None,
-    job: Job,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    by_row: bool,
-    labels: Tensor | None = None,
-) -> Tensor:
-    return multiplied(row_stats(logits, feats, job.want, labels), job, shape, dtype, by_row)
+def compile(request: Request) -> Run:
+    return Run(partial(scores, request))
 
 
-def multiplied(
-    found: tuple[dict[Stat, Tensor], Tensor | None],
-    job: Job,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    by_row: bool,
-) -> Tensor:
-    """The products of a job, as ``products`` gives them, from what ``row_stats`` found for it."""
-    stats, norms = found
+def batchgrad(anchors: Anchors) -> Run:
+    return Run(partial(expected_l1, anchors))
+
+
+def scores(request: Request, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None = None) -> Tensor:
+    """A request, carried out."""
+    values = _values(request, logits, feats, labels)
+    if request.columns:
+        return multiplied(values, request, result_dtype(logits, feats))
+    return torch.stack([x.double() for x in values])
+
+
+def _values(request: Request, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> list[Tensor]:
+    """The statistics of a request, then its norms, [N] each."""
+    values: list[Tensor] = []
+    T = request.temperature
+    if request.stats:
+        assert logits is not None
+        rows = Softmax(logits, T)
+        for stat in request.stats:
+            if isinstance(stat, str):
+                values.append(getattr(rows, stat))
+            elif stat[0] == "gradient":
+                values.append(gradient(logits, labels, T, *stat[1:]))
+            else:
+                values.append(getattr(rows, stat[0])(*stat[1:]))
+    if request.orders:
+        assert feats is not None
+        values += norms_of(feats, request.orders, request.log, request.bias).unbind(-1)
+    return values
+
+
+def multiplied(values: Sequence[Tensor], request: Request, dtype: torch.dtype) -> Tensor:
+    """The columns of a request, from its statistics and norms."""
     columns: list[Any] = []
-    for stat, order, factor, power, divisor in job.products:
-        v = factor if stat < 0 else factor * stats[job.want.stats[stat]].double()
-        if order >= 0:
-            assert norms is not None
-            v = times_norm(v, norms[:, order], power, divisor, wide=dtype == torch.float64)
+    for terms, order, power, divisor in request.columns:
+        parts = [coefficient if i == ONE else coefficient * values[i].double() for i, coefficient in terms]
+        v = parts[0]
+        for part in parts[1:]:
+            v = v + part
+        if order != NO_NORM:
+            u = values[len(request.stats) + order]
+            v = times_norm(v, u, power, divisor, wide=dtype == torch.float64)
         columns.append(v)
-    return torch.stack(columns, -1 if by_row else 0).reshape(shape).to(dtype)
+    out = torch.stack(columns, -1 if request.by_row else 0)
+    return out.reshape(request.sized(columns[0].shape[0])).to(dtype)
 
 
 def times_norm(v: Tensor | float, u: Tensor, power: int, divisor: float, wide: bool) -> Tensor:
@@ -80,25 +98,6 @@ def times_norm(v: Tensor | float, u: Tensor, power: int, divisor: float, wide: b
     for _ in range(power):  # one by one, in an order in which nothing overflows before the score: 0 stays 0
         raw = raw * u / divisor if divisor < 1 else raw * (u / divisor)
     return torch.where(u == LARGEST, raw * LARGEST, raw) if wide else raw
-
-
-def row_stats(
-    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
-) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    stats: dict[Stat, Tensor] = {}
-    if want.stats:
-        assert logits is not None
-        rows = Softmax(logits, want.temperature)
-        for stat in want.stats:
-            if stat[0] == "gradient":
-                stats[stat] = gradient(logits, labels, want.temperature, *stat[1:])
-            else:
-                stats[stat] = getattr(rows, stat) if isinstance(stat, str) else getattr(rows, stat[0])(*stat[1:])
-    norms = None
-    if want.orders:
-        assert feats is not None
-        norms = norms_of(feats, want.orders, want.log, want.bias)
-    return stats, norms
 
 
 def working(x: Tensor) -> Tensor:
@@ -353,6 +352,8 @@ def closed_form(s: Statistic) -> lazy:
     value = text(s.formula, _AS_IT_IS)
     if s.infinite:
         value = f"where(self.finite, {value}, self.f_max.double())"
+    elif not s.sums:  # what no sum tells of a row without a softmax
+        value = f"self._or_nan(self.finite.double() * ({value}))"
     compute = eval(f"lambda self: {value}", {"where": torch.where})
     compute.__name__ = s.name
     return lazy(compute)
@@ -547,8 +548,10 @@ def _split_r_ln2(r: float, bits: int) -> tuple[float, float]:
 # ---- BatchGrad
 
 
-def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    """anchors.sign times E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N] float64, in tiles [n, c, D]."""
+def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, labels: None = None) -> Tensor:
+    """anchors.sign times E_p || (1/T) (e_Y - p) h^T + G ||_1 of every row, [N], in tiles [n, c, D]."""
+    assert logits is not None
+    assert feats is not None
     T, G = anchors.temperature, anchors.G
     dtype = torch.promote_types(
         torch.promote_types(logits.dtype, feats.dtype), torch.promote_types(G.dtype, torch.float32)
@@ -570,7 +573,7 @@ def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
         # Infinite or NaN where a feature is, even if p has rounded to 0 and 1: 0 times such a feature is not nothing.
         largest = x.abs().amax(-1).double()
         out = torch.where(largest.isfinite(), out, largest + 0 * p[:, 0])
-    return anchors.sign * out
+    return (anchors.sign * out).to(result_dtype(logits, feats, anchors.G))
 
 
 def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Rows whose classes lie in slices, each somewhere else: a few numbers of each, and the statistics of whole rows.
 
 The numbers are sums relative to the slice's own maximum, the rest to relative precision. They follow from what any
-backend's ``row_stats`` gives of the slice as if it were all, and are merged as the C++ part merges the chunks of a row
+backend gives of the slice as if it were all, and are merged as the C++ part merges the chunks of a row
 (LogitsState in cpu/state.cpp). The formulas over the quantities that come of it are those of statistics.py.
 
 TV alone needs a second look at the logits, once the level is known at which a class has the probability 1 / C. So that
@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastood.kernels import Backend, Request, Stat, prepared
 from fastood.kernels.reference import Powers, Softmax, exp_quotient, exp_tail, lazy, relative, row_sum, working
 from fastood.kernels.statistics import FORMULAS
-
-if TYPE_CHECKING:
-    from fastood.kernels import Backend, Stat, Want
 
 # What of each slice the quantities of statistics.py are merged from, beside "max" and "rest", which always are there.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -38,7 +35,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 
 # How they follow from the slice's own statistics, s: z and its sums are relative to the slice's maximum.
-_Found = Mapping["Stat", Tensor]
+_Found = Mapping[Stat, Tensor]
 _MADE: dict[str, tuple[tuple[str, ...], Callable[[_Found, int], Tensor]]] = {
     # "fmax" is NaN for a row without a softmax, whether that holds NaN or inf or is all masked.
     "max": (("fmax", "energy"), lambda s, C: torch.where(s["fmax"].isnan(), s["energy"], s["fmax"])),
@@ -88,21 +85,20 @@ def parts_for(stats: Iterable[Stat]) -> list[Stat]:
     return list(parts)
 
 
-def parts_of(f: Tensor, parts: Sequence[Stat], want: Want, backend: Backend) -> Tensor:
+def parts_of(f: Tensor, parts: Sequence[Stat], request: Request, backend: Backend) -> Tensor:
     """The parts of a slice, logits [N, C_i] with N and C_i above 0: float64 [parts, N]."""
     C = f.shape[1]
     stats: dict[Stat, None] = {}
     for part in parts:
         stats |= dict.fromkeys(_MADE[part][0] if isinstance(part, str) else (part,))
-    found, _ = backend.row_stats(f, None, want._replace(stats=tuple(stats), orders=()))
-    s = {name: x.double() for name, x in found.items()}
+    s = dict(zip(stats, prepared(backend, request.of(tuple(stats)), C, 0)(f, None), strict=True))
     out = torch.stack([_MADE[part][1](s, C) if isinstance(part, str) else s[part] for part in parts])
     if "level" in parts:
         # Of nearly flat rows log C_i would round it away: KL(u_i || p_i) is the level less the mean of z.
         level, kl = out[parts.index("level")], s["kl_uniform"]
         flat = (kl < 1 / 8).nonzero()[:, 0]
         for rows in flat.split(max(1, _TILE // C)):
-            level[rows] = Softmax(f[rows], want.temperature).mean_z + kl[rows]
+            level[rows] = Softmax(f[rows], request.temperature).mean_z + kl[rows]
     out[1:].masked_fill_(s["fmax"].isnan(), 0)  # a masked slice weighs nothing; a NaN stays in "max"
     return out
 

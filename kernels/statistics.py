@@ -69,7 +69,7 @@ class Statistic:
 
     @property
     def sums(self) -> Sums:
-        sums = Sums(0) if self.formula else EXP
+        sums = Sums(0) if self.formula else EXP  # none but the maximum, which tells whether a row has a softmax
         for name in self.quantities:
             sums |= QUANTITIES[name]
         return sums
@@ -100,7 +100,10 @@ TABLE = (
     Statistic("tv", "1/2 sum_k |1/C - p_k|, to relative precision", "tv"),
     Statistic("plogp", "sum_k p_k log p_k", "rest_z * p_max - rest_log"),
     Statistic("sumlogp", "sum_k log p_k", "C * (mean_z - log_sum)"),
+    Statistic("s2_sumlogp", "(1 + S_2) sum_k log p_k", "(1 + (1 + r2) * p_max * p_max) * (C * (mean_z - log_sum))"),
     Statistic("kl_uniform", "KL(u || p) = -log C - 1/C sum_k log p_k, to relative precision", "kl_uniform"),
+    Statistic("one", "1, of a row that has a softmax", "1"),
+    Statistic("uniform", "1/C, of a row that has a softmax", "1 / C"),
     Statistic("power_sum", "('power_sum', r): S_r = sum_k p_k^r, r > 0"),
     Statistic("gen", "('gen', gamma, M): sum over the M largest p of p^gamma (1 - p)^gamma"),
     Statistic(

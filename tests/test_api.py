@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import fastood
 from fastood import _plan, kernels
+from fastood.kernels import Run
 
 F = torch.tensor([[4.0, 0.0, 1.0], [0.2, 0.1, 0.0]])
 H = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
@@ -57,7 +58,7 @@ def test_a_v_that_is_never_above_0_is_multiplied_only_where_asked():
 def test_a_larger_norm_never_lowers_a_score_of_ones_own_by_default(higher, positive):
     """V = +-MSP: the same features twice as large do not make a row less in-distribution."""
     factor = 1.0 if positive else -1.0
-    own = fastood.Score("own", "+-max p", "mine", higher, stats=("msp",), factor=factor, positive=positive)
+    own = fastood.Score("own", "+-max p", "mine", higher, stats=("msp",), v=(factor,), positive=positive)
     try:
         fastood.register(own)
         once, twice = fastood.score(F, H, "own"), fastood.score(F, 2 * H, "own")
@@ -670,16 +671,14 @@ def test_backends_say_whether_they_can_serve():
 
 
 def fake(reason, result=42.0):
-    def row_stats(logits, feats, want, labels=None):
-        return {s: torch.full((len(logits),), result) for s in want.stats}, None
+    def scores(logits, feats, labels=None):
+        return torch.full((len(logits),), result)
 
-    return types.SimpleNamespace(
-        __doc__="A fake.",
-        unusable=lambda device, dtype: reason,
-        row_stats=row_stats,
-        products=lambda *_: None,
-        plain=lambda *_: None,
-    )
+    backend = types.ModuleType("fake", "A fake.")
+    backend.unusable = lambda device, dtype: reason
+    backend.supports = lambda request, C, D: True
+    backend.compile = lambda request: Run(scores)
+    return backend
 
 
 def test_one_place_picks_the_backend(monkeypatch):

@@ -635,7 +635,10 @@ def test_one_class(backend):
         "tv": [0, 0],
         "plogp": [0, 0],
         "sumlogp": [0, 0],
+        "s2_sumlogp": [0, 0],
         "kl_uniform": [0, 0],
+        "one": [1, 1],
+        "uniform": [1, 1],
     }
     assert {name: stat.tolist() for name, stat in got.items()} == expected
 

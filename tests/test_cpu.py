@@ -401,7 +401,7 @@ def test_short_way_gives_the_same_bits(dtype):
     ):
         _plan._PLANS.clear()  # the first call finds out that the short way will do
         long, short = call(), call()
-        assert next(iter(_plan._PLANS.values())).ways
+        assert next(iter(_plan._PLANS.values())).quick
         assert short.dtype == torch.float32
         assert torch.equal(short, long)
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import fastood
+from fastood.kernels import Column, Request
+from fastood.kernels.operator import work_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -74,7 +76,7 @@ CALLS = {
 def test_operator_is_one(device, name):
     call = CALLS[name]
     ours, _, compiled = traced(call, *batch(5, device), dynamic=True)
-    assert ours == ["fastood.products.no_grad"]
+    assert ours == ["fastood.scores.no_grad"]
     for n in (2, 7):
         f, h = batch(n, device)
         assert torch.equal(compiled(f, h), call(f, h))
@@ -153,30 +155,34 @@ def test_operator_of_part_of_the_inputs_needs_grad(device):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def some_work(device, shape="1;2"):
-    """An energy times ||h||_0.3 and alone, both by 2, and statistics: as their schemas say it."""
-    of, (T, r) = kernels_of(device), ((1.5).hex(), (0.3).hex())
-    return (
-        f"{of};0;2;0;{shape};energy;{T},{r},inf,0,0,2,1,1,0,-1,2,1,1",
-        f"{of};0;2;0;energy,gradient uniform inside;{T},{r},inf,2,1",
-    )
+def some_work(device, shape=(-1, 2)):
+    """An energy times ||h||_0.3 and alone, both by 2; and statistics and norms: as the schema says it."""
+    columns = Column(((0, 2.0),), 0), Column(((0, 2.0),))
+    orders = 0.3, math.inf
+    return [
+        work_of(kernels_of(device), request, torch.float32 if request.columns else torch.float64)
+        for request in (
+            Request(("energy",), orders, columns, shape, 1.5),
+            Request(("energy", ("gradient", "uniform", 2.0, 1.0, "inside")), orders, (), (4, -1), 1.5),
+        )
+    ]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_operator_keeps_torchs_rules(device, requires_grad):
     f, h = (x.requires_grad_(requires_grad) for x in batch(5, device))
-    for operator, work in zip((ops.products, ops.row_stats), some_work(device), strict=True):
-        torch.library.opcheck(operator.default, (f, h, None, work))
+    for work in some_work(device):
+        torch.library.opcheck(ops.scores.default, (f, h, None, work))
         if not requires_grad:
-            torch.library.opcheck(operator.no_grad, (f, h, None, work))
+            torch.library.opcheck(ops.scores.no_grad, (f, h, None, work))
 
 
 def test_operator_vmap_rule(device):
     f, h = torch.randn(3, 4, 12, device=device), torch.randn(4, 9, device=device)
-    for shape in ("1;2", "0;2"):
+    for shape in ((-1, 2), (2, -1)):
 
         def call(f, h, shape=shape):
-            return ops.products.default(f, h, None, some_work(device, shape)[0])
+            return ops.scores.default(f, h, None, some_work(device, shape)[0])
 
         each = torch.stack([call(x, h) for x in f])
         torch.testing.assert_close(each[0].flatten()[0], 2 * fastood.score(f[0], h, temperature=1.5)[0])
@@ -184,10 +190,9 @@ def test_operator_vmap_rule(device):
         assert torch.equal(torch.vmap(call, (1, None))(f.movedim(0, 1), h), each)
 
     def stats(f):
-        return ops.row_stats.default(f, h, None, some_work(device)[1])
+        return ops.scores.default(f, h, None, some_work(device)[1])
 
-    for got, expected in zip(torch.vmap(stats)(f), zip(*map(stats, f), strict=True), strict=True):
-        assert torch.equal(got, torch.stack(expected))
+    assert torch.equal(torch.vmap(stats)(f), torch.stack([*map(stats, f)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -249,7 +254,7 @@ def test_a_score_registered_anew_is_seen():
     f, h = batch(5)
     compiled = torch.compile(lambda f, h: fastood.score(f, h, "anew"), backend="eager", fullgraph=True)
     for factor in (2.0, 3.0):
-        fastood.register(fastood.Score("anew", "factor T lse", "mine", "in", stats=("energy",), factor=factor))
+        fastood.register(fastood.Score("anew", "factor T lse", "mine", "in", stats=("energy",), v=(factor,)))
         try:
             torch.testing.assert_close(compiled(f, h), factor * fastood.score(f, h))
         finally:
@@ -366,7 +371,7 @@ def exported(model, x):
 def test_operator_asked_for_by_name_stays_in_an_export(tmp_path):
     model = Served("cpu", norm=math.inf)
     program = exported(model, torch.randn(5, 16))
-    assert "fastood.products.default" in str(program.graph)
+    assert "fastood.scores.default" in str(program.graph)
     torch.export.save(program, tmp_path / "model.pt2")
     x = torch.randn(9, 16)
     torch.save((x, model(x)[1].detach()), tmp_path / "rows.pt")

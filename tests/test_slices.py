@@ -12,7 +12,7 @@ import truth
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fastood.kernels import BACKENDS, Want
+from fastood.kernels import BACKENDS, Request
 from fastood.kernels.slices import PARTS, Whole, above_level, parts_for, parts_of
 from fastood.kernels.statistics import FORMULAS, QUANTITIES
 
@@ -21,14 +21,14 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 def merged(f, sizes, stats, T=1.0, backend="reference"):
     """What fastood.distributed does, without its collectives."""
-    chosen, want, parts = BACKENDS[backend], Want(tuple(stats), (), T), parts_for(stats)
+    chosen, request, parts = BACKENDS[backend], Request(tuple(stats), (), (), (len(stats), -1), T), parts_for(stats)
     slices = f.split(list(sizes), 1)
     M = max((s[2] for s in stats if s[0] == "gen"), default=0)
     numbers, largest = [], []
     for x in slices:
         nothing = torch.zeros(len(parts), len(f), dtype=torch.float64)
         nothing[0] = -math.inf
-        numbers.append(parts_of(x, parts, want, chosen) if x.numel() else nothing)
+        numbers.append(parts_of(x, parts, request, chosen) if x.numel() else nothing)
         largest.append(x.topk(min(M, x.shape[1]), -1).values.double())
     every = torch.stack(numbers).permute(1, 2, 0)
     whole = Whole(dict(zip(parts, every, strict=True)), sizes, T, torch.cat(largest, -1))

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import fastood
 from fastood import kernels
-from fastood.kernels import Want, triton
+from fastood.kernels import Request, triton
 from fastood.kernels.statistics import FORMULAS
 from fastood.kernels.triton import shapes
 
@@ -33,6 +33,14 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 only_compiled = pytest.mark.skipif(INTERPRETED, reason="needs a process that does not interpret")
 
 STATS = list(FORMULAS)
+
+
+def statistic(stat, f, labels=None, T=1.0):
+    """One row statistic that has no name of its own in fastood.row_stats, [N]."""
+    run = kernels.prepared(triton, Request((stat,), (), (), (1, -1), T), f.shape[1], 0)
+    return run(f, None, labels)[0]
+
+
 ORDERS = [0, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 6, math.inf]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -298,7 +306,7 @@ def test_rows_take_one_launch_of_any_number(C):
     from fastood.kernels.triton import launch
 
     f, h = (launch.Layout(torch.bfloat16, n, n, 0) for n in (C, 20))
-    plan = shapes.plan_of(Want(("energy", "tv"), (1.0, 2.0)), None)
+    plan = shapes.plan_of(Request(("energy", "tv"), (1.0, 2.0), (), (4, -1)))
     (program,) = launch.scores(torch.device("cpu"), f, h, None, plan, bias=False, log=False, by_row=True)
     assert (len(program.launches), program.buffers, program.group) == (1, (), 0)
 
@@ -385,9 +393,8 @@ def test_gradients_on_every_branch(triton_device, monkeypatch, new_programs, C, 
     for order, power, expectation in itertools.product(orders, powers, sides):
         if expectation == "outside" or labels not in ("predicted", "log_predicted"):
             stat = "gradient", labels if isinstance(labels, str) else "given", order, power, expectation
-            want = Want((stat,), temperature=0.5)
             q = None if isinstance(labels, str) else there
-            got = triton.row_stats(f.to(triton_device), None, want, q)[0][stat]
+            got = statistic(stat, f.to(triton_device), q, T=0.5)
             expected, allowed = truth.gradient(f, labels, order, power, expectation, 0.5, truth.EPS["float32"])
             truth.assert_close(got.cpu(), expected, allowed + 1e-37, stat)
 
@@ -406,7 +413,7 @@ def test_gradients_of_far_orders_and_powers(triton_device, labels, order, power,
         if expectation == "outside" or labels in ("uniform", "soft"):
             stat = "gradient", labels if q is None else "given", order, power, expectation
             here = None if q is None else q.to(triton_device)
-            got = triton.row_stats(f.to(triton_device), None, Want((stat,), temperature=T), here)[0][stat]
+            got = statistic(stat, f.to(triton_device), here, T)
             expected, allowed = truth.gradient(f, labels if q is None else q, *stat[2:], T, truth.EPS["float32"])
             truth.assert_close(got.cpu(), expected, allowed + 1e-300, stat)
 
@@ -422,7 +429,7 @@ def test_gradients_of_orders_next_to_infinity(triton_device, labels, order):
         if expectation == "outside" or labels != "predicted":
             stat = "gradient", labels if q is None else "given", order, 1, expectation
             here = None if q is None else q.to(triton_device)
-            got = triton.row_stats(f.to(triton_device), None, Want((stat,)), here)[0][stat]
+            got = statistic(stat, f.to(triton_device), here)
             expected, allowed = truth.gradient(f, labels if q is None else q, *stat[2:], 1.0, truth.EPS["float32"])
             truth.assert_close(got.cpu(), expected, allowed, stat)
 
@@ -434,8 +441,7 @@ def test_probabilities_below_float32_count_in_small_orders(triton_device, order)
     q = torch.zeros(3, 4)
     q[0, 3] = q[1, 0] = q[2, 3] = 1
     stat = "gradient", "given", order, 1, "inside"
-    want = Want((stat,), temperature=0.5)
-    got = triton.row_stats(f.to(triton_device), None, want, q.to(triton_device))[0][stat]
+    got = statistic(stat, f.to(triton_device), q.to(triton_device), T=0.5)
     expected, allowed = truth.gradient(f, q, *stat[2:], 0.5, truth.EPS["float32"])
     truth.assert_close(got.cpu(), expected, allowed + 1e-37, stat)
 
@@ -456,8 +462,8 @@ def test_which_gradient_norms_the_kernel_takes():
 
 @pytest.mark.parametrize("labels", ["uniform", "predicted"])
 def test_a_power_beyond_float32(triton_device, labels):
-    want = Want((("gradient", labels, 1, 200, "outside"),))  # (2 (1 - p))^200, p = 1/2
-    (got,) = triton.row_stats(torch.zeros(1, 2, device=triton_device), None, want)[0].values()
+    stat = "gradient", labels, 1, 200, "outside"  # (2 (1 - p))^200, p = 1/2
+    got = statistic(stat, torch.zeros(1, 2, device=triton_device))
     assert got.item() == pytest.approx(1)
 
 
@@ -472,15 +478,14 @@ def test_a_gradient_has_the_same_bits_in_other_memory(triton_device, C, dtype):
     q /= q.sum(-1, keepdim=True)
     f = wide[:, 1:]
     for labels, order, expectation in (("given", 2, "outside"), ("given", 3, "inside"), ("uniform", 3, "outside")):
-        want = Want((("gradient", labels, order, 1.5, expectation),))
+        stat = "gradient", labels, order, 1.5, expectation
         given = q if labels == "given" else None
-        (whole,) = triton.row_stats(f, None, want, given)[0].values()
-        (other,) = triton.row_stats(f.contiguous(), None, want, given)[0].values()
-        assert torch.equal(other, whole)
+        whole = statistic(stat, f, given)
+        assert torch.equal(statistic(stat, f.contiguous(), given), whole)
         apart = None if given is None else torch.nn.functional.pad(q, (1, 2))[:, 1:-2]
         for i in (1, 4):
             row = slice(i, i + 1)
-            (one,) = triton.row_stats(f[row].clone(), None, want, None if apart is None else apart[row])[0].values()
+            one = statistic(stat, f[row].clone(), None if apart is None else apart[row])
             assert torch.equal(one, whole[row])
 
 
@@ -493,11 +498,11 @@ def test_gradients_of_bad_rows_are_nan_alone(triton_device, order, expectation):
     f[4, 0], f[5], f[6, 1], f[7, 2] = math.nan, -math.inf, math.inf, -math.inf
     f, q = f.to(triton_device), q.to(triton_device)
     stat = "gradient", "given", order, 0.5, expectation
-    got = triton.row_stats(f, None, Want((stat,)), q)[0][stat]
+    got = statistic(stat, f, q)
     assert got.isnan().tolist() == [False] + 6 * [True] + [False]
-    one = triton.row_stats(f[7:].clone(), None, Want((stat,)), q[7:].clone())[0][stat]
+    one = statistic(stat, f[7:].clone(), q[7:].clone())
     assert torch.equal(one, got[7:])
-    turned = triton.row_stats(f.T.contiguous().T, None, Want((stat,)), q.T.contiguous().T)[0][stat]
+    turned = statistic(stat, f.T.contiguous().T, q.T.contiguous().T)
     torch.testing.assert_close(turned, got, rtol=0, atol=0, equal_nan=True)
 
 
@@ -863,7 +868,7 @@ def new_programs():
     from fastood import _plan
     from fastood.kernels.triton import launch
 
-    caches = [triton._columns.cache_clear, triton._route_of.cache_clear, _plan._PLANS.clear]
+    caches = [kernels._prepared.cache_clear, _plan._PLANS.clear]
     caches += [launch.scores.cache_clear, launch.gradient.cache_clear, launch.gen.cache_clear]
     for clear in caches:
         clear()

@@ -57,6 +57,9 @@ def row_stat(name, f, T):
         "tv": lambda: to_uniform(f, T, np.abs(LD(1) / C - p).sum() / 2, of_tv),
         "plogp": lambda: sum((x * y for x, y in zip(p, log_p, strict=True) if x > 0), LD(0)),
         "sumlogp": lambda: C * (log_p / C).sum(),
+        "s2_sumlogp": lambda: (1 + (p**2).sum()) * (C * (log_p / C).sum()),
+        "one": lambda: LD(1),
+        "uniform": lambda: 1 / LD(C),
         "kl_uniform": lambda: to_uniform(f, T, -np.log(LD(C)) - (log_p / C).sum(), of_kl_uniform),
     }[name]()
 
@@ -210,6 +213,9 @@ def tolerance(name, truth, f, T, eps):
             # The contract names no bound for these: that of a sum of terms of one sign.
             "plogp": lambda: relative_tail * np.abs(truth) + (1e-319 if eps < 1e-9 else 0),
             "sumlogp": lambda: 32 * eps * np.abs(truth),
+            "s2_sumlogp": lambda: 32 * eps * np.abs(truth),
+            "one": lambda: 0 * truth,
+            "uniform": lambda: eps * truth,
             "lse": lambda: 8 * eps * np.maximum(size / T, math.log(f.shape[1])) + 8 * eps * np.abs(truth),
         }[name]()
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastood.kernels import reference
-from fastood.kernels.seam import MODES, traced
+from fastood.kernels.contract import Anchors, Request, Run, result_dtype
+from fastood.kernels.seam import MODES
 
 _native: Any = None
 MISSING = ""  # why there is no C++ part
@@ -27,9 +27,6 @@ try:
     _STATS = {name: i for i, name in enumerate(_native.statistics())}
 except (ImportError, AttributeError) as error:  # the second is of a part that was built from older sources
     _native, MISSING = None, str(error)
-
-if TYPE_CHECKING:
-    from fastood.kernels import Anchors, Job, Product, Stat, Want
 
 # The numbers that plan.h gives them.
 _LABELS = {"uniform": 0, "predicted": 1, "log_predicted": 2, "given": 3}
@@ -45,133 +42,88 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _left(temperature: float) -> bool:
-    """Whether float sums may overflow, which is left to the reference."""
-    return not 2.0**-100 <= temperature <= 2.0**80
+def supports(request: Request, C: int, D: int) -> bool:
+    names = [s if isinstance(s, str) else s[0] for s in request.stats]
+    return (
+        2.0**-100 <= request.temperature <= 2.0**80  # beyond, float sums may overflow
+        and all(name in _STATS for name in names)  # one of somebody's own, the reference knows
+        and max(len(names), len(request.orders)) <= _MOST_ORDERS
+        and names.count("power_sum") <= _MOST_POWER_SUMS
+        and ("gradient" not in names or len(names) == 1)
+    )
 
 
-def row_stats(
-    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
-) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if _left(want.temperature) or traced(logits, feats, labels):
-        return reference.row_stats(logits, feats, want, labels)
-    if _prepared(want) is not None:
-        return _run(logits, feats, want, labels)
-    ours = tuple(s for s in want.stats if _name(s) in _STATS)
-    others = want._replace(stats=tuple(s for s in want.stats if s not in ours), orders=())
-    stats = reference.row_stats(logits, None, others, labels)[0]
-    n = 1 if _gradients(want) else _MOST_POWER_SUMS  # in parts that fit one call
-    for i in range(0, len(ours), n):
-        stats |= _run(logits, None, want._replace(stats=ours[i : i + n], orders=()), labels)[0]
-    norms = []
-    for i in range(0, len(want.orders), _MOST_ORDERS):
-        norms.append(_run(None, feats, want._replace(stats=(), orders=want.orders[i : i + _MOST_ORDERS]))[1])
-    return stats, torch.cat([x for x in norms if x is not None], -1) if norms else None
+def compile(request: Request) -> Run:
+    plan = _plan_of(request)
+    # Python's part of the long way takes longer than a row of 1000 logits.
+    return Run(
+        partial(_scores, plan, request), partial(_native.plain, plan, request.shape) if request.columns else None
+    )
 
 
-def products(
-    logits: Tensor | None,
-    feats: Tensor | None,
-    job: Job,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    by_row: bool,
-    labels: Tensor | None = None,
-) -> Tensor | None:
-    plan = prepared(job)
-    if plan is None or _left(job.want.temperature) or traced(logits, feats, labels):
-        return None
-    f, f_arguments = _argument(logits if job.want.stats else None)
-    h, h_arguments = _argument(feats if job.want.orders else None)
+def _scores(plan: Any, request: Request, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
+    f, f_arguments = _argument(logits if request.stats else None)
+    h, h_arguments = _argument(feats if request.orders else None)
     q, q_arguments = _argument(labels)
     x = logits if logits is not None else feats
     assert x is not None
-    out = x.new_empty(shape, dtype=dtype)  # beside x, whatever the default device
-    rows = shape[0 if by_row else 1]
-    _native.products(plan, rows, *f_arguments, *h_arguments, out.data_ptr(), _TYPES[dtype], by_row, *q_arguments)
+    dtype = result_dtype(logits, feats) if request.columns else torch.float64
+    out = x.new_empty(request.sized(len(x)), dtype=dtype)  # beside x, whatever the default device
+    arguments = out.data_ptr(), _TYPES[dtype], request.by_row, *q_arguments
+    _native.run(plan, len(x), *f_arguments, *h_arguments, *arguments)
     del f, h, q  # their addresses were read: until here they needed a name
     return out
 
 
-def plain(work: Job | Anchors, shape: tuple[int, ...]) -> Callable[[Any, Any, Any], Any] | None:
-    """Python's part of ``products`` takes longer than a row of 1000 logits."""
-    return partial(_native.plain, work.prepared["cpu"], shape) if "cpu" in work.prepared else None
-
-
-def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    if _left(anchors.temperature) or traced(logits, feats, anchors.G):
-        return reference.batchgrad(logits, feats, anchors)
-    dtype = torch.float32
-    if torch.float64 in (logits.dtype, feats.dtype, anchors.G.dtype):
-        dtype, logits, feats = torch.float64, logits.double(), feats.double()
-    if dtype not in anchors.prepared:
-        plan = _native.prepare(anchors.temperature, (_STATS["lse"],), (0.0,), (0,), (), False, False, (), ())
-        norms = anchors.G.abs().sum(-1, dtype=torch.float64)
-        padded = torch.nn.functional.pad(anchors.G.to(dtype), (0, -anchors.G.shape[1] % 16)).contiguous()
-        anchors.prepared[dtype] = plan, padded, norms, norms.sum().item()
-    plan, G, norms, norm = anchors.prepared[dtype]
-    f, f_arguments = _argument(logits)
-    h, h_arguments = _argument(feats)
-    out = logits.new_empty(len(logits), dtype=torch.float64)
-    arguments = (G.data_ptr(), G.shape[1], norms.data_ptr(), norm, out.data_ptr())
-    finite = _native.batchgrad(plan, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
-    del f, h
-    if anchors.sign < 0:
-        out.neg_()
-    if not finite:  # what holds, or comes to, an infinity or a NaN is left to the definition
-        for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
-            out[rows] = reference.batchgrad(logits[rows], feats[rows], anchors)
-    return out
-
-
-def _run(
-    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
-) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    x = logits if logits is not None else feats
-    assert x is not None
-    f, f_arguments = _argument(logits if want.stats else None)
-    h, h_arguments = _argument(feats if want.orders else None)
-    q, q_arguments = _argument(labels)
-    stats = x.new_empty((len(want.stats), len(x)), dtype=torch.float64)
-    norms = x.new_empty((len(x), len(want.orders)), dtype=torch.float64)
-    out = stats.data_ptr(), norms.data_ptr()
-    _native.row_stats(_prepared(want), len(x), *f_arguments, *h_arguments, *out, *q_arguments)
-    del f, h, q
-    return dict(zip(want.stats, stats.unbind(), strict=True)), norms if want.orders else None
-
-
-def prepared(job: Job) -> object | None:
-    """The job as the C++ part reads it, worked out once; None where it cannot do it in one call."""
-    if "cpu" not in job.prepared:
-        job.prepared["cpu"] = _prepared(job.want, job.products)
-    return job.prepared["cpu"]
-
-
-@lru_cache
-def _prepared(want: Want, products: tuple[Product, ...] = ()) -> object | None:
-    powers, gradients = sum(s[0] == "power_sum" for s in want.stats), _gradients(want)
-    if max(len(want.orders), len(want.stats)) > _MOST_ORDERS or powers > _MOST_POWER_SUMS:
-        return None
-    if gradients and len(want.stats) > 1:
-        return None
-    if not all(_name(s) in _STATS for s in want.stats):  # one of somebody's own, which the reference knows
-        return None
-    stats = tuple(_STATS[_name(s)] for s in want.stats)
-    exponents = tuple(float(s[1]) if s[0] in ("power_sum", "gen") else 0.0 for s in want.stats)
-    counts = tuple(min(int(s[2]), 1 << 62) if len(s) == 3 and s[0] == "gen" else 0 for s in want.stats)
+def _plan_of(request: Request) -> Any:
+    """The request as the C++ part reads it."""
+    stats: list[Any] = [(s,) if isinstance(s, str) else s for s in request.stats]
+    numbers = tuple(_STATS[s[0]] for s in stats)
+    exponents = tuple(float(s[1]) if s[0] in ("power_sum", "gen") else 0.0 for s in stats)
+    counts = tuple(min(int(s[2]), 1 << 62) if s[0] == "gen" else 0 for s in stats)
     gradient: tuple[Any, ...] = ()
-    for _, q, order, power, expectation in gradients:
+    if stats and stats[0][0] == "gradient":
+        _, q, order, power, expectation = stats[0]
         gradient = expectation == "outside", _LABELS[q], order, power
-    options = want.orders, want.bias, want.log, products
-    return _native.prepare(want.temperature, stats, exponents, counts, *options, gradient)
+    options = request.orders, request.bias, request.log, request.columns
+    return _native.prepare(request.temperature, numbers, exponents, counts, *options, gradient)
 
 
-def _name(stat: Stat) -> str:
-    return stat if isinstance(stat, str) else stat[0]
+def batchgrad(anchors: Anchors) -> Run:
+    if not 2.0**-100 <= anchors.temperature <= 2.0**80:
+        return reference.batchgrad(anchors)
+    return Run(_BatchGrad(anchors))
 
 
-def _gradients(want: Want) -> list[Any]:
-    return [s for s in want.stats if s[0] == "gradient"]
+class _BatchGrad:
+    def __init__(self, anchors: Anchors) -> None:
+        self.anchors = anchors
+        self.sums = _plan_of(Request(("lse",), (), (), (1, -1), anchors.temperature))
+        self.norms = anchors.G.abs().sum(-1, dtype=torch.float64)
+        self.norm = self.norms.sum().item()
+        self.padded: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, logits: Any, feats: Any, labels: Any) -> Tensor:
+        anchors = self.anchors
+        dtype = result_dtype(logits, feats, anchors.G)
+        if dtype == torch.float64:
+            logits, feats = logits.double(), feats.double()
+        if dtype not in self.padded:
+            padded = torch.nn.functional.pad(anchors.G.to(dtype), (0, -anchors.G.shape[1] % 16))
+            self.padded[dtype] = padded.contiguous()
+        G = self.padded[dtype]
+        f, f_arguments = _argument(logits)
+        h, h_arguments = _argument(feats)
+        out = logits.new_empty(len(logits), dtype=torch.float64)
+        arguments = (G.data_ptr(), G.shape[1], self.norms.data_ptr(), self.norm, out.data_ptr())
+        finite = _native.batchgrad(self.sums, len(out), *f_arguments, *h_arguments, anchors.bias, *arguments)
+        del f, h
+        if anchors.sign < 0:
+            out.neg_()
+        if not finite:  # what holds, or comes to, an infinity or a NaN is left to the definition
+            for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
+                out[rows] = reference.expected_l1(anchors, logits[rows], feats[rows]).double()
+        return out.to(dtype)
 
 
 def _argument(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:

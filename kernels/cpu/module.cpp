@@ -50,9 +50,9 @@ static const char PLAN[] = "fastood plan";
 
 static void free_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
 
-// prepare(temperature, stats, powers, counts, orders, bias, log, products, gradient): stats are their numbers, powers
-// the r or gamma of each and counts the M, 0 where it has none, products tuples of (stat, order, factor, power,
-// divisor), gradient (outside, labels, order, power) or ().
+// prepare(temperature, stats, powers, counts, orders, bias, log, columns, gradient): stats are their numbers, powers
+// the r or gamma of each and counts the M, 0 where it has none, columns tuples of (((stat, coefficient), ...), order,
+// power, divisor), gradient (outside, labels, order, power) or ().
 static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 9) return PyErr_Format(PyExc_TypeError, "prepare takes 9 arguments");
   std::unique_ptr<Plan> plan(new Plan);
@@ -62,7 +62,7 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const double log2e = 1.4426950408889634, log2e_low = 2.0355273740931033e-17;
   const double scale = std::min(log2e / T, 1e300);
   set_scale(&logits, scale, scale < 1e300 ? (std::fma(-scale, T, log2e) + log2e_low) / T : 0);
-  const Py_ssize_t stats = PyTuple_Size(args[1]), orders = PyTuple_Size(args[4]), products = PyTuple_Size(args[7]);
+  const Py_ssize_t stats = PyTuple_Size(args[1]), orders = PyTuple_Size(args[4]), columns = PyTuple_Size(args[7]);
   if (stats > MAX_STATS || orders > MAX_ORDERS)
     return PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);
   for (Py_ssize_t j = 0; j < stats; j++) {
@@ -85,11 +85,16 @@ static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   plan->bias = PyObject_IsTrue(args[5]);
   plan->log = PyObject_IsTrue(args[6]);
-  for (Py_ssize_t k = 0; k < products; k++) {
-    PyObject* p = PyTuple_GetItem(args[7], k);
-    plan->products.push_back({int(PyLong_AsLong(PyTuple_GetItem(p, 0))), int(PyLong_AsLong(PyTuple_GetItem(p, 1))),
-                              int(PyLong_AsLong(PyTuple_GetItem(p, 3))), PyFloat_AsDouble(PyTuple_GetItem(p, 2)),
-                              PyFloat_AsDouble(PyTuple_GetItem(p, 4))});
+  for (Py_ssize_t k = 0; k < columns; k++) {
+    PyObject* c = PyTuple_GetItem(args[7], k);
+    PyObject* terms = PyTuple_GetItem(c, 0);
+    Column column{{}, int(PyLong_AsLong(PyTuple_GetItem(c, 1))), int(PyLong_AsLong(PyTuple_GetItem(c, 2))),
+                  PyFloat_AsDouble(PyTuple_GetItem(c, 3))};
+    for (Py_ssize_t i = 0; i < PyTuple_Size(terms); i++) {
+      PyObject* t = PyTuple_GetItem(terms, i);
+      column.terms.push_back({int(PyLong_AsLong(PyTuple_GetItem(t, 0))), PyFloat_AsDouble(PyTuple_GetItem(t, 1))});
+    }
+    plan->columns.push_back(std::move(column));
   }
   if (PyTuple_Size(args[8]) == 4) {
     GradientPlan& g = plan->gradient;
@@ -136,29 +141,22 @@ static bool read_matrices(PyObject* const* args, Request* q) {
   return read_matrix(args + 2, &q->logits) && read_matrix(args + 6, &q->feats);
 }
 
-// row_stats(..., address of [stats, rows] double, address of [rows, orders] double, labels (4))
-static PyObject* row_stats(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const Plan* plan = read_plan(args, count, COMMON + 6);
-  if (!plan) return nullptr;
-  Request q{*plan};
-  if (!read_matrices(args, &q)) return nullptr;
-  q.stats_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON]));
-  q.norms_out = static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 1]));
-  if (!read_matrix(args + COMMON + 2, &q.labels)) return nullptr;
-  return run_without_lock(q);
+static void set_strides(Request* q, bool by_row) {
+  const Plan& plan = q->plan;
+  const int64_t columns = plan.columns.empty() ? plan.stats.size() + plan.orders[0].size() : plan.columns.size();
+  q->row_stride = by_row ? columns : 1;
+  q->column_stride = by_row ? 1 : q->rows;
 }
 
-// products(..., address of the result, its type, whether it is [rows, products], labels (4))
-static PyObject* products(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// run(..., address of the result, its type, whether it is [rows, columns], labels (4))
+static PyObject* run_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, COMMON + 7);
   if (!plan) return nullptr;
   Request q{*plan};
   if (!read_matrices(args, &q)) return nullptr;
   q.out = PyLong_AsVoidPtr(args[COMMON]);
   q.out_double = PyLong_AsLong(args[COMMON + 1]) == FLOAT64;
-  const bool by_row = PyObject_IsTrue(args[COMMON + 2]);
-  q.row_stride = by_row ? int64_t(plan->products.size()) : 1;
-  q.product_stride = by_row ? 1 : q.rows;
+  set_strides(&q, PyObject_IsTrue(args[COMMON + 2]));
   if (!read_matrix(args + COMMON + 3, &q.labels)) return nullptr;
   return run_without_lock(q);
 }
@@ -218,7 +216,7 @@ static bool read_plain(PyObject* const* tensors, Request* q) {
 // Whether torch does so many elements on more than one thread.
 static bool shared_out(int64_t elements) { return elements > 32768; }  // at::internal::GRAIN_SIZE
 
-// plain(plan, shape, logits, feats, labels), those that are not needed None: the products of plain CPU tensors as
+// plain(plan, shape, logits, feats, labels), those that are not needed None: the columns for plain CPU tensors as
 // float32 of `shape`, in which -1 stands for the rows; None where they are any others, and a longer way must be gone,
 // which can tell what is wrong with them.
 static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -228,7 +226,7 @@ static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   // Without a pool (a forked child) what torch itself would share out, such as filling a result where it is told to be
   // deterministic, goes the longer way too, which sees to torch's threads first.
   if (watched() || !read_plain(args + 2, &q) ||
-      (!parallel_for && shared_out(q.rows * int64_t(plan->products.size())))) {
+      (!parallel_for && shared_out(q.rows * int64_t(plan->columns.size())))) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
@@ -236,9 +234,7 @@ static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int type = with_logits ? q.logits.type : q.feats.type;
   PyObject* out = empty_beside(args[with_logits ? 2 : 3], type, OF_FLOAT32, args[1], q.rows, &q.out);
   if (!out) return nullptr;
-  const bool by_row = PyLong_AsLong(PyTuple_GetItem(args[1], 0)) < 0;
-  q.row_stride = by_row ? int64_t(plan->products.size()) : 1;
-  q.product_stride = by_row ? 1 : q.rows;
+  set_strides(&q, PyLong_AsLong(PyTuple_GetItem(args[1], 0)) < 0);
   PyObject* done = run_without_lock(q);
   if (!done) {
     Py_DECREF(out);
@@ -301,8 +297,7 @@ static PyObject* apply(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 static PyMethodDef methods[] = {
     {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
-    {"row_stats", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(row_stats)), METH_FASTCALL, nullptr},
-    {"products", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(products)), METH_FASTCALL, nullptr},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_plan)), METH_FASTCALL, nullptr},
     {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
     {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
     {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL, nullptr},

@@ -145,8 +145,7 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
   const int64_t C = q.logits.columns;
   statistics(stat, q.plan.power_of_stat[j], q.plan.logits, batch.logits, count, C, batch.swept, log1p, out);
   if (stat == Stat::kl_uniform || stat == Stat::tv) return of_flat_rows(q, stat, row, count, batch.logits, log1p, out);
-  const bool is_log = ABOUT[int(stat)].is_log;
-  if (stat != Stat::gen && !is_log) return;
+  if (stat != Stat::gen && !ABOUT[int(stat)].is_log) return;
   for (int64_t i = 0; i < count; i++) {
     const LogitsState& s = batch.logits[i];
     const void* f = q.logits.at(row + i, 0);
@@ -154,15 +153,15 @@ static void statistics_of(const Request& q, size_t j, int64_t row, int64_t count
     if (!has_softmax(s)) continue;
     if (stat == Stat::gen)
       out[i] = kernels->gen[type](f, C, q.plan.logits, s.max, 1 + r1, r1, q.plan.gamma[j], q.plan.M[j]);
-    else if (is_log && r1 < 0x1p-900)
+    else if (r1 < 0x1p-900)
       out[i] = statistic_of_rest(stat, q.plan.logits, s, kernels->log2_rest[type](f, C, q.plan.logits, s.max));
   }
 }
 
 // v (norm / divisor)^power, one by one, in an order in which nothing overflows before the score does: 0 stays 0. The
 // largest double stands for norms beyond it.
-static double times(double v, double norm, const Product& p) {
-  for (int i = 0; i < p.power; i++) v = p.divisor < 1 ? v * norm / p.divisor : v * (norm / p.divisor);
+static double times(double v, double norm, const Column& c) {
+  for (int i = 0; i < c.power; i++) v = c.divisor < 1 ? v * norm / c.divisor : v * (norm / c.divisor);
   return norm == DBL_MAX ? v * DBL_MAX : v;
 }
 
@@ -198,26 +197,31 @@ static void finish(const Request& q, int64_t row, int64_t count, Batch* batch) {
     norms_from_roots(order, q.norms_plan(), batch->norms, count, root, norms[j]);
   }
 
-  if (!q.out) {
-    for (size_t j = 0; j < q.plan.stats.size(); j++) std::copy_n(stats[j], count, q.stats_out + j * q.rows + row);
-    for (size_t j = 0; j < q.orders().size(); j++)
-      for (int64_t i = 0; i < count; i++) q.norms_out[(row + i) * q.orders().size() + j] = norms[j][i];
-    return;
-  }
-  for (size_t k = 0; k < q.plan.products.size(); k++) {
-    const Product& p = q.plan.products[k];
-    double score[BATCH];
-    for (int64_t i = 0; i < count; i++) score[i] = p.stat < 0 ? p.factor : p.factor * stats[p.stat][i];
-    if (p.order >= 0 && p.divisor == 1 && p.power == 1 && !q.out_double) {
-      for (int64_t i = 0; i < count; i++) score[i] *= norms[p.order][i];  // times the largest double is beyond float too
-    } else if (p.order >= 0) {
-      for (int64_t i = 0; i < count; i++) score[i] = times(score[i], norms[p.order][i], p);
-    }
-    const int64_t first = row * q.row_stride + int64_t(k) * q.product_stride;
+  const auto store = [&](size_t column, const double* x) {
+    const int64_t first = row * q.row_stride + int64_t(column) * q.column_stride;
     for (int64_t i = 0; i < count; i++) {
-      if (q.out_double) static_cast<double*>(q.out)[first + i * q.row_stride] = score[i];
-      else static_cast<float*>(q.out)[first + i * q.row_stride] = float(score[i]);
+      if (q.out_double) static_cast<double*>(q.out)[first + i * q.row_stride] = x[i];
+      else static_cast<float*>(q.out)[first + i * q.row_stride] = float(x[i]);
     }
+  };
+  if (q.plan.columns.empty()) {
+    for (size_t j = 0; j < q.plan.stats.size(); j++) store(j, stats[j]);
+    for (size_t j = 0; j < q.orders().size(); j++) store(q.plan.stats.size() + j, norms[j]);
+  }
+  for (size_t k = 0; k < q.plan.columns.size(); k++) {
+    const Column& c = q.plan.columns[k];
+    double score[BATCH] = {};
+    for (const Term& t : c.terms)
+      for (int64_t i = 0; i < count; i++) {
+        const double x = t.stat < 0 ? t.coefficient : t.coefficient * stats[t.stat][i];
+        score[i] = &t == &c.terms[0] ? x : score[i] + x;  // a sum from 0 on would lose the sign of -0
+      }
+    if (c.order >= 0 && c.divisor == 1 && c.power == 1 && !q.out_double) {
+      for (int64_t i = 0; i < count; i++) score[i] *= norms[c.order][i];  // times the largest double is beyond float too
+    } else if (c.order >= 0) {
+      for (int64_t i = 0; i < count; i++) score[i] = times(score[i], norms[c.order][i], c);
+    }
+    store(k, score);
   }
 }
 

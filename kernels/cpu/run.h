@@ -18,10 +18,16 @@ struct Matrix {
   }
 };
 
-// factor * stats[stat] * (norms[order] / divisor)^power; -1 for a term that is not there
-struct Product {
-  int stat, order, power;
-  double factor, divisor;
+// A finished score: the sum of coefficient * stats[stat], stat -1 for the number 1, times (norms[order] / divisor)^power,
+// order -1 for no norm.
+struct Term {
+  int stat;
+  double coefficient;
+};
+struct Column {
+  std::vector<Term> terms;
+  int order, power;
+  double divisor;
 };
 
 // What is wanted, worked out once for many calls.
@@ -34,7 +40,7 @@ struct Plan {
   std::vector<int> power_of_stat;
   std::vector<double> gamma;  // of each statistic that is a gen, as is M
   std::vector<int64_t> M;
-  std::vector<Product> products;
+  std::vector<Column> columns;  // none: statistics, then norms, as they are
   GradientPlan gradient{};
   NormsPlan gradient_norms[2]{};  // its order, as above
   Order gradient_order[2]{};
@@ -44,13 +50,9 @@ struct Request {
   const Plan& plan;
   int64_t rows = 0;
   Matrix logits, feats, labels;
-  // Either the statistics themselves ...
-  double* stats_out = nullptr;  // [stats, rows]
-  double* norms_out = nullptr;  // [rows, orders]
-  // ... or finished products, float or double.
-  void* out = nullptr;
+  void* out = nullptr;  // float or double; of statistics and norms, [stats + orders, rows] double
   bool out_double = false;
-  int64_t row_stride = 0, product_stride = 0;
+  int64_t row_stride = 0, column_stride = 0;
 
   const NormsPlan& norms_plan() const { return plan.norms[feats.type == FLOAT64]; }
   const std::vector<Order>& orders() const { return plan.orders[feats.type == FLOAT64]; }

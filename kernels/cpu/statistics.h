@@ -7,7 +7,7 @@ enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16, PEEL = 
 
 enum class Stat : int {
   fmax, lse, energy, msp, one_minus_msp, log_msp, s2, one_minus_s2, log_one_minus_s2, tv, plogp, sumlogp,
-  kl_uniform, power_sum, gen, gradient
+  s2_sumlogp, kl_uniform, one, uniform, power_sum, gen, gradient
 };
 
 struct About {
@@ -28,7 +28,10 @@ constexpr About ABOUT[] = {
     {"tv", EXP | TV, false, false},
     {"plogp", EXP | PLOGP | PEEL, false, false},
     {"sumlogp", EXP | SUMLOGP, false, false},
+    {"s2_sumlogp", EXP | SQUARES | SUMLOGP, false, false},
     {"kl_uniform", EXP | SUMLOGP | KL, false, false},
+    {"one", 0, false, false},
+    {"uniform", 0, false, false},
     {"power_sum", EXP, false, false},
     {"gen", EXP, false, false},
     {"gradient", EXP, false, false},
@@ -49,7 +52,10 @@ template <class Use> void with_formula(Stat stat, Use use) {
     case Stat::tv: return use([](const auto& q) { return q.tv(); });
     case Stat::plogp: return use([](const auto& q) { return q.rest_z() * q.p_max() - q.rest_log(); });
     case Stat::sumlogp: return use([](const auto& q) { return q.C() * (q.mean_z() - q.log_sum()); });
+    case Stat::s2_sumlogp: return use([](const auto& q) { return (1.0 + (1.0 + q.r2()) * q.p_max() * q.p_max()) * (q.C() * (q.mean_z() - q.log_sum())); });
     case Stat::kl_uniform: return use([](const auto& q) { return q.kl_uniform(); });
+    case Stat::one: return use([](const auto& q) { return 1.0; });
+    case Stat::uniform: return use([](const auto& q) { return 1.0 / q.C(); });
     default: return;
   }
 }

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastood.kernels import reference
-from fastood.kernels.cpu import _native
-from fastood.kernels.seam import traced
+from fastood.kernels.contract import Anchors, Request, Run
 from fastood.kernels.triton import shapes
-
-if TYPE_CHECKING:
-    from fastood.kernels import Anchors, Job, Stat, Want
 
 OLDEST = 3, 6  # Triton that the kernels were tried with; pyproject.toml says with which else
 
@@ -63,123 +58,68 @@ def _unusable_device(device: torch.device) -> str | None:
     return None
 
 
-def row_stats(
-    logits: Tensor | None, feats: Tensor | None, want: Want, labels: Tensor | None = None
-) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    if traced(logits, feats, labels) or (want.orders and feats is not None and feats.shape[1] == 0):
-        return reference.row_stats(logits, feats, want, labels)
-    ours = want._replace(stats=tuple(s for s in want.stats if s in shapes.STATS))
-    plan = shapes.plan_of(ours, None)
-    if plan is None:
-        return reference.row_stats(logits, feats, want, labels)
-    C = 0 if logits is None else logits.shape[1]
-    alone = {s: _alone(s, want, C) for s in want.stats if s not in shapes.STATS}
-    others = tuple(s for s, call in alone.items() if call is None)
-    stats = reference.row_stats(logits, None, want._replace(stats=others, orders=()), labels)[0]
-    stats |= {
-        s: call(logits, None, labels if s[1] == "given" else None) for s, call in alone.items() if call is not None
-    }
-    if not plan.columns:
-        return stats, None
-    out = _columns(ours)(logits if ours.stats else None, feats if want.orders else None)
-    stats |= zip(ours.stats, out, strict=False)
-    return stats, out[len(ours.stats) :].T if want.orders else None
+def supports(request: Request, C: int, D: int) -> bool:
+    if request.orders and D == 0:
+        return False
+    if len(request.stats) == 1 and request.stats[0][0] in ("power_sum", "gen", "gradient"):  # by launches of its own
+        return not request.orders and not request.columns and _serves_alone(request, C)
+    return shapes.plan_of(request) is not None
 
 
-def products(
-    logits: Tensor | None,
-    feats: Tensor | None,
-    job: Job,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    by_row: bool,
-    labels: Tensor | None = None,
-) -> Tensor | None:
-    want = job.want
-    if traced(logits, feats, labels) or (want.orders and feats is not None and feats.shape[1] == 0):
-        return None
-    call = _prepared(job, (-1, *shape[1:]) if by_row else (*shape[:-1], -1))
-    if call is None:
-        return None
-    return call(logits if want.stats else None, feats if want.orders else None, labels)
+def _serves_alone(request: Request, C: int) -> bool:
+    """Not gradient norms to powers which leave float32 with the weights that they are summed with, nor GEN of rows that
+    no program's registers hold."""
+    (stat,) = request.stats
+    if stat[0] == "power_sum":
+        return shapes.plan_of(_sharper(request)) is not None
+    return shapes.takes_gradient(stat) or shapes.takes_gen(stat, C)
 
 
-def plain(work: Job | Anchors, shape: tuple[int, ...]) -> Callable[[Any, Any, Any], Any] | None:
-    """See kernels/__init__.py: of work that was done before."""
-    call = work.prepared.get(("triton", shape))
-    return partial(_native.launch, call.native) if call and call.native else None
+def compile(request: Request) -> Run:
+    launch = _launch()
+    plan = shapes.plan_of(request)
+    if plan is not None:
+        dtype = torch.float32 if request.columns else torch.float64
+        options = {"bias": request.bias, "log": request.log, "by_row": request.by_row}
+        reads = bool(request.stats), bool(request.orders), False
+        return launch.Route(request.shape, dtype, reads, partial(launch.scores, plan=plan, **options))
+    (stat,) = request.stats
+    if stat[0] == "power_sum":
+        return Run(partial(_power_sum, compile(_softer(request)), compile(_sharper(request)), float(stat[1])))
+    program = partial(launch.gen if stat[0] == "gen" else launch.gradient, stat=stat, temperature=request.temperature)
+    reads = True, False, stat[0] == "gradient" and stat[1] == "given"
+    return launch.Route(request.shape, torch.float64, reads, program)
 
 
-def batchgrad(logits: Tensor, feats: Tensor, anchors: Anchors) -> Tensor:
-    if traced(logits, feats, anchors.G) or feats.shape[1] == 0:
-        return reference.batchgrad(logits, feats, anchors)
-    key = "triton", (-1,)
-    if key not in anchors.prepared:
-        anchors.prepared[key] = _launch().batchgrad_route(anchors)
-    call = anchors.prepared[key]
-    return reference.batchgrad(logits, feats, anchors) if call is None else call(logits, feats)
+def _softer(request: Request) -> Request:
+    return request.of(("msp", "one_minus_msp"))
+
+
+def _sharper(request: Request) -> Request:
+    return _softer(request)._replace(temperature=request.temperature / float(request.stats[0][1]))
+
+
+def _power_sum(softer: Run, sharper: Run, r: float, logits: Tensor | None, *_: Tensor | None) -> Tensor:
+    """S_r = sum_k e^(r z_k) / (sum_k e^z_k)^r, z relative to the maximum: two sums, at T / r and at T."""
+    (p, not_p), (p_r, not_p_r) = softer(logits, None), sharper(logits, None)
+    return ((1 + not_p_r / p_r) * (-r * (not_p / p).log1p()).exp())[None]
+
+
+def batchgrad(anchors: Anchors) -> Run:
+    """By kernels, but for temperatures that float32 cannot divide by, and without features."""
+    route = _launch().batchgrad_route(anchors) if anchors.G.shape[1] > anchors.bias else None
+    return route or reference.batchgrad(anchors)
 
 
 def linear(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, want: Want, predict: bool
-) -> tuple[dict[Stat, Tensor], Tensor | None, Tensor | None] | None:
-    """`want` of the logits feats weight^T + bias, as row_stats gives it, and where `predict` their classes; None for
-    what is better done of logits."""
+    feats: Tensor, weight: Tensor, bias: Tensor | None, request: Request, predict: bool
+) -> tuple[list[Tensor], Tensor | None] | None:
+    """The request's statistics and norms, [N] each, of the logits feats weight^T + bias, and where `predict` their
+    classes; None for what is better done of logits."""
     from fastood.kernels.triton import fused_linear
 
-    if not fused_linear.serves(feats, weight, want.stats, want.temperature):
+    if not fused_linear.serves(feats, weight, request.stats, request.temperature):
         return None
-    _, norms = row_stats(None, feats, want._replace(stats=()))
-    stats, classes = fused_linear.linear(feats, weight, bias, want.stats, want.temperature, predict)
-    return stats, norms, classes
-
-
-def _prepared(job: Job, shape: tuple[int, ...]) -> Any:
-    """How the job is called, worked out once; None for what the kernels do not do."""
-    key = "triton", shape
-    if key not in job.prepared:
-        plan = shapes.plan_of(job.want, job.products)
-        job.prepared[key] = None if plan is None else _route(plan, job.want, shape, torch.float32)
-    return job.prepared[key]
-
-
-@lru_cache(maxsize=256)
-def _columns(want: Want) -> Any:
-    """Statistics, then norms, [columns, N] float64."""
-    plan = shapes.plan_of(want, None)
-    assert plan is not None
-    return _route(plan, want, (plan.columns, -1), torch.float64)
-
-
-def _alone(stat: Any, want: Want, C: int) -> Callable[..., Tensor] | None:
-    """How a statistic that takes launches of its own is called; None for what the kernels do not do.
-
-    That is gradient norms to powers which leave float32 with the weights that they are summed with, and GEN of rows
-    that no program's registers hold.
-    """
-    if stat[0] == "power_sum":
-        softer = want._replace(stats=("msp", "one_minus_msp"), orders=())
-        sharper = softer._replace(temperature=want.temperature / stat[1])
-        return partial(_power_sum, softer, sharper, stat[1]) if shapes.plan_of(sharper, None) else None
-    if shapes.takes_gradient(stat) or shapes.takes_gen(stat, C):
-        return _route_of(stat, want.temperature)
-    return None
-
-
-def _power_sum(softer: Want, sharper: Want, r: float, logits: Tensor, *_: None) -> Tensor:
-    """S_r = sum_k e^(r z_k) / (sum_k e^z_k)^r, z relative to the maximum: two sums, at T / r and at T."""
-    (p, not_p), (p_r, not_p_r) = (_columns(want)(logits, None) for want in (softer, sharper))
-    return (1 + not_p_r / p_r) * (-r * (not_p / p).log1p()).exp()
-
-
-@lru_cache(maxsize=256)
-def _route_of(stat: Any, temperature: float) -> Any:
-    launch = _launch()
-    program = launch.gen if stat[0] == "gen" else launch.gradient
-    return launch.Route((-1,), torch.float64, partial(program, stat=stat, temperature=temperature))
-
-
-def _route(plan: shapes.Plan, want: Want, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    launch = _launch()
-    program = partial(launch.scores, plan=plan, bias=want.bias, log=want.log, by_row=shape[0] < 0)
-    return launch.Route(shape, dtype, program)
+    stats, classes = fused_linear.linear(feats, weight, bias, request.stats, request.temperature, predict)
+    norms = request.of((), request.orders)
+    return [*stats, *(compile(norms)(None, feats) if request.orders else ())], classes

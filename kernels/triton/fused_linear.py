@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastood.kernels import Stat
+from fastood.kernels.contract import Stat
 from fastood.kernels.statistics import EXP, SQUARES
 from fastood.kernels.triton import device
 
@@ -81,8 +81,8 @@ def linear(
     temperature: float,
     predict: bool,
     tiling: Tiling | None = None,
-) -> tuple[dict[Stat, Tensor], Tensor | None]:
-    """`stats`, each [N] float64, and where `predict` the class of the largest logit, [N] int64."""
+) -> tuple[Tensor, Tensor | None]:
+    """`stats`, [stats, N] float64, and where `predict` the class of the largest logit, [N] int64."""
     N, D, C = *feats.shape, weight.shape[0]
     on = feats.device
     tiling = tiling or tiling_on(on)
@@ -104,4 +104,4 @@ def linear(
                 part, classes, out, best, N, C, parts, scale, temperature,
                 STATS=tuple(STATS.index(str(s)) for s in stats), SUMS=constants["SUMS"], **MERGED,
             )  # fmt: skip
-    return dict(zip(stats, out, strict=True)), best
+    return out, best

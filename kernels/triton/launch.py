@@ -17,13 +17,13 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastood.kernels import Anchors, Want
+from fastood.kernels.contract import Anchors, Request, Run
 from fastood.kernels.cpu import _TYPES, _native
 from fastood.kernels.triton import device, shapes
 from fastood.kernels.triton.shapes import Plan
@@ -156,15 +156,30 @@ def gen(
     return (Program((Launch(device.gen.gen, arguments, constants, shape),)),)
 
 
-def batchgrad(on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, plan: Plan) -> tuple[Program, ...]:
+# G and the sums of its blocks as the kernel reads them.
+Turned = Callable[[], tuple[Tensor, Tensor]]
+
+
+def batchgrad(
+    on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, turned: Turned, plan: Plan
+) -> tuple[Program, ...]:
     """anchors.sign times BatchGrad, [N] float32. `plan`: of the maximum, its probability and the rest's."""
     of_rows = shapes.BATCHGRAD_ROWS.items()
-    return tuple(_batchgrad(on, f, h, anchors, plan, rows, most) for most, rows in of_rows)
+    return tuple(_batchgrad(on, f, h, anchors, turned(), plan, rows, most) for most, rows in of_rows)
 
 
-def _batchgrad(on: torch.device, f: Layout, h: Layout, anchors: Anchors, plan: Plan, rows: int, most: int) -> Program:
+def _batchgrad(
+    on: torch.device,
+    f: Layout,
+    h: Layout,
+    anchors: Anchors,
+    g_and_sums: tuple[Tensor, Tensor],
+    plan: Plan,
+    rows: int,
+    most: int,
+) -> Program:
     """For up to `most` rows, by programs of `rows`."""
-    g, g_sums = _prepared(anchors)
+    g, g_sums = g_and_sums
     T, C, D = anchors.temperature, f.columns, anchors.G.shape[1]
     feats = shapes.BATCHGRAD["FEATS"]
     class_blocks, feat_blocks = shapes.blocks_of(C, D)
@@ -220,46 +235,54 @@ def _batchgrad(on: torch.device, f: Layout, h: Layout, anchors: Anchors, plan: P
 
 def batchgrad_route(anchors: Anchors) -> Route | None:
     """None for temperatures that the kernels do not do."""
-    plan = shapes.plan_of(Want(("fmax", "msp", "one_minus_msp"), temperature=anchors.temperature), None)
-    return plan and Route((-1,), torch.float32, partial(batchgrad, anchors=anchors, plan=plan))
+    plan = shapes.plan_of(Request(("fmax", "msp", "one_minus_msp"), (), (), (3, -1), anchors.temperature))
+    if plan is None:
+        return None
+    turned = cache(partial(_turned, anchors))  # once for all layouts
+    programs = partial(batchgrad, anchors=anchors, turned=turned, plan=plan)
+    return Route((-1,), torch.float32, (True, True, False), programs)
 
 
 def _number(n: int) -> Argument:
     return Argument(NUMBER, n)
 
 
-def _prepared(anchors: Anchors) -> tuple[Tensor, Tensor]:
-    """G and the sums of its blocks as the kernel reads them, worked out once."""
-    if "triton G" not in anchors.prepared:
-        classes, feats = shapes.BATCHGRAD["CLASSES"], shapes.BATCHGRAD["FEATS"]
-        C, D = anchors.G.shape
+def _turned(anchors: Anchors) -> tuple[Tensor, Tensor]:
+    classes, feats = shapes.BATCHGRAD["CLASSES"], shapes.BATCHGRAD["FEATS"]
+    C, D = anchors.G.shape
 
-        def make() -> tuple[Tensor, Tensor]:
-            G = torch.nn.functional.pad(anchors.G.float(), (0, -D % feats, 0, -C % classes))
-            G = G.unflatten(1, (-1, feats)).unflatten(0, (-1, classes)).transpose(1, 2)  # by class and feature block
-            above, below = (x.clamp(min=0).sum(-1, dtype=torch.float64) for x in (G, -G))
-            return G.transpose(2, 3).contiguous(), torch.stack([above, below], -1).float()
+    def make() -> tuple[Tensor, Tensor]:
+        G = torch.nn.functional.pad(anchors.G.float(), (0, -D % feats, 0, -C % classes))
+        G = G.unflatten(1, (-1, feats)).unflatten(0, (-1, classes)).transpose(1, 2)  # by class and feature block
+        above, below = (x.clamp(min=0).sum(-1, dtype=torch.float64) for x in (G, -G))
+        return G.transpose(2, 3).contiguous(), torch.stack([above, below], -1).float()
 
-        anchors.prepared["triton G"] = _kept(anchors.G.device, make)
-    return anchors.prepared["triton G"]
+    return _kept(anchors.G.device, make)
 
 
 # ---- calls
 
 
-class Route:
+class Route(Run):
     """Calls that give a result of `shape`, -1 standing for the rows, and of `dtype`; a program for each layout, or
-    several for different numbers of rows."""
+    several for different numbers of rows. `reads`: logits, feats, labels."""
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, programs: Callable[..., tuple[Program, ...]]
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        reads: tuple[bool, bool, bool],
+        programs: Callable[..., tuple[Program, ...]],
     ) -> None:
-        self.shape, self.dtype, self.programs = shape, dtype, programs
+        self.shape, self.dtype, self.reads, self.programs = shape, dtype, reads, programs
         self.native = _native.route(shape, dtype == torch.float64) if _native else None
+        super().__init__(self._launched, partial(_native.launch, self.native) if self.native else None)
         self.known: set[Any] = set()  # for which native has its programs, or never will
 
-    def __call__(self, f: Tensor | None, h: Tensor | None, q: Tensor | None = None) -> Tensor:
-        f, h, q = (None if x is None else _readable(x) for x in (f, h, q))
+    def _launched(self, f: Tensor | None, h: Tensor | None, q: Tensor | None) -> Tensor:
+        f, h, q = (
+            _readable(x) if x is not None and read else None for x, read in zip((f, h, q), self.reads, strict=True)
+        )
         x = next(x for x in (f, h, q) if x is not None)
         key = x.device, *map(layout, (f, h, q))
         if self.native and len(x) and has_driver(x.device):

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from fastood.kernels.contract import NO_NORM, ONE, Column, Request
 from fastood.kernels.statistics import FORMULAS, KL, PLOGP, SUMLOGP, TABLE
-
-if TYPE_CHECKING:
-    from fastood.kernels import Product, Want
 
 # ---- launch shapes
 
@@ -390,57 +388,69 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
 
 
 class Plan(NamedTuple):
+    """See device.scores."""
+
     sums: int
-    stats: tuple[int, ...]
+    v_terms: tuple[tuple[int, tuple[int, ...]], ...]  # of each: where its coefficients begin in the table, statistics
     orders: tuple[float, ...]
-    table: tuple[float, ...]  # see device.scores
+    table: tuple[float, ...]
     columns: int
-    all_v: bool  # every column has a statistic
+    all_v: bool  # every column has a V term
     all_u: bool  # and a norm
     square: bool  # some column squares its norm
-    few: tuple[tuple[int, int, int, int], ...]  # of each column: statistic, order, power, and its factor if 1 or -1
+    few: tuple[tuple[int, int, int, int], ...]  # of each column: V term, order, power, and its factor if 1 or -1
 
 
 @lru_cache
-def plan_of(want: Want, products: tuple[Product, ...] | None) -> Plan | None:
-    """`products`, or all statistics and then all norms where that is None; None for what the kernels do not do."""
+def plan_of(request: Request) -> Plan | None:
+    """None for what the kernel of scores does not do."""
     # Beyond this float32 cannot hold what a temperature does to a logit.
-    if not all(s in STATS for s in want.stats) or not 2.0**-100 <= want.temperature <= 2.0**100:
+    if not all(s in STATS for s in request.stats) or not 2.0**-100 <= request.temperature <= 2.0**100:
         return None
-    if len(want.orders) > 32:
+    if len(request.orders) > 32:
         return None
     # Beyond this no sum of float32 powers can tell an order from infinity.
-    want = want._replace(orders=tuple(r if r <= 1e9 else math.inf for r in want.orders))
-    if products is None:
-        columns = [(i, 1.0, -1, 1) for i in range(len(want.stats))]
-        columns += [(-1, 1.0, j, 1) for j in range(len(want.orders))]
-    else:
-        columns = [(p.stat, p.factor / p.divisor**p.power, p.order, p.power) for p in products]
-    orders = [want.orders[j] if j >= 0 else math.inf for _, _, j, _ in columns]
-    table = (
-        math.log2(math.e) / want.temperature,
-        want.temperature,
-        *(float(i) for i, *_ in columns),
-        *(factor for _, factor, _, _ in columns),
-        *(float(j) for _, _, j, _ in columns),
-        *(1.0 / r if 0 < r < math.inf else 1.0 for r in orders),
-        *(float(i >= 0 and FORMULAS[want.stats[i]].vanishes) for i, *_ in columns),  # type: ignore[index]
-        *(float(0 < r < math.inf) for r in orders),
-        *(float(power) for *_, power in columns),
+    all_orders = tuple(r if r <= 1e9 else math.inf for r in request.orders)
+    columns = request.columns or (
+        *(Column(((i, 1.0),)) for i in range(len(request.stats))),
+        *(Column(((ONE, 1.0),), j) for j in range(len(all_orders))),
     )
+    # Of each column: its V term, and the factor that is left; columns of one statistic share it.
+    parted = [(((c.terms[0][0], 1.0),), c.terms[0][1]) if len(c.terms) == 1 else (c.terms, 1.0) for c in columns]
+    v_terms = [*dict.fromkeys(terms for terms, _ in parted if terms[0][0] != ONE)]
+    place = [-1 if terms[0][0] == ONE else v_terms.index(terms) for terms, _ in parted]
+    names = [tuple(str(request.stats[i]) for i, _ in terms) for terms in v_terms]
+    factors = [factor / c.divisor**c.power for (_, factor), c in zip(parted, columns, strict=True)]
+    orders = [math.inf if c.order == NO_NORM else all_orders[c.order] for c in columns]
+    table = [
+        math.log2(math.e) / request.temperature,
+        request.temperature,
+        *(float(i) for i in place),
+        *factors,
+        *(float(c.order) for c in columns),
+        *(1.0 / r if 0 < r < math.inf else 1.0 for r in orders),
+        *(float(i >= 0 and len(names[i]) == 1 and FORMULAS[names[i][0]].vanishes) for i in place),
+        *(float(0 < r < math.inf) for r in orders),
+        *(float(c.power) for c in columns),
+    ]
+    of_kernel = []
+    for terms, some in zip(v_terms, names, strict=True):
+        of_kernel.append((len(table) if len(some) > 1 else 0, tuple(STATS[name] for name in some)))
+        table += [x for _, x in terms] if len(some) > 1 else []
     sums = 0
-    for s in want.stats:
-        sums |= int(FORMULAS[s].sums)  # type: ignore[index]
+    for s in request.stats:
+        sums |= int(FORMULAS[str(s)].sums)
+    few = [(i, c.order, c.power, int(f) if abs(f) == 1 else 0) for i, f, c in zip(place, factors, columns, strict=True)]
     return Plan(
         sums,
-        tuple(STATS[s] for s in want.stats),  # type: ignore[index]
-        want.orders,
-        table,
+        tuple(of_kernel),
+        all_orders,
+        tuple(table),
         len(columns),
-        all(i >= 0 for i, *_ in columns),
-        all(j >= 0 for _, _, j, _ in columns),
-        any(power == 2 for *_, power in columns),
-        tuple((i, j, power, int(f) if abs(f) == 1 else 0) for i, f, j, power in columns) if len(columns) <= FEW else (),
+        all(i >= 0 for i in place),
+        all(c.order != NO_NORM for c in columns),
+        any(c.power == 2 for c in columns),
+        tuple(few) if len(columns) <= FEW else (),
     )
 
 
@@ -465,7 +475,7 @@ def constants(
         "X_SHIFTED": x.shifted,
         "X_W": x.w,
         "SUMS": plan.sums,
-        "STATS": plan.stats,
+        "V_TERMS": plan.v_terms,
         "X_TILES": x_tiles,
         "D": D,
         "H_VEC": h.vec,

@@ -45,5 +45,11 @@ def formula(CODE: tl.constexpr, gap,
         return rest_z * p_max - rest_log
     elif CODE == 11:  # sumlogp
         return C * (mean_z - log_sum)
-    elif CODE == 12:  # kl_uniform
+    elif CODE == 12:  # s2_sumlogp
+        return (1.0 + (1.0 + r2) * p_max * p_max) * (C * (mean_z - log_sum))
+    elif CODE == 13:  # kl_uniform
         return kl_uniform
+    elif CODE == 14:  # one
+        return tl.where(tl.abs(fmax) < INF, 1.0, float("nan"))
+    elif CODE == 15:  # uniform
+        return tl.where(tl.abs(fmax) < INF, 1.0 / C, float("nan"))

@@ -101,6 +101,22 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
 
 
 @triton.jit
+def v_term(TERM: tl.constexpr, table_ptr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
+    """A statistic, in units of the rest's weight where it vanishes with that; or the sum of several, times what the
+    table holds from TERM[0] on."""
+    if len(TERM[1]) == 1:
+        return statistic(TERM[1][0], parts, temperature, C, PEEL_)
+    else:
+        total = tl.zeros(parts[0].shape, tl.float64)
+        for j in tl.static_range(len(TERM[1])):
+            one = statistic(TERM[1][j], parts, temperature, C, PEEL_).to(tl.float64)
+            if PEEL_ and VANISHING >> TERM[1][j] & 1:
+                one *= parts[1]
+            total += small(table_ptr + TERM[0] + j) * one
+        return total
+
+
+@triton.jit
 def with_bias(powers, unit, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr):
     """The sum of one order, of [h; 1] if BIAS."""
     sum = powers[SLOT]
@@ -130,7 +146,7 @@ def norm(powers, unit, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constex
 def scores(
     x_ptr, x_stride, x_offset, h_ptr, h_stride, h_offset, table_ptr, out_ptr, out_row, out_column, N,
     C: tl.constexpr, X_VEC: tl.constexpr, X_P: tl.constexpr, X_SHIFTED: tl.constexpr, X_W: tl.constexpr,
-    SUMS: tl.constexpr, STATS: tl.constexpr, X_TILES: tl.constexpr,
+    SUMS: tl.constexpr, V_TERMS: tl.constexpr, X_TILES: tl.constexpr,
     D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_W: tl.constexpr, H_TILES: tl.constexpr,
     POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
     BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr, ALL_V: tl.constexpr, ALL_U: tl.constexpr,
@@ -138,14 +154,14 @@ def scores(
 ):  # fmt: skip
     """ROWS rows of logits (or one, read X_TILES tiles at a time where that is not 0) and of features to COLUMNS scores:
 
-    factor * statistic * norm^power, as table_ptr says: log2(e) / T and T, then for each column the number of its
-    statistic, factor, number of its order, 1 / order, whether the statistic comes in units of the rest's weight,
-    whether the order's sum comes scaled, and power.
+    factor * V * norm^power, as table_ptr says: log2(e) / T and T, then for each column the number of its V term,
+    factor, number of its order, 1 / order, whether the V term comes in units of the rest's weight, whether the order's
+    sum comes scaled, and power; then the coefficients of V terms that are sums.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = row < N
     row = tl.minimum(row, N - 1)  # whose score is the same
-    if len(STATS) > 0:
+    if len(V_TERMS) > 0:
         scale = small(table_ptr)
         temperature = small(table_ptr + 1).to(tl.float32)
         base, head = place(row, x_stride, x_offset, X_VEC, X_P, X_SHIFTED)
@@ -165,8 +181,8 @@ def scores(
         for k in tl.static_range(COLUMNS):
             score = FEW[k][3] * 1.0 if FEW[k][3] != 0 else small(table_ptr + 2 + COLUMNS + k)
             if FEW[k][0] >= 0:
-                score *= statistic(STATS[FEW[k][0]], parts, temperature, C, PEEL & SUMS)
-                if PEEL & SUMS and VANISHING >> STATS[FEW[k][0]] & 1:
+                score *= v_term(V_TERMS[FEW[k][0]], table_ptr, parts, temperature, C, PEEL & SUMS)
+                if PEEL & SUMS and len(V_TERMS[FEW[k][0]][1]) == 1 and VANISHING >> V_TERMS[FEW[k][0]][1][0] & 1:
                     score = score.to(tl.float64)
                     if parts[8]:
                         score *= parts[1]
@@ -182,13 +198,14 @@ def scores(
             field = table_ptr + 2 + column
             within = column < COLUMNS
             score = small(field + COLUMNS, within, 0.0)
-            if len(STATS) > 0:
+            if len(V_TERMS) > 0:
                 which = small(field, within, -1.0).to(tl.int32)
-                v = statistic(STATS[0], parts, temperature, C, PEEL & SUMS)[:, None]
+                v = v_term(V_TERMS[0], table_ptr, parts, temperature, C, PEEL & SUMS)[:, None]
                 if not ALL_V:
                     v = tl.where(which == 0, v, 1.0)
-                for i in tl.static_range(1, len(STATS)):
-                    v = tl.where(which == i, statistic(STATS[i], parts, temperature, C, PEEL & SUMS)[:, None], v)
+                for i in tl.static_range(1, len(V_TERMS)):
+                    one = v_term(V_TERMS[i], table_ptr, parts, temperature, C, PEEL & SUMS)[:, None]
+                    v = tl.where(which == i, one, v)
                 score = score * v
                 if PEEL & SUMS:
                     if parts[8]:
