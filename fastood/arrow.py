@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -20,7 +21,9 @@ from fastood import _columns, _data
 from fastood._inputs import _from_numpy, choice
 from fastood.detector import Detector
 from fastood.files import CHUNK_BYTES, FileError, library, listed
+from fastood.successors.fitted import Fitted, _odd
 
+FittedT = TypeVar("FittedT", bound=Detector | Fitted)
 ArrowT = TypeVar("ArrowT")  # pyarrow.Table or pyarrow.RecordBatch, which come without types
 Path = str | os.PathLike[str]
 
@@ -200,12 +203,7 @@ class Scorer:
         for i, part in enumerate(
             table.to_batches() or [pa.RecordBatch.from_arrays(_none(pa, table), schema=table.schema)]
         ):
-            valid = np.logical_and.reduce([c.is_valid().to_numpy(zero_copy_only=False) for c in part.columns])
-            held = (
-                part
-                if valid.all()
-                else pa.RecordBatch.from_arrays([_filtered(pa, c, valid) for c in part.columns], schema=part.schema)
-            )
+            held, valid = _without_nulls(pa, part)
             logits, feats = self._tensors(held)
             if i == 0 and self._make_model is None:
                 odd = _data.oddity(logits, feats, self._keys["logits"], self._keys["feats"])
@@ -217,14 +215,9 @@ class Scorer:
     def _tensors(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
         if self._make_model is not None:
             return self._through_model(batch.column(0))
-        found: dict[str, Tensor] = {}
-        for name, key in self._keys.items():
-            if key in batch.schema.names:
-                x = _tensor(key, batch.column(key))
-                if x.ndim != 2:
-                    raise ValueError(f"{key!r} must hold a vector per row, got shape {list(x.shape)}")
-                found[name] = self._as_fitted(name, x).to(self.device)
-        return found.get("logits"), found.get("feats")
+        found = {name: self._as_fitted(name, x) for name, x in _matrices(batch, self._keys).items()}
+        logits, feats = (x if x is None else x.to(self.device) for x in map(found.get, ("logits", "feats")))
+        return logits, feats
 
     def _as_fitted(self, name: str, x: Tensor) -> Tensor:
         """`x`; of no rows, whose lists have no length, in the width that the detector asks for."""
@@ -323,6 +316,25 @@ def _tensor(key: str, column: Any) -> Tensor:
         raise ValueError(f"{key!r} must hold tensors in the order of their memory, got the permutation {permutation}")
     # A null among the numbers is NaN.
     return _from_numpy(key, values.to_numpy(zero_copy_only=False)).reshape(n, *shape)
+
+
+def _matrices(batch: Any, keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """Those of the columns called so, by name: [n, columns]."""
+    found: dict[str, Tensor] = {}
+    for name, key in keys.items():
+        if key in batch.schema.names:
+            x = found[name] = _tensor(key, batch.column(key))
+            if x.ndim != 2:
+                raise ValueError(f"{key!r} must hold a vector per row, got shape {list(x.shape)}")
+    return found
+
+
+def _without_nulls(pa: Any, batch: Any) -> tuple[Any, Any]:
+    """The rows without nulls, the batch itself where all are; and which they are, bool [n]."""
+    valid = np.logical_and.reduce([c.is_valid().to_numpy(zero_copy_only=False) for c in batch.columns])
+    if valid.all():
+        return batch, valid
+    return pa.RecordBatch.from_arrays([_filtered(pa, c, valid) for c in batch.columns], schema=batch.schema), valid
 
 
 def _filtered(pa: Any, column: Any, valid: Any) -> Any:
@@ -447,6 +459,89 @@ def score_file(
             report = found.report()
             writer.add_key_value_metadata({_REPORT: json.dumps(report._asdict())})
     return report
+
+
+def fit_file(
+    source: Path,
+    fitted: FittedT,
+    *,
+    logits_key: str = "logits",
+    feats_key: str = "feats",
+    labels_key: str | None = None,
+    nan: str = "fail",
+    chunk_rows: int | None = None,
+    device: str = "cpu",
+) -> tuple[FittedT, int]:
+    """A copy of a Detector or a Fitted to which the rows of a Parquet file are added, and how many were left out.
+
+    Those of several files are put together by ``merge``.
+
+    Parameters
+    ----------
+    source : path
+    fitted : fastood.Detector or fastood.Fitted
+        One with the settings that are wanted; it stays as it is.
+    logits_key, feats_key : str
+        Columns, of which the file may lack one.
+    labels_key : str, optional
+        A column of integers, the true classes: ``partial_fit`` says what they do.
+    nan : {"fail", "drop"}
+        Rows that are null, or that cannot be fitted on for NaN or infinity.
+    chunk_rows
+        As in ``score_file``.
+    device : str
+
+    Raises
+    ------
+    FileError
+        A ValueError that names the source.
+
+    Examples
+    --------
+    >>> parts = [fit_file(path, fastood.Detector("energy"))[0] for path in paths]  # doctest: +SKIP
+    >>> detector = functools.reduce(fastood.Detector.merge, parts)  # doctest: +SKIP
+    """
+    choice("nan", nan, ("fail", "drop"))
+    keys = {"logits": logits_key, "feats": feats_key}
+    own = copy.deepcopy(fitted)
+    lost = row = 0
+    with ExitStack() as stack, blaming(source):
+        file, _, _ = open_parquet(source, stack)
+        found = file.schema_arrow.names
+        names = [key for key in keys.values() if key in found]
+        if labels_key is not None and labels_key not in found:
+            raise ValueError(f"must hold {labels_key!r}, found {listed(found)}")
+        if not names:
+            raise ValueError(f"must hold {logits_key!r} or {feats_key!r}, found {listed(found) or 'no columns'}")
+        for batch in batches(file, [*names, *([] if labels_key is None else [labels_key])], chunk_rows):
+            held, good = _without_nulls(library("pyarrow"), batch)
+            logits, feats = (x if x is None else x.to(device) for x in map(_matrices(held, keys).get, keys))
+            labels = None if labels_key is None else _labels(labels_key, held.column(labels_key))
+            usable = _usable(own, logits, feats)
+            good[good] = usable.cpu().numpy()
+            if not good.all():
+                if nan == "fail":
+                    raise ValueError(f"row {row + int(good.argmin())}, counted from 0, is null or not finite")
+                lost += len(good) - int(good.sum())
+                logits, feats = (x if x is None else x[usable] for x in (logits, feats))
+                labels = None if labels is None else labels[usable.cpu()]
+            row += len(good)
+            if good.any():
+                own.partial_fit(logits, feats, labels)
+    return own, lost
+
+
+def _labels(key: str, column: Any) -> Tensor:
+    if not library("pyarrow").types.is_integer(column.type):
+        raise ValueError(f"{key!r} must hold integers, the true classes, got {column.type}")
+    return torch.from_numpy(column.to_numpy(zero_copy_only=False).astype(np.int64))
+
+
+def _usable(fitted: Detector | Fitted, logits: Tensor | None, feats: Tensor | None) -> Tensor:
+    """Which rows can be fitted on: bool [n]."""
+    if isinstance(fitted, Detector):
+        return fitted.score(logits, feats).isfinite()
+    return ~_odd(logits, feats if "feats" in fitted.entry.fitted_on else None)
 
 
 _REPORT = "fastood_report"

@@ -128,6 +128,13 @@ TrainLabels = Annotated[
     typer.Option(help="What --train calls the true classes. Left out: those that the logits predict."),
 ]
 
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Ray: actors.", show_default="one per CPU, or per GPU with --device cuda")
+]
+BadFiles = Annotated[
+    str, typer.Option(metavar="fail|skip", help="Ray: a file that cannot be read or holds something else; it is named.")
+]
+
 _DETECTORS_OWN = "method", "norm", "temperature", "bias", "log", "raw"
 
 
@@ -186,13 +193,8 @@ def score(
             "it goes on where it was.",
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray: actors.", show_default="one per CPU, or per GPU with --device cuda")
-    ] = None,
-    bad_files: Annotated[
-        str,
-        typer.Option(metavar="fail|skip", help="Ray: a file that cannot be read or scored; it is named either way."),
-    ] = "fail",
+    workers: Workers = None,
+    bad_files: BadFiles = "fail",
     model: Annotated[
         str | None,
         typer.Option(
@@ -325,7 +327,7 @@ def _score_on_ray(source: str, out: str, *, bad_files: str, nan: str, **settings
     found = score_files(source, out, bad_files=bad_files, nan=nan, **settings)
     _warn({}, {_data.some(paths): text for text, paths in found.odd.items()})
     _warn({}, {source: _data.inverted(found.negative, found.rows)})
-    _warn({}, {f"{len(found.bad):,} of {found.files:,} files are bad and left out": _data.some(found.bad.values())})
+    _warn_of_bad(found.bad, found.files)
     written = found.rows - (found.nan if nan == "drop" else 0)
     decided = "" if found.accepted is None else f", {found.accepted:,} of them accepted"
     typer.echo(f"{out}: {written:,} rows{decided}")
@@ -334,6 +336,11 @@ def _score_on_ray(source: str, out: str, *, bad_files: str, nan: str, **settings
     typer.echo(f"{source}: {good:,} files{before}")
     if found.nan:
         typer.echo(f"{source}: {found.nan:,} of {found.rows:,} rows have a NaN score and are {_NAN[nan]}")
+
+
+def _warn_of_bad(bad: Mapping[str, str], files: int) -> None:
+    if bad:
+        _warn({}, {f"{len(bad):,} of {files:,} files are bad and left out": _data.some(bad.values())})
 
 
 class _Factory:
@@ -375,8 +382,9 @@ def _as_written(columns: Columns, out: Path) -> Columns:
 
 @app.command(no_args_is_help=True)
 def fit(
-    source: Annotated[
-        Path, typer.Argument(metavar="ID", help="In-distribution logits and features, not of training data.")
+    ctx: typer.Context,
+    source_uri: Annotated[
+        str, typer.Argument(metavar="ID", help="In-distribution logits and features, not of training data.")
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The detector: .safetensors.")],
     method: Annotated[str, typer.Option(help=f"A score: {', '.join((*SCORES, *SUCCESSORS))}.")] = "energy",
@@ -402,6 +410,12 @@ def fit(
     chunk_rows: ChunkRows = None,
     device: Device = "cpu",
     backend: Backend = "auto",
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="ray", help="ID is a folder of .parquet files, partitioned or not, or a URI of one."),
+    ] = None,
+    workers: Workers = None,
+    bad_files: BadFiles = "fail",
 ) -> None:
     """Make a detector: the threshold that accepts a stated share of rows like these.
 
@@ -433,6 +447,7 @@ def fit(
 
     from fastood.files import open_rows, writable
 
+    source = Path(source_uri)
     if method == "all":
         choice("--method", method, (*SCORES, *SUCCESSORS))
     _, later = _methods([method], norm is not None, head, train)
@@ -441,13 +456,27 @@ def fit(
     if not 0 < tpr < 1:
         raise ValueError(f"--tpr must be between 0 and 1, got {tpr}")
     writable(out, source, suffixes=(".safetensors",))
-    place = _device(device)
     order: Order = "auto" if norm is None else _order(norm)
+    settings: Any = {"norm": order, "temperature": temperature, "bias": bias, "tpr": tpr, "per_class": per_class}
+    if engine is not None:
+        choice("--engine", engine, ("ray",))
+        if backend != "auto":
+            raise ValueError("--backend: --engine ray decides it for itself; leave it out")
+        if later:
+            raise ValueError(f"--engine ray does not fit {method}; fastood.ray.fit_files does, in Python")
+        keys = {"logits_key": logits_key, "feats_key": feats_key, "labels_key": labels_key}
+        reading = {name: key for name, key in keys.items() if key} | {"nan": nan, "chunk_rows": chunk_rows}
+        found = Detector(method, **settings)
+        _fit_on_ray(source_uri, out, found, bad_files, workers=workers, device=device, **reading)
+        return
+    if given := _given(ctx, ("workers", "bad_files")):
+        raise ValueError(f"{', '.join(given)}: only with --engine ray")
+    place = _device(device)
+
     odd: _Odd = {}
     below_0, seen, lost = Counter[str](), 0, 0
     with open_rows(source, logits_key, feats_key, labels_key) as rows, _bars() as chunks_of:
         made = _successors(later, rows, head, train, train_labels_key, temperature, place, [method])
-        settings: Any = {"norm": order, "temperature": temperature, "bias": bias, "tpr": tpr, "per_class": per_class}
         detector = Detector(made[0] if made else method, **settings)
         chunks: Iterator[tuple[Any, Any]] = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
         for (logits, feats), labels in zip(chunks, rows.ids(chunk_rows), strict=True):
@@ -477,6 +506,22 @@ def fit(
     typer.echo(_contents(rows, read, "labels"))
     if lost:
         typer.echo(f"{source}: {lost:,} of {seen:,} rows have a score that is not finite and are left out")
+
+
+def _fit_on_ray(source: str, out: Path, detector: Detector, bad_files: str, **settings: Any) -> None:
+    from fastood.ray import fit_files
+
+    choice("--bad-files", bad_files, ("fail", "skip"))
+    found = fit_files(source, detector, bad_files=bad_files, **settings)
+    said = _promise(found.fitted)
+    found.fitted.save(out)
+    _warn_of_bad(found.bad, found.files)
+    typer.echo(
+        f"{out}: {found.fitted._label()}, fitted on {found.rows:,} rows of {found.files - len(found.bad):,} files"
+    )
+    typer.echo(said)
+    if found.lost:
+        typer.echo(f"{source}: {found.lost:,} rows are null, or have a score that is not finite, and are left out")
 
 
 @app.command(no_args_is_help=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
+import pickle
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,10 +17,23 @@ from fastood._collect import shown
 from fastood._columns import finite
 from fastood._inputs import choice, flag
 from fastood._version import __version__
-from fastood.arrow import NAN, TEMPORARY, Path, Report, Scorer, atomically, filesystem, score_batch, score_file
+from fastood.arrow import (
+    NAN,
+    TEMPORARY,
+    Path,
+    Report,
+    Scorer,
+    atomically,
+    filesystem,
+    fit_file,
+    score_batch,
+    score_file,
+)
+from fastood.detector import Detector
 from fastood.files import FileError, library
+from fastood.successors import Fitted
 
-__all__ = ["Scorer", "Summary", "score_batch", "score_files"]
+__all__ = ["Fit", "Scorer", "Summary", "fit_files", "score_batch", "score_files"]
 
 BAD_FILES = ("fail", "skip")
 
@@ -114,7 +129,7 @@ def score_files(
     choice("nan", nan, NAN)
     flag("progress", progress)
     scorer = Scorer(**settings)
-    source, out = (x if "://" in x else os.path.abspath(x) for x in (os.fspath(source), os.fspath(out)))
+    source, out = _from_anywhere(source), _from_anywhere(out)
     files = _files(source, out)
     asked = finite({**scorer.settings, "nan": nan})
     _refuse_others(out, asked)
@@ -136,17 +151,115 @@ def score_files(
     return found.summary()
 
 
+class Fit(NamedTuple):
+    """What ``fit_files`` made.
+
+    Attributes
+    ----------
+    fitted : Detector or Fitted
+        Of the rows of all files but the bad ones.
+    files, rows : int
+        How many files there are, the bad ones among them; how many rows were fitted on.
+    lost : int
+        How many rows were left out: null, or not finite.
+    bad : dict
+        File -> what is wrong with it.
+    """
+
+    fitted: Any
+    files: int
+    rows: int
+    lost: int
+    bad: dict[str, str]
+
+
+def fit_files(
+    source: Path,
+    fitted: Detector | Fitted,
+    *,
+    workers: int | None = None,
+    bad_files: str = "fail",
+    progress: bool = True,
+    **settings: Any,
+) -> Fit:
+    """A Detector, or a Fitted, of the rows of every Parquet file under a folder, on a pool of Ray actors.
+
+    Each actor fits on a file, and what comes back is merged as it comes. A Detector of up to two million rows is to the
+    bit that of one fit on them all, however they are split into files; of more it is a sketch, whose ranks are off by
+    as little as ``fastood.Detector`` says. A Fitted is the same but for the rounding of its float64 sums.
+
+    Parameters
+    ----------
+    source, workers, bad_files, progress
+        As in ``score_files``.
+    fitted : fastood.Detector or fastood.Fitted
+        One with the settings that are wanted, and no rows yet. It stays as it is.
+    **settings
+        Of ``fastood.arrow.fit_file``: logits_key, feats_key, labels_key, nan, chunk_rows, device.
+
+    Raises
+    ------
+    FileError
+        A ValueError that names a bad file.
+
+    Examples
+    --------
+    >>> import fastood
+    >>> found = fastood.ray.fit_files("validation/", fastood.Detector("energy", norm=0.3))  # doctest: +SKIP
+    >>> found.fitted.save("detector.safetensors")  # doctest: +SKIP
+    """
+    choice("bad_files", bad_files, BAD_FILES)
+    flag("progress", progress)
+    if not isinstance(fitted, Detector | Fitted):
+        raise TypeError(f"fitted must be a fastood.Detector or a fastood.Fitted, got {type(fitted).__name__}")
+    if fitted.rows:
+        raise ValueError(f"fitted must have no rows yet, got {fitted!r}")
+    source = _from_anywhere(source)
+    files = _files(source)
+    whole, lost, bad = copy.deepcopy(fitted), 0, {}
+    work = _Fit(fitted, settings)
+    gpu = str(settings.get("device", "cpu")).startswith("cuda")
+    for record in _on_actors(work, files, workers, gpu=gpu, progress=progress):
+        if record["error"] is None:
+            part, its = pickle.loads(record["report"])
+            lost += its
+            if isinstance(part, Detector):
+                part.successor = fitted.successor if isinstance(fitted, Detector) else None
+            if part.rows:
+                whole = whole.merge(part) if whole.rows else part
+        elif not record["of_file"]:
+            raise RuntimeError(record["error"])
+        elif bad_files == "fail":
+            raise FileError(record["error"])
+        else:
+            bad[_below(source, record["name"])] = record["error"]
+    return Fit(whole, len(files), whole.rows, lost, bad)
+
+
+class _Fit:
+    """What an actor does with a file."""
+
+    def __init__(self, fitted: Detector | Fitted, settings: Mapping[str, Any]) -> None:
+        self._fitted, self._settings = fitted, settings
+
+    def __call__(self, path: str, name: str) -> bytes:
+        part, lost = fit_file(path, self._fitted, **self._settings)
+        if isinstance(part, Detector):
+            part.successor = None  # which the driver has, and may be large
+        return pickle.dumps((part, lost))
+
+
 class _Score:
     """What an actor does with a file."""
 
     def __init__(self, scorer: Scorer, out: Path, nan: str, chunk_rows: int | None) -> None:
         self._scorer, self._out, self._nan, self._chunk_rows = scorer, os.fspath(out), nan, chunk_rows
 
-    def __call__(self, path: str, name: str) -> dict[str, Any]:
+    def __call__(self, path: str, name: str) -> str:
         target = _below(self._out, name)
         with _surviving(path, target):
             report = score_file(path, target, self._scorer, nan=self._nan, chunk_rows=self._chunk_rows)
-        return report._asdict()
+        return json.dumps(report._asdict())
 
 
 @contextmanager
@@ -230,7 +343,7 @@ def _on_actors(
         def __call__(self, file: dict[str, Any]) -> dict[str, Any]:
             done: dict[str, Any] = {"name": file["name"], "report": None, "error": None, "of_file": False}
             try:
-                return {**done, "report": json.dumps(work(**file))}
+                return {**done, "report": work(**file)}
             except Exception as error:  # words for people; Ray's own come with its stack
                 reason = str(error) if isinstance(error, FileError) else f"{file['path']}: {error!r}"
                 return {**done, "error": reason, "of_file": isinstance(error, FileError)}
@@ -264,15 +377,22 @@ def _quiet(context: Any) -> Iterator[None]:
 # ---- folders
 
 
-def _files(source: Path, out: Path) -> list[dict[str, str]]:
+def _from_anywhere(path: Path) -> str:
+    """What it is called in a process with another working directory."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.abspath(text)
+
+
+def _files(source: Path, out: Path | None = None) -> list[dict[str, str]]:
     """The Parquet files below `source`: their paths, and what they are called from there. Large ones come first."""
     fs, top = filesystem(source)
     info = fs.get_file_info(top)
     if info.is_file:
         return [{"path": os.fspath(source), "name": info.base_name}]
-    out_fs, out_top = filesystem(out)
-    if out_fs.equals(fs) and PurePosixPath(top) in (PurePosixPath(out_top), *PurePosixPath(out_top).parents):
-        raise FileError(f"{os.fspath(out)}: must not be the folder that is scored, nor in it")
+    if out is not None:
+        out_fs, out_top = filesystem(out)
+        if out_fs.equals(fs) and PurePosixPath(top) in (PurePosixPath(out_top), *PurePosixPath(out_top).parents):
+            raise FileError(f"{os.fspath(out)}: must not be the folder that is scored, nor in it")
     if info.type.name == "NotFound":
         raise FileError(f"{os.fspath(source)}: no such file or folder")
     selector = library("pyarrow.fs").FileSelector(top, recursive=True)

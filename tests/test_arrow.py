@@ -1,5 +1,6 @@
 """Arrow tables and Parquet files, scored without an engine: layouts, rows and files that are bad, starting again."""
 
+import functools
 import json
 import os
 import pickle
@@ -351,3 +352,85 @@ def test_doubts_are_reported(tmp_path):
     pq.write_table(table(logits=p), tmp_path / "in.parquet")
     report = score_file(tmp_path / "in.parquet", tmp_path / "out.parquet", Scorer(norm=2))
     assert "looks like probabilities" in report.odd
+
+
+# ---- fits
+
+
+def in_files(folder, parts, **columns):
+    """The rows of these index arrays, a file each."""
+    folder.mkdir(exist_ok=True)
+    for i, rows in enumerate(parts):
+        held = {name: fixed_list(x[rows]) if x.ndim == 2 and len(rows) else x[rows] for name, x in columns.items()}
+        held = {k: x if len(rows) else pa.array([], pa.list_(pa.float32(), C)) for k, x in held.items()}
+        pq.write_table(pa.table(held), folder / f"{i}.parquet", row_group_size=500)
+    return sorted(folder.iterdir())
+
+
+def splits(n):
+    """One file, three, ten of very unequal lengths, and rows dealt out in another order; one of no rows among them."""
+    order = np.random.default_rng(1).permutation(n)
+    yield [np.arange(n)]
+    yield np.array_split(np.arange(n), 3)
+    yield np.split(order, np.sort(np.random.default_rng(2).integers(0, n, 9)))
+    yield [order[: n // 2], order[:0], order[n // 2 :]]
+
+
+def test_a_detector_is_the_same_however_its_rows_are_split(tmp_path):
+    n = 2000
+    logits = RNG.normal(size=(n, C)).astype(np.float32) * 4
+    whole = fastood.Detector("energy", per_class=True).fit(logits)
+    for i, parts in enumerate(splits(n)):
+        paths = in_files(tmp_path / str(i), parts, logits=logits)
+        fitted = [arrow.fit_file(path, fastood.Detector("energy", per_class=True), chunk_rows=300)[0] for path in paths]
+        merged = functools.reduce(fastood.Detector.merge, [x for x in fitted if x.rows])
+        assert merged.rows == n
+        assert torch.equal(merged.threshold, whole.threshold)
+        np.testing.assert_array_equal(merged.p_value(logits), whole.p_value(logits))
+
+
+def test_a_sketch_is_within_its_error_however_its_rows_are_split(tmp_path, monkeypatch):
+    """Files with few rows are kept as they are, files with many are sketches already when they are merged."""
+    pytest.importorskip("datasketches", reason="needs datasketches: pip install 'fastood[scale]'")
+    monkeypatch.setattr("fastood.detector.EXACT_ROWS", 20_000)
+    n = 200_000
+    logits = RNG.normal(size=(n, C)).astype(np.float32) * 4
+    ranks = np.sort(fastood.score(logits).astype(float))
+    for i, parts in enumerate(splits(n)):
+        paths = in_files(tmp_path / str(i), parts, logits=logits)
+        fitted = [arrow.fit_file(path, fastood.Detector("energy", tpr=0.9))[0] for path in paths]
+        merged = functools.reduce(fastood.Detector.merge, [x for x in fitted if x.rows])
+        slack = 1e-4 * n
+        # The threshold is lowered by the stated error, which holds with 99% confidence: twice that is for this test.
+        assert -3 * slack <= np.searchsorted(ranks, merged.threshold) - 0.1 * (n + 1) <= 2 * slack
+
+
+def test_sums_are_the_same_but_for_rounding_however_rows_are_split(tmp_path):
+    n = 1000
+    feats = RNG.normal(size=(n, D)).astype(np.float32)
+    labels = RNG.integers(0, C, n)
+    whole = fastood.Fitted("mahalanobis").fit(None, feats, labels)
+    for i, parts in enumerate([*splits(n)][:2]):
+        paths = in_files(tmp_path / str(i), parts, feats=feats, labels=labels)
+        fitted = [arrow.fit_file(path, fastood.Fitted("mahalanobis"), labels_key="labels")[0] for path in paths]
+        merged = functools.reduce(fastood.Fitted.merge, fitted)
+        np.testing.assert_allclose(merged.score(None, feats), whole.score(None, feats), rtol=1e-5)
+
+
+def test_rows_that_cannot_be_fitted_on_fail_or_are_counted(tmp_path):
+    logits = LOGITS.copy()
+    logits[[2, 9]] = np.nan
+    path = tmp_path / "in.parquet"
+    with_null = [None if i == 4 else row for i, row in enumerate(logits)]
+    pq.write_table(pa.table({"logits": pa.array(with_null, pa.list_(pa.float32()))}), path)
+    with pytest.raises(FileError, match=r"in\.parquet: row 2, counted from 0, is null or not finite"):
+        arrow.fit_file(path, fastood.Detector())
+    fitted, lost = arrow.fit_file(path, fastood.Detector(), nan="drop", chunk_rows=5)
+    assert (fitted.rows, lost) == (N - 3, 3)
+    np.testing.assert_array_equal(
+        fitted.p_value(LOGITS), fastood.Detector().fit(np.delete(LOGITS, [2, 4, 9], 0)).p_value(LOGITS)
+    )
+    with pytest.raises(FileError, match="must hold 'y', found 'logits'"):
+        arrow.fit_file(path, fastood.Detector(), labels_key="y")
+    with pytest.raises(FileError, match="must hold 'f' or 'feats', found 'logits'"):
+        arrow.fit_file(path, fastood.Detector(), logits_key="f")

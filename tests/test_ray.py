@@ -4,9 +4,11 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+import fastood
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'fastood[ray]'")
 
@@ -52,6 +56,13 @@ def kill_always(x):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def note_where(x):
+    time.sleep(0.2)
+    with (HERE / "where").open("a") as file:
+        file.write(os.readlink("/proc/self/ns/net") + chr(10))
+
+
+where = logits_as_they_are(note_where)
 killed_once = logits_as_they_are(kill_once)
 killed_always = logits_as_they_are(kill_always)
 slow = logits_as_they_are(lambda x: time.sleep(0.1))
@@ -90,7 +101,10 @@ def lse(x):
 
 
 def environment(folder):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "TEST_FOLDER": str(folder)}
+    more = {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    more["TEST_FOLDER"] = str(folder)
+    # Through a proxy nodes would not find each other.
+    return {name: x for name, x in os.environ.items() if not name.lower().endswith("_proxy")} | more
 
 
 def processes(folder):
@@ -114,18 +128,16 @@ def command(*arguments):
     return [sys.executable, "-m", "fastood", "score", "in", "out", "--engine", "ray", "--workers", "2", *arguments]
 
 
-def score(folder, *arguments, code=0):
+def run(folder, command, code=0):
     done = subprocess.run(
-        command(*arguments),
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def score(folder, *arguments, code=0):
+    return run(folder, command(*arguments), code)
 
 
 def check(folder, without=()):
@@ -238,7 +250,7 @@ ray.init(num_cpus=2, include_dashboard=False)
 
 @pytest.mark.slow
 def test_rows_of_a_pipeline_of_ones_own(shards):
-    subprocess.run([sys.executable, "-c", PIPELINE], cwd=shards, env=environment(shards), check=True, timeout=300)
+    run(shards, [sys.executable, "-c", PIPELINE])
     scored = pa.concat_tables(pq.ParquetFile(x).read() for x in (shards / "out").glob("*.parquet")).sort_by("id")
     assert scored["id"].to_pylist() == [*range(FILES * ROWS)]
     for i in range(FILES):
@@ -247,3 +259,86 @@ def test_rows_of_a_pipeline_of_ones_own(shards):
         part = scored.slice(i * ROWS, ROWS)
         np.testing.assert_allclose(part["energy"].to_numpy(), lse(logits), rtol=1e-6)
         np.testing.assert_allclose(part["msp"].to_numpy(), np.exp(logits.max(-1) - lse(logits)), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_detector_of_a_folder_is_that_of_its_rows(shards):
+    (shards / "in" / "part=0" / "bad.parquet").write_bytes(b"no")
+    fit = [sys.executable, "-m", "fastood", "fit", "in", "--out", "det.safetensors", "--norm", "none", "--engine"]
+    for options, code in (["ray"], 2), (["ray", "--bad-files", "skip"], 0):
+        done = run(shards, [*fit, *options], code)
+        assert "bad.parquet: " in done.stderr
+    assert done.stdout.startswith("det.safetensors: energy, fitted on 400 rows of 8 files\n")
+    parts = [pq.ParquetFile(x).read()["logits"] for x in (shards / "in").glob("part=*/[0-9].parquet")]
+    logits = np.concatenate([x.combine_chunks().to_numpy_ndarray() for x in parts])
+    whole = fastood.Detector("energy").fit(logits)
+    assert fastood.Detector.load(shards / "det.safetensors").threshold == whole.threshold
+    # And by it the folder is decided.
+    (shards / "in" / "part=0" / "bad.parquet").unlink()
+    done = score(shards, "--detector", "det.safetensors")
+    assert done.stdout.startswith(f"out: 400 rows, {int(whole.accept(logits).sum())} of them accepted\n")
+
+
+@pytest.fixture
+def two_nodes(shards):
+    """A Ray cluster of two nodes with a CPU each, in network namespaces of their own: their names, and its address."""
+    names = [f"fastood-{os.getpid()}-{x}" for x in "ab"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True)
+
+    may = shutil.which("ip") and subprocess.run(["ip", "netns", "add", names[0]], check=False).returncode == 0
+    if not may:
+        pytest.skip("needs the right to make network namespaces")
+    short = tempfile.mkdtemp(prefix="ray-")
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", "name", "ve0", "netns", names[0], "type", "veth", "peer", "name", "ve1", "netns", names[1])
+        for name, link, address in zip(names, ("ve0", "ve1"), ("10.77.0.1", "10.77.0.2"), strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", link)
+            for device in (link, "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1"]
+        # A folder of its own, with a name short enough for sockets: the usual one says where drivers find a cluster.
+        head = ["--node-ip-address=10.77.0.1", "--head", "--port=6379", "--include-dashboard=false"]
+        head += [f"--temp-dir={short}"]
+        run(shards, ["ip", "netns", "exec", names[0], *start, *head])
+        other = ["--node-ip-address=10.77.0.2", "--address=10.77.0.1:6379"]
+        run(shards, ["ip", "netns", "exec", names[1], *start, *other])
+        yield names, "10.77.0.1:6379"
+    finally:
+        for name in names:
+            kill_all_in(name)
+            ip("netns", "delete", name)
+        shutil.rmtree(short)
+
+
+def kill_all_in(name):
+    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout.split()
+    for process in pids:
+        with contextlib.suppress(OSError):
+            os.kill(int(process), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_is_made_up_for_by_the_other(shards, two_nodes):
+    (a, b), address = two_nodes
+
+    def places():
+        return set((shards / "where").read_text().split()) if (shards / "where").exists() else set()
+
+    with (shards / "log").open("w") as log:
+        driver = subprocess.Popen(
+            ["ip", "netns", "exec", a, *command(*model("where"))],
+            cwd=shards,
+            env={**environment(shards), "RAY_ADDRESS": address},
+            stdout=log,
+            stderr=log,
+        )
+        # Until the second node, too, has scored some.
+        wait_for(lambda: len(places()) == 2 or driver.poll() is not None, 120)
+        assert driver.poll() is None, (shards / "log").read_text()
+        kill_all_in(b)
+        driver.wait(240)
+    assert driver.returncode == 0, (shards / "log").read_text()
+    check(shards)
