@@ -161,7 +161,7 @@ class BatchGrad:
         if run is None:
             run = self._runs[chosen, sign] = chosen.batchgrad(anchors)
         out = run(f, h)
-        self._quick[backend, sign] = run.quick
+        self._quick[backend, sign] = None if G.requires_grad else run.quick  # which knows of no gradient for G
         return give(out, as_numpy)
 
     def to(self, *args: Any, **kwargs: Any) -> BatchGrad:
