@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastood._batchgrad import anchor_classes
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import label_probabilities, number, result_dtype, temperature_of
+from fastood._inputs import FP8, label_probabilities, number, result_dtype, temperature_of
 from fastood.gradients import Expectation, Labels, arguments, label_minus_p
 from fastood.kernels import reference
 
@@ -38,7 +38,7 @@ def deep_gradient_norm(
     model : nn.Module
         In eval mode; maps inputs [N, ...] to logits [N, C]. Parameters that need no gradient do not count.
     inputs : Tensor [N, ...]
-        On the model's device.
+        On the model's device. Of FP8 the model is given the same numbers in its parameters' type.
     labels : str or Tensor [N, C]
     max_bytes : int
         About how much memory the per-sample gradients may take at a time; at least one gradient is held.
@@ -62,7 +62,7 @@ def deep_gradient_norm(
     """
     T, order, power = arguments(labels, order, power, expectation, temperature)
     params, fixed = _parameters(model, inputs)
-    return _deep_norms(model, params, fixed, _normal(inputs), labels, order, power, expectation, T, max_bytes)
+    return _deep_norms(model, params, fixed, _taken(inputs, params), labels, order, power, expectation, T, max_bytes)
 
 
 @torch.inference_mode(False)  # in which torch 2.8 gets gradients wrong
@@ -110,17 +110,18 @@ def deep_batchgrad(
     params, fixed = _parameters(model, inputs)
     if not isinstance(anchors, Tensor):
         raise TypeError(f"anchors must be a torch tensor, got {type(anchors).__name__}")
+    anchors = _taken(anchors, params)
     first = _logits(model, params, fixed, anchors[:1])
     labels = anchor_classes("anchor_labels", anchor_labels, len(anchors), first.shape[1], first.device)
     constant = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in params.items()}
-    anchors = _normal(anchors)
     for i in range(0, len(anchors), 32):
         x, y = anchors[i : i + 32], labels[i : i + 32]
         logits, pull = torch.func.vjp(lambda params, x=x: _logits(model, params, fixed, x), params)[:2]
         off, size = _unit(label_minus_p(reference.Softmax(logits.double(), T), y))
         for name, g in pull(off.to(logits.dtype))[0].items():
             constant[name] += (g.double() * (size / T)).to(_wide(g))
-    raw = _deep_norms(model, params, fixed, _normal(inputs), "predicted", 1.0, 1.0, "outside", T, max_bytes, constant)
+    inputs = _taken(inputs, params)
+    raw = _deep_norms(model, params, fixed, inputs, "predicted", 1.0, 1.0, "outside", T, max_bytes, constant)
     return -raw if oriented else raw
 
 
@@ -143,6 +144,9 @@ def _parameters(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str, T
     params = {name: _normal(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("model must have a parameter that requires a gradient")
+    for name, p in params.items():
+        if p.dtype in FP8:
+            raise TypeError(f"model.{name} must be float16 or wider, got {p.dtype}, in which autograd does not compute")
     fixed = {name: _normal(p.detach()) for name, p in model.named_parameters() if not p.requires_grad}
     fixed.update({name: _normal(x) for name, x in model.named_buffers()})
     return params, fixed
@@ -151,6 +155,11 @@ def _parameters(model: Any, inputs: Any) -> tuple[dict[str, Tensor], dict[str, T
 def _normal(x: Tensor) -> Tensor:
     """`x`, also of inference mode, as a tensor that autograd can keep."""
     return x.clone() if x.is_inference() else x
+
+
+def _taken(x: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """Inputs of a model as `_normal` gives them; of FP8, which no layer takes, as the same numbers in its type."""
+    return _normal(x.to(next(iter(params.values())).dtype) if x.dtype in FP8 else x)
 
 
 def _logits(model: nn.Module, params: dict[str, Tensor], fixed: dict[str, Tensor], inputs: Tensor) -> Tensor:

@@ -740,6 +740,19 @@ def test_deep_batchgrad_of_a_last_layer_is_the_shallow_one(seed, C, lead, T, sca
         assert (deep < 0).all()  # oriented, both of them
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_deep_scores_of_fp8_inputs(dtype):
+    model = torch.nn.Linear(7, 3).eval()
+    for kind in (torch.float32, torch.bfloat16):  # which hold each of its numbers
+        model, x = model.to(kind), torch.randn(6, 7).to(dtype)
+        got = fastood.deep_gradient_norm(model, x)
+        assert torch.equal(got, fastood.deep_gradient_norm(model, x.to(kind)))
+        got = fastood.deep_batchgrad(model, x, x[:3], torch.arange(3))
+        assert torch.equal(got, fastood.deep_batchgrad(model, x.to(kind), x[:3].to(kind), torch.arange(3)))
+    with pytest.raises(TypeError, match=f"model.weight must be float16 or wider, got {dtype}"):
+        fastood.deep_gradient_norm(model.to(dtype), x)
+
+
 def test_deep_norms_where_one_logit_is_45_above_the_rest():
     """By hand, with a = exp(-45): p is (1 - 2a, a, a), and e_y - p is (2a, -a, -a) for the first class."""
     model = torch.nn.Linear(3, 3, bias=False).eval()
