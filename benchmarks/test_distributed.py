@@ -65,7 +65,7 @@ def measure(rank, shape, method, rounds, rendezvous, answer):
 def test_classes_over_two_ranks(compare, method, shape, tmp_path):
     context = torch.multiprocessing.get_context("forkserver")
     answer, rendezvous = context.SimpleQueue(), (tmp_path / "store").as_uri()
-    rounds = 0 if compare.disabled else 3 if compare.quick else 40
+    rounds = 0 if compare.disabled else 3 if compare.quick else 20
     torch.multiprocessing.start_processes(
         measure, (shape, method, rounds, rendezvous, answer), nprocs=RANKS, start_method="forkserver"
     )

@@ -274,8 +274,7 @@ def _described(plan: Plan) -> str:
 class _Ranks(NamedTuple):
     """The processes that share the classes."""
 
-    group: dist.ProcessGroup
-    place: int  # of this one's classes among those of all
+    group: dist.ProcessGroup  # the classes lie in the order of its ranks
 
     @classmethod
     def of(cls, name: str, x: Any, dim: int, group: Any) -> _Ranks:
@@ -285,20 +284,19 @@ class _Ranks(NamedTuple):
         if _is_dtensor(x):
             if group is not None:
                 raise ValueError(f"group must be left out where {name} is a DTensor, whose mesh says which it is")
-            mesh, along = x.device_mesh, _split_along(name, x, dim)
-            return cls(mesh.get_group(along), mesh.get_local_rank(along))
+            return cls(x.device_mesh.get_group(_split_along(name, x, dim)))
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
                 example = (group.mesh_dim_names or ("tp",))[-1]
                 raise ValueError(f"group must be one dimension of the mesh, as mesh[{example!r}] is, got {group}")
-            return cls(group.get_group(), group.get_local_rank())
+            return cls(group.get_group())
         if group is None:
             group = dist.group.WORLD
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group must be a torch.distributed process group or a DeviceMesh, got {group!r}")
         if dist.get_rank(group) < 0:
             raise ValueError("group must have this rank in it, got one that has not")
-        return cls(group, dist.get_rank(group))
+        return cls(group)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -306,16 +304,18 @@ class _Ranks(NamedTuple):
         try:
             yield
         except Exception as error:
-            self.greeted(_Greeting.of(False, 0, 0, False, self.place, f"{type(error).__name__}: {error}"))()
+            self.greeted(_Greeting.of(False, 0, 0, False, f"{type(error).__name__}: {error}"))()
             raise
 
-    def serves(self, device: torch.device) -> bool:
-        return f"{device.type}:" in dist.get_backend_config(self.group)
+    @property
+    def devices(self) -> list[str]:
+        """The types of device that the group's backends serve."""
+        return [x.split(":")[0] for x in dist.get_backend_config(self.group).split(",")]  # cpu:gloo,cuda:nccl
 
     def greeted(self, greeting: _Greeting) -> Callable[[], list[_Greeting]]:
         """Sends it; what is returned waits for those of all ranks."""
         # From host to host where that can be, for it is the host that reads them.
-        device = "cpu" if self.serves(torch.device("cpu")) else "cuda"
+        device = "cpu" if "cpu" in self.devices else self.devices[0]
         sent = torch.frombuffer(bytearray(greeting.packed()), dtype=torch.uint8).to(device)
         received = sent.new_empty(dist.get_world_size(self.group), len(sent))
         on_its_way = dist.all_gather(list(received), sent, group=self.group, async_op=True)
@@ -334,7 +334,7 @@ class _Ranks(NamedTuple):
         return received
 
 
-_GREETING = struct.Struct("<5qI468s")  # 512 bytes
+_GREETING = struct.Struct("<4qI476s")  # 512 bytes
 
 
 class _Greeting(NamedTuple):
@@ -344,21 +344,20 @@ class _Greeting(NamedTuple):
     rows: int
     classes: int
     wide: bool  # whether an input is float64
-    place: int
     check: int  # of the whole text, which is sent as far as there is room
     text: str  # how it was called, or what is wrong with that
 
     @classmethod
-    def of(cls, good: bool, rows: int, classes: int, wide: bool, place: int, text: str) -> _Greeting:
-        return cls(good, rows, classes, wide, place, crc32(text.encode()), text)
+    def of(cls, good: bool, rows: int, classes: int, wide: bool, text: str) -> _Greeting:
+        return cls(good, rows, classes, wide, crc32(text.encode()), text)
 
     def packed(self) -> bytes:
         return _GREETING.pack(*self[:-1], self.text.encode())
 
     @classmethod
     def unpacked(cls, sent: bytes) -> _Greeting:
-        good, rows, classes, wide, place, check, text = _GREETING.unpack(sent)
-        return cls(bool(good), rows, classes, bool(wide), place, check, text.rstrip(b"\0").decode(errors="ignore"))
+        good, rows, classes, wide, check, text = _GREETING.unpack(sent)
+        return cls(bool(good), rows, classes, bool(wide), check, text.rstrip(b"\0").decode(errors="ignore"))
 
 
 def _agreed(greetings: list[_Greeting]) -> None:
@@ -398,15 +397,14 @@ class _Rows:
                 "them, on plain tensors, under torch.no_grad()"
             )
         device = next(x.device for x in tensors if x is not None)
-        if not ranks.serves(device):
+        if device.type not in ranks.devices:
             raise ValueError(f"group must serve tensors on {device}, got {dist.get_backend_config(ranks.group)}")
         self.ranks, self.request, self.shape, self.tiles, self.feats = ranks, request, shape, tiles, feats
         self.dtype, self.device, self.give, self.predict = result_dtype(*tensors), device, give, predict
         self.backend = select(backend, device, self.dtype)
         self.parts = parts_for(request.stats)
-        self.most = max(
-            (int(s[2]) for s in request.stats if len(s) == 3 and s[0] == "gen"), default=0
-        )  # logits that gen looks at
+        # The logits that gen looks at.
+        self.most = max((int(s[2]) for s in request.stats if len(s) == 3 and s[0] == "gen"), default=0)
         features = "no" if feats is None else feats.shape[1]
         self.asked = f"{asked}, {features} feats"
         self.classes: Tensor | None = None
@@ -470,7 +468,7 @@ class _Rows:
         """The statistics of whole rows, float64 [N]; the number of classes; the type of results."""
         N, mine = self.shape
         wide = self.dtype == torch.float64
-        wait = self.ranks.greeted(_Greeting.of(True, N, mine, wide, self.ranks.place, self.asked))
+        wait = self.ranks.greeted(_Greeting.of(True, N, mine, wide, self.asked))
         sent = self._read() if self.request.stats else None
         greetings = wait()
         _agreed(greetings)
@@ -480,9 +478,7 @@ class _Rows:
         classes = [x.classes for x in greetings]
         more = min(self.most, max(classes)) - min(self.most, mine)
         sent = torch.cat([sent, sent.new_full((more, N), -math.inf)])
-        by_place = sorted(range(len(greetings)), key=lambda rank: greetings[rank].place)
-        classes = [classes[rank] for rank in by_place]
-        every = self.ranks.gathered(sent)[by_place].permute(1, 2, 0)  # [numbers, N, slices]
+        every = self.ranks.gathered(sent).permute(1, 2, 0)  # [numbers, N, slices]
         parts = dict(zip(self.parts, every, strict=False))
         others = every[len(self.parts) :]
         whole = Whole(parts, classes, self.request.temperature, others[self.predict :].movedim(0, -1).flatten(1))
@@ -490,7 +486,7 @@ class _Rows:
             above = torch.zeros_like(whole.level)
             for rows, f in self.tiles():
                 above[rows] = above_level(f, self.request.temperature, whole.f_max[rows], whole.level[rows])
-            whole.above = self.ranks.gathered(above)[by_place].sum(0)
+            whole.above = self.ranks.gathered(above).sum(0)
         if self.predict:
             before = torch.tensor([0, *accumulate(classes)], device=self.device)[whole.top]
             within = others[0].gather(-1, whole.top[:, None])[:, 0].long()

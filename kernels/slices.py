@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastood.kernels import Backend, Request, Stat, prepared
-from fastood.kernels.reference import Powers, Softmax, exp_quotient, exp_tail, lazy, relative, row_sum, working
+from fastood.kernels.reference import Level, Powers, Softmax, exp_quotient, exp_tail, lazy, relative, row_sum, working
 from fastood.kernels.statistics import FORMULAS
 
 # What of each slice the quantities of statistics.py are merged from, beside "max" and "rest", which always are there.
@@ -45,7 +45,7 @@ _MADE: dict[str, tuple[tuple[str, ...], Callable[[_Found, int], Tensor]]] = {
     "rest_z": (("plogp", "log_msp"), lambda s, C: (s["plogp"] - s["log_msp"]) / s["msp"]),  # sum of z e^z
     "mean_z": (("sumlogp", "log_msp"), lambda s, C: s["sumlogp"] / C - s["log_msp"]),
     "kl": (("kl_uniform",), lambda s, C: s["kl_uniform"]),  # KL(u_i || p_i)
-    "level": (("kl_uniform",), lambda s, C: _rest(s).log1p() - math.log(C)),  # log of the mean of e^z
+    "level": (("tv",), lambda s, C: _rest(s).log1p() - math.log(C)),  # log of the mean of e^z
 }
 _TILE = 1 << 20  # elements of the largest temporary
 
@@ -94,11 +94,9 @@ def parts_of(f: Tensor, parts: Sequence[Stat], request: Request, backend: Backen
     s = dict(zip(stats, prepared(backend, request.of(tuple(stats)), C, 0)(f, None), strict=True))
     out = torch.stack([_MADE[part][1](s, C) if isinstance(part, str) else s[part] for part in parts])
     if "level" in parts:
-        # Of nearly flat rows log C_i would round it away: KL(u_i || p_i) is the level less the mean of z.
-        level, kl = out[parts.index("level")], s["kl_uniform"]
-        flat = (kl < 1 / 8).nonzero()[:, 0]
-        for rows in flat.split(max(1, _TILE // C)):
-            level[rows] = Softmax(f[rows], request.temperature).mean_z + kl[rows]
+        # Next to log C_i that of a nearly flat row would be rounded away: it is found as in the reference.
+        for rows in (s["tv"] < 1 / 4).nonzero()[:, 0].split(max(1, _TILE // C)):
+            out[parts.index("level"), rows] = -Level(f[rows], request.temperature).x.amax(-1)
     out[1:].masked_fill_(s["fmax"].isnan(), 0)  # a masked slice weighs nothing; a NaN stays in "max"
     return out
 

@@ -406,6 +406,30 @@ def test_the_page(run):
     run(of_the_page, 3, blocks)
 
 
+def in_modes(rank, group, f):
+    """In inference mode, of a type that differs between ranks, and inside what torch.compile is asked for."""
+    x = f.chunk(3, 1)[rank]
+    with torch.inference_mode():
+        found = {"inference": fastood.distributed.score(x, method="tv")}
+    found["mixed"] = fastood.distributed.score(x.double() if rank == 1 else x, method="tv")
+    compiled = torch.compile(lambda x: fastood.distributed.score(x, method="tv"), fullgraph=True, backend="eager")
+    try:
+        compiled(x)
+    except RuntimeError as error:
+        return as_numpy(found), type(error).__name__
+    return as_numpy(found), "compiled"
+
+
+def test_modes(run):
+    f = torch.randn(4, 12)
+    results = run(in_modes, 3, f)
+    got = same_on_all([found for found, _ in results])
+    assert {name: x.dtype for name, x in got.items()} == {"inference": np.float32, "mixed": np.float64}
+    for x in got.values():
+        np.testing.assert_allclose(x, fastood.score(f, method="tv"), rtol=1e-6)
+    assert all(error != "compiled" for _, error in results), results
+
+
 # ---- collectives, and errors, which are every rank's
 
 

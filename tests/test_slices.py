@@ -133,8 +133,18 @@ def test_nearly_flat(on, dtype, T):
     f[2] = 1000 + f[2] / 100
     f[3] = torch.arange(64)
     f[4, :] = 5.25
+    f = torch.cat([f, f])
+    f[5:, 30] = -math.inf
     for sizes in [(20, 44), (20, 0, 4, 40), (1, 63)]:
         assert_right(f, sizes, T, on, ["tv", "kl_uniform"])
+
+
+def test_a_flat_row_but_for_a_masked_class(on):
+    """Whose TV is 1 / C, which the level must be far more exact than."""
+    f = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0)) * 1e-7
+    f[:, 1500] = -math.inf
+    for sizes in [(1000, 2000), (1500, 1, 1499)]:
+        assert_right(f, sizes, 1.0, on, ["tv", "kl_uniform"])
 
 
 def test_power_sums(on):
