@@ -147,8 +147,8 @@ class BatchGrad:
                 return out
         f, h, as_numpy = logits_and_feats(logits, feats)
         f, h = required("logits", f), required("feats", h)
-        anchors = self.anchors._replace(sign=sign)
-        G = anchors.G
+        G, T, bias, _ = self.anchors
+        anchors = Anchors(G, T, bias, sign)  # _replace is beyond torch 2.8's compiler
         for name, x, columns in (("logits", f, G.shape[0]), ("feats", h, G.shape[1] - int(anchors.bias))):
             if x.shape[1] != columns:
                 raise ValueError(f"{name} must have {columns} columns, for G is {list(G.shape)}, got {list(x.shape)}")

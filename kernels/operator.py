@@ -47,8 +47,6 @@ class Operator(NamedTuple):
         return put(torch.ops.fastood.scores, tensors, work_of(self.name, request, dtype))
 
     def batchgrad(self, anchors: Anchors) -> Run:
-        if self.name != "cpu":  # a CUDA graph would keep addresses of what was made of a G that is its own copy
-            return reference.batchgrad(anchors)
         return Run(partial(self._batchgrad, anchors))
 
     def _batchgrad(
@@ -249,10 +247,11 @@ def _define(
     fake: Callable[..., Any],
     by_reference: Callable[..., tuple[Tensor, ...]],
     vmap_rule: Callable[..., Any],
+    *tags: torch.Tag,
 ) -> None:
     for overload in (name, f"{name}.no_grad"):
         schema = f"({tensors}, str work) -> Tensor"
-        _library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         for device in DEVICES:
             _library.impl(overload, call, device.upper())
         # Which serves fake tensors too; register_fake looks its caller's source up, for a millisecond of each import.
@@ -273,4 +272,6 @@ _define(
     _batchgrad_fake,
     _batchgrad_by_reference,
     _batchgrad_of_each,
+    # It keeps what it makes of a G. To a CUDA graph the compiler gives copies: so it is called between two of them.
+    torch.Tag.cudagraph_unsafe,
 )

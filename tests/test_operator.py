@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastood
-from fastood.kernels import Column, Request
+from fastood.kernels import Anchors, Column, Request, triton
 from fastood.kernels.operator import work_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -335,6 +336,32 @@ def test_operator_gives_way_to_plain_operations(device):
         traced(lambda f: fastood.score(f, backend="triton"), f.double())
 
 
+def test_operator_of_tensors_on_a_gpu_that_is_not_there(monkeypatch):
+    """A trace looks at no memory, so what a graph of CUDA tensors holds shows anywhere; that it runs shows on a GPU."""
+    monkeypatch.setattr(triton, "unusable", lambda device, dtype: None if device.type == "cuda" else "not its device")
+    monkeypatch.setattr(triton, "missing", lambda: "")
+    with FakeTensorMode():
+        f, h = batch(5, "cuda")
+        detector = fastood.BatchGrad.__new__(fastood.BatchGrad)
+        detector.anchors = detector._oriented = Anchors(torch.empty(12, 9, device="cuda"), 1.5, False)
+        for call, operator in (
+            # But "scores", for torch looks for a GPU where one row of a result is taken.
+            *((call, "fastood.scores.no_grad") for name, call in CALLS.items() if name != "scores"),
+            (detector.score, "fastood.batchgrad.no_grad"),
+        ):
+            torch._dynamo.reset()
+            ours, _, compiled = traced(call, f, h)
+            assert ours == [operator]
+            assert compiled(f, h).device.type == "cuda"
+
+
+def test_operator_beside_cuda_graphs():
+    """The compiler makes graphs of all but BatchGrad, which keeps what it makes of a G, and a graph has copies."""
+    for name in ("default", "no_grad"):
+        assert torch.Tag.cudagraph_unsafe not in getattr(ops.scores, name).tags
+        assert torch.Tag.cudagraph_unsafe in getattr(ops.batchgrad, name).tags
+
+
 @needs_gpu
 @pytest.mark.parametrize("warm", [False, True])
 def test_operator_in_cuda_graphs_on_cuda(warm):
@@ -387,6 +414,7 @@ except Exception:
 else:
     raise AssertionError("no operator is in it")
 import fastood
+from fastood.kernels import Anchors, triton
 x, expected = torch.load(rows)
 torch.testing.assert_close(torch.export.load(path).module()(x)[1], expected, rtol=1e-5, atol=0)
 """
