@@ -391,7 +391,8 @@ class Plan(NamedTuple):
     """See device.scores."""
 
     sums: int
-    v_terms: tuple[tuple[int, tuple[int, ...]], ...]  # of each: where its coefficients begin in the table, statistics
+    v_terms: tuple[tuple[int, ...], ...]  # the statistics of each
+    v_first: tuple[int, ...]  # where the coefficients of each begin in the table, 0 of a statistic alone
     orders: tuple[float, ...]
     table: tuple[float, ...]
     columns: int
@@ -433,9 +434,9 @@ def plan_of(request: Request) -> Plan | None:
         *(float(0 < r < math.inf) for r in orders),
         *(float(c.power) for c in columns),
     ]
-    of_kernel = []
+    v_first = []
     for terms, some in zip(v_terms, names, strict=True):
-        of_kernel.append((len(table) if len(some) > 1 else 0, tuple(STATS[name] for name in some)))
+        v_first.append(len(table) if len(some) > 1 else 0)
         table += [x for _, x in terms] if len(some) > 1 else []
     sums = 0
     for s in request.stats:
@@ -443,7 +444,8 @@ def plan_of(request: Request) -> Plan | None:
     few = [(i, c.order, c.power, int(f) if abs(f) == 1 else 0) for i, f, c in zip(place, factors, columns, strict=True)]
     return Plan(
         sums,
-        tuple(of_kernel),
+        tuple(tuple(STATS[name] for name in some) for some in names),
+        tuple(v_first),
         all_orders,
         tuple(table),
         len(columns),
@@ -476,6 +478,7 @@ def constants(
         "X_W": x.w,
         "SUMS": plan.sums,
         "V_TERMS": plan.v_terms,
+        "V_FIRST": plan.v_first,
         "X_TILES": x_tiles,
         "D": D,
         "H_VEC": h.vec,

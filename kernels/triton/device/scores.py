@@ -101,18 +101,19 @@ def statistic(CODE: tl.constexpr, parts, temperature, C: tl.constexpr, PEEL_: tl
 
 
 @triton.jit
-def v_term(TERM: tl.constexpr, table_ptr, parts, temperature, C: tl.constexpr, PEEL_: tl.constexpr):
-    """A statistic, in units of the rest's weight where it vanishes with that; or the sum of several, times what the
-    table holds from TERM[0] on."""
-    if len(TERM[1]) == 1:
-        return statistic(TERM[1][0], parts, temperature, C, PEEL_)
+def v_term(V_TERMS: tl.constexpr, i: tl.constexpr, FIRST: tl.constexpr, table_ptr, parts, temperature,
+           C: tl.constexpr, PEEL_: tl.constexpr):  # fmt: skip
+    """The i-th: a statistic, in units of the rest's weight where it vanishes with that; or the sum of several, times
+    what the table holds from FIRST on."""
+    if len(V_TERMS[i]) == 1:
+        return statistic(V_TERMS[i][0], parts, temperature, C, PEEL_)
     else:
         total = tl.zeros(parts[0].shape, tl.float64)
-        for j in tl.static_range(len(TERM[1])):
-            one = statistic(TERM[1][j], parts, temperature, C, PEEL_).to(tl.float64)
-            if PEEL_ and VANISHING >> TERM[1][j] & 1:
+        for j in tl.static_range(len(V_TERMS[i])):
+            one = statistic(V_TERMS[i][j], parts, temperature, C, PEEL_).to(tl.float64)
+            if PEEL_ and VANISHING >> V_TERMS[i][j] & 1:
                 one *= parts[1]
-            total += small(table_ptr + TERM[0] + j) * one
+            total += small(table_ptr + FIRST + j) * one
         return total
 
 
@@ -146,7 +147,7 @@ def norm(powers, unit, SLOT: tl.constexpr, ORDER: tl.constexpr, SUMS: tl.constex
 def scores(
     x_ptr, x_stride, x_offset, h_ptr, h_stride, h_offset, table_ptr, out_ptr, out_row, out_column, N,
     C: tl.constexpr, X_VEC: tl.constexpr, X_P: tl.constexpr, X_SHIFTED: tl.constexpr, X_W: tl.constexpr,
-    SUMS: tl.constexpr, V_TERMS: tl.constexpr, X_TILES: tl.constexpr,
+    SUMS: tl.constexpr, V_TERMS: tl.constexpr, V_FIRST: tl.constexpr, X_TILES: tl.constexpr,
     D: tl.constexpr, H_VEC: tl.constexpr, H_P: tl.constexpr, H_W: tl.constexpr, H_TILES: tl.constexpr,
     POWERS: tl.constexpr, RANGES: tl.constexpr, ORDERS: tl.constexpr, SLOTS: tl.constexpr,
     BIAS: tl.constexpr, GENERAL: tl.constexpr, LOG: tl.constexpr, ALL_V: tl.constexpr, ALL_U: tl.constexpr,
@@ -181,8 +182,8 @@ def scores(
         for k in tl.static_range(COLUMNS):
             score = FEW[k][3] * 1.0 if FEW[k][3] != 0 else small(table_ptr + 2 + COLUMNS + k)
             if FEW[k][0] >= 0:
-                score *= v_term(V_TERMS[FEW[k][0]], table_ptr, parts, temperature, C, PEEL & SUMS)
-                if PEEL & SUMS and len(V_TERMS[FEW[k][0]][1]) == 1 and VANISHING >> V_TERMS[FEW[k][0]][1][0] & 1:
+                score *= v_term(V_TERMS, FEW[k][0], V_FIRST[FEW[k][0]], table_ptr, parts, temperature, C, PEEL & SUMS)
+                if PEEL & SUMS and len(V_TERMS[FEW[k][0]]) == 1 and VANISHING >> V_TERMS[FEW[k][0]][0] & 1:
                     score = score.to(tl.float64)
                     if parts[8]:
                         score *= parts[1]
@@ -200,11 +201,11 @@ def scores(
             score = small(field + COLUMNS, within, 0.0)
             if len(V_TERMS) > 0:
                 which = small(field, within, -1.0).to(tl.int32)
-                v = v_term(V_TERMS[0], table_ptr, parts, temperature, C, PEEL & SUMS)[:, None]
+                v = v_term(V_TERMS, 0, V_FIRST[0], table_ptr, parts, temperature, C, PEEL & SUMS)[:, None]
                 if not ALL_V:
                     v = tl.where(which == 0, v, 1.0)
                 for i in tl.static_range(1, len(V_TERMS)):
-                    one = v_term(V_TERMS[i], table_ptr, parts, temperature, C, PEEL & SUMS)[:, None]
+                    one = v_term(V_TERMS, i, V_FIRST[i], table_ptr, parts, temperature, C, PEEL & SUMS)[:, None]
                     v = tl.where(which == i, one, v)
                 score = score * v
                 if PEEL & SUMS:
