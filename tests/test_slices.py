@@ -60,7 +60,7 @@ def on(request):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(5, 5), (1, 9), (3, 0, 4, 3), (10,), (1, 1), (1,), (40, 1, 60)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 5), (3, 0, 4, 3), (1, 1), (1,), (40, 1, 60)], ids=str)
 @pytest.mark.parametrize("scale", [0.1, 10, 1e4])
 def test_random(on, sizes, scale, dtype):
     torch.manual_seed(0)
