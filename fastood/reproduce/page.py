@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 
 from fastood import plots
 from fastood._version import __version__
-from fastood.api import PAPER_V
+from fastood.api import BEST_NORM, PAPER_V
 from fastood.files import atomic
 from fastood.recommendation import Estimate
 from fastood.registry import SCORES
-from fastood.reproduce.experiment import Experiment
+from fastood.reproduce.experiment import FITTED_ON, Experiment
 from fastood.reproduce.tables import (
     CLAIMS,
     NAIVE,
@@ -36,6 +36,7 @@ from fastood.reproduce.tables import (
     same_rows,
     verdict,
 )
+from fastood.successors import SUCCESSORS
 
 _SCALES = {"small": "small sets", "ImageNet": "ImageNet"}
 FORMULAS = {
@@ -199,12 +200,16 @@ def _claims(found: Results) -> list[str]:
             rows.append([_name(c.higher), _name(c.lower), _estimate(difference, "+"), paper, verdicts[-1]])
         heading = ["better", "than", "difference of the means [95%]", f"the paper's, {_SCALES[scale]}", "here"]
         lines += [f"**{claim.text}.**", "", *_table(heading, rows)]
-        counts = ", ".join(f"{v} in {verdicts.count(v)}" for v in dict.fromkeys(verdicts))
+        counts = ", ".join(f"{v} in {verdicts.count(v)} of {len(rows)}" for v in dict.fromkeys(verdicts))
         elsewhere = f" (which the paper says of {_SCALES[scale]})" if scale != found.scale else ""
-        told.append(f"- {claim.text}{elsewhere}: of {len(rows)}, {counts}.")
+        told.append(_filled(f"- {claim.text}{elsewhere}: {counts}.", "  "))
     best = max(_comparable(found), key=found.pairs.mean)
-    told.append(f"- Of all scores on this page, {_name(best)} has the highest mean here, {found.pairs.mean(best):.3f}.")
-    return [*told, "", *lines]
+    told.append(f"- Of all scores here, {_name(best)} has the highest mean, {found.pairs.mean(best):.3f}.")
+    meaning = _paragraph(
+        "A claim *holds* where the interval of the difference lies above 0; where it lies below, *the opposite* is so. "
+        "Each comparison is a chance of error by itself."
+    )
+    return [*meaning, *told, "", *lines]
 
 
 def _comparable(found: Results) -> list[str]:
@@ -367,21 +372,30 @@ def _heatmaps(found: Results, picture: Any) -> list[str]:
 
 
 def _every_score(found: Results) -> list[str]:
-    pairs = found.pairs
-    names = tuple(f"{name}*" for name in SCORES)
+    pairs, default = found.pairs, f"_{BEST_NORM:g}"
+    multiplied = tuple(f"{name}*" for name in SCORES)
     labels = [
-        x for x in _comparable(found) if x in SCORES or (x.startswith(names) and x.endswith("_0.3")) or x == "||h||_0.3"
+        x
+        for x in _comparable(found)
+        if x in (*SCORES, *SUCCESSORS, f"||h||{default}") or (x.startswith(multiplied) and x.endswith(default))
     ]
     rows = []
     for label in sorted(labels, key=pairs.mean, reverse=True):
         estimate = pairs.estimate(label)
-        found.note("every score", (found.scale, "average"), label, estimate.value, None)
-        rows.append(
-            [_name(label), f"{estimate.value:.3f} {_interval(estimate)}", *(f"{x:.3f}" for x in pairs.of_pairs(label))]
-        )
+        low, high = estimate.interval or (None, None)
+        found.note("every score", (found.scale, "average"), label, estimate.value, None, low=low, high=high)
+        cells = (f"{x:.3f}" for x in pairs.of_pairs(label))
+        rows.append([_name(label), f"{estimate.value:.3f} {_interval(estimate)}", *cells])
+    fitted = (
+        "Those that are fitted on training images are missing, for there are none."
+        if found.experiment.spec
+        else f"What needs in-distribution rows is fitted on {FITTED_ON:,} training images, or all where they are fewer."
+    )
     return [
-        "Alone, and where a norm multiplies it by default also times ‖h‖₀.₃.",
-        "",
+        *_paragraph(
+            "Those of `fastood.SCORES` alone, and where a norm multiplies them by default also times ‖h‖₀.₃; and those "
+            f"that came after the paper, of `fastood.SUCCESSORS`, with their default parameters. {fitted}"
+        ),
         *_table(["score", "mean [95%]", *(f"{a} → {b}" for a, b in pairs.pairs)], rows),
     ]
 

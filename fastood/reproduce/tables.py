@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastood import metrics
+from fastood._delong import below
+from fastood._inputs import vector
 from fastood.recommendation import Estimate
 from fastood.registry import TABLE_1
 
@@ -96,7 +97,7 @@ class Pairs:
         """[seeds, pairs]."""
         if label not in self._auroc:
             self._auroc[label] = np.array(
-                [[metrics.auroc(*self._of(label, pair, seed)) for pair in self.pairs] for seed in range(self.seeds)]
+                [[below(*self._of(label, pair, seed)).mean() for pair in self.pairs] for seed in range(self.seeds)]
             )
         return self._auroc[label]
 
@@ -145,9 +146,9 @@ class Pairs:
         return self._resampled[label]
 
     def _of(self, label: str, pair: tuple[str, str], seed: int) -> tuple[Floats, Floats]:
-        inside, outside = pair
-        of_network = self.scores[inside, seed]
-        return of_network[inside][label], of_network[outside][label]
+        of_network = self.scores[pair[0], seed]
+        inside, outside = (vector(f"{label} of {name}", of_network[name][label]) for name in pair)
+        return inside, outside
 
     def _drawn(self, name: str, rows: int) -> NDArray[np.float32]:
         if (name, rows) not in self._draws:
