@@ -656,3 +656,20 @@ def test_an_attached_model_decides_by_one():
         logits, feats, s, accept = fastood.attach(model, detector=detector, example=x[:2])(x)
     torch.testing.assert_close(s, made.score(logits, feats), rtol=0, atol=0)
     assert 0.8 < accept.double().mean() <= 1
+
+
+def test_no_rows_and_none_that_is_right():
+    z, h, y, _ = rows()
+    made = Fitted("mahalanobis").partial_fit(z[:0], h[:0], y[:0])
+    assert made.needs_fit
+    assert made.partial_fit(z, h, y).merge(Fitted("mahalanobis")).rows == N
+    np.testing.assert_array_equal(made.score(None, h), fitted("mahalanobis").score(None, h))
+    wrong = (z.argmax(1) + 1) % C
+    assert np.isnan(Fitted("she").fit(z, h, wrong).score(z, h)).all()
+
+
+@pytest.mark.parametrize("name", ["scale", "mahalanobis"])
+def test_compiled(name):
+    z, h = (torch.from_numpy(x).float() for x in rows(1)[:2])
+    made = fitted(name)
+    torch.testing.assert_close(torch.compile(made.score, fullgraph=True)(z, h), made.score(z, h), rtol=1e-5, atol=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -40,11 +39,11 @@ class Rows:
         self.feats: Any = feats
         self.T, self.backend, self.labels = T, backend, labels
 
-    @cached_property
+    @property
     def z(self) -> Tensor:
         return wide(self.logits)
 
-    @cached_property
+    @property
     def h(self) -> Tensor:
         return wide(self.feats)
 
@@ -53,11 +52,11 @@ class Rows:
         """Of the results: float64 where an input is float64, else float32."""
         return result_dtype(self.logits, self.feats)
 
-    @cached_property
+    @property
     def predicted(self) -> Tensor:
         return self.logits.argmax(1)
 
-    @cached_property
+    @property
     def classes(self) -> Tensor:
         """The true classes, or where they are not known the predicted ones."""
         return self.predicted if self.labels is None else self.labels

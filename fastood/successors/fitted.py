@@ -147,7 +147,7 @@ class Fitted:
         """
         self._forget()
         self.partial_fit(logits, feats, labels)
-        self._state(torch.device("cpu"))
+        self._state()  # or what is lacking
         return self
 
     def partial_fit(self, logits: ArrayT | None, feats: ArrayT | None = None, labels: Array | None = None) -> Fitted:
@@ -175,6 +175,8 @@ class Fitted:
             also = "" if "correct" in wanted else " where there are no labels"
             raise ValueError(f"logits must be given to fit {self.method}{also}: they say what a row is predicted as")
         self._check(f, h)
+        if not len(x):
+            return self
         with torch.no_grad():
             f, h = (None if x is None else x.detach() for x in (f, h))
             _refuse_odd(f, h if "feats" in wanted else None)
@@ -186,7 +188,7 @@ class Fitted:
                 right = f.argmax(1) == y
                 f, h, y = f[right], None if h is None else h[right], None
             K = f.shape[1] if f is not None else 1 + int(y.max()) if y is not None and len(y) else 0
-            for part in _tiles(len(x) if f is None else len(f), f, h):
+            for part in _tiles(max(1, len(x) if f is None else len(f)), f, h):  # one even of no rows: sums of 0
                 a, b, c = (None if v is None else v[part] for v in (f, h, y))
                 self._add(Rows(a, b, self.temperature, labels=c), K)
         self.rows += len(x)
@@ -228,7 +230,7 @@ class Fitted:
         self._forget()
         for logits, feats, labels in run(model, loader, progress):
             self.partial_fit(logits, feats, labels)
-        self._state(torch.device("cpu"))
+        self._state()  # or what is lacking
         return self
 
     def merge(self, other: Fitted) -> Fitted:
@@ -272,26 +274,30 @@ class Fitted:
         """What the formula reads besides a row: named tensors, on the CPU."""
         return dict(self._state(torch.device("cpu")))
 
-    def _state(self, device: torch.device) -> dict[str, Tensor]:
+    def _state(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """On a device; left out: where the totals are."""
+        if device is None:
+            device = next((x.device for x in self._totals().values()), torch.device("cpu"))
         state = self._states.get(device)
         if state is None:
-            if self.needs_fit:
-                raise RuntimeError(
-                    f"{self.method} is not fitted: fastood.Fitted({self.method!r}, ...).fit(logits, feats, labels), on "
-                    "in-distribution rows, makes what scores by it"
-                )
             finished = next(iter(self._states.values()), None)
-            if finished is None:
-                with torch.no_grad():
-                    finished = dict(self._head)
-                    if self.entry.finish:
-                        totals = self._totals()
-                        place = next(iter(totals.values())).device
-                        head = {name: x.to(place) for name, x in self._head.items()}
-                        finished |= self.entry.finish(totals, head, **self.params)
-            state = {name: _moved(x, device) for name, x in finished.items()}
+            state = {name: _moved(x, device) for name, x in (finished or self._finished()).items()}
             self._states = {**self._states, device: state}  # whole, for another thread may be reading
         return state
+
+    def _finished(self) -> dict[str, Tensor]:
+        if self.needs_fit:
+            raise RuntimeError(
+                f"{self.method} is not fitted: fastood.Fitted({self.method!r}, ...).fit(logits, feats, labels), on "
+                "in-distribution rows, makes what scores by it"
+            )
+        if not self.entry.finish:
+            return self._head
+        totals = self._totals()
+        place = next(iter(totals.values())).device
+        head = {name: x.to(place) for name, x in self._head.items()}
+        with torch.no_grad():
+            return {**head, **self.entry.finish(totals, head, **self.params)}
 
     def _totals(self) -> dict[str, Tensor]:
         for name, bank in self._banks.items():

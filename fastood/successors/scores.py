@@ -457,10 +457,6 @@ for _name, _distance, _finish, _text, _source in (
 # ---- with a bank of in-distribution rows
 
 
-def _feats_bank(rows: Rows, **params: Any) -> dict[str, Tensor]:
-    return {"bank": rows.feats}
-
-
 def _vim_sums(rows: Rows, K: int, dim: int | None) -> dict[str, Tensor]:
     return {"sum": rows.h.sum(0), "second": rows.h.T @ rows.h, "n": _count(rows.h), "top": rows.z.amax(1).sum()}
 
@@ -492,23 +488,25 @@ _register(
     head=("weight", "bias"),
     fitted_on=("logits", "feats"),
     sums=_vim_sums,
-    bank=_feats_bank,
+    bank=lambda rows, dim: {"bank": rows.feats},
     finish=_vim_finish,
     params={"dim": None},
     check=lambda dim: None if dim is None else _whole("dim", dim),
 )
 
 
-def _enough(totals: State, k: int) -> None:
-    if len(totals["bank"]) < k:
-        raise ValueError(f"k={k} takes at least as many in-distribution rows, got {len(totals['bank'])}")
+def _enough(totals: State, k: int) -> Tensor:
+    bank = totals["bank"]
+    if len(bank) < k:
+        raise ValueError(f"k={k} takes at least as many in-distribution rows, got {len(bank)}")
+    return bank
 
 
 def _knn_finish(totals: State, state: State, k: int) -> dict[str, Tensor]:
-    _enough(totals, k)
-    bank = _unit(wide(totals["bank"])).to(totals["bank"].dtype)
+    bank = _enough(totals, k)
     # In float32 a row is not quite of length 1, which among near neighbours would count.
-    return {"bank": bank, "half_square": wide(bank).square().sum(1) / 2}
+    squares = torch.cat([wide(x).square().sum(1) for x in bank.split(4096)])
+    return {"bank": bank, "half_square": squares / 2}
 
 
 def _knn(rows: Rows, state: State, k: int) -> Tensor:
@@ -525,16 +523,11 @@ _register(
     score=_knn,
     needs=("feats",),
     fitted_on=("feats",),
-    bank=_feats_bank,
+    bank=lambda rows, k: {"bank": _unit(rows.h)},
     finish=_knn_finish,
     params={"k": 50},
     check=lambda k: _whole("k", k),
 )
-
-
-def _nnguide_finish(totals: State, state: State, k: int) -> dict[str, Tensor]:
-    _enough(totals, k)
-    return {"bank": (_unit(wide(totals["bank"])) * totals["energy"][:, None]).to(totals["bank"].dtype)}
 
 
 def _nnguide(rows: Rows, state: State, k: int) -> Tensor:
@@ -551,8 +544,8 @@ _register(
     higher="in",
     score=_nnguide,
     fitted_on=("logits", "feats"),
-    bank=lambda rows, k: {"bank": rows.feats, "energy": rows.energy()},
-    finish=_nnguide_finish,
+    bank=lambda rows, k: {"bank": _unit(rows.h) * rows.energy()[:, None]},
+    finish=lambda totals, state, k: {"bank": _enough(totals, k)},
     params={"k": 10},
     check=lambda k: _whole("k", k),
 )
