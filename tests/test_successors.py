@@ -238,7 +238,7 @@ def test_it_tells_outliers_apart(name):
 
 @pytest.mark.parametrize("name", [name for name, x in SUCCESSORS.items() if x.fitted_on])
 @given(data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=5)
 def test_however_rows_are_split_and_ordered(name, data):
     z, h, y, head = rows()
     whole = fitted(name)
@@ -570,11 +570,11 @@ def test_what_is_refused():
     refused("temperature must be that of method, 1, got 2", z, h, fitted("scale"), temperature=2.0)
     with pytest.raises(ValueError, match="SCORES here, got 'scale'"):
         fastood.sweep(z, h, ["scale"])
-    for bad, match in (
-        ({"k": 0}, "k must be a number >= 1|k must be a finite number >= 1"),
-        ({"k": 1.5}, "k must be a whole number"),
+    for bad, error, match in (
+        ({"k": 0}, ValueError, "k must be a finite number >= 1"),
+        ({"k": 5.0}, TypeError, "k must be a whole number"),
     ):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(error, match=match):
             Fitted("knn", **bad)
     with pytest.raises(ValueError, match="dim must be below the 24 features, got 24"):
         fitted("vim", dim=24)

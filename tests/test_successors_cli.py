@@ -113,7 +113,8 @@ def test_fit_makes_a_detector_of_each(data, name):
     assert fastood.Detector.load("det.safetensors").threshold == detector.threshold
     run("score", "far.npz", "far.csv", "--detector", "det.safetensors")
     assert f'"method": "{name}"' in run("inspect", "det.safetensors", "--json").stdout
-    run("eval", "--id", "val.npz", "--ood", "far.npz", "--detector", "det.safetensors", "--html", "a.html")
+    if name == "vim":
+        run("eval", "--id", "val.npz", "--ood", "far.npz", "--detector", "det.safetensors", "--html", "a.html")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ in their papers; ``higher`` says which way each points.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -29,11 +30,10 @@ def _fraction(name: str, x: Any) -> float:
     return x
 
 
-def _whole(name: str, x: Any, least: int = 1) -> int:
-    x = number(name, x, at_least=least)
-    if x != int(x):
-        raise ValueError(f"{name} must be a whole number, got {x!r}")
-    return int(x)
+def _whole(name: str, x: Any) -> None:
+    number(name, x, at_least=1)
+    if not isinstance(x, Integral):
+        raise TypeError(f"{name} must be a whole number, got {x!r}")
 
 
 def _kept(D: int, percentile: float) -> int:
