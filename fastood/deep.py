@@ -13,6 +13,7 @@ from fastood._fork import one_thread_if_forked
 from fastood._inputs import FP8, label_probabilities, number, result_dtype, temperature_of
 from fastood.gradients import Expectation, Labels, arguments, label_minus_p
 from fastood.kernels import reference
+from fastood.kernels.statistics import UNSCALED
 
 
 @torch.inference_mode(False)  # in which torch 2.8 gets gradients wrong
@@ -193,8 +194,8 @@ def _deep_norms(
         largest = torch.stack([g.abs().amax().double() for g in flat]).amax()
         if order == math.inf:
             return largest
-        # As in norms_of: powers of a large order are of what is at most 1, those of a small one must not be.
-        scale = torch.where((largest > 0) & largest.isfinite() & (order > 0.85), largest, 1.0)
+        # As in norms_of.
+        scale = torch.where((largest > 0) & largest.isfinite() & (order > UNSCALED), largest, 1.0)
         powers = [((g / scale.to(g.dtype)).abs() ** order).sum().double() for g in flat]
         return scale * torch.stack(powers).sum() ** (1 / order)
 

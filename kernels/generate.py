@@ -4,9 +4,12 @@ from pathlib import Path
 from string import Template
 from textwrap import fill
 
+from fastood.kernels import statistics
 from fastood.kernels.statistics import FORMULAS, QUANTITIES, TABLE, Statistic, Sums, rendered
 
 NOTE = "Written by `python -m fastood.kernels.generate` from kernels/statistics.py, which says what all of this is."
+
+LIMITS = {name: getattr(statistics, name) for name in ("FLAT_TV", "FLAT_KL", "FLAT_KL_SHARE", "UNSCALED")}
 
 CPP = Template("""\
 // $note
@@ -15,6 +18,8 @@ CPP = Template("""\
 namespace fastood {
 
 enum Sums : int { $sums };
+
+$limits
 
 enum class Stat : int {
   $stats
@@ -51,6 +56,8 @@ from fastood.kernels.triton.device.words import INF, log_scaled
 
 $sums
 
+$limits
+
 VANISHING = tl.constexpr($vanishing)  # a bit for each statistic
 
 
@@ -76,6 +83,7 @@ def cpp() -> str:
     return CPP.substitute(
         note=NOTE,
         sums=", ".join(f"{s.name} = {s.value}" for s in Sums),
+        limits="\n".join(f"constexpr double {name} = {value};" for name, value in LIMITS.items()),
         stats=fill(", ".join(s.name for s in TABLE), 110).replace("\n", "\n  "),
         about="\n".join(map(about, TABLE)),
         cases="\n".join(map(case, FORMULAS.values())),
@@ -94,6 +102,7 @@ def triton() -> str:
     return TRITON.substitute(
         note=NOTE,
         sums="\n".join(f"{s.name} = tl.constexpr({s.value})" for s in Sums),
+        limits="\n".join(f"{name} = tl.constexpr({value})" for name, value in LIMITS.items() if name != "UNSCALED"),
         vanishing=bin(sum(s.vanishes << i for i, s in enumerate(TABLE))),
         quantities=fill(", ".join(QUANTITIES), 100).replace("\n", "\n" + " " * 12),
         branches="    " + "\n    el".join(branches),

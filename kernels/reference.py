@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastood.kernels.contract import NO_NORM, ONE, Anchors, Request, Run, result_dtype
 from fastood.kernels.seam import traced
-from fastood.kernels.statistics import FORMULAS, Statistic, rendered
+from fastood.kernels.statistics import FLAT_KL, FLAT_KL_SHARE, FLAT_TV, FORMULAS, UNSCALED, Statistic, rendered
 
 LARGEST = float(torch.finfo(torch.float64).max)  # also stands for a norm of finite features beyond it
 _TILE = 1 << 22  # elements of the largest temporary of what could need far larger ones
@@ -364,10 +364,6 @@ for _s in FORMULAS.values():
         setattr(Softmax, _s.name, closed_form(_s))
 
 
-# Below these what the sums of exponentials give loses too much: KL(u || p) itself, and its share of -mean z; and TV.
-FLAT_KL, FLAT_KL_SHARE, FLAT_TV = 1.0, 1 / 8, 1 / 8
-
-
 class Level:
     """Nearly flat rows, by how far each logit is from the level, the one whose class would have p = 1/C, float64.
 
@@ -463,8 +459,6 @@ def norms_of(feats: Tensor, orders: tuple[float, ...], log: bool = False, bias: 
         return h.new_full((h.shape[0], len(orders)), -math.inf if log else 0, dtype=torch.float64)
     h = h.abs()
     largest = h.amax(-1)
-    # Large orders sum powers of h / max|h|, which neither overflow nor vanish. Small orders must not: what
-    # underflows in the division is a visible part of sum |h|^0.1. At 0.85, sums of 2^19 terms stay finite.
     scale = torch.where((largest == 0) | largest.isinf(), 1.0, largest).detach()
     raw, scaled = Powers(h), Powers(h / scale[:, None])
 
@@ -477,7 +471,7 @@ def norms_of(feats: Tensor, orders: tuple[float, ...], log: bool = False, bias: 
             norm = torch.where(largest.isnan(), math.nan, (h != 0).sum(-1).double())
             columns.append(norm.log() if log else norm)
         else:
-            powers, unit = (scaled, scale.double()) if r > 0.85 else (raw, torch.ones_like(scale).double())
+            powers, unit = (scaled, scale.double()) if r > UNSCALED else (raw, torch.ones_like(scale).double())
             total = row_sum(powers(r)).double()
             if log:
                 columns.append(unit.log() + total.log() / r)

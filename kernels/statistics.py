@@ -24,11 +24,11 @@ class Sums(IntFlag):
     PLOGP = 4  # of the rest: z e^z
     SUMLOGP = 8  # z
     TV = 16  # |p - 1/C|, once p is known
-    PEEL = 32  # the rest to relative precision; C++ and the reference have no other
+    REST = 32  # the rest to relative precision; C++ and the reference have no other
     KL = 64  # for KL(u || p) of nearly flat rows
 
 
-EXP, SQUARES, PLOGP, SUMLOGP, TV, PEEL, KL = Sums
+EXP, SQUARES, PLOGP, SUMLOGP, TV, REST, KL = Sums
 
 # What formulas are made of, and the sums that each takes. Those called rest may come in units of a weight that all of
 # them vanish with, and that may be 0 itself: a formula is linear in them, or the log of one that is.
@@ -43,10 +43,10 @@ QUANTITIES: dict[str, Sums] = {
     "mean_z": EXP | SUMLOGP,
     "tv": EXP | TV,  # this and the next take a second look at flat rows, in each backend's own way
     "kl_uniform": EXP | SUMLOGP | KL,
-    "rest": EXP | PEEL,  # r1 to relative precision
-    "rest_squares": EXP | PEEL | SQUARES,  # r2 to relative precision
-    "rest_log": EXP | PEEL,  # log (1 + r1) to relative precision
-    "rest_z": EXP | PEEL | PLOGP,  # sum of the rest's z e^z
+    "rest": EXP | REST,  # r1 to relative precision
+    "rest_squares": EXP | REST | SQUARES,  # r2 to relative precision
+    "rest_log": EXP | REST,  # log (1 + r1) to relative precision
+    "rest_z": EXP | REST | PLOGP,  # sum of the rest's z e^z
 }
 
 
@@ -112,6 +112,14 @@ TABLE = (
         "('outside'), q 'uniform', 'predicted', 'log_predicted' (weights log p_y, 'outside' only) or 'given'",
     ),
 )
+
+# Below these what the sums give of a nearly flat row loses too much: TV; KL(u || p) itself, and its share of -mean z.
+FLAT_TV, FLAT_KL, FLAT_KL_SHARE = 1 / 8, 1.0, 1 / 8
+
+# Of norms, the largest order of which the powers of |h| itself are summed: what underflows in h / max |h| is a visible
+# part of sum |h|^0.1. Up to here the power of every float32, subnormal or not, is a normal number, and sums of 2^20
+# stay finite. Beyond, powers are of |h| / max |h|, which neither overflow nor vanish.
+UNSCALED = 0.84
 
 # Those that take no parameters.
 FORMULAS = {s.name: s for s in TABLE if s.formula}

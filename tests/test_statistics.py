@@ -42,7 +42,7 @@ def test_what_vanishes_with_the_rest_is_linear_in_it(name):
 def test_a_formula_says_which_sums_it_takes():
     assert Statistic("", "", "fmax / T").sums == Sums(0)
     assert Statistic("", "", "(1 + r2) * p_max").sums == Sums.EXP | Sums.SQUARES
-    assert Statistic("", "", "log(rest)").sums == Sums.EXP | Sums.PEEL
+    assert Statistic("", "", "log(rest)").sums == Sums.EXP | Sums.REST
 
 
 @pytest.mark.parametrize(

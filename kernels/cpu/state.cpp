@@ -123,9 +123,6 @@ void statistics(Stat stat, int power, const LogitsPlan& plan, const LogitsState*
 
 // ---- norms
 
-// Powers of small order stay unscaled: what underflows in h / max is a visible part of sum |h|^0.1.
-// Up to 0.84 the power of every float, subnormals too, is a normal number, and sums of 2^20 stay finite.
-constexpr double UNSCALED = 0.84;
 constexpr int FIRST_GROUP_SLOT = 7;
 
 template <int LANES> static void fill(PowerTable<LANES>* table, double r) {

@@ -19,8 +19,8 @@ inline double mean_z(const LogitsPlan& plan, const LogitsState& s, int64_t class
 }
 // Whether a row, where `value` is not NaN, is so near the uniform distribution that its sums do not tell KL(u || p), or TV.
 inline bool nearly_flat(Stat stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
-  if (stat == Stat::tv) return value < 0.125;
-  return value < 1 || value < -0.125 * mean_z(plan, s, classes);
+  if (stat == Stat::tv) return value < FLAT_TV;
+  return value < FLAT_KL || value < -FLAT_KL_SHARE * mean_z(plan, s, classes);
 }
 
 // A statistic of each of some rows, log1p being log (1 + r1), and swept what a second sweep gave.

@@ -3,7 +3,12 @@
 
 namespace fastood {
 
-enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16, PEEL = 32, KL = 64 };
+enum Sums : int { EXP = 1, SQUARES = 2, PLOGP = 4, SUMLOGP = 8, TV = 16, REST = 32, KL = 64 };
+
+constexpr double FLAT_TV = 0.125;
+constexpr double FLAT_KL = 1.0;
+constexpr double FLAT_KL_SHARE = 0.125;
+constexpr double UNSCALED = 0.84;
 
 enum class Stat : int {
   fmax, lse, energy, msp, one_minus_msp, log_msp, s2, one_minus_s2, log_one_minus_s2, tv, plogp, sumlogp,
@@ -20,13 +25,13 @@ constexpr About ABOUT[] = {
     {"lse", EXP, true, false},
     {"energy", EXP, true, false},
     {"msp", EXP, false, false},
-    {"one_minus_msp", EXP | PEEL, false, false},
-    {"log_msp", EXP | PEEL, false, false},
+    {"one_minus_msp", EXP | REST, false, false},
+    {"log_msp", EXP | REST, false, false},
     {"s2", EXP | SQUARES, false, false},
-    {"one_minus_s2", EXP | SQUARES | PEEL, false, false},
-    {"log_one_minus_s2", EXP | SQUARES | PEEL, false, true},
+    {"one_minus_s2", EXP | SQUARES | REST, false, false},
+    {"log_one_minus_s2", EXP | SQUARES | REST, false, true},
     {"tv", EXP | TV, false, false},
-    {"plogp", EXP | PLOGP | PEEL, false, false},
+    {"plogp", EXP | PLOGP | REST, false, false},
     {"sumlogp", EXP | SUMLOGP, false, false},
     {"s2_sumlogp", EXP | SQUARES | SUMLOGP, false, false},
     {"kl_uniform", EXP | SUMLOGP | KL, false, false},

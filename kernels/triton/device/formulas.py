@@ -11,8 +11,12 @@ SQUARES = tl.constexpr(2)
 PLOGP = tl.constexpr(4)
 SUMLOGP = tl.constexpr(8)
 TV = tl.constexpr(16)
-PEEL = tl.constexpr(32)
+REST = tl.constexpr(32)
 KL = tl.constexpr(64)
+
+FLAT_TV = tl.constexpr(0.125)
+FLAT_KL = tl.constexpr(1.0)
+FLAT_KL_SHARE = tl.constexpr(0.125)
 
 VANISHING = tl.constexpr(0b10010110000)  # a bit for each statistic
 

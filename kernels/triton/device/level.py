@@ -7,10 +7,8 @@ p_k - 1/C = expm1(x_k) / C and KL(u || p) = mean(e^x_k - 1 - x_k), in which noth
 import triton
 import triton.language as tl
 
+from fastood.kernels.triton.device.formulas import FLAT_KL, FLAT_KL_SHARE, FLAT_TV
 from fastood.kernels.triton.device.words import LN2, load_tile, log, log2, unpack, within
-
-FLAT_TV = tl.constexpr(0.125)  # below it TV is found again
-FLAT_KL, FLAT_KL_SHARE = tl.constexpr(1.0), tl.constexpr(0.125)  # as KL(u || p) is below this, or this share of -mean z
 
 
 @triton.jit

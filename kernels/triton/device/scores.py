@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.formulas import PEEL, VANISHING, formula
+from fastood.kernels.triton.device.formulas import REST, VANISHING, formula
 from fastood.kernels.triton.device.norms import norm_sums
 from fastood.kernels.triton.device.softmax import softmax_sums
 from fastood.kernels.triton.device.stream import streamed_sums
@@ -172,7 +172,7 @@ def scores(
         else:
             w = tl.arange(0, X_W)[None, :]
             sums = softmax_sums(x_ptr, base, head, w, C, near, C, C, X_VEC, X_P, X_SHIFTED, X_W, SUMS)
-        parts = parts_of(sums, scale, PEEL & SUMS)
+        parts = parts_of(sums, scale, REST & SUMS)
     if len(ORDERS) > 0:
         base, _ = place(row, h_stride, h_offset, H_VEC, min(H_P, H_VEC), False)
         powers, unit = norm_sums(h_ptr, base, D, H_VEC, H_P, H_W, H_TILES, ROWS, POWERS, RANGES, BIAS)
@@ -182,8 +182,8 @@ def scores(
         for k in tl.static_range(COLUMNS):
             score = FEW[k][3] * 1.0 if FEW[k][3] != 0 else small(table_ptr + 2 + COLUMNS + k)
             if FEW[k][0] >= 0:
-                score *= v_term(V_TERMS, FEW[k][0], V_FIRST[FEW[k][0]], table_ptr, parts, temperature, C, PEEL & SUMS)
-                if PEEL & SUMS and len(V_TERMS[FEW[k][0]]) == 1 and VANISHING >> V_TERMS[FEW[k][0]][0] & 1:
+                score *= v_term(V_TERMS, FEW[k][0], V_FIRST[FEW[k][0]], table_ptr, parts, temperature, C, REST & SUMS)
+                if REST & SUMS and len(V_TERMS[FEW[k][0]]) == 1 and VANISHING >> V_TERMS[FEW[k][0]][0] & 1:
                     score = score.to(tl.float64)
                     if parts[8]:
                         score *= parts[1]
@@ -201,14 +201,14 @@ def scores(
             score = small(field + COLUMNS, within, 0.0)
             if len(V_TERMS) > 0:
                 which = small(field, within, -1.0).to(tl.int32)
-                v = v_term(V_TERMS, 0, V_FIRST[0], table_ptr, parts, temperature, C, PEEL & SUMS)[:, None]
+                v = v_term(V_TERMS, 0, V_FIRST[0], table_ptr, parts, temperature, C, REST & SUMS)[:, None]
                 if not ALL_V:
                     v = tl.where(which == 0, v, 1.0)
                 for i in tl.static_range(1, len(V_TERMS)):
-                    one = v_term(V_TERMS, i, V_FIRST[i], table_ptr, parts, temperature, C, PEEL & SUMS)[:, None]
+                    one = v_term(V_TERMS, i, V_FIRST[i], table_ptr, parts, temperature, C, REST & SUMS)[:, None]
                     v = tl.where(which == i, one, v)
                 score = score * v
-                if PEEL & SUMS:
+                if REST & SUMS:
                     if parts[8]:
                         light = small(field + 4 * COLUMNS, within, 0.0) == 1.0
                         score = tl.where(light, score * parts[1][:, None], score)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.formulas import EXP, KL, PEEL, PLOGP, SQUARES, SUMLOGP, TV
+from fastood.kernels.triton.device.formulas import EXP, KL, PLOGP, REST, SQUARES, SUMLOGP, TV
 from fastood.kernels.triton.device.level import has_flat_tv, kl_uniform, mean_z_again, of_flat_rows
 from fastood.kernels.triton.device.words import (
     INF,
@@ -39,12 +39,12 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
     max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, mean z, sum |2^t - u| with u = (sum 2^t) / n, KL(u || p).
 
     The three sums over the rest are relative to the pivot: the maximum, or where they would vanish the next
-    largest logit; last comes whether any row may have such a pivot. Without PEEL the rest is what remains of the sum
+    largest logit; last comes whether any row may have such a pivot. Without REST the rest is what remains of the sum
     after 1 is taken away.
     """
     TYPE: tl.constexpr = ptr.dtype.element_ty
     us = load_row(ptr, base, head, w, n, N, LEAST, VEC, P, SHIFTED, W)
-    if PEEL & SUMS:
+    if REST & SUMS:
         us = largest_first(us, P, TYPE)
         top = us[0]
     else:
@@ -66,9 +66,9 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         xs = ()
         for i in tl.static_range(len(us)):
             xs = xs + unpack(us[i], P, TYPE)
-        if PEEL & SUMS and P == 2:
+        if REST & SUMS and P == 2:
             xs = (top, tl.minimum(xs[0], xs[1])) + xs[2:]
-        ONCE: tl.constexpr = PEEL & SUMS and N > SHORT
+        ONCE: tl.constexpr = REST & SUMS and N > SHORT
         c, excess, far = centre(m, scale, ONCE)
         unit = tl.exp2(excess)  # 2^t of the maximum, as the sums have it
         back = inverse_power(excess)
@@ -81,9 +81,9 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
             if (PLOGP | SUMLOGP) & SUMS:  # 0 beyond the row's end, as 2^t is
                 t = only_own(t, 0.0, i // P, i % P, w, n, LEAST, VEC, P, W)
             es, ts = es + (e,), ts + (t,)
-            if i > 0 or not PEEL & SUMS:
+            if i > 0 or not REST & SUMS:
                 sums = sums[: i % A] + (add_exp(sums[i % A], e, t, SUMS),) + sums[i % A + 1 :]
-        if PEEL & SUMS:
+        if REST & SUMS:
             # The largest of a slot comes last, or is kept out: if it is the row's, the rest is not drowned.
             hot = top == m[:, None]
             sums = (add_exp(sums[0], tl.where(hot, 0.0, es[0]), ts[0], SUMS),) + sums[1:]
@@ -91,12 +91,12 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         else:
             totals = row_sums(added(sums, len(sums)))
         # A maximum that was kept out counts 1; one that was not is taken away as it was added.
-        others = totals[len(totals) - 1] - 1.0 if PEEL & SUMS else tl.zeros_like(m)
-        kept = 0.0 if PEEL & SUMS else 1.0
+        others = totals[len(totals) - 1] - 1.0 if REST & SUMS else tl.zeros_like(m)
+        kept = 0.0 if REST & SUMS else 1.0
         part = (totals[0] - kept) * back
         rest = tl.fma(totals[0] - kept, back, others)
         totals = totals[1:]
-        if PEEL & SUMS:
+        if REST & SUMS:
             rest = tl.where(tl.abs(m) < INF, rest, float("nan"))  # inf - inf was kept out of it
         if SQUARES & SUMS:
             squares = tl.fma((totals[0] - kept) * back, back, others)
@@ -110,7 +110,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
             u = (rest + 1.0) * unit / N
             deviation = deviations(es, u) * back
         again = far
-        if PEEL & SUMS:
+        if REST & SUMS:
             again |= rest < DEEP
         if SUMLOGP & SUMS:
             again |= mean_z == -INF  # of a sum beyond float32, or a masked class
@@ -122,14 +122,14 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
         if KL & SUMS:
             kl, flat = kl_uniform(rest, mean_z, n)
             seen |= flat
-        if (PEEL | SUMLOGP | TV) & SUMS:
+        if (REST | SUMLOGP | TV) & SUMS:
             rare = any_row(seen)
             if rare:
                 if PLOGP & SUMS:
                     if any_row(exp_t != exp_t):
                         exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, unit, excess) * back, exp_t)
                 # In tiles of a word or a few a thread, so that what is rare is not what takes the most registers.
-                if PEEL & SUMS:
+                if REST & SUMS:
                     if any_row(again):
                         SOME: tl.constexpr = W // P if N % 8 == 0 and W >= P else W
                         some = tl.arange(0, SOME)[None, :]
@@ -147,7 +147,7 @@ def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.conste
                             deviation = tl.where(again, other, deviation)
                 LESS: tl.constexpr = W // 4 if W >= 4 and N % 4 == 0 else W
                 less = tl.arange(0, LESS)[None, :]
-                if SUMLOGP & SUMS and not PEEL & SUMS:
+                if SUMLOGP & SUMS and not REST & SUMS:
                     if any_row(again):
                         other = mean_z_again(ptr, base, head, less, n, m, scale, N, VEC, P, SHIFTED, LESS)
                         mean_z = tl.where(again, other, mean_z)

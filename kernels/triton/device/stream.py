@@ -11,7 +11,7 @@ needs it again.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.formulas import EXP, KL, PEEL, PLOGP, SQUARES, SUMLOGP, TV
+from fastood.kernels.triton.device.formulas import EXP, KL, PLOGP, REST, SQUARES, SUMLOGP, TV
 from fastood.kernels.triton.device.softmax import (
     DEEP,
     FAR,
@@ -52,7 +52,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
     VW: tl.constexpr = VEC // P
     LANES: tl.constexpr = W // VW
     GROUPS: tl.constexpr = (C // P + W * K - 1) // (W * K)
-    REST: tl.constexpr = (C // P - (GROUPS - 1) * W * K + W - 1) // W  # tiles of the last group
+    TILES: tl.constexpr = (C // P - (GROUPS - 1) * W * K + W - 1) // W  # tiles of the last group
     EACH: tl.constexpr = K * VW * P  # elements of a slot in each other group
     lane = tl.arange(0, LANES)[None, :]
     ref = tl.full([1, LANES], LOWEST, tl.float32)
@@ -62,8 +62,8 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
     for group in range(GROUPS - 1):
         us = read_tiles(ptr, base, group * (W * K), C, VEC, P, W, K, False, "")
         top, ref, sums = add_words(top, ref, sums, us, scale, group * EACH, zero == 0.0, VW, P, TYPE, SUMS)
-    last = read_tiles(ptr, base, (GROUPS - 1) * W * K, C, VEC, P, W, REST, True, "")
-    own = lane < C // VEC - ((GROUPS - 1) * K + REST - 1) * LANES  # of the last tile
+    last = read_tiles(ptr, base, (GROUPS - 1) * W * K, C, VEC, P, W, TILES, True, "")
+    own = lane < C // VEC - ((GROUPS - 1) * K + TILES - 1) * LANES  # of the last tile
     top, ref, sums = add_words(top, ref, sums, last, scale, (GROUPS - 1) * EACH, own, VW, P, TYPE, SUMS)
 
     tops = unpack(top, P, TYPE)
@@ -82,7 +82,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
         excess = fused(m, scale, -highest)
         unit = tl.exp2(excess).to(tl.float64)  # 2^t of the maximum, as the sums have it
         hots = zero
-        if PEEL & SUMS:
+        if REST & SUMS:
             # The largest of a slot comes last, or is kept out: if it is the row's, the rest is not drowned.
             hot = high == m[:, None]
             hots = tl.where(hot, 1.0, 0.0)
@@ -93,7 +93,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                 if j == 0:
                     e = tl.where(hot, 0.0, e)
                 sums = add_element(sums, e, t, SUMS)
-        n = ((GROUPS - 1) * K + REST - 1 + own.to(tl.int32)) * (VW * P)
+        n = ((GROUPS - 1) * K + TILES - 1 + own.to(tl.int32)) * (VW * P)
         totals = row_sums((hots.to(tl.float64),) + merged(sums, ref - highest[:, None], n, SUMS))
         # A maximum that was kept out counts 1; one that was not is taken away as it was added.
         others = totals[0] - 1.0
@@ -117,7 +117,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
                 slot += words_above(us, scale, highest, mean, P, TYPE)
             deviation = (tl.sum(slot.to(tl.float64), 1) * 2.0 / unit).to(tl.float32)
         again = far
-        if PEEL & SUMS:
+        if REST & SUMS:
             again |= wide < DEEP
         if SUMLOGP & SUMS:
             again |= mean_z == -INF  # of a sum beyond float32, or a masked class
@@ -134,7 +134,7 @@ def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.co
             head = tl.zeros_like(m).to(tl.int32)[:, None]
             if any_row(again):
                 other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, C, m, scale, C, VEC, P, False, LANES)
-                if PEEL & SUMS:
+                if REST & SUMS:
                     pivot = tl.where(again, other, m)
                 else:
                     sum1, sum2 = tl.where(other == m, sum1, 0.0), tl.where(other == m, sum2, 0.0)
@@ -201,7 +201,7 @@ def add_words(top, ref, sums, us, scale, before, own, VW: tl.constexpr, P: tl.co
               TYPE: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Adds words to the sums of their slots, which have `before` elements; `own`: the last VW words are the row's."""
     LEN: tl.constexpr = len(us)
-    if PEEL & SUMS:
+    if REST & SUMS:
         us = largest_first((top,) + us, P, TYPE)  # the largest stays out of the sums
         top = us[0]
         us = us[1:]
@@ -222,7 +222,7 @@ def add_words(top, ref, sums, us, scale, before, own, VW: tl.constexpr, P: tl.co
                 t = fused(xs[j], scale, -ref)
                 e = tl.exp2(t)
                 if SUMLOGP & SUMS:
-                    if PEEL & SUMS and i == 0:
+                    if REST & SUMS and i == 0:
                         t = tl.where(before > 0, t, 0.0)  # -inf, which was the largest of no element
                     if i >= LEN - VW:
                         t = tl.where(own, t, 0.0)
