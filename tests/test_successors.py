@@ -668,8 +668,22 @@ def test_no_rows_and_none_that_is_right():
     assert np.isnan(Fitted("she").fit(z, h, wrong).score(z, h)).all()
 
 
-@pytest.mark.parametrize("name", ["scale", "mahalanobis"])
-def test_compiled(name):
+@pytest.mark.parametrize("name", ["scale", "mahalanobis", "knn"])
+def test_a_head_that_decides_is_exported_for_any_number_of_rows(name):
+    z, h, _, (w, b) = rows(1)
+    linear = torch.nn.Linear(D, C).eval()
+    linear.weight.data, linear.bias.data = torch.from_numpy(w).float(), torch.from_numpy(b).float()
+    f, g = torch.from_numpy(z).float(), torch.from_numpy(h).float()
+    served = fastood.OODHead(linear, Detector(fitted(name), tpr=0.9).fit(f, g))
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(served, (g[:7],), dynamic_shapes=({0: batch},)).module()
+    with torch.no_grad():
+        for some in (g[:7], g):
+            expected, got = served(some), exported(some)
+            torch.testing.assert_close(got["score"], expected["score"], rtol=1e-5, atol=1e-5)
+
+
+def test_compiled():
     z, h = (torch.from_numpy(x).float() for x in rows(1)[:2])
-    made = fitted(name)
+    made = fitted("scale")
     torch.testing.assert_close(torch.compile(made.score, fullgraph=True)(z, h), made.score(z, h), rtol=1e-5, atol=1e-5)

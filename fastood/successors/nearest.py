@@ -24,9 +24,10 @@ def nearest(x: Tensor, bank: Tensor, k: int, less: Tensor | None = None) -> Tens
     >>> nearest(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]), 2)
     tensor([[1, 2]])
     """
-    values = x.new_empty(len(x), 0)
-    found = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-    step = max(k, TILE // max(1, len(x)))
+    n = x.shape[0]
+    values, found = x.new_empty(n, 0), torch.empty(n, 0, dtype=torch.int64, device=x.device)
+    # A graph is for any number of rows, and so has but one tile.
+    step = len(bank) if torch.compiler.is_compiling() else max(k, TILE // max(1, n))
     for first in range(0, len(bank), step):
         products = x @ bank[first : first + step].to(x.dtype).T
         if less is not None:
