@@ -569,3 +569,9 @@ def test_what_decides_is_in_the_keys():
     assert data.digest(torch.zeros(2)) != data.digest(torch.zeros(2, 1))
     assert data.digest(torch.zeros(2)) != data.digest(torch.ones(2))
     assert data.digest(torch.tensor(1)) == data.digest(torch.tensor(1))
+
+
+def test_pages_of_the_documentation_have_their_pictures():
+    folder = Path(__file__).parents[1] / "docs" / "reproduce"
+    pictures = re.findall(r"\]\((.*?\.png)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert set(pictures) == {path.name for path in folder.glob("*.png")}
