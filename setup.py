@@ -1,27 +1,14 @@
 """What pyproject.toml cannot say: kernels/ (fastood.kernels, by the link fastood/kernels) has a part in C++."""
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
 native = Extension(
     "fastood.kernels.cpu._native",
-    sources=[
-        "kernels/tensors.cpp",
-        "kernels/triton/launcher.cpp",
-        *(
-            f"kernels/cpu/{name}.cpp"
-            for name in ("module", "run", "gradient", "batchgrad", "state", "rows_base", "rows_avx2", "rows_avx512")
-        ),
-    ],
-    depends=[
-        "kernels/tensors.h",
-        "kernels/triton/launcher.h",
-        *(
-            f"kernels/cpu/{name}.h"
-            for name in ("statistics", "plan", "state", "run", "vectors", "rows", "gradient", "batchgrad")
-        ),
-    ],
+    sources=sorted(glob("kernels/**/*.cpp", recursive=True)),
+    depends=sorted(glob("kernels/**/*.h", recursive=True)),
     extra_compile_args=[]
     if sys.platform == "win32"
     else ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi", "-g0"],

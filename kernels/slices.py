@@ -2,7 +2,7 @@
 
 The numbers are sums relative to the slice's own maximum, the rest to relative precision. They follow from what any
 backend gives of the slice as if it were all, and are merged as the C++ part merges the chunks of a row
-(LogitsState in cpu/state.cpp). The formulas over the quantities that come of it are those of statistics.py.
+(LogitsState in cpu/softmax.cpp). The formulas over the quantities that come of it are those of statistics.py.
 
 TV alone needs a second look at the logits, once the level is known at which a class has the probability 1 / C. So that
 TV and KL(u || p) of nearly flat rows keep their relative precision, that is merged as levels and not as sums: with

@@ -98,20 +98,3 @@ template <class In> static double widen(const void* x, int64_t n, void* out) {
       [&] { total += sum_of<T>(sum), sum = V<T>{}; });
   return total;
 }
-
-#define KERNELS(NAME)                                                                  \
-  {NAME, VECTOR_BYTES / 4,                                                             \
-   {logits<Half>, logits<BFloat>, logits<float>, logits<double>},                      \
-   {tv<Half>, tv<BFloat>, tv<float>, tv<double>},                                      \
-  {gradient<Half>, gradient<BFloat>, gradient<float>, gradient<double>},              \
-   {level_sums<Half>, level_sums<BFloat>, level_sums<float>, level_sums<double>},      \
-   {few_level_sums<Half>, few_level_sums<BFloat>, few_level_sums<float>, few_level_sums<double>}, \
-   {gen<Half>, gen<BFloat>, gen<float>, gen<double>},                                  \
-   {log2_rest<Half>, log2_rest<BFloat>, log2_rest<float>, log2_rest<double>},          \
-   {few_logits<Half>, few_logits<BFloat>, few_logits<float>, few_logits<double>},      \
-   {norms<Half>, norms<BFloat>, norms<float>, norms<double>},                          \
-   {batchgrad<float>, batchgrad<double>},                                              \
-   batchgrad_peak<float>,                                                              \
-   {exponentials<Half>, exponentials<BFloat>, exponentials<float>, exponentials<double>}, \
-   {widen<Half>, widen<BFloat>, widen<float>, widen<double>},                          \
-   log1p_of, power_of, exp2_of, log2_of}

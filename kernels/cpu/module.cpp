@@ -1,112 +1,20 @@
-// The Python module: functions over raw pointers, and which instruction sets this processor has.
-#include "../tensors.h"
-#include "../triton/launcher.h"
+// The Python module: calls over raw addresses and over plain tensors.
+#include "arguments.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <iterator>
-#include <memory>
 #include <new>
-#include <vector>
 
-#include "run.h"
+#include "../triton/launcher.h"
+#include "isa.h"
 
 namespace fastood {
-
-namespace base { extern const Kernels kernels; }
-#if defined(__x86_64__) && defined(__GNUC__)
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512 { extern const Kernels kernels; }
-#endif
-
-static std::vector<const Kernels*> supported() {
-  std::vector<const Kernels*> found = {&base::kernels};
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();  // asks the operating system too
-  // F16C, which older Clangs cannot be asked about, is older than AVX2 and was never left out beside it.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back(&avx2::kernels);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-      found.push_back(&avx512::kernels);
-  }
-#endif
-  return found;
-}
-
-// ---- Python
-
-static bool read_matrix(PyObject* const* args, Matrix* m) {
-  m->data = static_cast<const char*>(PyLong_AsVoidPtr(args[0]));
-  m->type = int(PyLong_AsLong(args[1]));
-  m->columns = PyLong_AsLongLong(args[2]);
-  m->stride = PyLong_AsLongLong(args[3]);
-  return !PyErr_Occurred();
-}
-
-static const char PLAN[] = "fastood plan";
-
-static void free_plan(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
 
 // prepare(temperature, stats, powers, counts, orders, bias, log, columns, gradient): stats are their numbers, powers
 // the r or gamma of each and counts the M, 0 where it has none, columns tuples of (((stat, coefficient), ...), order,
 // power, divisor), gradient (outside, labels, order, power) or ().
 static PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 9) return PyErr_Format(PyExc_TypeError, "prepare takes 9 arguments");
-  std::unique_ptr<Plan> plan(new Plan);
-  LogitsPlan& logits = plan->logits;
-  const double T = logits.temperature = PyFloat_AsDouble(args[0]);
-  // log2(e) / T in two parts: the quotient, and what it rounded away and log2(e) lacks as a double.
-  const double log2e = 1.4426950408889634, log2e_low = 2.0355273740931033e-17;
-  const double scale = std::min(log2e / T, 1e300);
-  set_scale(&logits, scale, scale < 1e300 ? (std::fma(-scale, T, log2e) + log2e_low) / T : 0);
-  const Py_ssize_t stats = PyTuple_Size(args[1]), orders = PyTuple_Size(args[4]), columns = PyTuple_Size(args[7]);
-  if (stats > MAX_STATS || orders > MAX_ORDERS)
-    return PyErr_Format(PyExc_ValueError, "at most %d statistics and %d orders at a time", MAX_STATS, MAX_ORDERS);
-  for (Py_ssize_t j = 0; j < stats; j++) {
-    const long number = PyLong_AsLong(PyTuple_GetItem(args[1], j));
-    if (number < 0 || number >= long(std::size(ABOUT))) return PyErr_Format(PyExc_ValueError, "no statistic %ld", number);
-    const Stat stat = Stat(number);
-    plan->stats.push_back(stat);
-    plan->power_of_stat.push_back(logits.power_sums);
-    logits.sums |= ABOUT[number].sums;
-    if (stat == Stat::power_sum && logits.power_sums < MAX_POWER_SUMS)
-      logits.power[logits.power_sums++] = PyFloat_AsDouble(PyTuple_GetItem(args[2], j));
-    plan->gamma.push_back(PyFloat_AsDouble(PyTuple_GetItem(args[2], j)));
-    plan->M.push_back(PyLong_AsLongLong(PyTuple_GetItem(args[3], j)));
-  }
-  double order[MAX_ORDERS];
-  for (Py_ssize_t j = 0; j < orders; j++) order[j] = PyFloat_AsDouble(PyTuple_GetItem(args[4], j));
-  for (int is_double = 0; is_double < 2; is_double++) {
-    plan->orders[is_double].resize(orders);
-    plan_norms(order, int(orders), !is_double, &plan->norms[is_double], plan->orders[is_double].data());
-  }
-  plan->bias = PyObject_IsTrue(args[5]);
-  plan->log = PyObject_IsTrue(args[6]);
-  for (Py_ssize_t k = 0; k < columns; k++) {
-    PyObject* c = PyTuple_GetItem(args[7], k);
-    PyObject* terms = PyTuple_GetItem(c, 0);
-    Column column{{}, int(PyLong_AsLong(PyTuple_GetItem(c, 1))), int(PyLong_AsLong(PyTuple_GetItem(c, 2))),
-                  PyFloat_AsDouble(PyTuple_GetItem(c, 3))};
-    for (Py_ssize_t i = 0; i < PyTuple_Size(terms); i++) {
-      PyObject* t = PyTuple_GetItem(terms, i);
-      column.terms.push_back({int(PyLong_AsLong(PyTuple_GetItem(t, 0))), PyFloat_AsDouble(PyTuple_GetItem(t, 1))});
-    }
-    plan->columns.push_back(std::move(column));
-  }
-  if (PyTuple_Size(args[8]) == 4) {
-    GradientPlan& g = plan->gradient;
-    g = {true, bool(PyObject_IsTrue(PyTuple_GetItem(args[8], 0))), int(PyLong_AsLong(PyTuple_GetItem(args[8], 1))),
-         PyFloat_AsDouble(PyTuple_GetItem(args[8], 2)), PyFloat_AsDouble(PyTuple_GetItem(args[8], 3))};
-    if (g.outside && g.order == 2) logits.sums |= SQUARES;
-    else if (g.outside && g.order != 1 && g.order != INFINITY) logits.power[logits.power_sums++] = g.order;
-    for (int is_double = 0; is_double < 2; is_double++)
-      plan_norms(&g.order, 1, !is_double, &plan->gradient_norms[is_double], &plan->gradient_order[is_double]);
-  }
-  if (PyErr_Occurred()) return nullptr;
-  return PyCapsule_New(plan.release(), PLAN, free_plan);
+  if (count != OF_A_PLAN) return PyErr_Format(PyExc_TypeError, "prepare takes %zd arguments", OF_A_PLAN);
+  return new_plan(args);
 }
 
 template <class Work> static PyObject* without_lock(Work work) {
@@ -130,26 +38,13 @@ static PyObject* run_without_lock(const Request& q) {
 // What both functions begin with: the plan, rows, logits (address, type, columns, stride), feats (the same).
 constexpr Py_ssize_t COMMON = 10;
 
-static const Plan* read_plan(PyObject* const* args, Py_ssize_t count, Py_ssize_t wanted) {
-  if (count == wanted) return static_cast<Plan*>(PyCapsule_GetPointer(args[0], PLAN));
-  PyErr_Format(PyExc_TypeError, "takes %zd arguments", wanted);
-  return nullptr;
-}
-
 static bool read_matrices(PyObject* const* args, Request* q) {
   q->rows = PyLong_AsLongLong(args[1]);
   return read_matrix(args + 2, &q->logits) && read_matrix(args + 6, &q->feats);
 }
 
-static void set_strides(Request* q, bool by_row) {
-  const Plan& plan = q->plan;
-  const int64_t columns = plan.columns.empty() ? plan.stats.size() + plan.orders[0].size() : plan.columns.size();
-  q->row_stride = by_row ? columns : 1;
-  q->column_stride = by_row ? 1 : q->rows;
-}
-
 // run(..., address of the result, its type, whether it is [rows, columns], labels (4))
-static PyObject* run_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
+static PyObject* run_request(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, COMMON + 7);
   if (!plan) return nullptr;
   Request q{*plan};
@@ -188,31 +83,6 @@ static PyObject* batchgrad_peak(PyObject*, PyObject* steps) {
   return sum < 0 ? PyLong_FromLong(0) : PyLong_FromLong(kernels->float_lanes);  // which it must run to know
 }
 
-// ---- plain tensors
-
-static bool read_plain(PyObject* x, int64_t* rows, Matrix* m) {
-  Plain p;
-  if (!read_plain(x, &p) || p.device_type != CPU_DEVICE) return false;
-  *rows = p.rows, m->data = p.data, m->type = p.type, m->columns = p.columns, m->stride = p.stride;
-  return true;
-}
-
-// What a plan needs of logits, feats and labels, where they are plain and fit together; logits and feats may be there
-// without being needed.
-static bool read_plain(PyObject* const* tensors, Request* q) {
-  const bool logits = !q->plan.stats.empty(), feats = !q->plan.orders[0].empty();
-  const bool labels = q->plan.gradient.wanted && q->plan.gradient.labels == GIVEN;
-  int64_t rows[3] = {-1, -1, -1};
-  Matrix unread;
-  if (tensors[0] == Py_None ? logits : !read_plain(tensors[0], &rows[0], logits ? &q->logits : &unread)) return false;
-  if (tensors[1] == Py_None ? feats : !read_plain(tensors[1], &rows[1], feats ? &q->feats : &unread)) return false;
-  if ((tensors[2] != Py_None) != labels || (labels && !read_plain(tensors[2], &rows[2], &q->labels))) return false;
-  q->rows = std::max(rows[0], rows[1]);
-  for (int i = 0; i < 2; i++)
-    if (tensors[i] != Py_None && rows[i] != q->rows) return false;
-  return !labels || (rows[2] == q->rows && q->labels.columns == q->logits.columns);
-}
-
 // Whether torch does so many elements on more than one thread.
 static bool shared_out(int64_t elements) { return elements > 32768; }  // at::internal::GRAIN_SIZE
 
@@ -225,7 +95,7 @@ static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Request q{*plan};
   // Without a pool (a forked child) what torch itself would share out, such as filling a result where it is told to be
   // deterministic, goes the longer way too, which sees to torch's threads first.
-  if (watched() || !read_plain(args + 2, &q) ||
+  if (watched() || !read_tensors(args + 2, &q) ||
       (!parallel_for && shared_out(q.rows * int64_t(plan->columns.size())))) {
     PyErr_Clear();
     Py_RETURN_NONE;
@@ -297,7 +167,7 @@ static PyObject* apply(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 static PyMethodDef methods[] = {
     {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
-    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_plan)), METH_FASTCALL, nullptr},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_request)), METH_FASTCALL, nullptr},
     {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
     {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
     {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL, nullptr},

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "statistics.h"  // of whose templates state.cpp alone makes code
+#include "statistics.h"  // of whose templates softmax.cpp alone makes code
 
 namespace fastood {
 
@@ -133,7 +133,7 @@ struct GradientState {
   NormsState difference;  // inside: of q - p
 };
 
-// (These three in state.cpp, with the rest of the scalar code.)
+// (The first two in softmax.cpp, the third in norms.cpp, with the rest of the scalar code.)
 void set_scale(LogitsPlan* plan, double scale, double scale_low);
 // The plan of e^(rz).
 LogitsPlan sharper(const LogitsPlan& plan, double r);

@@ -12,10 +12,7 @@
 #define VECTOR_BYTES 32
 
 namespace fastood::avx2 {
-#include "vectors.h"
 #include "rows.h"
-#include "gradient.h"
-#include "batchgrad.h"
 
 extern const Kernels kernels;
 const Kernels kernels = KERNELS("avx2");

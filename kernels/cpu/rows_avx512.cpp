@@ -12,10 +12,7 @@
 #define VECTOR_BYTES 64
 
 namespace fastood::avx512 {
-#include "vectors.h"
 #include "rows.h"
-#include "gradient.h"
-#include "batchgrad.h"
 
 extern const Kernels kernels;
 const Kernels kernels = KERNELS("avx512");

@@ -9,10 +9,7 @@
 #define VECTOR_BYTES 16
 
 namespace fastood::base {
-#include "vectors.h"
 #include "rows.h"
-#include "gradient.h"
-#include "batchgrad.h"
 
 extern const Kernels kernels;
 const Kernels kernels = KERNELS("base");

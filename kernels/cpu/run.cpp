@@ -9,7 +9,6 @@
 namespace fastood {
 
 ParallelFor parallel_for = nullptr;
-const Kernels* kernels = nullptr;
 
 // Rows are finished together: a logarithm or a root of 16 numbers costs little more than that of one.
 constexpr int64_t BATCH = 16;

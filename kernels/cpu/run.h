@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "isa.h"
 #include "state.h"
 
 namespace fastood {
@@ -76,9 +77,6 @@ struct BatchGrad {
 // torch_parallel_for of libtorch_cpu, or null for one thread
 typedef int (*ParallelFor)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 extern ParallelFor parallel_for;
-
-// The instruction set in use.
-extern const Kernels* kernels;
 
 void run(const Request& q);
 bool run(const BatchGrad& b);
