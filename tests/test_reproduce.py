@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -339,17 +340,22 @@ def test_a_score_that_is_registered_joins(digits, tmp_path):
 
 def reproduce_beside(out):
     command = [sys.executable, "-m", "fastood", "reproduce", "digits", "--out", str(out), "--seeds", "1"]
-    command += ["--rows", "60", "--deep-rows", "10"]
     return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[1]
+        [*command, "--rows", "60", "--deep-rows", "10"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
 def test_kill_and_resume(tmp_path):
+    told = re.compile(r"\d+/(\d+) (.*)\n")  # of a step that was made: its number, how many there are, what it is
     first = reproduce_beside(tmp_path)
     before = []
-    for line in first.stderr:
-        before.append(line.strip())
+    for found in filter(None, map(told.fullmatch, first.stderr)):
+        before.append(found[2])
         if len(before) == 5:
             first.send_signal(signal.SIGKILL)
             break
@@ -361,13 +367,12 @@ def test_kill_and_resume(tmp_path):
 
     _, errors = (second := reproduce_beside(tmp_path)).communicate()
     assert second.returncode == 0, errors
-    after = errors.splitlines()
-    steps = int(before[0].partition("/")[2].partition(" ")[0])
+    after = told.findall(errors)
     # A step that ended before the kill may not have been told of.
-    assert len(kept) + len(after) == steps
-    assert not {line.partition(" ")[2] for line in before} & {line.partition(" ")[2] for line in after}
+    assert {int(steps) for steps, _ in after} == {len(kept) + len(after)}
+    assert not set(before) & {what for _, what in after}
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in kept} == kept
-    assert len(whole(tmp_path)) == steps
+    assert len(whole(tmp_path)) == len(kept) + len(after)
     assert (tmp_path / "README.md").exists()
 
 
