@@ -341,12 +341,7 @@ def _on_actors(
 
     class Work:  # a class is what makes Ray Data keep an object per actor
         def __call__(self, file: dict[str, Any]) -> dict[str, Any]:
-            done: dict[str, Any] = {"name": file["name"], "report": None, "error": None, "of_file": False}
-            try:
-                return {**done, "report": work(**file)}
-            except Exception as error:  # words for people; Ray's own come with its stack
-                reason = str(error) if isinstance(error, FileError) else f"{file['path']}: {error!r}"
-                return {**done, "error": reason, "of_file": isinstance(error, FileError)}
+            return _record(work, file)
 
     with _quiet(data.DataContext.get_current()):
         # A file is a block, the unit that is sent out, and sent again where an actor or its node is lost.
@@ -358,6 +353,16 @@ def _on_actors(
         )
         rows = records.iter_rows()
         yield from shown(rows, "files", len(files)) if progress else rows
+
+
+def _record(work: Any, file: dict[str, Any]) -> dict[str, Any]:
+    """What is sent back of a file: a report, or an error in words for people; Ray's own come with its stack."""
+    done: dict[str, Any] = {"name": file["name"], "report": None, "error": None, "of_file": False}
+    try:
+        return {**done, "report": work(**file)}
+    except Exception as error:
+        reason = str(error) if isinstance(error, FileError) else f"{file['path']}: {error!r}"
+        return {**done, "error": reason, "of_file": isinstance(error, FileError)}
 
 
 @contextmanager

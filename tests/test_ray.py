@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 import fastood
+from fastood.cli import app
+from fastood.files import FileError
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'fastood[ray]'")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'fastood[ray]'")
 
 ROOT = Path(__file__).parent.parent
 FILES, ROWS, C, D = 8, 50, 5, 7
@@ -168,6 +172,113 @@ def model(name):
     return "--model", f"models:{name}", "--inputs-key", "logits", "--norm", "none", "--chunk-rows", "20"
 
 
+# ---- all but Ray itself
+
+
+@pytest.fixture
+def here(shards, monkeypatch):
+    """The command line on the shards, with a loop in this process for Ray's actors."""
+
+    def one_by_one(work, files, workers, *, gpu, progress):
+        yield from (fastood.ray._record(work, file) for file in files)
+
+    monkeypatch.setattr(fastood.ray, "_on_actors", one_by_one)
+    monkeypatch.chdir(shards)
+
+    def score(*arguments, code=0, command="score"):
+        words = ["in", "out"] if command == "score" else ["in"]
+        result = CliRunner().invoke(app, [command, *words, "--engine", "ray", *arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    return score
+
+
+def test_a_folder_is_scored_once(here, shards):
+    assert here().stdout == "out: 400 rows\nin: 8 files\n"
+    check(shards)
+    before = {x: x.stat().st_mtime_ns for x in (shards / "out").rglob("*.parquet")}
+    assert here().stdout == "out: 400 rows\nin: 8 files, 8 of which had been scored before\n"
+    assert {x: x.stat().st_mtime_ns for x in (shards / "out").rglob("*.parquet")} == before
+    (shards / "out" / "part=0" / "4.parquet").unlink()
+    assert "7 of which had been scored before" in here().stdout
+    check(shards)
+    assert (
+        "holds scores made with other settings (methods ['energy'], not ['msp'])"
+        in here("--method", "msp", code=2).stderr
+    )
+
+
+def test_a_bad_file_fails_or_is_skipped_and_is_made_good(here, shards):
+    bad = shards / "in" / "part=0" / "2.parquet"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-50])
+    assert "part=0/2.parquet: " in here(code=2).stderr
+    done = here("--bad-files", "skip")
+    assert "warning: 1 of 8 files are bad and left out: " in done.stderr
+    assert "2.parquet" in check(shards, without=[2])["bad"]["part=0/2.parquet"]
+    bad.write_bytes(whole)
+    assert "in: 8 files, 7 of which had been scored before" in here().stdout
+    check(shards)
+
+
+def test_what_killed_workers_left_is_swept_away_and_counted(here, shards):
+    (shards / "out" / "part=1").mkdir(parents=True)
+    left = [shards / "out" / "part=1" / f".{x}.fastood-tmp" for x in ("3.parquet.0", "3.parquet.1", "3.parquet.abcdef")]
+    for x in left:
+        x.touch()
+    here()
+    check(shards)
+    # Three that are still there are of workers that died in this run.
+    target = str(shards / "out" / "part=1" / "3.parquet")
+    for i in range(3):
+        (shards / "out" / "part=1" / f".3.parquet.{i}.fastood-tmp").touch()
+    with (
+        pytest.raises(FileError, match="3 workers that took it died"),
+        fastood.ray._surviving("in/3.parquet", target),
+    ):
+        pass
+
+
+def test_a_folder_is_fitted_on(here, shards):
+    here("--out", "det.safetensors", "--norm", "none", command="fit")
+    parts = [pq.ParquetFile(x).read()["logits"] for x in (shards / "in").rglob("*.parquet")]
+    whole = fastood.Detector("energy").fit(np.concatenate([x.combine_chunks().to_numpy_ndarray() for x in parts]))
+    assert fastood.Detector.load("det.safetensors").threshold == whole.threshold
+    assert "400 rows, 3" in here("--detector", "det.safetensors").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "in", "out", "--engine", "spark"], "--engine must be one of 'ray', got 'spark'"),
+        (["score", "in", "out", "--engine", "ray", "--id-key", "id"], "carries every column through"),
+        (["score", "in", "in/out", "--engine", "ray"], "must not be the folder that is scored, nor in it"),
+        (["score", "none", "out", "--engine", "ray"], "none: no such file or folder"),
+        (["score", "in", "out", "--engine", "ray", "--bad-files", "keep"], "--bad-files must be one of"),
+        (["score", "in", "out", "--engine", "ray", "--model", "models"], "--model must be MODULE:FUNCTION"),
+        (["score", "in", "out", "--engine", "ray", "--model", "models:none"], "models:none cannot be imported"),
+        (["score", "in/part=0/0.parquet", "a.csv", "--workers", "2"], "--workers: only with --engine ray"),
+        (
+            ["fit", "in", "--out", "a.safetensors", "--engine", "ray", "--method", "nnguide", "--train", "in"],
+            "fit_files",
+        ),
+        (["fit", "in", "--out", "a.safetensors", "--engine", "ray", "--backend", "cpu"], "--backend"),
+        (["score", "in", "out", "--engine", "ray"], 'ray is needed for this: pip install "fastood\\[ray\\]"'),
+    ],
+)
+def test_mistakes(shards, monkeypatch, arguments, message):
+    monkeypatch.chdir(shards)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert re.search(message, result.stderr)
+
+
+# ---- on Ray
+
+
+@needs_ray
 def test_a_worker_that_is_killed_is_replaced(shards):
     """In the middle of a file, a chunk of which it has written."""
     done = score(shards, *model("killed_once"))
@@ -177,6 +288,7 @@ def test_a_worker_that_is_killed_is_replaced(shards):
 
 
 @pytest.mark.slow
+@needs_ray
 def test_a_driver_that_is_killed_is_followed_by_one_that_goes_on(shards):
     """What the first has scored the second leaves alone; what was half written is not there."""
     out, log = shards / "out", shards / "log"
@@ -197,6 +309,7 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_goes_on(shards):
 
 
 @pytest.mark.slow
+@needs_ray
 def test_a_file_that_kills_every_worker_is_a_bad_one(shards):
     done = score(shards, *model("killed_always"), "--bad-files", "skip")
     assert (shards / "killed").read_text() == "xxx"
@@ -206,6 +319,7 @@ def test_a_file_that_kills_every_worker_is_a_bad_one(shards):
 
 
 @pytest.mark.slow
+@needs_ray
 def test_bad_files_fail_or_are_skipped_and_bad_rows_are_counted(shards):
     bad, holes = shards / "in" / "part=0" / "2.parquet", shards / "in" / "part=1" / "5.parquet"
     whole = bad.read_bytes()
@@ -249,6 +363,7 @@ ray.init(num_cpus=2, include_dashboard=False)
 
 
 @pytest.mark.slow
+@needs_ray
 def test_rows_of_a_pipeline_of_ones_own(shards):
     run(shards, [sys.executable, "-c", PIPELINE])
     scored = pa.concat_tables(pq.ParquetFile(x).read() for x in (shards / "out").glob("*.parquet")).sort_by("id")
@@ -262,6 +377,7 @@ def test_rows_of_a_pipeline_of_ones_own(shards):
 
 
 @pytest.mark.slow
+@needs_ray
 def test_a_detector_of_a_folder_is_that_of_its_rows(shards):
     (shards / "in" / "part=0" / "bad.parquet").write_bytes(b"no")
     fit = [sys.executable, "-m", "fastood", "fit", "in", "--out", "det.safetensors", "--norm", "none", "--engine"]
@@ -321,6 +437,7 @@ def kill_all_in(name):
 
 
 @pytest.mark.slow
+@needs_ray
 def test_a_node_that_is_lost_is_made_up_for_by_the_other(shards, two_nodes):
     (a, b), address = two_nodes
 
