@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fastood.detector import Detector, rows_needed
+from fastood.successors import Fitted
 
 __all__ = ["OODDetector"]
 
@@ -25,8 +26,8 @@ class OODDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc] # scikit-l
 
     Parameters
     ----------
-    method : str
-        A name in ``fastood.SCORES``.
+    method : str or Fitted
+        A name in ``fastood.SCORES``, or a ``fastood.Fitted``.
     norm : float, None or "auto"
         Order of the ||h||_r that multiplies a V term, None for V alone; "auto" for the default of ``fastood.score``.
     temperature, bias, tpr
@@ -65,7 +66,7 @@ class OODDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc] # scikit-l
 
     def __init__(
         self,
-        method: str = "energy",
+        method: str | Fitted = "energy",
         *,
         norm: float | Literal["auto"] | None = "auto",
         temperature: float = 1.0,

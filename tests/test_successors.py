@@ -362,6 +362,18 @@ def test_each_class_has_its_threshold():
     assert not detector.accept(odd, h)[3]
 
 
+def test_detectors_choose_among_them_and_stand_in_scikit_learn():
+    from fastood.sklearn import OODDetector
+
+    calibration, (z, h, _, head) = rows(3, n=400), rows(1)
+    made = fitted("class_cosine")
+    candidates = [{"method": made}, {"method": "scale", "head": head}, "msp"]
+    detector = Detector.choose(calibration[:2], {"small": (0.1 * z, np.abs(h - h.mean()))}, candidates, tpr=0.9)
+    assert {row["method"] for row in detector.choice.table} == {"class_cosine", "scale", "msp"}
+    estimator = OODDetector(made, n_classes=C, tpr=0.9).fit(np.hstack(calibration[:2]))
+    np.testing.assert_array_equal(estimator.score_samples(np.hstack([z, h])), made.score(z, h))
+
+
 def test_scores_of_both_kinds_from_one_call():
     z, h, _, head = rows()
     made = fitted("knn", k=7)
