@@ -43,7 +43,7 @@ def _kept(D: int, percentile: float) -> int:
 
 def _mass_ratio(h: Tensor, k: int) -> Tensor:
     """sum h / sum of its k largest; 1 for a row of zeros, all of which is in any k of them."""
-    total, top = wide(h).sum(1), wide(h.topk(k, 1).values).sum(1)
+    total, top = wide(h).sum(1), wide(h.topk(k, 1, sorted=False).values).sum(1)
     return (total / top).masked_fill((total == 0) & (top == 0), 1)
 
 
@@ -118,7 +118,7 @@ _register(
 
 def _topped(h: Tensor, k: int, values: Tensor | None = None) -> Tensor:
     """The k largest of each row, or `values` in their place, among zeros."""
-    top = h.topk(k, 1)
+    top = h.topk(k, 1, sorted=False)
     kept = top.values if values is None else values[:, None].expand(-1, k)
     return torch.zeros_like(h).scatter(1, top.indices, kept.to(h.dtype))
 
