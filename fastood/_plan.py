@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -115,9 +115,32 @@ class Plan:
 _PLANS: dict[Any, Plan] = {}
 
 
-def typed(params: Mapping[str, Any]) -> list[tuple[str, Any, type]]:
-    """Parameters as part of a key: True equals 1, but is refused where 1 is not (and 1 where True is not)."""
-    return [(name, x, x.__class__) for name, x in params.items()]
+def key_of(
+    asked: Any,
+    feats: bool,
+    norm: Any,
+    backend: str,
+    temperature: float = 1.0,
+    bias: bool = False,
+    log: bool = False,
+    oriented: bool = True,
+    params: Mapping[str, Any] | None = None,
+) -> Any:
+    """What a plan is kept under: the arguments of a call, in `asked` those that other calls have not.
+
+    With the types of numbers and flags: True equals 1, but is refused where 1 is not (and 1 where True is not). One by
+    one, for ``typed`` of them all takes a tenth of the time of scoring one row.
+    """
+    key = (
+        asked, feats, norm, backend, temperature, bias, log, oriented,
+        norm.__class__, temperature.__class__, bias.__class__, log.__class__, oriented.__class__,
+    )  # fmt: skip
+    return (key, *params, typed(params.values())) if params else key
+
+
+def typed(values: Collection[Any]) -> tuple[Any, ...]:
+    """More numbers or flags of a key."""
+    return (*values, *map(type, values))
 
 
 def known_plan(key: Any) -> Plan | None:

@@ -24,7 +24,7 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood._plan import Plan, keep, kept, known_plan, stat_of, typed
+from fastood._plan import Plan, keep, kept, key_of, known_plan, stat_of, typed
 from fastood.kernels import Request, Stat, prepared, select
 from fastood.kernels.statistics import FORMULAS
 from fastood.registry import NORM, SCORES, Method, Score
@@ -142,12 +142,7 @@ def score(
         found = short_way(logits, feats, (method, norm, temperature, bias, log, oriented, backend))
         if found is not None:
             return found  # type: ignore[return-value]
-    key: Any = (
-        method, norm, feats is None, temperature, bias, log, oriented, backend,
-        norm.__class__, temperature.__class__, bias.__class__, log.__class__, oriented.__class__,
-    )  # fmt: skip
-    if params:
-        key = (key, *typed(params))
+    key = key_of(method, feats is not None, norm, backend, temperature, bias, log, oriented, params)
     plan = None if compiling else kept(key)
     if plan is None or plan.scores[0][0] is not SCORES.get(method):  # type: ignore[arg-type]
         if (fitted := successor_of(method, head, temperature, params)) is not None:
@@ -211,7 +206,7 @@ def scores(
     else:
         entries = _entries("methods", methods)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = (*entries, norm, type(norm), feats is None, *options, *map(type, options), backend, *typed(params))
+    key = key_of((*entries,), feats is not None, norm, backend, *options, params)
     plan = known_plan(key)
     if plan is None:
         columns = [(e, _order(e, "auto" if e.gradient else norm, feats is not None)) for e in entries]
@@ -259,8 +254,7 @@ def sweep(
     entries: list[Score] = _entries("v", v)
     orders: list[Any] = _names("norms", norms)
     options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    of_call: tuple[Any, ...] = (*options, *map(type, options), feats is None, backend, *typed(params))
-    key = ("sweep", *entries, *orders, *map(type, orders), *of_call)
+    key = key_of(("sweep", *entries), feats is not None, typed(orders), backend, *options, params)
     plan = known_plan(key)
     if plan is None:
         for entry in entries:
@@ -302,7 +296,7 @@ def norms(
     if feats is None:
         raise TypeError("feats must be a torch tensor or a numpy array, got None")
     orders = _names("orders", orders)
-    key = ("norms", *orders, *map(type, orders), log, bias, type(log), type(bias), backend)
+    key = key_of(("norms",), True, typed(orders), backend, 1.0, bias, log)
     plan = known_plan(key)
     if plan is None:
         if not orders:

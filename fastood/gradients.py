@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastood._inputs import ArrayT, choice, number, order_of, temperature_of
-from fastood._plan import Plan, keep, known_plan
+from fastood._plan import Plan, keep, key_of, known_plan, typed
 from fastood.kernels import reference
 from fastood.kernels.reference import Powers
 from fastood.registry import TABLE_1, Score
@@ -78,8 +78,7 @@ def gradient_norm(
     for name, x in (("logits", logits), ("feats", feats), ("labels", labels)):
         required(name, x)
     kind, q = (labels, None) if isinstance(labels, str) else (..., labels)
-    numbers: tuple[Any, ...] = (order, power, temperature)
-    key = ("gradient_norm", kind, expectation, *numbers, *map(type, numbers), bias, type(bias), backend)
+    key = key_of(("gradient_norm", kind, expectation), True, typed((order, power)), backend, temperature, bias)
     plan = known_plan(key)
     if plan is None:
         T, order, power = arguments(labels, order, power, expectation, temperature)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastood._inputs import ArrayT, Order, flag, give, result_dtype, take
-from fastood._plan import Plan, keep, known_plan, typed
+from fastood._plan import Plan, keep, key_of, known_plan, typed
 from fastood.api import _entry, _order
 from fastood.kernels import select, triton
 from fastood.kernels.seam import traced
@@ -126,8 +126,8 @@ def score_linear(
     >>> torch.equal(s.score, s.probability)
     True
     """
-    given: tuple[float, bool, bool, bool] = (temperature, log, oriented, predict)
-    key = ("linear", method, norm, type(norm), *given, *map(type, given), backend, *typed(params))
+    asked = "linear", method, *typed((predict,))
+    key = key_of(asked, True, norm, backend, temperature, log=log, oriented=oriented, params=params)
     plan = known_plan(key)
     if plan is None or plan.scores[0][0] is not SCORES.get(method):
         entry = _entry(method)
