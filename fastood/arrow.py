@@ -605,7 +605,9 @@ def open_parquet(source: Path, stack: ExitStack) -> tuple[Any, int, int]:
     if not info.is_file:
         raise FileError("no such file")
     stream = stack.enter_context(fs.open_input_file(path))
-    return stack.enter_context(library("pyarrow.parquet").ParquetFile(stream)), info.size, info.mtime_ns
+    # Buffered ahead, all that was read of a file stays in memory until its end.
+    file = stack.enter_context(library("pyarrow.parquet").ParquetFile(stream, pre_buffer=False))
+    return file, info.size, info.mtime_ns
 
 
 def batches(file: Any, names: list[str], rows: int | None) -> Iterator[Any]:

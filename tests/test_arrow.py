@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -345,6 +347,24 @@ def test_memory_that_ran_out_is_not_the_files_fault(source, tmp_path):
     with pytest.raises(MemoryError):
         score_file(source, tmp_path / "out.parquet", Scorer(model=model, inputs_key="name"))
     assert os.listdir(tmp_path) == ["in.parquet"]
+
+
+def test_memory_is_that_of_chunks_not_of_the_file(tmp_path):
+    n, columns = 20_000, 500
+    x = np.zeros((n, columns), np.float32)
+    path = tmp_path / "in.parquet"
+    pq.write_table(
+        pa.table({"logits": fixed_list(x)}), path, row_group_size=500, compression="none", use_dictionary=False
+    )
+    assert path.stat().st_size > 40e6
+    code = f"""
+import pyarrow
+from fastood.arrow import Scorer, score_file
+score_file({str(path)!r}, {str(tmp_path / "out.parquet")!r}, Scorer(), chunk_rows=250)
+print(pyarrow.default_memory_pool().max_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 10e6
 
 
 def test_doubts_are_reported(tmp_path):
