@@ -2,11 +2,14 @@
 # The oldest and the newest stack that pyproject.toml allows, each in a virtual environment of its own:
 #   tests/versions.sh                            both; some gigabytes to fetch, since old wheels of torch are CUDA's
 #   tests/versions.sh "python3.11 2.8.0 1.26.4 1.6.0"    one: a Python, torch, numpy, scikit-learn, others
-# Not part of .ci/run. What was tried, and when, stands in docs/versions.md.
+# Of the tests those of what differs between versions: calls, compilers, gradients, threads, forks, files. Not part of
+# .ci/run. What was tried, and when, stands in docs/versions.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 (($#)) || set -- "python3.11 2.8.0 1.26.4 1.6.0 pyarrow==17.0.0" "python3.13 2.14.1 2.4.6 1.9.1"
+tests=$(echo tests/test_{api,operator,cpu,detector,dim,attach,gradients,threads,fork,files}.py)
+failed=0
 for stack; do
   read -r python torch numpy sklearn others <<< "$stack"
   echo "== $python, torch $torch, numpy $numpy, scikit-learn $sklearn"
@@ -17,7 +20,8 @@ for stack; do
   "$folder/venv/bin/pip" install -q "torch==$torch" "numpy==$numpy" "scikit-learn==$sklearn" $others \
     -e "$folder[cli,scale,monitor]" pytest pytest-benchmark hypothesis
   # Triton's part goes by Triton's version, which tests/test_triton.py and the kernels' report look after.
-  (cd "$folder" && venv/bin/pytest --ignore tests/test_triton.py -k "not triton" \
-    -W "ignore:Guards may run slower:RuntimeWarning")  # Python 3.13.0's
+  (cd "$folder" && venv/bin/pytest $tests -k "not triton" \
+    -W "ignore:Guards may run slower:RuntimeWarning") || failed=1  # the warning is Python 3.13.0's
   rm -rf "$folder"
 done
+exit $failed
