@@ -91,10 +91,10 @@ class Plan:
         """The scores, from the request's statistics and then norms, [N] each, where no backend made its columns."""
         if self.request.columns:
             return reference.multiplied(values, self.request, dtype)
-        stats = RowStats(
-            dict(zip(self.stats, values, strict=False)), C, self.request.temperature, wide=dtype == torch.float64
-        )
-        norms = dict(zip(self.orders, values[len(self.stats) :], strict=True))
+        n = len(self.stats)  # zip of unequal lengths is beyond torch 2.8's compiler
+        found = dict(zip(self.stats, values[:n], strict=True))
+        stats = RowStats(found, C, self.request.temperature, wide=dtype == torch.float64)
+        norms = dict(zip(self.orders, values[n:], strict=True))
         options: Any = {"log": self.request.log, "oriented": self.oriented}
         columns = [
             e.compose(stats, None if r is None else norms[r], params=self.params[e.name], **options)
