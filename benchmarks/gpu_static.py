@@ -110,7 +110,7 @@ def compile_case(
     sweeps = (1 + bool(plan.sums & TV), math.ceil(C / (x.w * x.p * x_tiles)) - 1) if x_tiles else (0, 0)
     h = shapes.feats_tile(D, D, 0, size, shape.lanes) if D else shapes.NOTHING
     types = {"table_ptr": "*fp64", "out_ptr": "*fp32", "x_ptr": POINTERS[case.dtype], "h_ptr": POINTERS[case.dtype]}
-    constants = shapes.constants(plan, C, x, x_tiles, D, h, case.dtype == HALF, bias, log, shape.rows)
+    constants = shapes.constants(plan, x, x_tiles, h, case.dtype == HALF, bias, log, shape.rows)
     constants |= {name: None for name, n in (("x_ptr", C), ("h_ptr", D)) if not n}
     compiled = _compile(device.scores.scores, types, constants, target, shape, shape.rows * (C + D), size)
     return compiled._replace(sweeps=sweeps, written=4 * shape.rows * plan.columns)
@@ -145,9 +145,7 @@ def compile_gradient(case: Case, label_dtype: torch.dtype, target: GPUTarget) ->
         constants["q_ptr"] = None
     itemsize = sum(x.itemsize for x in dtypes)
     compiled = _compile(device.gradient.gradient, types, constants, target, shape, shape.rows * case.C, itemsize)
-    tiles = shape.rows * constants["TILES"] * constants["W"]
-    held = tiles * itemsize if constants["HELD"] else 0
-    return compiled._replace(held=held, written=8 * shape.rows)
+    return compiled._replace(held=_held(constants["S"], shape) * itemsize, written=8 * shape.rows)
 
 
 def compile_gen(case: Case, target: GPUTarget) -> Compiled:
@@ -156,7 +154,12 @@ def compile_gen(case: Case, target: GPUTarget) -> Compiled:
     constants, shape = shapes.gen_constants(M, C, C, size, UNUSED_BITS[case.dtype])
     types = {"f_ptr": POINTERS[case.dtype], "table_ptr": "*fp64", "out_ptr": "*fp64"}
     compiled = _compile(device.gen.gen, types, constants, target, shape, shape.rows * C, size)
-    return compiled._replace(held=shape.rows * constants["TILES"] * constants["W"] * size, written=8 * shape.rows)
+    return compiled._replace(held=_held(constants["S"], shape) * size, written=8 * shape.rows)
+
+
+def _held(sweep: shapes.Sweep, shape: shapes.Shape) -> int:
+    """Elements that a program has in registers."""
+    return shape.rows * sweep.tiles * sweep.w if sweep.held else 0
 
 
 def _compile(

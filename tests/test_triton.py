@@ -1073,17 +1073,18 @@ def test_tiles(itemsize):
 def test_tiles_of_gradients(itemsize, labels):
     for C, order in itertools.product([*range(1, 140), 1000, 1001, 1024, 8200, 12288, 16384, 16385, 128256], (2, 2.5)):
         of = [shapes.gradient_constants(labels, order, 1, "outside", C, s, itemsize) for s in ((C, C), (C, C + 1))]
-        (tiles, shape), (apart, _) = of
-        assert apart | {"V": 0} == tiles | {"V": 0}  # the same sums, wherever rows begin
-        assert tiles["V"] * itemsize <= 16
-        assert C % tiles["V"] == 0
-        assert tiles["W"] & (tiles["W"] - 1) == 0
+        (constants, shape), (apart, _) = of
+        sweep = constants["S"]
+        assert apart == constants | {"S": sweep._replace(vec=apart["S"].vec)}  # the same sums, wherever rows begin
+        assert sweep.vec * itemsize <= 16
+        assert C % sweep.vec == 0
+        assert sweep.w & (sweep.w - 1) == 0
         most = 12288 if labels == "given" else 16384
-        assert tiles["HELD"] == (most >= C)
-        if tiles["HELD"]:
+        assert sweep.held == (most >= C)
+        if sweep.held:
             assert shape.rows * shape.lanes == 32 * shape.warps
-            assert (tiles["TILES"] - 1) * tiles["W"] < C <= tiles["TILES"] * tiles["W"]
-            of_thread = tiles["TILES"] * tiles["W"] / shape.lanes
+            assert (sweep.tiles - 1) * sweep.w < C <= sweep.tiles * sweep.w
+            of_thread = sweep.tiles * sweep.w / shape.lanes
             pairs = labels == "given" or (labels, order) == ("log_predicted", 2.5)
             assert of_thread <= (32 if pairs and C > 16 else 64)  # in registers
 
@@ -1109,23 +1110,22 @@ def test_every_order_finds_its_sum():
     h = np.array([0.3, 1.0, 2.5])
     some = (0.3, 0.1, 2.0, 0.5, 0.8, 1.5, 0.0, math.inf)
     for orders in (some, (0.7, 1.2, 7.0, 15.9, 16.0), (1e-3, 16.5, 1e9), (0.0,)):
-        norms = shapes.norms_of(orders, 100, False)
-        roots, left, right, first, second, (count, largest, _) = norms.powers
+        norms = shapes.plan_norms(orders, 100, False)
         with np.errstate(over="ignore"):  # 2.5 ** 1e9: infinite on both sides
-            powers, by_log = [h**r for r in roots], [r not in (1, 0.5) for r in roots]
+            powers, by_log = [h**r for r in norms.roots], [r not in (1, 0.5) for r in norms.roots]
             wanted = [h**r for r in orders]
-        for i, j in zip(left, right, strict=True):
+        for i, j in norms.products:
             powers.append(powers[i] * powers[j])
             by_log.append(by_log[i] + by_log[j])
-        assert max(roots) <= 1 or max(orders) > shapes.MOST_MULTIPLIED
-        assert len(norms.ranges) == len(first) + count + largest
+        assert max(norms.roots) <= 1 or max(orders) > shapes.MOST_MULTIPLIED
+        assert len(norms.ranges) == len(norms.factors) + norms.nonzero + norms.largest
         for r, slot, power in zip(orders, norms.slots, wanted, strict=True):
             if r in (0, math.inf):
-                assert slot == len(first) + (count if r else 0)
+                assert slot == len(norms.factors) + (norms.nonzero if r else 0)
                 continue
-            i, j = first[slot], second[slot]
-            np.testing.assert_allclose(powers[i] * (powers[j] if j >= 0 else 1), power, rtol=1e-14)
-            assert by_log[i] + (by_log[j] if j >= 0 else 0) <= 1
+            factors = norms.factors[slot]
+            np.testing.assert_allclose(math.prod(powers[i] for i in factors), power, rtol=1e-14)
+            assert sum(by_log[i] for i in factors) <= 1
 
 
 # ---- compilation

@@ -109,7 +109,7 @@ def scores(
     logits = f.arguments(LOGITS, x_tile) if f else nothing
     feats = h.arguments(FEATS, y_tile) if h else nothing
     half = h is not None and h.dtype == torch.float16
-    constants = shapes.constants(plan, C, x_tile, x_tiles, D, y_tile, half, bias, log, shape.rows)
+    constants = shapes.constants(plan, x_tile, x_tiles, y_tile, half, bias, log, shape.rows)
     strides = (Argument(NUMBER, plan.columns), Argument(NUMBER, 1))
     if not by_row:
         strides = (Argument(NUMBER, 1), Argument(NUMBER, 0, 1))
@@ -133,7 +133,7 @@ def gradient(
     strides, itemsize = tuple(x.stride for x in given), max(x.itemsize for x in given)
     constants, shape = shapes.gradient_constants(labels, order, power, expectation, f.columns, strides, itemsize)
     table = _table(shapes.gradient_table(order, power, temperature), on)
-    rows = [Argument(NUMBER, x.stride // constants["V"]) for x in given]
+    rows = [Argument(NUMBER, x.stride // constants["S"].vec) for x in given]
     given_labels: tuple[Any, ...] = (Argument(LABELS), rows[1]) if q else (None, Argument(NUMBER))
     arguments = (Argument(LOGITS), rows[0], *given_labels, table, Argument(OUT), Argument(NUMBER, 0, 1))
     return (Program((Launch(device.gradient.gradient, arguments, constants, shape),)),)
@@ -151,7 +151,7 @@ def gen(
     _, gamma, M = stat
     constants, shape = shapes.gen_constants(M, f.columns, f.stride, f.itemsize, UNUSED_BITS[f.dtype])
     table = _table((math.log2(math.e) / temperature, gamma, float(min(M, f.columns))), on)
-    row = Argument(NUMBER, f.stride // constants["V"])
+    row = Argument(NUMBER, f.stride // constants["S"].vec)
     arguments = (Argument(LOGITS), row, table, Argument(OUT), Argument(NUMBER, 0, 1))
     return (Program((Launch(device.gen.gen, arguments, constants, shape),)),)
 

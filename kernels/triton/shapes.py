@@ -43,12 +43,28 @@ FEW = 8  # columns, each of which is compiled by itself; more are looked up in a
 
 
 class Tile(NamedTuple):
-    """How a matrix is read: VEC elements a load, P of them a word, rows SHIFTED off 16-byte groups, W words a tile."""
+    """How a matrix of so many columns is read. The kernels have it as X or H, a constant."""
 
-    vec: int
-    p: int
-    shifted: bool
-    w: int
+    columns: int
+    vec: int  # elements of a load
+    p: int  # elements of a word
+    shifted: bool  # whether rows begin anywhere, off groups of vec
+    w: int  # words of a tile
+
+    @property
+    def words(self) -> int:
+        """Of a load."""
+        return max(1, self.vec // self.p)
+
+    @property
+    def tiles(self) -> int:
+        """Of a row."""
+        return math.ceil(self.columns / (self.w * self.p))
+
+    @property
+    def words_a_thread(self) -> int:
+        """Beside each other that a thread has of a tile: as many as one load takes where rows are aligned."""
+        return min(max(1, math.gcd(self.columns, 4 * self.p) // self.p), self.w)
 
 
 class Shape(NamedTuple):
@@ -94,9 +110,8 @@ def streamed(C: int, tile: Tile, itemsize: int, lanes: int) -> tuple[Tile, int]:
     _, tiles, elements = STREAM[itemsize]
     most = elements if tile.shifted else tiles
     if tile.shifted:
-        tile = Tile(1, 1, False, lanes)
-    count = math.ceil(C / (tile.w * tile.p))
-    return tile, math.ceil(count / math.ceil(count / most))
+        tile = Tile(C, 1, 1, False, lanes)
+    return tile, math.ceil(tile.tiles / math.ceil(tile.tiles / most))
 
 
 def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
@@ -105,27 +120,27 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -
     p = 4 // itemsize
     if lanes == 1:  # a thread a row, which its neighbours' loads bring into the cache
         p = math.gcd(columns, stride, offset, p)
-        return Tile(p, p, False, 1)
+        return Tile(columns, p, p, False, 1)
     shifted = is_shifted(columns, stride, offset, itemsize)
     vec = most if shifted else math.gcd(columns, stride, offset, most)
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
-    return Tile(vec, p, shifted, words * min(lanes, _power_of_2(span)))
+    return Tile(columns, vec, p, shifted, words * min(lanes, _power_of_2(span)))
 
 
 def feats_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
     """The same of features, never shifted: what a thread has, and so how sums round, hangs on `columns` alone."""
     p = 4 // itemsize
     span = math.ceil(columns * itemsize / 16)
-    return Tile(math.gcd(columns, stride, offset, 4 * p), p, False, 4 * min(lanes, _power_of_2(span)))
+    return Tile(columns, math.gcd(columns, stride, offset, 4 * p), p, False, 4 * min(lanes, _power_of_2(span)))
 
 
 def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> tuple[Tile, int]:
     """The same of logits, and of rows that are read tile by tile how many tiles are in flight, else 0.
 
     `w` hangs on `columns` and the lanes alone: wherever rows begin, sums are the same; of long rows and of halves of at
-    most 16 classes in the same layout. Rows of odd length are read word
-    by word, with whole lines a warp, and SHIFTED are those of halves that may begin in the middle of a word.
+    most 16 classes in the same layout. Rows of odd length are read word by word, with whole lines a warp, and shifted
+    are those of halves that may begin in the middle of a word.
     """
     if is_streamed(columns):
         return streamed(columns, tile_of(columns, stride, offset, itemsize, lanes), itemsize, lanes)
@@ -135,7 +150,8 @@ def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: in
     words = max(1, math.gcd(columns, most) // p)
     vec = max(p, math.gcd(columns, stride, offset, most))
     shifted = math.gcd(stride, offset, p) < p
-    return Tile(vec, p, shifted, words * min(lanes, _power_of_2(math.ceil(columns / (words * p))))), 0
+    w = words * min(lanes, _power_of_2(math.ceil(columns / (words * p))))
+    return Tile(columns, vec, p, shifted, w), 0
 
 
 def is_shifted(columns: int, stride: int, offset: int, itemsize: int) -> bool:
@@ -148,11 +164,11 @@ def _power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def tiles_in_flight(columns: int, tile: Tile) -> int:
-    return max(1, min(TILES, columns // (tile.w * tile.p)))
+def tiles_in_flight(tile: Tile) -> int:
+    return max(1, min(TILES, tile.columns // (tile.w * tile.p)))
 
 
-NOTHING = Tile(1, 1, False, 1)
+NOTHING = Tile(0, 1, 1, False, 1)
 
 # A program of BatchGrad is two warps of the same 128 rows, four a thread, and of eight classes each; 168 registers a
 # thread let six of them run on a multiprocessor at a time. Fewer rows a program where all fit one: the same sums.
@@ -211,6 +227,26 @@ def gradient_table(order: float, power: float, temperature: float) -> tuple[floa
     return math.log2(math.e) / temperature, order, 1 / order, power, 2.0**unit
 
 
+class Sweep(NamedTuple):
+    """How the kernels of gradient norms and of GEN go over a row, element by element. They have it as S, a constant."""
+
+    columns: int
+    vec: int  # elements of a load
+    w: int  # elements of a tile
+    each: int  # neighbours in a tile that a thread has, where rows are read by 16 bytes
+    tiles: int  # in registers at a time: the row, if that is
+    held: bool  # in registers, and read once
+
+
+class GradientNorm(NamedTuple):
+    """Which norm. The kernel has it as NORM, a constant."""
+
+    labels: int  # of LABELS
+    outside: bool  # the norm in the expectation, not of it
+    order: int  # of GRADIENT_ORDERS, else -1
+    exponent: float  # 1, 2 or 1/2 where that makes norms of what is summed for whole orders, else 0
+
+
 def gradient_constants(
     labels: str, order: float, power: float, expectation: str, C: int, strides: tuple[int, ...], itemsize: int
 ) -> tuple[dict[str, Any], Shape]:
@@ -225,19 +261,11 @@ def gradient_constants(
     vec = math.gcd(C, 16 // itemsize)
     W = 1024 if not held else lanes * vec if lanes > 1 else 1
     exponent = gradient_exponent(order, power)
-    return {
-        "C": C,
-        "LABELS": LABELS[labels],
-        "OUTSIDE": expectation == "outside",
-        "ORDER": code,
-        "EXPONENT": exponent if expectation == "outside" and code != -1 and exponent in CLOSED else 0,
-        "V": math.gcd(vec, *strides),
-        "ROWS": shape.rows,
-        "W": W,
-        "EACH": vec if held and lanes > 1 else 1,
-        "TILES": math.ceil(C / W) if held else 4,  # in flight, of a row that is swept
-        "HELD": held,
-    }, shape
+    each, tiles = vec if held and lanes > 1 else 1, math.ceil(C / W) if held else 4
+    exponent = exponent if expectation == "outside" and code != -1 and exponent in CLOSED else 0
+    sweep = Sweep(C, math.gcd(vec, *strides), W, each, tiles, held)
+    norm = GradientNorm(LABELS[labels], expectation == "outside", code, exponent)
+    return {"S": sweep, "NORM": norm, "ROWS": shape.rows}, shape
 
 
 # ---- GEN
@@ -257,16 +285,8 @@ def gen_constants(M: int, C: int, stride: int, itemsize: int, shift: int) -> tup
     shape = Shape(max(1, 32 // lanes), max(1, lanes // 32))
     vec = math.gcd(C, 16 // itemsize)
     W = lanes * vec if lanes > 1 else 1
-    return {
-        "C": C,
-        "SELECT": M < C,
-        "SHIFT": shift,
-        "V": math.gcd(vec, stride),
-        "ROWS": shape.rows,
-        "W": W,
-        "EACH": vec if lanes > 1 else 1,
-        "TILES": math.ceil(C / W),
-    }, shape
+    sweep = Sweep(C, math.gcd(vec, stride), W, vec if lanes > 1 else 1, math.ceil(C / W), True)
+    return {"S": sweep, "SELECT": M < C, "SHIFT": shift, "ROWS": shape.rows}, shape
 
 
 # ---- statistics. The numbers that device/formulas.py gives them.
@@ -279,12 +299,32 @@ MOST_MULTIPLIED = 16  # orders up to here are products; powers of |h| beyond har
 LARGEST_FLOAT = 3.4028234663852886e38
 
 
-class Norms(NamedTuple):
-    """See device.norms."""
+class NormsPlan(NamedTuple):
+    """Which sums the orders of norms need. The kernels have it as NORMS, a constant; see device/norms.py.
 
-    powers: tuple[Any, ...]
-    ranges: tuple[tuple[float, float], ...]
-    slots: tuple[int, ...]
+    A power of |h| is one of the roots, or a product of two that come before it. A sum is of one power, or of the
+    product of two. After those come, where they are wanted, the number of elements that are not 0, and the largest.
+    """
+
+    orders: tuple[float, ...]
+    slots: tuple[int, ...]  # the sum of each order
+    ranges: tuple[tuple[float, float], ...]  # of each sum: a row beyond it is read again
+    roots: tuple[float, ...]  # orders
+    products: tuple[tuple[int, ...], ...]
+    factors: tuple[tuple[int, ...], ...]  # of each sum, one or two powers
+    nonzero: bool  # whether elements that are not 0 are counted
+    largest: bool
+    subnormals: bool  # whether rows with subnormal elements are read again
+
+    @property
+    def by_log(self) -> bool:
+        """Whether a root takes the logarithm of |h|."""
+        return any(r not in (1.0, 0.5) for r in self.roots)
+
+    @property
+    def general(self) -> bool:
+        """Whether there are orders of which the root is neither the sum itself nor a square root."""
+        return any(r not in (0, 1, 2, math.inf) for r in self.orders)
 
 
 class Factors(NamedTuple):
@@ -320,8 +360,8 @@ def farthest(r: float, rest: float) -> float:
 
 
 @lru_cache
-def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
-    """Which sums the orders need, and in which slot each order finds its own. `half`: float16, never subnormal."""
+def plan_norms(orders: tuple[float, ...], D: int, half: bool) -> NormsPlan:
+    """`half`: of float16, which is never subnormal in float32."""
     kept = sorted(r for r in set(orders) if 0 < r < math.inf)
     parts = [factors_of(r) for r in kept]
     rests: list[float] = []
@@ -369,37 +409,55 @@ def norms_of(orders: tuple[float, ...], D: int, half: bool) -> Norms:
             if r < 1:  # hardly anything but zeros, or much that is small beside the largest
                 least = max(least, D * 2.0**-6)
         ranges.append((least, LARGEST_FLOAT))
-    count = 0 in orders
-    largest = count or math.inf in orders or off < 100
-    if count:
+    nonzero = 0 in orders
+    largest = nonzero or math.inf in orders or off < 100
+    if nonzero:
         kept.append(0.0)
         ranges.append((-math.inf, math.inf))
     if largest:
         kept.append(math.inf)
         ranges.append((2.0**-off, 2.0**off) if off < 100 else (-math.inf, math.inf))
     slots = tuple(kept.index(r) for r in orders)
-    left, right = (tuple(x[i] for x in products) for i in (0, 1))
-    first, second = tuple(x[0] for x in sums), tuple(x[1] if len(x) == 2 else -1 for x in sums)
-    powers = (tuple(roots), left, right, first, second, (count, largest, subnormals))
-    return Norms(powers, tuple(ranges), slots)
+    return NormsPlan(
+        orders, slots, tuple(ranges), tuple(roots), tuple(products), tuple(sums), nonzero, largest, subnormals
+    )
 
 
 # ---- what to compute
+
+
+# Triton takes no element out of a constant tuple of such: what there are several of is a NamedTuple of tuples, no
+# tuple of NamedTuples.
+
+
+class VTerms(NamedTuple):
+    """Of each V term, its statistics, and where their coefficients begin in the table, 0 of a statistic alone."""
+
+    codes: tuple[tuple[int, ...], ...]
+    first: tuple[int, ...]
+
+
+class Few(NamedTuple):
+    """Of each column, where there are few: its V term, its order, the power of the norm, and its factor if 1 or -1."""
+
+    v: tuple[int, ...]
+    order: tuple[int, ...]
+    power: tuple[int, ...]
+    factor: tuple[int, ...]
 
 
 class Plan(NamedTuple):
     """See device.scores."""
 
     sums: int
-    v_terms: tuple[tuple[int, ...], ...]  # the statistics of each
-    v_first: tuple[int, ...]  # where the coefficients of each begin in the table, 0 of a statistic alone
+    v: VTerms
     orders: tuple[float, ...]
     table: tuple[float, ...]
     columns: int
     all_v: bool  # every column has a V term
     all_u: bool  # and a norm
     square: bool  # some column squares its norm
-    few: tuple[tuple[int, int, int, int], ...]  # of each column: V term, order, power, and its factor if 1 or -1
+    few: Few | None  # None of more columns
 
 
 @lru_cache
@@ -441,56 +499,38 @@ def plan_of(request: Request) -> Plan | None:
     sums = 0
     for s in request.stats:
         sums |= int(FORMULAS[str(s)].sums)
-    few = [(i, c.order, c.power, int(f) if abs(f) == 1 else 0) for i, f, c in zip(place, factors, columns, strict=True)]
+    few = Few(
+        tuple(place),
+        tuple(c.order for c in columns),
+        tuple(c.power for c in columns),
+        tuple(int(f) if abs(f) == 1 else 0 for f in factors),
+    )
     return Plan(
         sums,
-        tuple(tuple(STATS[name] for name in some) for some in names),
-        tuple(v_first),
+        VTerms(tuple(tuple(STATS[name] for name in some) for some in names), tuple(v_first)),
         all_orders,
         tuple(table),
         len(columns),
         all(i >= 0 for i in place),
         all(c.order != NO_NORM for c in columns),
         any(c.power == 2 for c in columns),
-        tuple(few) if len(columns) <= FEW else (),
+        few if len(columns) <= FEW else None,
     )
 
 
 def constants(
-    plan: Plan,
-    C: int,
-    x: Tile,
-    x_tiles: int,
-    D: int,
-    h: Tile,
-    half: bool,
-    bias: bool,
-    log: bool,
-    rows: int,
+    plan: Plan, x: Tile, x_tiles: int, h: Tile, half: bool, bias: bool, log: bool, rows: int
 ) -> dict[str, Any]:
     """The compile-time arguments of device.scores."""
-    norms = norms_of(plan.orders, D, half)
     return {
-        "C": C,
-        "X_VEC": x.vec,
-        "X_P": x.p,
-        "X_SHIFTED": x.shifted,
-        "X_W": x.w,
-        "SUMS": plan.sums,
-        "V_TERMS": plan.v_terms,
-        "V_FIRST": plan.v_first,
+        "X": x,
         "X_TILES": x_tiles,
-        "D": D,
-        "H_VEC": h.vec,
-        "H_P": h.p,
-        "H_W": h.w,
-        "H_TILES": tiles_in_flight(D, h),
-        "POWERS": norms.powers,
-        "RANGES": norms.ranges,
-        "ORDERS": plan.orders,
-        "SLOTS": norms.slots,
+        "SUMS": plan.sums,
+        "V": plan.v,
+        "H": h,
+        "H_TILES": tiles_in_flight(h),
+        "NORMS": plan_norms(plan.orders, h.columns, half),
         "BIAS": bias,
-        "GENERAL": any(r not in (0, 1, 2, math.inf) for r in plan.orders),
         "LOG": log,
         "ALL_V": plan.all_v,
         "ALL_U": plan.all_u,

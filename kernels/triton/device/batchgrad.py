@@ -49,15 +49,15 @@ def turned(h_ptr, h_stride, x_ptr, sum_ptr, N, D, feat_blocks, BIAS: tl.constexp
 
 
 @triton.jit
-def halves(u):
-    """The two numbers of a 64-bit load."""
+def pair_of(u):
+    """The two float32 of a 64-bit load."""
     low = (u & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
     return low, (u >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def in_pairs(terms):
-    """The sum of a tuple of tiles, each half of it ahead."""
+    """The sum of a tuple of tiles, by pairs, and pairs of pairs."""
     N: tl.constexpr = len(terms)
     if N == 1:
         return terms[0]
@@ -97,7 +97,7 @@ def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.con
             hs = hs + (tl.load(x + i * TILE),)
         for i in tl.static_range(STEP):
             for k in tl.static_range(OWN // 2):
-                pair = halves(tl.load(pairs + (i * CLASSES // 2 + k)))
+                pair = pair_of(tl.load(pairs + (i * CLASSES // 2 + k)))
                 gs = gs + (pair[0][:, None], pair[1][:, None])
         more = ()
         for t in tl.static_range(TILES):

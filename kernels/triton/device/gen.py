@@ -12,23 +12,23 @@ to the pivot, the next largest logit.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.gradient import collected, load, row_total, two_largest
-from fastood.kernels.triton.device.words import INF, LN2, exp2_double, log, log2, small
+from fastood.kernels.triton.device.gradient import collected, load_elements, row_total, two_largest
+from fastood.kernels.triton.device.words import INF, LN2, exp2_double, load_table, log, log2
 
 MINUS_INF = tl.constexpr(-0x7F800001)  # in the order of float32
 STRAIGHT = tl.constexpr(12)  # steps that also try the middle of two values
 
 
 @triton.jit
-def place_of(x, SHIFT: tl.constexpr):
-    """The place of float32 x in the order of a type that has SHIFT bits less."""
+def rank_of(x, SHIFT: tl.constexpr):
+    """The rank of float32 x among all numbers of a type that has SHIFT bits less."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @triton.jit
-def value_at(place, SHIFT: tl.constexpr):
-    bits = place << SHIFT
+def value_at(rank, SHIFT: tl.constexpr):
+    bits = rank << SHIFT
     return (bits ^ ((bits >> 31) & (0x7FFFFFFF >> SHIFT << SHIFT))).to(tl.float32, bitcast=True)
 
 
@@ -42,17 +42,17 @@ def number_from(vs, level):
 
 
 @triton.jit
-def selected(vs, m, valid, M, SHIFT: tl.constexpr):
+def selected(vs, f_max, valid, M, SHIFT: tl.constexpr):
     """A threshold that at most M < C logits reach, how many, and the one that makes up the M-th largest with these."""
-    low = tl.full(m.shape, MINUS_INF >> SHIFT, tl.int32)  # more than M from here on
-    high = place_of(tl.where(valid, m, 0.0), SHIFT) + 1  # M or less
+    low = tl.full(f_max.shape, MINUS_INF >> SHIFT, tl.int32)  # more than M from here on
+    high = rank_of(tl.where(valid, f_max, 0.0), SHIFT) + 1  # M or less
     low = tl.where(valid, low, high - 1)
     number = tl.zeros_like(high)
     step = 0
     while tl.max(((high > low + 1) & (number < M)).to(tl.int32)) > 0:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         if step < STRAIGHT:  # whichever is nearer to the maximum, where few logits are
-            straight = place_of(value_at(low, SHIFT) * 0.5 + value_at(high, SHIFT) * 0.5, SHIFT)
+            straight = rank_of(value_at(low, SHIFT) * 0.5 + value_at(high, SHIFT) * 0.5, SHIFT)
             middle = tl.minimum(tl.maximum(middle, straight), high - 1)
         here = number_from(vs, value_at(middle, SHIFT))
         more = here > M
@@ -71,29 +71,34 @@ def term(z, e, p, gamma):
 
 @triton.jit(do_not_specialize=["f_stride", "N"])
 def gen(
-    f_ptr, f_stride, table_ptr, out_ptr, N, C: tl.constexpr, SELECT: tl.constexpr, SHIFT: tl.constexpr,
-    V: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, EACH: tl.constexpr, TILES: tl.constexpr,
+    f_ptr, f_stride, table_ptr, out_ptr, N, S: tl.constexpr, SELECT: tl.constexpr, SHIFT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[N] float64. f_stride counts groups of V elements; table: log2(e) / T, gamma, M. SELECT: M is less than C."""
+    """[N] float64. f_stride counts groups of S.vec elements; table: log2(e) / T, gamma, M. S: a Sweep of shapes.py.
+    SELECT: M is less than the number of classes.
+    """
+    W: tl.constexpr = S.w
+    EACH: tl.constexpr = S.each
+    TILES: tl.constexpr = S.tiles
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row = tl.minimum(place, N - 1).to(tl.int64)  # whose score is the same
     lane = tl.arange(0, W)[None, :]
-    f = f_ptr + row * f_stride * V
-    scale, gamma = small(table_ptr), small(table_ptr + 1)
+    f = f_ptr + row * f_stride * S.vec
+    scale, gamma = load_table(table_ptr), load_table(table_ptr + 1)
     near_gamma = gamma.to(tl.float32)
     zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
 
     vs = ()
     for i in tl.static_range(TILES):
-        vs = vs + (load(f, i * W + lane, C, V, -INF, (i + 1) * W <= C),)
+        vs = vs + (load_elements(f, i * W + lane, -INF, (i + 1) * W <= S.columns, S),)
     high = zero - INF  # the two largest of each slot
     low = high
     for i in tl.static_range(TILES):
         low = tl.maximum(low, tl.minimum(high, vs[i]))
         high = tl.maximum(high, vs[i], propagate_nan=tl.PropagateNan.ALL)
-    m, second = two_largest(high, low)
-    valid = tl.abs(m) < INF
-    pivot = tl.where(second == -INF, m, second)  # no other class: any finite pivot does
+    f_max, second = two_largest(high, low)
+    valid = tl.abs(f_max) < INF
+    pivot = tl.where(second == -INF, f_max, second)  # no other class: any finite pivot does
 
     # In halves, whose differences stay in float32.
     double = (scale * 2.0).to(tl.float32)
@@ -104,7 +109,7 @@ def gen(
         es = es + (tl.exp2(tl.fma(tl.minimum(vs[i], pivot), 0.5, middle) * double),)
         exps, slot = collected(exps, slot + es[i], i, TILES)
     rest = (row_total(exps, EACH) - 1.0).to(tl.float32)  # where the maximum stood in as the pivot: 0, or at least 1
-    gap = (pivot.to(tl.float64) - m.to(tl.float64)) * scale
+    gap = (pivot.to(tl.float64) - f_max.to(tl.float64)) * scale
     near = exp2_double(gap).to(tl.float32)
     total = tl.fma(near, rest, 1.0)
     p = tl.where(rest > 0.0, near / total, 0.0)
@@ -116,20 +121,20 @@ def gen(
     unit = exp2_double(gamma * (gap - log_total))
 
     if SELECT:
-        M = small(table_ptr + 2).to(tl.int32)
-        threshold, number, next = selected(vs, m, valid, M, SHIFT)
+        M = load_table(table_ptr + 2).to(tl.int32)
+        threshold, number, next = selected(vs, f_max, valid, M, SHIFT)
     below, slot = zero, zero
     for i in tl.static_range(TILES):
-        wanted = vs[i] < m
+        wanted = vs[i] < f_max
         if SELECT:
             wanted &= vs[i] >= threshold
         slot += tl.where(wanted, term(tl.fma(vs[i], 0.5, middle) * double, es[i], p, near_gamma), 0.0)
         below, slot = collected(below, slot, i, TILES)
     below = row_total(below, EACH)
-    maxima = number_from(vs, m)
+    maxima = number_from(vs, f_max)
     if SELECT:
         z = tl.fma(next, 0.5, middle) * double
-        equal = tl.where(next < m, (M - number).to(tl.float32) * term(z, tl.exp2(z), p, near_gamma), 0.0)
+        equal = tl.where(next < f_max, (M - number).to(tl.float32) * term(z, tl.exp2(z), p, near_gamma), 0.0)
         below += equal.to(tl.float64)
         maxima = tl.minimum(maxima, M)
     value = tl.fma(maxima.to(tl.float64), top, below * unit)

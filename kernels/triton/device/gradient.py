@@ -13,49 +13,85 @@ Element k of a row is summed in slot k mod W. Which thread holds a slot depends 
 summed in float64, where the order disappears in the rounding to float32.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.words import INF, INTERPRETED, LN2, exp2_double, larger, log1p, log2, row_max, small
+from fastood.kernels.triton.device.words import (
+    INF,
+    INTERPRETED,
+    LN2,
+    exp2_double,
+    larger,
+    load_table,
+    log1p,
+    log2,
+    row_max,
+)
 
 # Label distributions, and orders other than whole ones up to 6, as shapes.py numbers them.
 UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 INFINITE, GENERAL = tl.constexpr(0), tl.constexpr(-1)
 
 
-@triton.jit
-def read(f, q, k, C: tl.constexpr, V: tl.constexpr, LABELS: tl.constexpr, WHOLE: tl.constexpr):
-    """Logits k of rows and their given labels. Where a tile is not WHOLE, masked and without labels from C on."""
-    v = load(f, k, C, V, -INF, WHOLE)
-    return v, (load(q, k, C, V, 0.0, WHOLE) if LABELS == GIVEN else v)
+class Pivot(NamedTuple):
+    """Of each row, and the scale of all."""
+
+    second: Any  # the largest logit but one maximum
+    logit: Any  # the same, but a finite one
+    scale: Any
+
+
+class ClassNorm(NamedTuple):
+    """What || e_y - p ||^power of all classes below the maximum have in common."""
+
+    p: Any  # at the pivot
+    s_r: Any  # sum p^r, of whole orders
+    near_r: Any  # of other orders: the pivot's p^r over the maximum's, and the sum of those ratios
+    all_r: Any
+    log_total: Any  # log2 of 1 + r1
+    r: Any
+    power: Any
+    exponent: Any  # power / r, or of orders 1 and infinity the power
+    shift: Any
 
 
 @triton.jit
-def load(ptr, k, C: tl.constexpr, V: tl.constexpr, FILL: tl.constexpr, WHOLE: tl.constexpr):
-    x = tl.load(ptr + k) if WHOLE else tl.load(ptr + k, mask=k // V < C // V, other=FILL)
+def read(f, q, k, WHOLE: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr):
+    """Logits k of rows and their given labels. Where a tile is not WHOLE, masked and without labels from the end on."""
+    v = load_elements(f, k, -INF, WHOLE, S)
+    return v, (load_elements(q, k, 0.0, WHOLE, S) if NORM.labels == GIVEN else v)
+
+
+@triton.jit
+def load_elements(ptr, k, FILL: tl.constexpr, WHOLE: tl.constexpr, S: tl.constexpr):
+    x = tl.load(ptr + k) if WHOLE else tl.load(ptr + k, mask=k // S.vec < S.columns // S.vec, other=FILL)
     return x.to(tl.float32)
 
 
 @triton.jit
-def relative(v, q, pivot, LABELS: tl.constexpr, OUTSIDE: tl.constexpr):
-    """log2 of p_k over p at the pivot, that ratio, the label, and what is the maximum's of it. `pivot`: its logit, a
-    finite one, log2(e) / T."""
-    q_top = tl.where(v > pivot[0], q, 0.0)
-    v = tl.where(v > pivot[0], -INF, v) if LABELS == GIVEN and not OUTSIDE else tl.minimum(v, pivot[1])
-    z = (v - pivot[1]) * pivot[2]
+def relative(v, q, pivot, NORM: tl.constexpr):
+    """log2 of p_k over p at the pivot, that ratio, the label, and what is the maximum's of it."""
+    q_top = tl.where(v > pivot.second, q, 0.0)
+    if NORM.labels == GIVEN and not NORM.outside:
+        v = tl.where(v > pivot.second, -INF, v)
+    else:
+        v = tl.minimum(v, pivot.logit)
+    z = (v - pivot.logit) * pivot.scale
     return z, tl.exp2(z), q - q_top, q_top
 
 
 @triton.jit
-def swept(f, q, k, pivot, C: tl.constexpr, V: tl.constexpr, LABELS: tl.constexpr, OUTSIDE: tl.constexpr):
-    v, q = read(f, q, k, C, V, LABELS, False)
-    return relative(v, q, pivot, LABELS, OUTSIDE)
+def swept(f, q, k, pivot, S: tl.constexpr, NORM: tl.constexpr):
+    v, q = read(f, q, k, False, S, NORM)
+    return relative(v, q, pivot, NORM)
 
 
 @triton.jit
-def within(x, k, C: tl.constexpr, WHOLE: tl.constexpr):
+def masked(x, k, WHOLE: tl.constexpr, S: tl.constexpr):
     """0 from the row's end on."""
-    return x if WHOLE else tl.where(k < C, x, 0.0)
+    return x if WHOLE else tl.where(k < S.columns, x, 0.0)
 
 
 @triton.jit
@@ -81,10 +117,10 @@ def row_total(x, EACH: tl.constexpr):
 def two_largest(high, low):
     """Of each row, from the two largest of its slots; NaN where there is one."""
     if INTERPRETED:  # its reductions with a function of one's own run element by element
-        m = row_max(high)[:, None]
-        hot = high == m
-        second = tl.max(tl.where(hot, low, high), 1, keep_dims=True)
-        return m, tl.where(tl.sum(hot.to(tl.int32), 1, keep_dims=True) > 1, m, second)
+        f_max = row_max(high)[:, None]
+        at_max = high == f_max
+        second = tl.max(tl.where(at_max, low, high), 1, keep_dims=True)
+        return f_max, tl.where(tl.sum(at_max.to(tl.int32), 1, keep_dims=True) > 1, f_max, second)
     else:
         return tl.reduce((high, low), 1, merged, keep_dims=True)
 
@@ -115,40 +151,40 @@ def whole_power(x, N: tl.constexpr):
 
 
 @triton.jit
-def size(z, e, row, ORDER: tl.constexpr, EXPONENT: tl.constexpr):
+def size(z, e, of, NORM: tl.constexpr):
     """|| e_y - p ||^power of classes y below the maximum, e = 2^z being their p over p at the pivot; over 2^shift.
 
-    That of order 1 is || e_y - p || / 2. `row`: what `gradient` keeps of each row.
+    That of order 1 is || e_y - p || / 2. `of`: their ClassNorm.
     """
-    p, s_r, near_r, all_r, log_total, r, power, exponent, shift = row
+    ORDER: tl.constexpr = NORM.order
     if ORDER == 2:
-        x = tl.fma(e, -2.0 * p, 1.0 + s_r)
+        x = tl.fma(e, -2.0 * of.p, 1.0 + of.s_r)
     elif ORDER > 2:
-        x = tl.fma(-whole_power(e * p, ORDER - 1), e * p, s_r)
-        not_p = tl.fma(e, -p, 1.0)
+        x = tl.fma(-whole_power(e * of.p, ORDER - 1), e * of.p, of.s_r)
+        not_p = tl.fma(e, -of.p, 1.0)
         x = tl.fma(whole_power(not_p, ORDER - 1), not_p, x)
     else:
-        x = tl.fma(e, -p, 1.0)
+        x = tl.fma(e, -of.p, 1.0)
     if ORDER == GENERAL:
         log_not_p = log2(x)
-        x = tl.fma(-near_r, tl.exp2(r * z), all_r)
-        x = tl.fma(x, tl.exp2(-r * (log_total + log_not_p)), 1.0)
-        return tl.exp2(tl.fma(log2(x), exponent, tl.fma(log_not_p, power, -shift)))
-    elif EXPONENT == 0:
-        return tl.exp2(tl.fma(log2(x), exponent, -shift))
-    elif EXPONENT == 0.5:
+        x = tl.fma(-of.near_r, tl.exp2(of.r * z), of.all_r)
+        x = tl.fma(x, tl.exp2(-of.r * (of.log_total + log_not_p)), 1.0)
+        return tl.exp2(tl.fma(log2(x), of.exponent, tl.fma(log_not_p, of.power, -of.shift)))
+    elif NORM.exponent == 0:
+        return tl.exp2(tl.fma(log2(x), of.exponent, -of.shift))
+    elif NORM.exponent == 0.5:
         return tl.sqrt(x)
-    elif EXPONENT == 1:
+    elif NORM.exponent == 1:
         return x
     else:
         return x * x
 
 
 @triton.jit
-def away(e, q, k, p, C: tl.constexpr, LABELS: tl.constexpr, WHOLE: tl.constexpr):
+def away(e, q, k, p, WHOLE: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr):
     """|q - p_k| of classes below the maximum."""
-    if LABELS == UNIFORM:
-        q = within(tl.zeros_like(e) + 1.0 / C, k, C, WHOLE)
+    if NORM.labels == UNIFORM:
+        q = masked(tl.zeros_like(e) + 1.0 / S.columns, k, WHOLE, S)
     return tl.abs(tl.fma(e, -p, q))
 
 
@@ -160,25 +196,28 @@ def add_power(sum, d, ORDER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["f_stride", "q_stride", "N"])
 def gradient(
-    f_ptr, f_stride, q_ptr, q_stride, table_ptr, out_ptr, N, C: tl.constexpr, LABELS: tl.constexpr,
-    OUTSIDE: tl.constexpr, ORDER: tl.constexpr, EXPONENT: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-    W: tl.constexpr, EACH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
-    """[N] float64. Strides count groups of V elements; table: log2(e) / T, order, 1 / order, power, and the unit that
-    terms below the maximum are summed in.
-
-    TILES of W elements are in registers at a time: a row, if HELD; EACH neighbours of a tile are a thread's where rows
-    are read by 16 bytes. EXPONENT: 1, 2 or 1/2 where that makes norms of what `size` forms for whole orders, else 0.
+    f_ptr, f_stride, q_ptr, q_stride, table_ptr, out_ptr, N, S: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr
+):
+    """[N] float64. Strides count groups of S.vec elements; table: log2(e) / T, order, 1 / order, power, and the unit
+    that terms below the maximum are summed in. S and NORM: Sweep and GradientNorm of shapes.py.
     """
+    C: tl.constexpr = S.columns
+    W: tl.constexpr = S.w
+    EACH: tl.constexpr = S.each
+    TILES: tl.constexpr = S.tiles
+    HELD: tl.constexpr = S.held
+    LABELS: tl.constexpr = NORM.labels
+    OUTSIDE: tl.constexpr = NORM.outside
+    ORDER: tl.constexpr = NORM.order
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row = tl.minimum(place, N - 1).to(tl.int64)  # whose norm is the same
     lane = tl.arange(0, W)[None, :]
-    f = f_ptr + row * f_stride * V
-    given = q_ptr + row * q_stride * V if LABELS == GIVEN else f
-    scale = small(table_ptr)
-    order = small(table_ptr + 1)
-    inverse = small(table_ptr + 2)
-    power = small(table_ptr + 3)
+    f = f_ptr + row * f_stride * S.vec
+    given = q_ptr + row * q_stride * S.vec if LABELS == GIVEN else f
+    scale = load_table(table_ptr)
+    order = load_table(table_ptr + 1)
+    inverse = load_table(table_ptr + 2)
+    power = load_table(table_ptr + 3)
     r = order.to(tl.float32)
     zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
     none = zero if HELD else zero.to(tl.float64)
@@ -187,7 +226,7 @@ def gradient(
     held = ()
     if HELD:
         for i in tl.static_range(TILES):
-            held = held + (read(f, given, i * W + lane, C, V, LABELS, (i + 1) * W <= C),)
+            held = held + (read(f, given, i * W + lane, (i + 1) * W <= C, S, NORM),)
 
     high = zero - INF  # the two largest of each slot
     low = high
@@ -195,32 +234,32 @@ def gradient(
     least = zero
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
-            v, q = held[i] if HELD else read(f, given, first + i * W + lane, C, V, LABELS, False)
+            v, q = held[i] if HELD else read(f, given, first + i * W + lane, False, S, NORM)
             low = tl.maximum(low, tl.minimum(high, v))
             high = larger(high, v)
             if LABELS == GIVEN:
                 labels, slot = collected(labels, slot + q, i, TILES)
                 least = tl.minimum(least, q)
-    m, second = two_largest(high, low)
-    valid = tl.abs(m) < INF
+    f_max, second = two_largest(high, low)
+    valid = tl.abs(f_max) < INF
     if LABELS == GIVEN:  # probabilities, which in a half type do not sum to 1 exactly
         valid &= (tl.abs(row_total(labels, EACH) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
-    finite = tl.where(second == -INF, m, second)  # no other class: any finite pivot does
-    pivot = (second, finite, scale.to(tl.float32))
+    finite = tl.where(second == -INF, f_max, second)  # no other class: any finite pivot does
+    pivot = Pivot(second, finite, scale.to(tl.float32))
 
     RATIOS: tl.constexpr = OUTSIDE and (ORDER > 1 or ORDER == GENERAL)
     others = ()
     if HELD:
         for i in tl.static_range(TILES):
             v, q = held[i]
-            others = others + (relative(v, q, pivot, LABELS, OUTSIDE),)
+            others = others + (relative(v, q, pivot, NORM),)
     exps, slot = none, zero
     powers, slot_r = none, zero
     top = zero
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
             k = first + i * W + lane
-            z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, C, V, LABELS, OUTSIDE)
+            z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
             if LABELS == GIVEN:
                 top += q_top
             exps, slot = collected(exps, slot + e, i, TILES)
@@ -228,9 +267,9 @@ def gradient(
                 slot_r = slot_r + tl.exp2(r * z) if ORDER == GENERAL else tl.fma(whole_power(e, ORDER - 1), e, slot_r)
                 powers, slot_r = collected(powers, slot_r, i, TILES)
     # Of all classes but one maximum, relative to the pivot: 0, or at least 1.
-    one = tl.where(second == m, 1.0, 0.0) if LABELS == GIVEN and not OUTSIDE else 1.0
+    one = tl.where(second == f_max, 1.0, 0.0) if LABELS == GIVEN and not OUTSIDE else 1.0
     rest = (row_total(exps, EACH) - one).to(tl.float32)
-    gap = (finite.to(tl.float64) - m.to(tl.float64)) * scale
+    gap = (finite.to(tl.float64) - f_max.to(tl.float64)) * scale
     near = exp2_double(gap)
     r1_double = near * rest.to(tl.float64)
     r1 = r1_double.to(tl.float32)
@@ -248,7 +287,9 @@ def gradient(
         # p_k^r of whole orders are large enough as they are.
         log_norm = gap + (log2(rest) - log_total).to(tl.float64)  # of the maximum
         s_r, near_r, all_r, shift, exponent = nothing, nothing, nothing, nothing, power.to(tl.float32)
-        weight = nothing.to(tl.float64) + small(table_ptr + 4)  # what the sum over the others is to be multiplied by
+        weight = nothing.to(tl.float64) + load_table(
+            table_ptr + 4
+        )  # what the sum over the others is to be multiplied by
         if RATIOS:
             rest_r = (row_total(powers, EACH) - one).to(tl.float32)
             exponent = (power * inverse).to(tl.float32)
@@ -266,26 +307,26 @@ def gradient(
                 ratios = rest_r * whole_power(1.0 / rest, ORDER)
                 shift = exponent
             log_norm = tl.fma(log2(1.0 + tl.where(rest > 0.0, ratios, 0.0)).to(tl.float64), inverse, log_norm)
-        kept = (p, s_r, near_r, all_r, log_total, r, power.to(tl.float32), exponent, shift)
+        kept = ClassNorm(p, s_r, near_r, all_r, log_total, r, power.to(tl.float32), exponent, shift)
         below, slot = none, zero
         log_top = (gap - log_total.to(tl.float64)).to(tl.float32)  # log2 p at the pivot
         for first in range(0, C, TILES * W):
             for i in tl.static_range(TILES):
                 k = first + i * W + lane
-                z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, C, V, LABELS, OUTSIDE)
-                x = size(z, e, kept, ORDER, EXPONENT)
+                z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
+                x = size(z, e, kept, NORM)
                 if LABELS == GIVEN:
                     slot = tl.fma(q, x, slot)
                 elif LABELS == PREDICTED:
                     slot = tl.fma(e, x, slot)
                 elif LABELS == LOG_PREDICTED:
-                    slot = tl.fma(within(z + log_top, k, C, HELD and (i + 1) * W <= C), x, slot)
+                    slot = tl.fma(masked(z + log_top, k, HELD and (i + 1) * W <= C, S), x, slot)
                 else:
-                    slot += within(x, k, C, HELD and (i + 1) * W <= C)
+                    slot += masked(x, k, HELD and (i + 1) * W <= C, S)
                 below, slot = collected(below, slot, i, TILES)
         below = row_total(below, EACH)
         if LABELS != GIVEN:
-            x = size(nothing, nothing + 1.0, kept, ORDER, EXPONENT)
+            x = size(nothing, nothing + 1.0, kept, NORM)
             below -= (x * log_top if LABELS == LOG_PREDICTED else x).to(tl.float64)
         if ORDER == 1:
             log_norm += 1.0
@@ -307,15 +348,15 @@ def gradient(
         q_rest = (top if LABELS == GIVEN else label) - tl.where(sure, 1.0, 0.0)
         d_top = tl.abs(tl.fma(tl.where(sure, r1, -1.0), p_top, q_rest))
         if LABELS == GIVEN:
-            d_top = tl.where(second == m, 0.0, d_top)
+            d_top = tl.where(second == f_max, 0.0, d_top)
         unit = nothing + 1.0
         if ORDER != 1:
             largest = zero
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
                     k = first + i * W + lane
-                    z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, C, V, LABELS, OUTSIDE)
-                    largest = tl.maximum(largest, away(e, q, k, p, C, LABELS, HELD and (i + 1) * W <= C))
+                    z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
+                    largest = tl.maximum(largest, away(e, q, k, p, HELD and (i + 1) * W <= C, S, NORM))
             unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_top)
         if ORDER != INFINITE:
             unit = tl.maximum(unit, 2.0**-126)
@@ -327,8 +368,8 @@ def gradient(
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
                     k = first + i * W + lane
-                    z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, C, V, LABELS, OUTSIDE)
-                    d = away(e, q, k, p, C, LABELS, HELD and (i + 1) * W <= C)
+                    z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
+                    d = away(e, q, k, p, HELD and (i + 1) * W <= C, S, NORM)
                     if ORDER == GENERAL:
                         log_d = log2(d * per_unit)
                         if LABELS == GIVEN:  # p below float32 counts in orders near 0

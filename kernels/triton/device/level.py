@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 
 from fastood.kernels.triton.device.formulas import FLAT_KL, FLAT_KL_SHARE, FLAT_TV
-from fastood.kernels.triton.device.words import LN2, load_tile, log, log2, unpack, within
+from fastood.kernels.triton.device.words import LN2, elements, log, log2, within
 
 
 @triton.jit
-def kl_uniform(rest, mean_z, n):
+def kl_uniform(rest, mean_z, C):
     """log mean e^z - mean z, and which rows are so flat that this loses too much."""
     mean = mean_z.to(tl.float64)
-    kl = log(1.0 + rest) - log(tl.zeros_like(rest) + n) - mean
+    kl = log(1.0 + rest) - log(tl.zeros_like(rest) + C) - mean
     return kl.to(tl.float32), (kl < FLAT_KL) | (kl < mean * -FLAT_KL_SHARE)
 
 
@@ -26,15 +26,14 @@ def has_flat_tv(deviation, rest):
 
 
 @triton.jit
-def of_flat_rows(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-                 SHIFTED: tl.constexpr, W: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):  # fmt: skip
+def of_flat_rows(rows, f_max, scale, X: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):
     """KL(u || p) and TV, as wanted."""
     per_T = scale * LN2
-    level, shift = m, tl.zeros_like(m)
+    level, shift = f_max, tl.zeros_like(f_max)
     tail, above = shift, shift
     # From the maximum to the level; for what was rounded on the way; and the sums that are wanted.
     for _ in range(3):
-        rise, tail, above = level_sums(ptr, base, head, w, n, level, shift, per_T, N, VEC, P, SHIFTED, W, KL, TV)
+        rise, tail, above = level_sums(rows, level, shift, per_T, X, KL, TV)
         off = log1p_near(rise)
         before = level
         level += off / per_T
@@ -43,17 +42,17 @@ def of_flat_rows(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.const
 
 
 @triton.jit
-def level_sums(ptr, base, head, w, n, level, shift, per_T, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-               SHIFTED: tl.constexpr, W: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):  # fmt: skip
+def level_sums(rows, level, shift, per_T, X: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):
     """mean expm1(x) and, as wanted, mean(e^x - 1 - x) and mean max(expm1(x), 0), x = (f - level) / T - shift."""
-    TILES: tl.constexpr = (N + W * P - 1) // (W * P)
+    W: tl.constexpr = X.w
+    w = tl.arange(0, W)[None, :]
     zero = tl.zeros([level.shape[0], W], tl.float64)
     sum1, sum2, sum3 = zero, zero, zero
-    for i in range(TILES):
-        halves = unpack(load_tile(ptr, base, head, w + i * W, n, False, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
-        for j in tl.static_range(P):
-            own = within(w + i * W, j, n, VEC, P)
-            x = tl.fma(halves[j] - level[:, None], per_T, -shift[:, None])
+    for i in range(X.tiles):
+        xs = elements(rows, w + i * W, X)
+        for j in tl.static_range(len(xs)):
+            own = within(w + i * W, j, X)
+            x = tl.fma(xs[j] - level[:, None], per_T, -shift[:, None])
             e = tl.exp2(x * (1 / LN2)) - 1.0
             near = tl.abs(x) < 1.0
             tail = tl.where(near, exp_tail(x), e - x)
@@ -63,9 +62,9 @@ def level_sums(ptr, base, head, w, n, level, shift, per_T, N: tl.constexpr, VEC:
                 sum2 += tl.where(own, tail, 0.0).to(tl.float64)
             if TV:
                 sum3 += tl.maximum(rise, 0.0).to(tl.float64)
-    sum1 = tl.sum(sum1, 1).to(tl.float32) / n
-    sum2 = tl.sum(sum2, 1).to(tl.float32) / n if KL else sum1
-    sum3 = tl.sum(sum3, 1).to(tl.float32) / n if TV else sum1
+    sum1 = tl.sum(sum1, 1).to(tl.float32) / X.columns
+    sum2 = tl.sum(sum2, 1).to(tl.float32) / X.columns if KL else sum1
+    sum3 = tl.sum(sum3, 1).to(tl.float32) / X.columns if TV else sum1
     return sum1, sum2, sum3
 
 
@@ -91,15 +90,15 @@ def log1p_near(x):
 
 
 @triton.jit
-def mean_z_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-                 SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def mean_z_again(rows, f_max, scale, X: tl.constexpr):
     """mean z, summed in float64, of rows in which the sum, or one of its terms, is beyond float32."""
-    TILES: tl.constexpr = (N + W * P - 1) // (W * P)
-    slot = tl.zeros([m.shape[0], W], tl.float64)
-    top, wide_scale = m[:, None].to(tl.float64), tl.zeros([1, 1], tl.float64) + scale
-    for i in range(TILES):
-        halves = unpack(load_tile(ptr, base, head, w + i * W, n, False, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
-        for j in tl.static_range(P):
-            own = within(w + i * W, j, n, VEC, P)
-            slot += tl.where(own, (halves[j].to(tl.float64) - top) * wide_scale, 0.0)
-    return (tl.sum(slot, 1) * (LN2 / n)).to(tl.float32)
+    W: tl.constexpr = X.w
+    w = tl.arange(0, W)[None, :]
+    slot = tl.zeros([f_max.shape[0], W], tl.float64)
+    top, wide_scale = f_max[:, None].to(tl.float64), tl.zeros([1, 1], tl.float64) + scale
+    for i in range(X.tiles):
+        xs = elements(rows, w + i * W, X)
+        for j in tl.static_range(len(xs)):
+            own = within(w + i * W, j, X)
+            slot += tl.where(own, (xs[j].to(tl.float64) - top) * wide_scale, 0.0)
+    return (tl.sum(slot, 1) * (LN2 / X.columns)).to(tl.float32)

@@ -14,7 +14,7 @@ from fastood.kernels.triton.device.words import INF, INTERPRETED, exp2_double, i
 # The statistics, in the order of fused_linear.py.
 FMAX, LSE, ENERGY, MSP, S2 = (tl.constexpr(i) for i in range(5))
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
-STEP_UP = tl.constexpr(4.0)  # how far 2^t may be above the reference, in powers of two, before that follows
+STEP_UP = tl.constexpr(4.0)  # how far the maximum may be above the pivot, in powers of two, before that follows
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -25,19 +25,19 @@ def partial_sums(
 ):  # fmt: skip
     """Of ROWS rows and TILES tiles of CLASSES classes to part [parts, 4, N], with f the logits:
 
-    reference, max f, sum 2^t and sum 2^2t of t = (f - reference) scale; to class_ptr, where it is given, the first
+    pivot, max f, sum 2^t and sum 2^2t of t = (f - pivot) scale; to class_ptr, where it is given, the first
     class with max f, -1 where there is none.
 
-    The reference is a logit that the maximum is at most STEP_UP powers of two above. So it seldom moves, and what
-    rounds as it does has then lost its weight: a reference that followed each maximum would round each time.
+    The pivot is a logit that the maximum is at most STEP_UP powers of two above. So it seldom moves, and what rounds as
+    it does has then lost its weight: a pivot that followed each maximum would round each time.
     """
-    block, part = place_of(N, ROWS, GROUP)
+    block, part = share_of(N, ROWS, GROUP)
     row = block * ROWS + tl.arange(0, ROWS)
     inside = row < N
     row = tl.minimum(row, N - 1).to(tl.int64)
     k = tl.arange(0, STEP)
     h = h_ptr + row[:, None] * h_stride + k[None, :]
-    reference = tl.full([ROWS], -LARGEST_FLOAT, tl.float32)
+    pivot = tl.full([ROWS], -LARGEST_FLOAT, tl.float32)
     top = tl.full([ROWS], -INF, tl.float32)
     sum1 = tl.zeros([ROWS], tl.float64)  # equal terms would round in one direction
     sum2 = sum1
@@ -62,15 +62,15 @@ def partial_sums(
             first_high = tl.min(tl.where(f == high[:, None], c[None, :], 0x7FFFFFFF), 1)
             best = tl.where(high > top, first_high, best)
         top = tl.maximum(top, high)
-        new = tl.where((high - reference) * scale > STEP_UP, tl.minimum(high, LARGEST_FLOAT), reference)
-        down = tl.exp2((reference - new) * scale).to(tl.float64)
-        reference = new
+        new = tl.where((high - pivot) * scale > STEP_UP, tl.minimum(high, LARGEST_FLOAT), pivot)
+        down = tl.exp2((pivot - new) * scale).to(tl.float64)
+        pivot = new
         e = tl.exp2((f - new[:, None]) * scale)
         sum1 = sum1 * down + tl.sum(e, 1).to(tl.float64)
         if SQUARES & SUMS:
             sum2 = sum2 * (down * down) + tl.sum(e * e, 1).to(tl.float64)
     out = part_ptr + part.to(tl.int64) * 4 * N + row
-    tl.store(out, reference, mask=inside)
+    tl.store(out, pivot, mask=inside)
     tl.store(out + N, top, mask=inside)
     tl.store(out + 2 * N, sum1.to(tl.float32), mask=inside)
     if SQUARES & SUMS:
@@ -80,7 +80,7 @@ def partial_sums(
 
 
 @triton.jit
-def place_of(N, ROWS: tl.constexpr, GROUP: tl.constexpr):
+def share_of(N, ROWS: tl.constexpr, GROUP: tl.constexpr):
     """Block of rows and part of the classes of this program: GROUP blocks of rows share their parts of the weight while
     these are in the cache."""
     blocks = tl.cdiv(N, ROWS)
@@ -107,20 +107,20 @@ def merged(part_ptr, class_ptr, out_ptr, best_ptr, N, C, parts, scale, temperatu
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     row = tl.minimum(row, N - 1)[None, :]
-    reference = tl.full([ROWS], -LARGEST_FLOAT, tl.float32)
-    m = tl.full([ROWS], -INF, tl.float32)
+    pivot = tl.full([ROWS], -LARGEST_FLOAT, tl.float32)
+    f_max = tl.full([ROWS], -INF, tl.float32)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         here = part_ptr + part.to(tl.int64) * 4 * N + row
-        reference = tl.maximum(reference, tl.max(tl.load(here, mask=part < parts, other=-LARGEST_FLOAT), 0))
-        m = tl.maximum(m, tl.max(tl.load(here + N, mask=part < parts, other=-INF), 0))
+        pivot = tl.maximum(pivot, tl.max(tl.load(here, mask=part < parts, other=-LARGEST_FLOAT), 0))
+        f_max = tl.maximum(f_max, tl.max(tl.load(here + N, mask=part < parts, other=-INF), 0))
     sum1 = tl.zeros([ROWS], tl.float64)
     sum2 = sum1
     best = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         here = part_ptr + part.to(tl.int64) * 4 * N + row
-        below = tl.load(here, mask=part < parts, other=-LARGEST_FLOAT) - reference[None, :]
+        below = tl.load(here, mask=part < parts, other=-LARGEST_FLOAT) - pivot[None, :]
         down = exp2_double(below.to(tl.float64) * scale)
         sum1 += tl.sum(tl.load(here + 2 * N, mask=part < parts, other=0.0).to(tl.float64) * down, 0)
         if SQUARES & SUMS:
@@ -128,20 +128,20 @@ def merged(part_ptr, class_ptr, out_ptr, best_ptr, N, C, parts, scale, temperatu
         if best_ptr is not None:
             high = tl.load(here + N, mask=part < parts, other=-INF)
             which = tl.load(class_ptr + part.to(tl.int64) * N + row, mask=part < parts, other=-1)
-            which = tl.where((high == m[None, :]) & (which >= 0), which, 0x7FFFFFFF)
+            which = tl.where((high == f_max[None, :]) & (which >= 0), which, 0x7FFFFFFF)
             best = tl.minimum(best, tl.min(which, 0))
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    unit = tl.exp2((m - reference) * scale).to(tl.float64)  # 2^t of the maximum
-    total = tl.maximum(sum1 / unit, 1.0)
-    finite = (tl.abs(m) < INF) & (sum1 == sum1)
-    nan = tl.where(sum1 == sum1, m, float("nan")).to(tl.float64)
+    e_max = tl.exp2((f_max - pivot) * scale).to(tl.float64)
+    total = tl.maximum(sum1 / e_max, 1.0)
+    finite = (tl.abs(f_max) < INF) & (sum1 == sum1)
+    nan = tl.where(sum1 == sum1, f_max, float("nan")).to(tl.float64)
     for i in tl.static_range(len(STATS)):
         if STATS[i] == FMAX:
-            x = tl.where(finite, m, float("nan")).to(tl.float64)
+            x = tl.where(finite, f_max, float("nan")).to(tl.float64)
         elif STATS[i] == ENERGY:
-            x = tl.where(finite, m.to(tl.float64) + log(total.to(tl.float32)) * temperature, nan)
+            x = tl.where(finite, f_max.to(tl.float64) + log(total.to(tl.float32)) * temperature, nan)
         elif STATS[i] == LSE:
-            x = tl.where(finite, m.to(tl.float64) / temperature + log(total.to(tl.float32)), nan)
+            x = tl.where(finite, f_max.to(tl.float64) / temperature + log(total.to(tl.float32)), nan)
         elif STATS[i] == MSP:
             x = tl.where(finite, 1.0 / total, float("nan"))
         else:

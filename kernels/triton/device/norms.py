@@ -1,9 +1,11 @@
 """Rows of features to sums of powers.
 
-POWERS says how, as shapes.py lays it out: (roots, left, right, first, second, (count, largest, subnormals)). The roots
-are powers of |h| by their order: 1, 0.5, or any other, which costs an exp2 and shares one log2. To these are added the
-products of each left and right one. A sum adds up a first power, or its product with a second, -1 being none.
+NORMS says how, a NormsPlan of shapes.py: from its roots, powers of |h| by their order, and the products of some of
+these to sums of a power or of the product of two. Roots are 1, 0.5, or any other, which costs an exp2 and shares one
+log2.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,24 +28,39 @@ from fastood.kernels.triton.device.words import (
 FOLD = tl.constexpr(4)  # words of a load
 
 
+class SlotSums(NamedTuple):
+    """Of the elements of each slot."""
+
+    totals: Any  # the sums of powers, a tuple
+    nonzero: Any  # how many are
+    most: Any  # the largest |h|, as words
+    bits: Any  # all bits of min(|h|, least normal number)
+
+
+class PowerSums(NamedTuple):
+    """Of each row, the sums of powers of |h| / unit, then as wanted how many elements are not 0, and the largest."""
+
+    sums: Any
+    unit: Any
+
+
 @triton.jit
-def powers_of(a, largest, SAFE: tl.constexpr, POWERS: tl.constexpr):
-    """All powers of |h|; SAFE: of |h| / largest, however far the two are apart."""
-    x = quotient(a, largest) if SAFE else a
+def powers_of(a, unit, SAFE: tl.constexpr, NORMS: tl.constexpr):
+    """All powers of |h|; SAFE: of |h| / unit, however far the two are apart."""
+    x = quotient(a, unit) if SAFE else a
     log = x
-    for i in tl.static_range(len(POWERS[0])):
-        if POWERS[0][i] != 1.0 and POWERS[0][i] != 0.5:
-            log = log2_ratio(a, largest) if SAFE else log2(a)
+    if NORMS.by_log:
+        log = log2_ratio(a, unit) if SAFE else log2(a)
     out = ()
-    for i in tl.static_range(len(POWERS[0])):
-        if POWERS[0][i] == 1.0:
+    for i in tl.static_range(len(NORMS.roots)):
+        if NORMS.roots[i] == 1.0:
             out = out + (x,)
-        elif POWERS[0][i] == 0.5:
+        elif NORMS.roots[i] == 0.5:
             out = out + (tl.sqrt(x),)
         else:
-            out = out + (tl.exp2(log * POWERS[0][i]),)
-    for i in tl.static_range(len(POWERS[1])):
-        out = out + (out[POWERS[1][i]] * out[POWERS[2][i]],)
+            out = out + (tl.exp2(log * NORMS.roots[i]),)
+    for i in tl.static_range(len(NORMS.products)):
+        out = out + (out[NORMS.products[i][0]] * out[NORMS.products[i][1]],)
     return out
 
 
@@ -66,13 +83,13 @@ def log2_ratio(a, b):
 
 
 @triton.jit
-def add_powers(sums, ys, POWERS: tl.constexpr):
+def add_powers(sums, ys, NORMS: tl.constexpr):
     """Adds what the powers ys of elements contribute to each sum; none are there yet of the first elements."""
     out = ()
-    for i in tl.static_range(len(POWERS[3])):
-        y = ys[POWERS[3][i]]
-        if POWERS[4][i] >= 0:
-            z = ys[POWERS[4][i]]
+    for i in tl.static_range(len(NORMS.factors)):
+        y = ys[NORMS.factors[i][0]]
+        if len(NORMS.factors[i]) == 2:
+            z = ys[NORMS.factors[i][1]]
             out = out + (tl.fma(y, z, sums[i]) if len(sums) > 0 else y * z,)
         else:
             out = out + (sums[i] + y if len(sums) > 0 else y,)
@@ -88,73 +105,74 @@ def add_each(a, b):
 
 
 @triton.jit
-def read_powers(ptr, base, largest, ROWS: tl.constexpr, SAFE: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr,
-                P: tl.constexpr, W: tl.constexpr, K: tl.constexpr, POWERS: tl.constexpr):  # fmt: skip
-    """Whole rows to the sums, how many elements are not 0, the maximum, and all bits of min(|h|, least normal number).
+def read_powers(rows, unit, SAFE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr):
+    """The SlotSums of whole rows.
 
     K tiles are in flight and summed by themselves, MANY times K too: a long sum of equal terms rounds in one direction.
     """
-    SPAN: tl.constexpr = (D + P - 1) // P
-    MANY: tl.constexpr = 16 if SPAN > 32 * W * K else 32
-    TYPE: tl.constexpr = ptr.dtype.element_ty
-    zero = tl.zeros([ROWS, W // FOLD], tl.float32)
+    SPAN: tl.constexpr = (H.columns + H.p - 1) // H.p
+    MANY: tl.constexpr = 16 if K * H.w * 32 < SPAN else 32
+    WHOLE: tl.constexpr = SPAN % (H.w * K) == 0 and H.columns % H.p == 0
+    TYPE: tl.constexpr = rows.ptr.dtype.element_ty
+    zero = tl.zeros([unit.shape[0], H.w // FOLD], tl.float32)
     none = ()
-    for _ in tl.static_range(len(POWERS[3])):
+    for _ in tl.static_range(len(NORMS.factors)):
         none = none + (zero,)
     totals = none
-    count = zero.to(tl.int32)
-    most = zero.to(tl.uint32) if P == 2 else zero
-    seen = zero.to(tl.uint32)
+    nonzero = zero.to(tl.int32)
+    most = zero.to(tl.uint32) if H.p == 2 else zero
+    bits = zero.to(tl.uint32)
     # Once subnormals are known to be there, or not to matter, an element that is not 0 counts by one bit.
-    SHIFT: tl.constexpr = (7 if P == 2 else 23) if POWERS[5][2] and not SAFE else 0
-    for first in range(0, SPAN, MANY * W * K):
+    SHIFT: tl.constexpr = (7 if H.p == 2 else 23) if NORMS.subnormals and not SAFE else 0
+    for first in range(0, SPAN, MANY * H.w * K):
         sums = none
-        for c in range(first, tl.minimum(first + MANY * W * K, SPAN), W * K):
+        for c in range(first, tl.minimum(first + MANY * H.w * K, SPAN), H.w * K):
             us = ()
             for k in tl.static_range(K):
-                us = us + load_words(ptr, base, c + k * W, D, VEC, P, W, SPAN % (W * K) == 0 and D % P == 0)
+                us = us + load_apart(rows, c + k * H.w, WHOLE, H)
             parts = ()
             counts = zero.to(tl.uint32)
             for i in tl.static_range(K * FOLD):
-                u = us[i] & 0x7FFF7FFF if P == 2 else tl.abs(us[i])
-                if POWERS[5][0] or SHIFT > 0:
-                    least = at_most(u, 1 << SHIFT, P, TYPE)
+                u = us[i] & 0x7FFF7FFF if H.p == 2 else tl.abs(us[i])
+                if NORMS.nonzero or SHIFT > 0:
+                    least = at_most(u, 1 << SHIFT, H.p, TYPE)
                     counts += least
-                    seen |= least
-                if POWERS[5][1]:
-                    most = larger_words(most, u, P, TYPE)
-                halves = unpack(u, P, TYPE)
-                for j in tl.static_range(P):
-                    parts = add_powers(parts, powers_of(halves[j], largest, SAFE, POWERS), POWERS)
+                    bits |= least
+                if NORMS.largest:
+                    most = larger_words(most, u, H.p, TYPE)
+                xs = unpack(u, H.p, TYPE)
+                for j in tl.static_range(len(xs)):
+                    parts = add_powers(parts, powers_of(xs[j], unit, SAFE, NORMS), NORMS)
             sums = add_each(sums, parts)
-            if POWERS[5][0]:
-                counts = (counts & 0xFFFF) + (counts >> 16) if P == 2 else counts
-                count += (counts >> SHIFT).to(tl.int32)
+            if NORMS.nonzero:
+                counts = (counts & 0xFFFF) + (counts >> 16) if H.p == 2 else counts
+                nonzero += (counts >> SHIFT).to(tl.int32)
         totals = add_each(totals, sums)
-    return totals, count, most, seen
+    return SlotSums(totals, nonzero, most, bits)
 
 
 @triton.jit
-def load_words(ptr, base, first, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-               WHOLE: tl.constexpr):  # fmt: skip
+def load_apart(rows, first, WHOLE: tl.constexpr, H: tl.constexpr):
     """A tile as FOLD words of each thread, which are the same wherever rows begin; WHOLE: all of them are the row's."""
     out = ()
-    if VEC < P:
-        lane = tl.arange(0, W // FOLD)[None, :]
+    if H.vec < H.p:
+        here = rows.ptr + rows.base
+        lane = tl.arange(0, H.w // FOLD)[None, :]
         for i in tl.static_range(FOLD):
-            place = (first + lane * FOLD + i) * P
-            low = tl.load(ptr + base + place, mask=place < D, other=0.0).to(tl.uint16, bitcast=True)
-            high = tl.load(ptr + base + place + 1, mask=place + 1 < D, other=0.0).to(tl.uint16, bitcast=True)
+            place = (first + lane * FOLD + i) * H.p
+            low = tl.load(here + place, mask=place < H.columns, other=0.0).to(tl.uint16, bitcast=True)
+            high = tl.load(here + place + 1, mask=place + 1 < H.columns, other=0.0).to(tl.uint16, bitcast=True)
             out = out + (low.to(tl.uint32) | (high.to(tl.uint32) << 16),)
     else:
-        WIDE: tl.constexpr = VEC // P
-        w = tl.arange(0, W // FOLD * WIDE)[None, :]
+        WIDE: tl.constexpr = H.words
+        here = words(rows.ptr, H.p) + rows.base
+        w = tl.arange(0, H.w // FOLD * WIDE)[None, :]
         for i in tl.static_range(0, FOLD, WIDE):
             word = first + w // WIDE * FOLD + (w % WIDE + i)
             if WHOLE:
-                u = tl.load(words(ptr, P) + base + word)
+                u = tl.load(here + word)
             else:
-                u = tl.load(words(ptr, P) + base + word, mask=word // WIDE < D // VEC, other=0)
+                u = tl.load(here + word, mask=word // WIDE < H.columns // H.vec, other=0)
             out = out + apart(u, WIDE)
     return out
 
@@ -183,54 +201,57 @@ def at_most(u, BITS: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def row_powers(totals, count, most, P: tl.constexpr, POWERS: tl.constexpr, TYPE: tl.constexpr):
-    """The sums of slots reduced to rows."""
-    out = row_sums(totals)
-    if POWERS[5][0]:
-        out = out + (tl.sum(count, 1).to(tl.float32),)
-    if POWERS[5][1]:
-        pair = unpack(most, P, TYPE)
-        out = out + (row_max(larger(pair[0], pair[1]) if P == 2 else pair[0]),)
+def row_powers(slots, H: tl.constexpr, NORMS: tl.constexpr, TYPE: tl.constexpr):
+    """SlotSums reduced to the sums of rows."""
+    out = row_sums(slots.totals)
+    if NORMS.nonzero:
+        out = out + (tl.sum(slots.nonzero, 1).to(tl.float32),)
+    if NORMS.largest:
+        pair = unpack(slots.most, H.p, TYPE)
+        out = out + (row_max(larger(pair[0], pair[1]) if H.p == 2 else pair[0]),)
     return out
 
 
-@triton.jit
-def norm_sums(ptr, base, D: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-              ROWS: tl.constexpr, POWERS: tl.constexpr, RANGES: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
-    """The sums of POWERS, how many elements are not 0, the maximum; and the unit of each row: powers are of |h| / unit.
+@triton.constexpr_function
+def largest_alone(NORMS):
+    return NORMS._replace(roots=(), products=(), factors=(), nonzero=False, largest=True, subnormals=False)
 
-    First all is summed as it stands. A row of which a sum is outside its RANGES may have overflowed, or lost what
+
+@triton.jit
+def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr):
+    """The PowerSums of rows.
+
+    First all is summed as it stands. A row of which a sum is outside its range may have overflowed, or lost what
     counts, and is read again, with its largest element as unit: few rows have features so far from 1.
     """
-    TYPE: tl.constexpr = ptr.dtype.element_ty
-    SUMS: tl.constexpr = len(RANGES)
+    TYPE: tl.constexpr = rows.ptr.dtype.element_ty
+    ROWS: tl.constexpr = rows.base.shape[0]
     one = tl.full([ROWS, 1], 1.0, tl.float32)
-    totals, count, most, seen = read_powers(ptr, base, one, ROWS, False, D, VEC, P, W, K, POWERS)
-    sums = row_powers(totals, count, most, P, POWERS, TYPE)
+    slots = read_powers(rows, one, False, H, K, NORMS)
+    sums = row_powers(slots, H, NORMS, TYPE)
     unit = tl.full([ROWS], 1.0, tl.float32)
-    doubtful = unit != 1.0
-    for i in tl.static_range(SUMS):
-        if RANGES[i][0] > -INF:
-            doubtful |= (sums[i] < RANGES[i][0]) | (sums[i] > RANGES[i][1])
-    if POWERS[5][2]:
-        subnormal = seen & (0x007F007F if P == 2 else 0x007FFFFF)
-        doubtful |= tl.max((subnormal > 0).to(tl.int32), 1) > 0
-    if any_row(doubtful):
-        if POWERS[5][1]:
-            largest = sums[SUMS - 1]
+    again = unit != 1.0
+    for i in tl.static_range(len(NORMS.ranges)):
+        if NORMS.ranges[i][0] > -INF:
+            again |= (sums[i] < NORMS.ranges[i][0]) | (sums[i] > NORMS.ranges[i][1])
+    if NORMS.subnormals:
+        subnormal = slots.bits & (0x007F007F if H.p == 2 else 0x007FFFFF)
+        again |= tl.max((subnormal > 0).to(tl.int32), 1) > 0
+    if any_row(again):
+        if NORMS.largest:
+            largest = sums[len(NORMS.ranges) - 1]
         else:
-            MOST: tl.constexpr = ((), (), (), (), (), (False, True, False))
-            _, _, most, _ = read_powers(ptr, base, one, ROWS, False, D, VEC, P, W, K, MOST)
-            largest = row_powers((), count, most, P, MOST, TYPE)[0]
+            MOST: tl.constexpr = largest_alone(NORMS)
+            largest = row_powers(read_powers(rows, one, False, H, K, MOST), H, MOST, TYPE)[0]
         # Sums that hold infinity or nothing are right as they are.
-        doubtful = doubtful & (largest > 0.0) & (largest < INF)
+        again = again & (largest > 0.0) & (largest < INF)
         if BIAS:
             largest = larger(largest, 1.0)
-        unit = tl.where(doubtful, largest, 1.0)
-        totals, count, most, _ = read_powers(ptr, base, unit[:, None], ROWS, True, D, VEC, P, W, 1, POWERS)
-        again = row_powers(totals, count, most, P, POWERS, TYPE)
+        unit = tl.where(again, largest, 1.0)
+        slots = read_powers(rows, unit[:, None], True, H, 1, NORMS)
+        more = row_powers(slots, H, NORMS, TYPE)
         picked = ()
-        for i in tl.static_range(SUMS):
-            picked = picked + (tl.where(doubtful, again[i], sums[i]),)
+        for i in tl.static_range(len(NORMS.ranges)):
+            picked = picked + (tl.where(again, more[i], sums[i]),)
         sums = picked
-    return sums, unit
+    return PowerSums(sums, unit)

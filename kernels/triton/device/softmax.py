@@ -1,5 +1,7 @@
 """Rows of logits to their maximum and the sums that statistics are made of."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -10,14 +12,15 @@ from fastood.kernels.triton.device.words import (
     LN2,
     above,
     any_row,
+    elements,
     fused,
     in_float32,
     inverse_power,
     larger,
     larger_words,
     load_row,
-    load_tile,
     log2,
+    narrowed,
     only_own,
     row_max,
     row_sums,
@@ -26,152 +29,160 @@ from fastood.kernels.triton.device.words import (
     within,
 )
 
-DEEP = tl.constexpr(2.0**-80)  # a rest below this is summed again from a pivot of its own
-FAR = tl.constexpr(16384.0)  # rows with a maximum beyond this times T / log2(e) are summed again
-SHORT = tl.constexpr(128)  # rows in which that would cost more than it saves
+LEAST_REST = tl.constexpr(2.0**-80)  # rows with less are read again, for sums relative to a pivot of their own
+MOST_SHIFT = tl.constexpr(16384.0)  # rows with more are read again: it rounds too much
+SHORT = tl.constexpr(128)  # rows in which reading them again for that would cost more than it saves
+
+
+class RowSums(NamedTuple):
+    """What a row of logits is reduced to, for t = (f - f_max) log2(e) / T. The rest's sums are relative to the pivot;
+    without REST they are what remains when 1 is taken from the sums of the whole row.
+    """
+
+    f_max: Any
+    pivot: Any  # f_max, or in rows that are read again, where the sums would vanish, the largest logit below
+    rest: Any  # sum 2^t
+    rest_squares: Any  # sum 2^2t
+    rest_t: Any  # sum t 2^t
+    mean_z: Any
+    deviation: Any  # sum over all of |2^t - u|, u = (sum 2^t) / C
+    kl: Any  # KL(u || p)
+    any_again: Any  # whether the program has read any of its rows again: otherwise no pivot is below the maximum
+
+
+class SumsAgain(NamedTuple):
+    """Of RowSums what is summed of rows that are read again."""
+
+    pivot: Any
+    rest: Any
+    rest_squares: Any
+    rest_t: Any
+    mean_z: Any
 
 
 @triton.jit
-def softmax_sums(ptr, base, head, w, n, scale, N: tl.constexpr, LEAST: tl.constexpr, VEC: tl.constexpr,
-                 P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
-    """Of t = (f - max) log2(e) / T over rows of LEAST <= n <= N logits, `rest` meaning all elements but one maximum:
-
-    max, pivot, rest sum 2^t, rest sum 2^2t, rest sum t 2^t, mean z, sum |2^t - u| with u = (sum 2^t) / n, KL(u || p).
-
-    The three sums over the rest are relative to the pivot: the maximum, or where they would vanish the next
-    largest logit; last comes whether any row may have such a pivot. Without REST the rest is what remains of the sum
-    after 1 is taken away.
-    """
-    TYPE: tl.constexpr = ptr.dtype.element_ty
-    us = load_row(ptr, base, head, w, n, N, LEAST, VEC, P, SHIFTED, W)
+def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
+    """The RowSums of rows that are held in registers, 0 what is not among SUMS."""
+    TYPE: tl.constexpr = rows.ptr.dtype.element_ty
+    C: tl.constexpr = X.columns
+    w = tl.arange(0, X.w)[None, :]
+    us = load_row(rows, w, X)
     if REST & SUMS:
-        us = largest_first(us, P, TYPE)
+        us = largest_first(us, X.p, TYPE)
         top = us[0]
     else:
         top = us[0]
         for i in tl.static_range(1, len(us)):
-            top = larger_words(top, us[i], P, TYPE)
-    tops = unpack(top, P, TYPE)
-    top = tops[0] if P == 1 else larger(tops[0], tops[1])
-    m = row_max(top)
-    rest = tl.zeros_like(m)
-    squares = rest
-    exp_t = rest
+            top = larger_words(top, us[i], X.p, TYPE)
+    tops = unpack(top, X.p, TYPE)
+    top = tops[0] if X.p == 1 else larger(tops[0], tops[1])
+    f_max = row_max(top)
+    rest = tl.zeros_like(f_max)
+    rest_squares = rest
+    rest_t = rest
     mean_z = rest
     deviation = rest
     kl = rest
-    pivot = m
-    rare = False
+    pivot = f_max
+    any_again = False
     if EXP & SUMS:
         xs = ()
         for i in tl.static_range(len(us)):
-            xs = xs + unpack(us[i], P, TYPE)
-        if REST & SUMS and P == 2:
+            xs = xs + unpack(us[i], X.p, TYPE)
+        if REST & SUMS and X.p == 2:
             xs = (top, tl.minimum(xs[0], xs[1])) + xs[2:]
-        ONCE: tl.constexpr = REST & SUMS and N > SHORT
-        c, excess, far = centre(m, scale, ONCE)
-        unit = tl.exp2(excess)  # 2^t of the maximum, as the sums have it
-        back = inverse_power(excess)
+        ONCE: tl.constexpr = REST & SUMS and C > SHORT
+        shift, t_max, again = shift_of(f_max, scale, ONCE)
+        e_max = tl.exp2(t_max)
+        per_e_max = inverse_power(t_max)
         A: tl.constexpr = (len(xs) + 31) // 32  # accumulators: in a longer chain roundings add up
         sums = ((),) * A
         es, ts = (), ()
         for i in tl.static_range(len(xs)):
-            t = scaled(xs[i], scale, c, ONCE)
+            t = exponent(xs[i], scale, shift, ONCE)
             e = tl.exp2(t)
             if (PLOGP | SUMLOGP) & SUMS:  # 0 beyond the row's end, as 2^t is
-                t = only_own(t, 0.0, i // P, i % P, w, n, LEAST, VEC, P, W)
+                t = only_own(t, 0.0, i // X.p, i % X.p, w, X)
             es, ts = es + (e,), ts + (t,)
             if i > 0 or not REST & SUMS:
                 sums = sums[: i % A] + (add_exp(sums[i % A], e, t, SUMS),) + sums[i % A + 1 :]
         if REST & SUMS:
-            # The largest of a slot comes last, or is kept out: if it is the row's, the rest is not drowned.
-            hot = top == m[:, None]
-            sums = (add_exp(sums[0], tl.where(hot, 0.0, es[0]), ts[0], SUMS),) + sums[1:]
-            totals = row_sums(added(sums, len(sums)) + (tl.where(hot, 1.0, 0.0),))
+            # The largest of a slot comes last, or is left out where it is the row's: the rest is not drowned in it.
+            at_max = top == f_max[:, None]
+            sums = (add_exp(sums[0], tl.where(at_max, 0.0, es[0]), ts[0], SUMS),) + sums[1:]
+            totals = row_sums(added(sums, len(sums)) + (tl.where(at_max, 1.0, 0.0),))
+            others, of_max = totals[len(totals) - 1] - 1.0, 0.0  # all that were left out but one belong to the rest
         else:
             totals = row_sums(added(sums, len(sums)))
-        # A maximum that was kept out counts 1; one that was not is taken away as it was added.
-        others = totals[len(totals) - 1] - 1.0 if REST & SUMS else tl.zeros_like(m)
-        kept = 0.0 if REST & SUMS else 1.0
-        part = (totals[0] - kept) * back
-        rest = tl.fma(totals[0] - kept, back, others)
+            others, of_max = tl.zeros_like(f_max), 1.0  # none was left out, and one does not belong
+        summed = (totals[0] - of_max) * per_e_max
+        rest = tl.fma(totals[0] - of_max, per_e_max, others)
         totals = totals[1:]
         if REST & SUMS:
-            rest = tl.where(tl.abs(m) < INF, rest, float("nan"))  # inf - inf was kept out of it
+            rest = tl.where(tl.abs(f_max) < INF, rest, float("nan"))  # inf - inf was left out of it
         if SQUARES & SUMS:
-            squares = tl.fma((totals[0] - kept) * back, back, others)
+            rest_squares = tl.fma((totals[0] - of_max) * per_e_max, per_e_max, others)
             totals = totals[1:]
         if PLOGP & SUMS:
-            exp_t = tl.fma(totals[0], back, -(excess * part))
+            rest_t = tl.fma(totals[0], per_e_max, -(t_max * summed))
             totals = totals[1:]
         if SUMLOGP & SUMS:
-            mean_z = tl.fma(totals[0], LN2 / n, excess * -LN2)
+            mean_z = tl.fma(totals[0], LN2 / C, t_max * -LN2)
         if TV & SUMS:
-            u = (rest + 1.0) * unit / N
-            deviation = deviations(es, u) * back
-        again = far
+            u = (rest + 1.0) * e_max / C
+            deviation = deviations(es, u) * per_e_max
         if REST & SUMS:
-            again |= rest < DEEP
+            again |= rest < LEAST_REST
         if SUMLOGP & SUMS:
             again |= mean_z == -INF  # of a sum beyond float32, or a masked class
-        seen = again
+        doubtful = again
         if PLOGP & SUMS:
-            seen |= exp_t != exp_t
+            doubtful |= rest_t != rest_t
         if TV & SUMS:
-            seen |= has_flat_tv(deviation, rest)
+            doubtful |= has_flat_tv(deviation, rest)
         if KL & SUMS:
-            kl, flat = kl_uniform(rest, mean_z, n)
-            seen |= flat
+            kl, flat = kl_uniform(rest, mean_z, C)
+            doubtful |= flat
         if (REST | SUMLOGP | TV) & SUMS:
-            rare = any_row(seen)
-            if rare:
+            any_again = any_row(doubtful)
+            if any_again:
                 if PLOGP & SUMS:
-                    if any_row(exp_t != exp_t):
-                        exp_t = tl.where(exp_t != exp_t, masked_exp_t(es, unit, excess) * back, exp_t)
-                # In tiles of a word or a few a thread, so that what is rare is not what takes the most registers.
+                    if any_row(rest_t != rest_t):
+                        rest_t = tl.where(rest_t != rest_t, masked_rest_t(es, e_max, t_max) * per_e_max, rest_t)
+                # In tiles of a word or a few a thread, so that this is not what takes the most registers.
                 if REST & SUMS:
                     if any_row(again):
-                        SOME: tl.constexpr = W // P if N % 8 == 0 and W >= P else W
-                        some = tl.arange(0, SOME)[None, :]
-                        other, sum1, sum2, sum3, sum4 = sums_again(
-                            ptr, base, head, some, n, m, scale, N, VEC, P, SHIFTED, SOME
-                        )
-                        pivot = tl.where(again, other, m)
-                        rest = tl.where(again, sum1, rest)
-                        squares = tl.where(again, sum2, squares)
-                        exp_t = tl.where(again, sum3, exp_t)
-                        mean_z = tl.where(again, sum4, mean_z)
+                        SOME: tl.constexpr = narrowed(X, X.w // X.p if C % 8 == 0 and X.w >= X.p else X.w)
+                        more = sums_again(rows, f_max, scale, SOME)
+                        pivot = tl.where(again, more.pivot, f_max)
+                        rest = tl.where(again, more.rest, rest)
+                        rest_squares = tl.where(again, more.rest_squares, rest_squares)
+                        rest_t = tl.where(again, more.rest_t, rest_t)
+                        mean_z = tl.where(again, more.mean_z, mean_z)
                         if TV & SUMS:
-                            u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / N
-                            other = deviations_again(ptr, base, head, some, n, m, scale, u, N, VEC, P, SHIFTED, SOME)
-                            deviation = tl.where(again, other, deviation)
-                LESS: tl.constexpr = W // 4 if W >= 4 and N % 4 == 0 else W
-                less = tl.arange(0, LESS)[None, :]
+                            u = tl.fma(rest, tl.exp2((pivot - f_max) * scale), 1.0) / C
+                            deviation = tl.where(again, deviations_again(rows, f_max, scale, u, SOME), deviation)
+                FEW: tl.constexpr = narrowed(X, X.w // 4 if X.w >= 4 and C % 4 == 0 else X.w)
                 if SUMLOGP & SUMS and not REST & SUMS:
                     if any_row(again):
-                        other = mean_z_again(ptr, base, head, less, n, m, scale, N, VEC, P, SHIFTED, LESS)
-                        mean_z = tl.where(again, other, mean_z)
+                        mean_z = tl.where(again, mean_z_again(rows, f_max, scale, FEW), mean_z)
                 if (TV | KL) & SUMS:
-                    of_max = tl.where(pivot == m, rest, 0.0)
-                    kl, deviation = flat_again(
-                        ptr, base, head, less, n, m, of_max, mean_z, deviation, scale, N, VEC, P, SHIFTED, LESS, SUMS
-                    )
-    return m, pivot, rest, squares, exp_t, mean_z, deviation, kl, rare
+                    so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
+                    kl, deviation = flat_again(rows, so_far, scale, FEW, SUMS)
+    return RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
 
 
 @triton.jit
-def flat_again(ptr, base, head, w, n, m, rest, mean_z, deviation, scale, N: tl.constexpr, VEC: tl.constexpr,
-               P: tl.constexpr, SHIFTED: tl.constexpr, W: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
-    """KL(u || p) and sum |2^t - u|, of nearly flat rows from reading them again."""
-    kl, flat = rest, m != m
+def flat_again(rows, sums, scale, X: tl.constexpr, SUMS: tl.constexpr):
+    """KL(u || p) and the deviation; of nearly flat rows from reading them again."""
+    rest = tl.where(sums.pivot == sums.f_max, sums.rest, 0.0)
+    kl, deviation, flat = rest, sums.deviation, sums.f_max != sums.f_max
     if KL & SUMS:
-        kl, flat = kl_uniform(rest, mean_z, n)
+        kl, flat = kl_uniform(rest, sums.mean_z, X.columns)
     if TV & SUMS:
         flat |= has_flat_tv(deviation, rest)
     if any_row(flat):
-        IS_KL: tl.constexpr = KL & SUMS > 0
-        IS_TV: tl.constexpr = TV & SUMS > 0
-        other, tv = of_flat_rows(ptr, base, head, w, n, m, scale, N, VEC, P, SHIFTED, W, IS_KL, IS_TV)
+        other, tv = of_flat_rows(rows, sums.f_max, scale, X, KL & SUMS > 0, TV & SUMS > 0)
         kl = tl.where(flat, other, kl)
         deviation = tl.where(flat, (tv + tv) * (1.0 + rest), deviation)
     return kl, deviation
@@ -215,32 +226,33 @@ def largest_first(us, P: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def centre(m, scale, ONCE: tl.constexpr):
-    """c, and by how much t = fma(logit, scale, c) exceeds (logit - m) scale in each row, the rounding error of c.
+def shift_of(f_max, scale, ONCE: tl.constexpr):
+    """The shift of t = f scale - shift, and t_max, by which t is above (f - f_max) scale: how the shift was rounded.
 
-    Last: which rows have so large a maximum that this is not next to 0, and are summed again. Not ONCE, in short rows
-    and where none are summed again otherwise, m is subtracted first: c is half of -m, see scaled.
+    Last: which rows have so large a shift that t_max is not next to 0, and are read again. Not ONCE, in short rows and
+    where none are read again otherwise, f_max is subtracted before all is scaled, and the shift is f_max / 2: see
+    exponent.
     """
     if ONCE:
-        c = -(m * scale)
-        c = tl.fma(tl.abs(c), -(2.0**-23), c)  # so that no t is above 0
-        return c[:, None], fused(m, scale, c), (tl.abs(c) > FAR) & (tl.abs(m) < INF)
+        shift = f_max * scale
+        shift = tl.fma(tl.abs(shift), 2.0**-23, shift)  # so that no t is above 0
+        return shift[:, None], fused(f_max, scale, -shift), (tl.abs(shift) > MOST_SHIFT) & (tl.abs(f_max) < INF)
     else:
-        return -0.5 * m[:, None], tl.zeros_like(m), m < m
+        return 0.5 * f_max[:, None], tl.zeros_like(f_max), f_max < f_max
 
 
 @triton.jit
-def scaled(x, scale, c, ONCE: tl.constexpr):
-    """t of logits; see centre. The difference of two may be beyond float32, that of their halves is not."""
-    return fused(x, scale, c) if ONCE else tl.fma(x, 0.5, c) * (2.0 * scale)
+def exponent(x, scale, shift, ONCE: tl.constexpr):
+    """t of logits; see shift_of. The difference of two may be beyond float32, that of their halves is not."""
+    return fused(x, scale, -shift) if ONCE else tl.fma(x, 0.5, -shift) * (2.0 * scale)
 
 
 @triton.jit
-def masked_exp_t(es, unit, excess):
+def masked_rest_t(es, e_max, t_max):
     """sum t 2^t of rows with masked classes, t from 2^t: log2's error shows near 1 alone, where entropies are large."""
     slot = tl.zeros_like(es[0])
     for i in tl.static_range(len(es)):
-        t = tl.where(es[i] < unit[:, None], log2(es[i]) - excess[:, None], 0.0)
+        t = tl.where(es[i] < e_max[:, None], log2(es[i]) - t_max[:, None], 0.0)
         slot = tl.fma(es[i], tl.where(es[i] < 2.0**-126, 0.0, t), slot)
     return tl.sum(slot, 1)
 
@@ -256,8 +268,8 @@ def deviations(es, u):
 
 @triton.jit
 def tree_sum(xs):
-    """The sum of tiles, halves first: no addition waits for the one before. (As sums of 2^t are made it would take
-    more registers.)
+    """The sum of tiles, by pairs, and pairs of pairs: no addition waits for the one before. (As sums of 2^t are made it
+    would take more registers.)
     """
     if len(xs) == 1:
         return xs[0]
@@ -266,51 +278,52 @@ def tree_sum(xs):
 
 
 @triton.jit
-def sums_again(ptr, base, head, w, n, m, scale, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-               SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """The three sums over the rest, and mean z, of rows read again: few are this certain, or this far from 0.
+def sums_again(rows, f_max, scale, X: tl.constexpr):
+    """The rest's sums and mean z of rows that are read again: few are this certain, or this far from 0.
 
-    They are relative to the pivot, in front: where it is far below the maximum, the largest of the other logits.
+    The pivot is the largest logit below the maximum where that is far below.
     """
-    TILES: tl.constexpr = (N + W * P - 1) // (W * P)
-    top = m[:, None]
-    second = tl.full([m.shape[0], W], -INF, tl.float32)
+    W: tl.constexpr = X.w
+    w = tl.arange(0, W)[None, :]
+    top = f_max[:, None]
+    second = tl.full([f_max.shape[0], W], -INF, tl.float32)
     zero = tl.zeros_like(second).to(tl.float64)  # in which the order of elements is lost
     ties = zero
-    for i in range(TILES):
-        halves = unpack(load_tile(ptr, base, head, w + i * W, n, False, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
-        for j in tl.static_range(P):
-            own = within(w + i * W, j, n, VEC, P)
-            ties += tl.where(own & (halves[j] == top), 1.0, 0.0)
-            second = tl.maximum(second, tl.where(own & (halves[j] < top), halves[j], -INF))
-    ties = tl.sum(ties, 1) - 1.0
+    for i in range(X.tiles):
+        xs = elements(rows, w + i * W, X)
+        for j in tl.static_range(len(xs)):
+            own = within(w + i * W, j, X)
+            ties += tl.where(own & (xs[j] == top), 1.0, 0.0)
+            second = tl.maximum(second, tl.where(own & (xs[j] < top), xs[j], -INF))
+    others = tl.sum(ties, 1) - 1.0
     second = tl.max(second, 1)
     # Where it is near, `statistic` does not take the logarithm of 1 + rest for the rest; no other class: any does.
-    pivot = tl.where((ties > 0.0) | (second == -INF) | ((second - m) * scale > -60.0), m, second)
-    sum1, sum2, sum3, sum4 = zero, zero, zero, zero
-    for i in range(TILES):
-        halves = unpack(load_tile(ptr, base, head, w + i * W, n, False, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
-        for j in tl.static_range(P):
-            own = within(w + i * W, j, n, VEC, P)
-            t = tl.where(own & (halves[j] < top), (halves[j] - pivot[:, None]) * scale, -INF)
+    pivot = tl.where((others > 0.0) | (second == -INF) | ((second - f_max) * scale > -60.0), f_max, second)
+    rest, rest_squares, rest_t, total = zero, zero, zero, zero
+    for i in range(X.tiles):
+        xs = elements(rows, w + i * W, X)
+        for j in tl.static_range(len(xs)):
+            own = within(w + i * W, j, X)
+            t = tl.where(own & (xs[j] < top), (xs[j] - pivot[:, None]) * scale, -INF)
             e = tl.exp2(t).to(tl.float64)
-            sum1 += e
-            sum2 = tl.fma(e, e, sum2)
-            sum3 = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), sum3)
-            sum4 += tl.where(own, (halves[j].to(tl.float64) - top.to(tl.float64)) * scale, 0.0)
-    sum1, sum2 = tl.sum(sum1, 1) + ties, tl.sum(sum2, 1) + ties
-    return (pivot,) + in_float32((sum1, sum2, tl.sum(sum3, 1), tl.sum(sum4, 1) * (LN2 / n)))
+            rest += e
+            rest_squares = tl.fma(e, e, rest_squares)
+            rest_t = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), rest_t)
+            total += tl.where(own, (xs[j].to(tl.float64) - top.to(tl.float64)) * scale, 0.0)
+    rest, rest_squares = tl.sum(rest, 1) + others, tl.sum(rest_squares, 1) + others
+    narrow = in_float32((rest, rest_squares, tl.sum(rest_t, 1), tl.sum(total, 1) * (LN2 / X.columns)))
+    return SumsAgain(pivot, narrow[0], narrow[1], narrow[2], narrow[3])
 
 
 @triton.jit
-def deviations_again(ptr, base, head, w, n, m, scale, u, N: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-                     SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """sum |2^t - u| of rows read again."""
-    TILES: tl.constexpr = (N + W * P - 1) // (W * P)
-    slot = tl.zeros([m.shape[0], W], tl.float64)
-    for i in range(TILES):
-        halves = unpack(load_tile(ptr, base, head, w + i * W, n, False, VEC, P, SHIFTED), P, ptr.dtype.element_ty)
-        for j in tl.static_range(P):
-            more = tl.maximum(tl.exp2((halves[j] - m[:, None]) * scale) - u[:, None], 0.0)
-            slot += tl.where(within(w + i * W, j, n, VEC, P), more, 0.0)
+def deviations_again(rows, f_max, scale, u, X: tl.constexpr):
+    """sum |2^t - u| of rows that are read again."""
+    W: tl.constexpr = X.w
+    w = tl.arange(0, W)[None, :]
+    slot = tl.zeros([f_max.shape[0], W], tl.float64)
+    for i in range(X.tiles):
+        xs = elements(rows, w + i * W, X)
+        for j in tl.static_range(len(xs)):
+            more = tl.maximum(tl.exp2((xs[j] - f_max[:, None]) * scale) - u[:, None], 0.0)
+            slot += tl.where(within(w + i * W, j, X), more, 0.0)
     return tl.sum(slot, 1).to(tl.float32) * 2.0

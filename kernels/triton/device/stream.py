@@ -1,8 +1,8 @@
 """Rows of logits too long for a program's registers, to the sums of softmax.py: in one sweep, and for TV another back.
 
-A program reads its row in groups of tiles. Each thread is a slot, whose sums are relative to 2^ref: `ref` follows the
-largest logit of the slot in whole steps, so that no thread waits for another before the row ends, a change of `ref`
-rounds nothing, and t = fma(logit, scale, -ref) is rounded once. The slots are merged in float64.
+A program reads its row in groups of tiles. Each thread is a slot, with a shift of its own, which follows the largest
+logit of the slot in whole steps: so no thread waits for another before the row ends, a change of the shift rounds
+nothing, and t = fma(logit, scale, -shift) is rounded once. The slots are merged in float64.
 
 The second sweep goes from the end of the row to its beginning: what was read last is still in the caches, and nobody
 needs it again.
@@ -13,8 +13,9 @@ import triton.language as tl
 
 from fastood.kernels.triton.device.formulas import EXP, KL, PLOGP, REST, SQUARES, SUMLOGP, TV
 from fastood.kernels.triton.device.softmax import (
-    DEEP,
-    FAR,
+    LEAST_REST,
+    MOST_SHIFT,
+    RowSums,
     deviations_again,
     flat_again,
     has_flat_tv,
@@ -31,127 +32,122 @@ from fastood.kernels.triton.device.words import (
     fused,
     larger,
     larger_words,
+    narrowed,
     row_max,
     row_sums,
     unpack,
     words,
 )
 
-LOWEST = tl.constexpr(-(2.0**20))  # of ref; a row whose maximum is that far from 0 is summed again
+LEAST_SHIFT = tl.constexpr(-(2.0**20))  # a row whose maximum is that far from 0 is read again
 
 
 @triton.jit
-def streamed_sums(ptr, base, C: tl.constexpr, scale, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-                  K: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
-    """What softmax_sums returns, of one row of C logits from the word `base` on, K tiles of W words in flight.
+def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.constexpr):
+    """The RowSums of one row, K tiles in flight.
 
-    VEC divides C, and where it is not 1 a thread's four words of a tile are one load. A row has two tiles or more, so
-    that no slot is empty, and K is 2 or more where there are several groups.
+    X.vec divides X.columns, and where it is not 1 a thread's four words of a tile are one load. A row has two tiles or
+    more, so that no slot is empty, and K is 2 or more where there are several groups.
     """
-    TYPE: tl.constexpr = ptr.dtype.element_ty
-    VW: tl.constexpr = VEC // P
-    LANES: tl.constexpr = W // VW
-    GROUPS: tl.constexpr = (C // P + W * K - 1) // (W * K)
-    TILES: tl.constexpr = (C // P - (GROUPS - 1) * W * K + W - 1) // W  # tiles of the last group
-    EACH: tl.constexpr = K * VW * P  # elements of a slot in each other group
+    TYPE: tl.constexpr = rows.ptr.dtype.element_ty
+    C: tl.constexpr = X.columns
+    LANES: tl.constexpr = X.w // X.words
+    GROUPS: tl.constexpr = (X.tiles + K - 1) // K
+    LAST: tl.constexpr = X.tiles - (GROUPS - 1) * K  # tiles of the last group
+    EACH: tl.constexpr = K * X.vec  # elements of a slot in each other group
     lane = tl.arange(0, LANES)[None, :]
-    ref = tl.full([1, LANES], LOWEST, tl.float32)
-    zero = tl.zeros_like(ref)
-    top = tl.full([1, LANES], filler(-INF, P, TYPE), tl.uint32 if P == 2 else tl.float32)
+    shift = tl.full([1, LANES], LEAST_SHIFT, tl.float32)
+    zero = tl.zeros_like(shift)
+    top = tl.full([1, LANES], filler(-INF, X.p, TYPE), tl.uint32 if X.p == 2 else tl.float32)
     sums = no_exp(zero, SUMS)
     for group in range(GROUPS - 1):
-        us = read_tiles(ptr, base, group * (W * K), C, VEC, P, W, K, False, "")
-        top, ref, sums = add_words(top, ref, sums, us, scale, group * EACH, zero == 0.0, VW, P, TYPE, SUMS)
-    last = read_tiles(ptr, base, (GROUPS - 1) * W * K, C, VEC, P, W, TILES, True, "")
-    own = lane < C // VEC - ((GROUPS - 1) * K + TILES - 1) * LANES  # of the last tile
-    top, ref, sums = add_words(top, ref, sums, last, scale, (GROUPS - 1) * EACH, own, VW, P, TYPE, SUMS)
+        us = read_tiles(rows, group * (X.w * K), X, K, False, "")
+        top, shift, sums = add_words(top, shift, sums, us, scale, group * EACH, zero == 0.0, X, TYPE, SUMS)
+    last = read_tiles(rows, (GROUPS - 1) * X.w * K, X, LAST, True, "")
+    own = lane < C // X.vec - (X.tiles - 1) * LANES  # of the last tile
+    top, shift, sums = add_words(top, shift, sums, last, scale, (GROUPS - 1) * EACH, own, X, TYPE, SUMS)
 
-    tops = unpack(top, P, TYPE)
-    high = tops[0] if P == 1 else larger(tops[0], tops[1])
-    m = row_max(high)
-    rest = tl.zeros_like(m)
-    squares = rest
-    exp_t = rest
+    tops = unpack(top, X.p, TYPE)
+    high = tops[0] if X.p == 1 else larger(tops[0], tops[1])
+    f_max = row_max(high)
+    rest = tl.zeros_like(f_max)
+    rest_squares = rest
+    rest_t = rest
     mean_z = rest
     deviation = rest
     kl = rest
-    pivot = m
-    rare = False
+    pivot = f_max
+    any_again = False
     if EXP & SUMS:
-        highest = tl.maximum(tl.ceil(m * scale), LOWEST)  # ref of the row
-        excess = fused(m, scale, -highest)
-        unit = tl.exp2(excess).to(tl.float64)  # 2^t of the maximum, as the sums have it
-        hots = zero
+        row_shift = tl.maximum(tl.ceil(f_max * scale), LEAST_SHIFT)
+        t_max = fused(f_max, scale, -row_shift)
+        e_max = tl.exp2(t_max).to(tl.float64)
+        left_out = zero
         if REST & SUMS:
-            # The largest of a slot comes last, or is kept out: if it is the row's, the rest is not drowned.
-            hot = high == m[:, None]
-            hots = tl.where(hot, 1.0, 0.0)
-            for j in tl.static_range(P):
+            # The largest of a slot comes last, or is left out where it is the row's: the rest is not drowned in it.
+            at_max = high == f_max[:, None]
+            left_out = tl.where(at_max, 1.0, 0.0)
+            for j in tl.static_range(len(tops)):
                 x = high if j == 0 else tl.minimum(tops[0], tops[1])
-                t = fused(x, scale, -ref)
+                t = fused(x, scale, -shift)
                 e = tl.exp2(t)
                 if j == 0:
-                    e = tl.where(hot, 0.0, e)
+                    e = tl.where(at_max, 0.0, e)
                 sums = add_element(sums, e, t, SUMS)
-        n = ((GROUPS - 1) * K + TILES - 1 + own.to(tl.int32)) * (VW * P)
-        totals = row_sums((hots.to(tl.float64),) + merged(sums, ref - highest[:, None], n, SUMS))
-        # A maximum that was kept out counts 1; one that was not is taken away as it was added.
-        others = totals[0] - 1.0
+        n = (X.tiles - 1 + own.to(tl.int32)) * X.vec
+        totals = row_sums((left_out.to(tl.float64),) + merged(sums, shift - row_shift[:, None], n, SUMS))
+        others = totals[0] - 1.0  # one maximum does not belong to the rest, whether it was left out or not
         totals = totals[1:]
         of_all = totals[0]
-        wide = of_all / unit + others
-        far = (tl.abs(m * scale) > FAR) & (tl.abs(m) < INF)
-        rest = tl.where(tl.abs(m) < INF, wide, float("nan")).to(tl.float32)  # inf - inf was kept out of it
+        wide = of_all / e_max + others
+        again = (tl.abs(f_max * scale) > MOST_SHIFT) & (tl.abs(f_max) < INF)
+        rest = tl.where(tl.abs(f_max) < INF, wide, float("nan")).to(tl.float32)  # inf - inf was left out of it
         if SQUARES & SUMS:
-            squares = (totals[1] / (unit * unit) + others).to(tl.float32)
+            rest_squares = (totals[1] / (e_max * e_max) + others).to(tl.float32)
         if PLOGP & SUMS:
-            exp_t = ((totals[2 if SQUARES & SUMS else 1] - excess * of_all) / unit).to(tl.float32)
+            rest_t = ((totals[2 if SQUARES & SUMS else 1] - t_max * of_all) / e_max).to(tl.float32)
         if SUMLOGP & SUMS:
-            mean_z = ((totals[len(totals) - 1] / C - excess) * LN2).to(tl.float32)
+            mean_z = ((totals[len(totals) - 1] / C - t_max) * LN2).to(tl.float32)
         if TV & SUMS:
-            mean = ((wide + 1.0) * unit / C).to(tl.float32)[:, None]
-            slot = words_above(last, scale, highest, mean, P, TYPE)
+            mean = ((wide + 1.0) * e_max / C).to(tl.float32)[:, None]
+            slot = words_above(last, scale, row_shift, mean, X, TYPE)
             for group in range(GROUPS - 1):
-                first = (GROUPS - 2 - group) * (W * K)
-                us = read_tiles(ptr, base, first, C, VEC, P, W, K, False, "evict_first")
-                slot += words_above(us, scale, highest, mean, P, TYPE)
-            deviation = (tl.sum(slot.to(tl.float64), 1) * 2.0 / unit).to(tl.float32)
-        again = far
+                first = (GROUPS - 2 - group) * (X.w * K)
+                us = read_tiles(rows, first, X, K, False, "evict_first")
+                slot += words_above(us, scale, row_shift, mean, X, TYPE)
+            deviation = (tl.sum(slot.to(tl.float64), 1) * 2.0 / e_max).to(tl.float32)
         if REST & SUMS:
-            again |= wide < DEEP
+            again |= wide < LEAST_REST
         if SUMLOGP & SUMS:
             again |= mean_z == -INF  # of a sum beyond float32, or a masked class
-        seen = again
+        doubtful = again
         if TV & SUMS:
-            seen |= has_flat_tv(deviation, rest)
+            doubtful |= has_flat_tv(deviation, rest)
         if KL & SUMS:
             kl, flat = kl_uniform(rest, mean_z, C)
-            seen |= flat
-        rare = any_row(seen)
-        if rare:
+            doubtful |= flat
+        any_again = any_row(doubtful)
+        if any_again:
             # In tiles of a word a thread, so that this is not what takes the most registers.
-            w = tl.arange(0, LANES)[None, :]
-            head = tl.zeros_like(m).to(tl.int32)[:, None]
+            FEW: tl.constexpr = narrowed(X, LANES)
             if any_row(again):
-                other, sum1, sum2, sum3, sum4 = sums_again(ptr, base, head, w, C, m, scale, C, VEC, P, False, LANES)
+                more = sums_again(rows, f_max, scale, FEW)
+                rest = tl.where(again, more.rest, rest)
+                rest_squares = tl.where(again, more.rest_squares, rest_squares)
                 if REST & SUMS:
-                    pivot = tl.where(again, other, m)
-                else:
-                    sum1, sum2 = tl.where(other == m, sum1, 0.0), tl.where(other == m, sum2, 0.0)
-                rest = tl.where(again, sum1, rest)
-                squares = tl.where(again, sum2, squares)
-                exp_t = tl.where(again, sum3, exp_t)
-                mean_z = tl.where(again, sum4, mean_z)
+                    pivot = tl.where(again, more.pivot, f_max)
+                else:  # relative to the maximum, what is relative to another pivot has vanished
+                    vanished = again & (more.pivot != f_max)
+                    rest, rest_squares = tl.where(vanished, 0.0, rest), tl.where(vanished, 0.0, rest_squares)
+                rest_t = tl.where(again, more.rest_t, rest_t)
+                mean_z = tl.where(again, more.mean_z, mean_z)
                 if TV & SUMS:
-                    u = tl.fma(rest, tl.exp2((pivot - m) * scale), 1.0) / C
-                    other = deviations_again(ptr, base, head, w, C, m, scale, u, C, VEC, P, False, LANES)
-                    deviation = tl.where(again, other, deviation)
+                    u = tl.fma(rest, tl.exp2((pivot - f_max) * scale), 1.0) / C
+                    deviation = tl.where(again, deviations_again(rows, f_max, scale, u, FEW), deviation)
             if (TV | KL) & SUMS:
-                of_max = tl.where(pivot == m, rest, 0.0)
-                kl, deviation = flat_again(
-                    ptr, base, head, w, C, m, of_max, mean_z, deviation, scale, C, VEC, P, False, LANES, SUMS
-                )
-    return m, pivot, rest, squares, exp_t, mean_z, deviation, kl, rare
+                so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
+                kl, deviation = flat_again(rows, so_far, scale, FEW, SUMS)
+    return RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
 
 
 @triton.jit
@@ -164,23 +160,21 @@ def no_exp(zero, SUMS: tl.constexpr):
 
 
 @triton.jit
-def read_tiles(ptr, base, first, C: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-               K: tl.constexpr, LAST: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
+def read_tiles(rows, first, X: tl.constexpr, K: tl.constexpr, LAST: tl.constexpr, POLICY: tl.constexpr):
     """K tiles from the row's word `first` on, as tiles of a word a thread; where they are the LAST, -inf beyond it."""
-    VW: tl.constexpr = VEC // P
-    FILL: tl.constexpr = filler(-INF, P, ptr.dtype.element_ty)
-    w = tl.arange(0, W)[None, :]
-    here = words(ptr, P) + (base + first) + w
+    FILL: tl.constexpr = filler(-INF, X.p, rows.ptr.dtype.element_ty)
+    w = tl.arange(0, X.w)[None, :]
+    here = words(rows.ptr, X.p) + (rows.base + first) + w
     raw = ()
     for i in tl.static_range(K):
         if LAST and i == K - 1:
-            inside = w // VW < (C // P - first - i * W) // VW
-            raw = raw + (tl.load(here + i * W, mask=inside, other=FILL),)
+            inside = w // X.words < (X.columns // X.p - first - i * X.w) // X.words
+            raw = raw + (tl.load(here + i * X.w, mask=inside, other=FILL),)
         else:
-            raw = raw + (tl.load(here + i * W, eviction_policy=POLICY),)
+            raw = raw + (tl.load(here + i * X.w, eviction_policy=POLICY),)
     us = ()
     for i in tl.static_range(K):
-        us = us + of_threads(raw[i] if P == 2 else raw[i].to(tl.float32), VW)
+        us = us + of_threads(raw[i] if X.p == 2 else raw[i].to(tl.float32), X.words)
     return us
 
 
@@ -197,38 +191,38 @@ def of_threads(u, VW: tl.constexpr):
 
 
 @triton.jit
-def add_words(top, ref, sums, us, scale, before, own, VW: tl.constexpr, P: tl.constexpr,
-              TYPE: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
-    """Adds words to the sums of their slots, which have `before` elements; `own`: the last VW words are the row's."""
+def add_words(top, shift, sums, us, scale, before, own, X: tl.constexpr, TYPE: tl.constexpr, SUMS: tl.constexpr):
+    """Adds words to the sums of their slots, which have `before` elements; `own`: the last of each thread, X.words of a
+    tile, are the row's."""
     LEN: tl.constexpr = len(us)
     if REST & SUMS:
-        us = largest_first((top,) + us, P, TYPE)  # the largest stays out of the sums
+        us = largest_first((top,) + us, X.p, TYPE)  # the largest stays out of the sums
         top = us[0]
         us = us[1:]
-        before = tl.maximum(before - P, 0)
+        before = tl.maximum(before - X.p, 0)
     else:
         for i in tl.static_range(LEN):
-            top = larger_words(top, us[i], P, TYPE)
+            top = larger_words(top, us[i], X.p, TYPE)
     if EXP & SUMS:
-        tops = unpack(top, P, TYPE)
-        high = tops[0] if P == 1 else larger(tops[0], tops[1])
-        new = tl.maximum(ref, tl.ceil(high * scale))
-        down = ref - new
-        ref = new
-        added = no_exp(tl.zeros_like(ref), SUMS)
+        tops = unpack(top, X.p, TYPE)
+        high = tops[0] if X.p == 1 else larger(tops[0], tops[1])
+        new = tl.maximum(shift, tl.ceil(high * scale))
+        down = shift - new
+        shift = new
+        added = no_exp(tl.zeros_like(shift), SUMS)
         for i in tl.static_range(LEN):
-            xs = unpack(us[i], P, TYPE)
-            for j in tl.static_range(P):
-                t = fused(xs[j], scale, -ref)
+            xs = unpack(us[i], X.p, TYPE)
+            for j in tl.static_range(len(xs)):
+                t = fused(xs[j], scale, -shift)
                 e = tl.exp2(t)
                 if SUMLOGP & SUMS:
                     if REST & SUMS and i == 0:
                         t = tl.where(before > 0, t, 0.0)  # -inf, which was the largest of no element
-                    if i >= LEN - VW:
+                    if i >= LEN - X.words:
                         t = tl.where(own, t, 0.0)
                 added = add_element(added, e, t, SUMS)
         sums = rescaled(sums, added, down, tl.exp2(down), before, SUMS)
-    return top, ref, sums
+    return top, shift, sums
 
 
 @triton.jit
@@ -238,41 +232,41 @@ def add_element(sums, e, t, SUMS: tl.constexpr):
     if SQUARES & SUMS:
         out = out + (tl.fma(e, e, sums[len(out)]),)
     if PLOGP & SUMS:
-        out = out + (tl.fma(e, tl.maximum(t, LOWEST), sums[len(out)]),)
+        out = out + (tl.fma(e, tl.maximum(t, LEAST_SHIFT), sums[len(out)]),)
     if SUMLOGP & SUMS:
         out = out + (sums[len(out)] + t,)
     return out
 
 
 @triton.jit
-def rescaled(sums, added, down, unit, before, SUMS: tl.constexpr):
-    """Sums of `before` elements a slot after a step of ref, unit = 2^down, and what was added since."""
-    out = (tl.fma(sums[0], unit, added[0]),)
+def rescaled(sums, added, down, weight, before, SUMS: tl.constexpr):
+    """Sums of `before` elements a slot after a step of the shift, weight = 2^down, and what was added since."""
+    out = (tl.fma(sums[0], weight, added[0]),)
     if SQUARES & SUMS:
-        out = out + (tl.fma(sums[len(out)], unit * unit, added[len(out)]),)
+        out = out + (tl.fma(sums[len(out)], weight * weight, added[len(out)]),)
     if PLOGP & SUMS:
-        out = out + (tl.fma(tl.fma(down, sums[0], sums[len(out)]), unit, added[len(out)]),)
+        out = out + (tl.fma(tl.fma(down, sums[0], sums[len(out)]), weight, added[len(out)]),)
     if SUMLOGP & SUMS:
         out = out + (tl.fma(down, tl.zeros_like(down) + before, sums[len(out)]) + added[len(out)],)
     return out
 
 
 @triton.jit
-def merged(sums, gap, n, SUMS: tl.constexpr):
-    """The sums of slots of n elements in float64, relative to the ref of the row, which is -`gap` above theirs."""
+def merged(sums, down, n, SUMS: tl.constexpr):
+    """The sums of slots of n elements in float64, after the step from their shift to the row's."""
     wide, none = (), ()
     for i in tl.static_range(len(sums)):
         wide = wide + (sums[i].to(tl.float64),)
         none = none + (tl.zeros_like(wide[i]),)
-    return rescaled(wide, none, gap.to(tl.float64), tl.exp2(gap).to(tl.float64), n, SUMS)
+    return rescaled(wide, none, down.to(tl.float64), tl.exp2(down).to(tl.float64), n, SUMS)
 
 
 @triton.jit
-def words_above(us, scale, highest, mean, P: tl.constexpr, TYPE: tl.constexpr):
+def words_above(us, scale, shift, mean, X: tl.constexpr, TYPE: tl.constexpr):
     """sum max(2^t - mean, 0) of the words of each slot; 0 beyond the row's end."""
     slot = tl.zeros(us[0].shape, tl.float32)
     for i in tl.static_range(len(us)):
-        xs = unpack(us[i], P, TYPE)
-        for j in tl.static_range(P):
-            slot += above(tl.exp2(fused(xs[j], scale, -highest[:, None])), mean)
+        xs = unpack(us[i], X.p, TYPE)
+        for j in tl.static_range(len(xs)):
+            slot += above(tl.exp2(fused(xs[j], scale, -shift[:, None])), mean)
     return slot

@@ -1,14 +1,16 @@
 """Reading rows, and the arithmetic that all kernels share.
 
-A row is read as *words*: halves in pairs, which unpack with one instruction each, float32 one by one. A
-program holds ROWS rows as tiles [ROWS, W] of words, `xs` being the tuple of the tiles that make up a row; a place
-in such a tile is a *slot*, with sums of its own until the row is reduced. Every multiplication that feeds an
-addition is an explicit fma, so that results do not hang on the compiler's contraction.
+A row is read as *words*: halves in pairs, which unpack with one instruction each, float32 one by one. A program holds
+rows as tiles [rows, w] of words, `us` being the tuple of the tiles that make up a row, and `xs` one of their elements;
+a place in such a tile is a *slot*, with sums of its own until the row is reduced. X and H, constants, say how rows of
+logits and of features are read: see Tile in shapes.py. Every multiplication that feeds an addition is an explicit fma,
+so that results do not hang on the compiler's contraction. Triton reads the fields of a constant NamedTuple as plain
+numbers: where it wants a constant of its own, in shapes and for static_range, they are named once more.
 
 Rows of logits that begin between words are moved into place as they are read: load_tile.
 """
 
-import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -170,21 +172,29 @@ def exp2_double(x):
 
 
 @triton.jit
-def small(ptr, mask=None, other=None):
-    """A load of what many programs read, worth keeping in the cache."""
+def load_table(ptr, mask=None, other=None):
+    """A load of what all programs read, and is to stay in the cache."""
     return tl.load(ptr, mask=mask, other=other, eviction_policy="evict_last")
 
 
+class Rows(NamedTuple):
+    """Rows of a matrix in memory: the word at which each begins [rows, 1], and the elements of that before the row."""
+
+    ptr: Any
+    base: Any
+    head: Any
+
+
 @triton.jit
-def place(row, stride, offset, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
-    """Word at which each row begins [ROWS, 1], and its head. `stride` counts groups of VEC, but elements if SHIFTED."""
-    if SHIFTED:
+def rows_at(ptr, row, stride, offset, X: tl.constexpr):
+    """`stride` and `offset` count groups of X.vec elements, but elements where rows are shifted."""
+    if X.shifted:
         start = row.to(tl.int64) * stride + offset
-        base = start // VEC * (VEC // P)
-        return base[:, None], (start % VEC).to(tl.int32)[:, None]
+        base = start // X.vec * X.words
+        return Rows(ptr, base[:, None], (start % X.vec).to(tl.int32)[:, None])
     else:
-        base = (row.to(tl.int64) * stride + offset) * (VEC // P)
-        return base[:, None], tl.zeros_like(row)[:, None]
+        base = (row.to(tl.int64) * stride + offset) * X.words
+        return Rows(ptr, base[:, None], tl.zeros_like(row)[:, None])
 
 
 @triton.jit
@@ -196,12 +206,15 @@ def words(ptr, P: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, base, head, word, n, FILL: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr, SHIFTED: tl.constexpr):
-    """The words of rows of n elements. Masked by whole groups of VEC, so that they stay one load each."""
-    VW: tl.constexpr = VEC // P
-    groups = (head + (n + VEC - 1)) // VEC if SHIFTED else (n + (VEC - 1)) // VEC
-    inside = (word // VW) < groups
-    return tl.load(words(ptr, P) + base + word, mask=inside, other=filler(FILL, P, ptr.dtype.element_ty))
+def load_words(rows, word, FILL: tl.constexpr, X: tl.constexpr):
+    """These words of rows. Masked by whole groups of X.vec elements, so that they stay one load each."""
+    if X.shifted:
+        groups = (rows.head + (X.columns + X.vec - 1)) // X.vec
+    else:
+        groups = (X.columns + X.vec - 1) // X.vec
+    inside = (word // X.words) < groups
+    here = words(rows.ptr, X.p) + rows.base + word
+    return tl.load(here, mask=inside, other=filler(FILL, X.p, rows.ptr.dtype.element_ty))
 
 
 @triton.constexpr_function
@@ -271,61 +284,61 @@ def smaller_words(a, b, P: tl.constexpr, TYPE: tl.constexpr):
         return tl.inline_asm_elementwise(PTX, "=r,r,r", [a, b], tl.uint32, True, 1)
 
 
+@triton.constexpr_function
+def narrowed(X, W):
+    """The same rows by tiles of W words."""
+    return X._replace(w=W)
+
+
 @triton.jit
-def within(word, j: tl.constexpr, n, VEC: tl.constexpr, P: tl.constexpr):
-    """Which elements, the j-th of their word, belong to a row of n."""
-    if VEC > P:
-        return word // (VEC // P) < n // VEC
+def within(word, j: tl.constexpr, X: tl.constexpr):
+    """Which elements, the j-th of their word, belong to a row."""
+    if X.vec > X.p:
+        return word // X.words < X.columns // X.vec
     else:
-        return word < (n + (P - 1 - j)) // P
+        return word < (X.columns + (X.p - 1 - j)) // X.p
 
 
 @triton.jit
-def only_own(x, other, i: tl.constexpr, j: tl.constexpr, w, n, LEAST: tl.constexpr, VEC: tl.constexpr,
-             P: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def only_own(x, other, i: tl.constexpr, j: tl.constexpr, w, X: tl.constexpr):
     """x, of the j-th elements of the words of tile i, but `other` beyond the row's end."""
-    if (i + 1) * W * P > LEAST:
-        return tl.where(within(w + i * W, j, n, VEC, P), x, other)
+    if (i + 1) * X.w * X.p > X.columns:
+        return tl.where(within(w + i * X.w, j, X), x, other)
     else:
         return x
 
 
 @triton.jit
-def load_tile(ptr, base, head, word, n, INSIDE: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-              SHIFTED: tl.constexpr):  # fmt: skip
-    """Words of rows of n logits. Those beyond the end are -inf, but for halves in the last word that is read; INSIDE:
-    the end is further on.
+def load_tile(rows, word, INSIDE: tl.constexpr, X: tl.constexpr):
+    """These words of rows of logits. Those beyond the end are -inf, but for halves in the last word that is read;
+    INSIDE: the end is further on.
 
-    Rows of halves that may begin in the middle of a word (SHIFTED) are read twice, one word apart, and moved into
+    Rows of halves that may begin in the middle of a word (shifted) are read twice, one word apart, and moved into
     place: a slot then holds the same logits wherever the row begins.
     """
-    u = tl.load(words(ptr, P) + base + word) if INSIDE else load(ptr, base, head, word, n, -INF, VEC, P, SHIFTED)
-    if SHIFTED and P == 2:
+    here = words(rows.ptr, X.p) + rows.base
+    u = tl.load(here + word) if INSIDE else load_words(rows, word, -INF, X)
+    if X.shifted and X.p == 2:
         word += 1
-        next = tl.load(words(ptr, P) + base + word) if INSIDE else load(ptr, base, head, word, n, -INF, VEC, P, SHIFTED)
-        u = (((next.to(tl.uint64) << 32) | u.to(tl.uint64)) >> (head * 16).to(tl.uint64)).to(tl.uint32)
+        next = tl.load(here + word) if INSIDE else load_words(rows, word, -INF, X)
+        u = (((next.to(tl.uint64) << 32) | u.to(tl.uint64)) >> (rows.head * 16).to(tl.uint64)).to(tl.uint32)
     return u
 
 
-@triton.constexpr_function
-def words_a_thread(N, P, W):
-    """Words beside each other that a thread has of a tile of W: as many as one load takes where rows are aligned."""
-    return min(max(1, math.gcd(N, 4 * P) // P), W)
-
-
 @triton.jit
-def load_slots(ptr, base, head, first, n, INSIDE: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-               SHIFTED: tl.constexpr, W: tl.constexpr, FOLD: tl.constexpr):  # fmt: skip
-    """The tile of W words from `first` on, FOLD of them beside each other in a thread however few a load takes, so that
+def load_slots(rows, first, INSIDE: tl.constexpr, X: tl.constexpr):
+    """The tile from word `first` on, of which each thread has as many neighbours however few a load takes, so that
     sums are the same wherever rows begin.
     """
-    if VEC // P >= FOLD:
-        return load_tile(ptr, base, head, first + tl.arange(0, W)[None, :], n, INSIDE, VEC, P, SHIFTED)
+    W: tl.constexpr = X.w
+    FOLD: tl.constexpr = X.words_a_thread
+    if X.vec // X.p >= FOLD:
+        return load_tile(rows, first + tl.arange(0, W)[None, :], INSIDE, X)
     else:
         lane = first + tl.arange(0, W // FOLD)[None, :] * FOLD
         us = ()
         for k in tl.static_range(FOLD):
-            us = us + (load_tile(ptr, base, head, lane + k, n, INSIDE, VEC, P, SHIFTED),)
+            us = us + (load_tile(rows, lane + k, INSIDE, X),)
         if FOLD == 2:
             u = tl.join(us[0], us[1])
         else:
@@ -334,21 +347,27 @@ def load_slots(ptr, base, head, first, n, INSIDE: tl.constexpr, VEC: tl.constexp
 
 
 @triton.jit
-def load_row(ptr, base, head, w, n, N: tl.constexpr, LEAST: tl.constexpr, VEC: tl.constexpr, P: tl.constexpr,
-             SHIFTED: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """All words of rows of LEAST <= n <= N logits as a tuple of tiles [ROWS, W], -inf beyond their ends."""
-    FOLD: tl.constexpr = words_a_thread(N, P, W)
+def load_row(rows, w, X: tl.constexpr):
+    """All words of rows of logits as a tuple of tiles, -inf beyond their ends."""
+    TILES: tl.constexpr = X.tiles
     us = ()
-    for i in tl.static_range((N + W * P - 1) // (W * P)):
-        INSIDE = (i + 1) * W * P < LEAST or ((i + 1) * W * P == LEAST and not SHIFTED)
-        u = load_slots(ptr, base, head, i * W, n, INSIDE, VEC, P, SHIFTED, W, FOLD)
-        if P == 1:
+    for i in tl.static_range(TILES):
+        LEFT = X.columns - (i + 1) * X.w * X.p
+        INSIDE = LEFT > 0 or (LEFT == 0 and not X.shifted)
+        u = load_slots(rows, i * X.w, INSIDE, X)
+        if X.p == 1:
             u = u.to(tl.float32)
         else:
-            FILL = filler(-INF, P, ptr.dtype.element_ty)
-            if SHIFTED:
-                u = only_own(u, (u & 0xFFFF0000) | (FILL & 0xFFFF), i, 0, w, n, LEAST, VEC, P, W)
-            if SHIFTED or LEAST % P > 0:
-                u = only_own(u, (u & 0xFFFF) | (FILL & 0xFFFF0000), i, 1, w, n, LEAST, VEC, P, W)
+            FILL = filler(-INF, X.p, rows.ptr.dtype.element_ty)
+            if X.shifted:
+                u = only_own(u, (u & 0xFFFF0000) | (FILL & 0xFFFF), i, 0, w, X)
+            if X.shifted or X.columns % X.p > 0:
+                u = only_own(u, (u & 0xFFFF) | (FILL & 0xFFFF0000), i, 1, w, X)
         us = us + (u,)
     return us
+
+
+@triton.jit
+def elements(rows, word, X: tl.constexpr):
+    """The elements of these words of rows of logits, as float32: a tuple of X.p tiles."""
+    return unpack(load_tile(rows, word, False, X), X.p, rows.ptr.dtype.element_ty)
