@@ -34,7 +34,7 @@ constexpr About ABOUT[] = {
 $about
 };
 
-// Calls use(formula): formula(q) is the statistic of a row of which q has the quantities.
+// Calls use(formula): formula(row) is the statistic of a row, of which `row` has the quantities.
 template <class Use> void with_formula(Stat stat, Use use) {
   switch (stat) {
 $cases
@@ -71,14 +71,14 @@ $branches
 
 def cpp() -> str:
     def value(formula: str) -> str:
-        return rendered(formula, lambda name: f"q.{name}()", lambda x: f"q.log({value(x)})")
+        return rendered(formula, lambda name: f"row.{name}()", lambda x: f"row.log({value(x)})")
 
     def about(s: Statistic) -> str:
         sums = " | ".join(str(x.name) for x in s.sums) or "0"
         return f'    {{"{s.name}", {sums}, {str(s.infinite).lower()}, {str(s.is_log).lower()}}},'
 
     def case(s: Statistic) -> str:
-        return f"    case Stat::{s.name}: return use([](const auto& q) {{ return {value(s.formula)}; }});"
+        return f"    case Stat::{s.name}: return use([](const auto& row) {{ return {value(s.formula)}; }});"
 
     return CPP.substitute(
         note=NOTE,

@@ -110,25 +110,25 @@ static bool read_tensor(PyObject* x, int64_t* rows, Matrix* m) {
   return true;
 }
 
-bool read_tensors(PyObject* const* tensors, Request* q) {
-  const bool logits = !q->plan.stats.empty(), feats = !q->plan.orders[0].empty();
-  const bool labels = q->plan.gradient.wanted && q->plan.gradient.labels == GIVEN;
+bool read_tensors(PyObject* const* tensors, Call* call) {
+  const bool logits = !call->plan.stats.empty(), feats = !call->plan.orders[0].empty();
+  const bool labels = call->plan.gradient.wanted && call->plan.gradient.labels == GIVEN;
   int64_t rows[3] = {-1, -1, -1};
   Matrix unread;
-  if (tensors[0] == Py_None ? logits : !read_tensor(tensors[0], &rows[0], logits ? &q->logits : &unread)) return false;
-  if (tensors[1] == Py_None ? feats : !read_tensor(tensors[1], &rows[1], feats ? &q->feats : &unread)) return false;
-  if ((tensors[2] != Py_None) != labels || (labels && !read_tensor(tensors[2], &rows[2], &q->labels))) return false;
-  q->rows = std::max(rows[0], rows[1]);
+  if (tensors[0] == Py_None ? logits : !read_tensor(tensors[0], &rows[0], logits ? &call->logits : &unread)) return false;
+  if (tensors[1] == Py_None ? feats : !read_tensor(tensors[1], &rows[1], feats ? &call->feats : &unread)) return false;
+  if ((tensors[2] != Py_None) != labels || (labels && !read_tensor(tensors[2], &rows[2], &call->labels))) return false;
+  call->rows = std::max(rows[0], rows[1]);
   for (int i = 0; i < 2; i++)
-    if (tensors[i] != Py_None && rows[i] != q->rows) return false;
-  return !labels || (rows[2] == q->rows && q->labels.columns == q->logits.columns);
+    if (tensors[i] != Py_None && rows[i] != call->rows) return false;
+  return !labels || (rows[2] == call->rows && call->labels.columns == call->logits.columns);
 }
 
-void set_strides(Request* q, bool by_row) {
-  const Plan& plan = q->plan;
+void set_strides(Call* call, bool by_row) {
+  const Plan& plan = call->plan;
   const int64_t columns = plan.columns.empty() ? plan.stats.size() + plan.orders[0].size() : plan.columns.size();
-  q->row_stride = by_row ? columns : 1;
-  q->column_stride = by_row ? 1 : q->rows;
+  call->row_stride = by_row ? columns : 1;
+  call->column_stride = by_row ? 1 : call->rows;
 }
 
 }  // namespace fastood

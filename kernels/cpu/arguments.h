@@ -20,9 +20,9 @@ bool read_matrix(PyObject* const* args, Matrix* m);
 
 // What a plan needs of logits, feats and labels, where they are plain and fit together; logits and feats may be there
 // without being needed. False, perhaps with an exception, where they are anything else.
-bool read_tensors(PyObject* const* tensors, Request* q);
+bool read_tensors(PyObject* const* tensors, Call* call);
 
 // The strides of a result [rows, columns], or [columns, rows].
-void set_strides(Request* q, bool by_row);
+void set_strides(Call* call, bool by_row);
 
 }  // namespace fastood

@@ -13,7 +13,7 @@ constexpr int64_t TILE = 1024;        // features of a tile
 constexpr int64_t SHARE = 8 * GROUP;  // classes of a task: few rows are split over threads by classes
 
 struct Row {
-  double max, total, rest;  // of the softmax: p_max = 1 / total, 1 - p_max = rest / total
+  double f_max, total, rest;  // of the softmax: p_max = 1 / total, 1 - p_max = rest / total
 };
 
 struct Work {
@@ -25,12 +25,12 @@ struct Work {
 
 static void softmax_task(int64_t begin, int64_t end, void* context) {
   Work& work = *static_cast<Work*>(context);
-  Request q{work.b.plan};
-  q.logits = work.b.logits;
+  Call call{work.b.plan};
+  call.logits = work.b.logits;
   for (int64_t row = begin; row < end; row++) {
-    const LogitsState s = logits_row(q, row, nullptr, nullptr);
-    const bool good = !s.nan && std::isfinite(s.max);
-    work.rows[row] = {s.max, good ? s.ties + s.exp : NAN, rest(s)};
+    const LogitsState s = logits_row(call, row, nullptr, nullptr);
+    const bool good = !s.nan && std::isfinite(s.f_max);
+    work.rows[row] = {s.f_max, good ? s.ties + s.e_below : NAN, rest(s)};
   }
 }
 
@@ -71,18 +71,18 @@ template <class T> static void tile_task(int64_t begin, int64_t end, void* conte
           active[i].count = 0;
           continue;
         }
-        kernels->exponentials[b.logits.type](b.logits.at(first + i, c), n, b.plan.logits, row.max, e.get());
+        kernels->exponentials[b.logits.type](b.logits.at(first + i, c), n, b.plan.logits, row.f_max, e.get());
         Active<T>& a = active[i];
         a.count = 0;
         for (int64_t k = 0; k < n; k++) {
-          const double p = double(e[k]) / row.total, not_p = e[k] == 1 ? row.rest / row.total : 1 - p;
+          const double p = double(e[k]) / row.total, one_minus_p = e[k] == 1 ? row.rest / row.total : 1 - p;
           if (p <= worth[i]) {
             partial[i] += b.norms[c + k];
             continue;
           }
           a.classes[a.count] = int(k);
           a.turn[a.count] = T(2 * p - 1);
-          a.pull[a.count++] = T(2 * p * not_p / T_);
+          a.pull[a.count++] = T(2 * p * one_minus_p / T_);
         }
       }
       for (int64_t d = 0; d < b.columns; d += TILE)

@@ -1,4 +1,4 @@
-// BatchGrad (Eq. 6), the one kernel that is bound by arithmetic. Included after rows.h, in the same way.
+// BatchGrad (Eq. 6), the one kernel that is bound by arithmetic. Included by rows.h.
 //
 // A class of probability p adds, with x = h / T,
 //   (1 - p) |G - p x| + p |G + (1 - p) x| = max(|G|, |(2p - 1) G + 2p (1 - p) x|)   for each feature:
@@ -65,17 +65,17 @@ template <class T> static double batchgrad_peak(int64_t steps) {
   return total;
 }
 
-// exp((f - max) / T) of n elements, in the arithmetic type; `out` has a vector's width to spare.
+// e^z of n elements, in the arithmetic type; `out` has a vector's width to spare.
 template <class In>
-static void exponentials(const void* f, int64_t n, const LogitsPlan& plan, double max, void* out) {
+static void exponentials(const void* f, int64_t n, const LogitsPlan& plan, double f_max, void* out) {
   typedef typename Arithmetic<In>::type T;
-  const Softmax<T> softmax(all<T>(T(max)), plan);
-  const T unit = T(__builtin_ldexp(1.0, -Vec<T>::scaled));
+  const Softmax<T> softmax(all<T>(T(f_max)), plan);
+  const T descale = T(__builtin_ldexp(1.0, -Vec<T>::scaled));
   T* to = static_cast<T*>(out);
   for_blocks<1, T>(
       static_cast<const In*>(f), n, minus_inf<T>(),
       [&](int, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
-        V<T> d, e = softmax.exp(v, &d) * unit;
+        V<T> d, e = softmax.exp(v, &d) * descale;
         for (int64_t k = first; k < Vec<T>::lanes; k++) to[i + k - first] = e[k];
       },
       [] {});

@@ -44,7 +44,7 @@ template <int WIDTH, class T> INLINE double take(V<T>* sums) {
   return double(sum_of<T>(total));
 }
 
-// A sum of many doubles, in parts, or it would grow long itself.
+// A sum of many doubles, 16 at a time, or it would itself lose what each of them adds.
 struct Total {
   double sum = 0, part = 0;
   int parts = 0;

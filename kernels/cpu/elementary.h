@@ -81,11 +81,11 @@ template <int SHIFT> INLINE V<float> exp2_nonpositive(V<float> y) {
 // 2^x * 2^SHIFT, where x = n + f, n an integer held in `rounded` = n + magic, |f| <= 1/2; 0 where `zero`: at
 // least where the result would be below the normal numbers.
 #if VECTOR_BYTES == 64
-INLINE V<float> scale(V<float> p, V<float> n) { return (V<float>)_mm512_scalef_ps((__m512)p, (__m512)n); }
-INLINE V<double> scale(V<double> p, V<double> n) { return (V<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n); }
+INLINE V<float> times_exp2(V<float> p, V<float> n) { return (V<float>)_mm512_scalef_ps((__m512)p, (__m512)n); }
+INLINE V<double> times_exp2(V<double> p, V<double> n) { return (V<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n); }
 
 template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T>, V<T> n, V<T> f, I<T> zero) {
-  V<T> e = scale(exp2_fraction<SHIFT>(f), n);
+  V<T> e = times_exp2(exp2_fraction<SHIFT>(f), n);
   return zero ? V<T>{} : e;
 }
 #else
@@ -155,11 +155,11 @@ template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
 #else
 template <class T> INLINE void log2_parts(V<T> x, V<T>* exponent, V<T>* log) {
   // 2^-1/2 in bits: the mantissa comes out in [2^-1/2, 2^1/2)
-  constexpr typename Vec<T>::Unsigned half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
+  constexpr typename Vec<T>::Unsigned root_half = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;
   I<T> subnormal = x < Vec<T>::least_normal;
   x = subnormal ? x * T(int64_t(1) << Vec<T>::mantissa) : x;
   // Unsigned, which may wrap: of a NaN.
-  I<T> e = (I<T>)((U<T>)x - (typename Vec<T>::U{} + half)) >> Vec<T>::mantissa;
+  I<T> e = (I<T>)((U<T>)x - (typename Vec<T>::U{} + root_half)) >> Vec<T>::mantissa;
   *log = log2_mantissa((V<T>)((U<T>)x - ((U<T>)e << Vec<T>::mantissa)));
   *exponent = __builtin_convertvector(e + (subnormal & -Vec<T>::mantissa), V<T>);
 }

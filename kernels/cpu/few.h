@@ -6,64 +6,64 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
                        LogitsState* states, double* tv) {
   typedef typename Arithmetic<In>::type T;
   constexpr int lanes = Vec<T>::lanes;
-  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled), power = power_below(plan.temperature);
+  const double descale = __builtin_ldexp(1.0, -Vec<T>::scaled), power = power_of_2_below(plan.temperature);
   const T per_T = T(1 / power);
   const bool more = plan.sums & (SQUARES | PLOGP | SUMLOGP);
   for (int64_t start = 0; start < rows; start += lanes) {
     const int64_t count = rows - start < lanes ? rows - start : lanes;
     const In* f = static_cast<const In*>(data) + start * stride;
-    V<T> x[FEW], max = all<T>(minus_inf<T>()), nan = {};
+    V<T> x[FEW], f_max = all<T>(minus_inf<T>()), nan = {};
     for (int64_t k = 0; k < n; k += lanes) load_columns<T>(f + k, stride, count, n - k < lanes ? n - k : lanes, x + k);
     for (int64_t k = 0; k < n; k++) {
-      max = larger(x[k], max);
+      f_max = larger(x[k], f_max);
       nan = add_where(unequal(x[k], x[k]), nan, all<T>(T(1)));
     }
-    V<T> e[FEW], rest = {}, exp = {}, squares = {}, exp_z = {}, z = {}, above = {};
-    const Softmax<T> softmax(max, plan);
+    V<T> e[FEW], others = {}, exp = {}, squares = {}, exp_d = {}, differences = {}, above = {};
+    const Softmax<T> softmax(f_max, plan);
     for (int64_t k = 0; k < n && plan.sums; k++) {
       V<T> d;
       e[k] = softmax.exp(x[k], &d);
-      const auto below = unequal(x[k], max);
-      rest = add_where(below, rest, all<T>(T(1)));
+      const auto below = unequal(x[k], f_max);
+      others = add_where(below, others, all<T>(T(1)));
       exp = add_where(below, exp, e[k]);
     }
     for (int64_t k = 0; k < n && more; k++) {
-      const V<T> d = x[k] - max, held = larger(all<T>(softmax.lowest), d);
-      squares = add_where(unequal(x[k], max), squares, e[k] * e[k]);
-      exp_z += e[k] * (held * per_T);
-      z += x[k] * difference_unit<T>() - max * difference_unit<T>();
+      const V<T> d = x[k] - f_max, held = larger(all<T>(softmax.lowest), d);
+      squares = add_where(unequal(x[k], f_max), squares, e[k] * e[k]);
+      exp_d += e[k] * (held * per_T);
+      differences += x[k] * difference_factor<T>() - f_max * difference_factor<T>();
     }
     if (plan.sums & TV) {
-      const V<T> scale = 1 / (all<T>(T(n)) - rest + exp * T(unit));
+      const V<T> per_total = 1 / (all<T>(T(n)) - others + exp * T(descale));
       for (int64_t k = 0; k < n; k++) {
-        V<T> p = e[k] * T(unit) * scale - T(1.0 / double(n));
+        V<T> p = e[k] * T(descale) * per_total - T(1.0 / double(n));
         above += p > 0 ? p : V<T>{};
       }
     }
     for (int64_t row = 0; row < count; row++) {
       LogitsState* s = states + start + row;
-      s->max = max[row];
+      s->f_max = f_max[row];
       s->n = n;
       s->nan = nan[row] != 0;
-      s->ties = n - rest[row];
-      s->exp = unit * exp[row];
+      s->ties = n - others[row];
+      s->e_below = descale * exp[row];
       if (more) {
-        s->squares = unit * unit * squares[row];
-        s->exp_z = unit * power / plan.temperature * exp_z[row];
-        s->below = z[row] * (DIFFERENCE / difference_unit<T>());
+        s->squares_below = descale * descale * squares[row];
+        s->rest_z = descale * power / plan.temperature * exp_d[row];
+        s->differences = differences[row] * (DIFFERENCE / difference_factor<T>());
       }
       if (plan.sums & TV) tv[start + row] = above[row];
-      if (sizeof(T) == 4 && plan.sums && s->exp < 0x1p-128 && __builtin_isfinite(s->max) && !s->nan)
-        rest_of_row<T>(f + row * stride, n, plan, s);
+      if (sizeof(T) == 4 && plan.sums && s->e_below < 0x1p-128 && __builtin_isfinite(s->f_max) && !s->nan)
+        rest_again<T>(f + row * stride, n, plan, s);
     }
     for (int r = 0; r < plan.power_sums; r++) {
-      const Softmax<T> sharp(max, sharper(plan, plan.power[r]));
+      const Softmax<T> sharp(f_max, sharper(plan, plan.power[r]));
       V<T> power = {};
       for (int64_t k = 0; k < n; k++) {
         V<T> d;
-        power = add_where(unequal(x[k], max), power, sharp.exp(x[k], &d));
+        power = add_where(unequal(x[k], f_max), power, sharp.exp(x[k], &d));
       }
-      for (int64_t row = 0; row < count; row++) states[start + row].powers[r] = unit * power[row];
+      for (int64_t row = 0; row < count; row++) states[start + row].powers_below[r] = descale * power[row];
     }
   }
 }

@@ -1,20 +1,20 @@
 // GEN: a sum over the largest probabilities. Included by rows.h.
 
-template <class T, class In> static int64_t count_at_least(const In* f, int64_t n, T level) {
-  I<T> below[4] = {};
+template <class T, class In> static int64_t count_at_least(const In* f, int64_t n, T least) {
+  I<T> enough[4] = {};
   for_blocks<4, T>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { below[u] -= v >= level; }, [] {});
-  return count_of<T>((below[0] + below[1]) + (below[2] + below[3]));
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { enough[u] -= v >= least; }, [] {});
+  return count_of<T>((enough[0] + enough[1]) + (enough[2] + enough[3]));
 }
 
 // The M-th largest of a row of numbers, M <= n: bisection over the floats in their order.
-template <class T, class In> static T largest_but(const In* f, int64_t n, int64_t M, T max) {
+template <class T, class In> static T largest_but(const In* f, int64_t n, int64_t M, T f_max) {
   typedef typename Vec<T>::Scalar S;
   constexpr S sign = S(typename Vec<T>::Unsigned(1) << (sizeof(T) * 8 - 1));
   auto key = [](T x) { S bits; __builtin_memcpy(&bits, &x, sizeof x); return bits < 0 ? S(bits ^ ~sign) : bits; };
   auto value = [](S bits) { T x; if (bits < 0) bits ^= ~sign; __builtin_memcpy(&x, &bits, sizeof x); return x; };
-  S low = key(minus_inf<T>()), high = key(max);  // count_at_least(low) >= M, and what is above high is too few
+  S low = key(minus_inf<T>()), high = key(f_max);  // count_at_least(low) >= M, and what is above high is too few
   while (low < high) {
     const S middle = S((low & high) + ((low ^ high) >> 1)) + S((low ^ high) & 1);  // their mean, rounded up
     if (count_at_least<T>(f, n, value(middle)) >= M) low = middle;
@@ -23,21 +23,21 @@ template <class T, class In> static T largest_but(const In* f, int64_t n, int64_
   return value(low);
 }
 
-// Sum over the M largest p of p^gamma (1 - p)^gamma; total and rest: of the exponentials relative to the maximum.
+// Sum over the M largest p of p^gamma (1 - p)^gamma; total: sum e^z.
 template <class In>
-static double gen(const void* data, int64_t n, const LogitsPlan& plan, double max, double total, double rest, double gamma,
+static double gen(const void* data, int64_t n, const LogitsPlan& plan, double f_max, double total, double rest, double gamma,
                   int64_t M) {
   typedef typename Arithmetic<In>::type T;
   const In* f = static_cast<const In*>(data);
-  const T level = M < n ? largest_but<T>(f, n, M, T(max)) : minus_inf<T>();
-  const Softmax<T> softmax(all<T>(T(max)), plan);
+  const T least = M < n ? largest_but<T>(f, n, M, T(f_max)) : minus_inf<T>();
+  const Softmax<T> softmax(all<T>(T(f_max)), plan);
   const T scale = T(plan.scale * gamma), power = T(gamma), per_total = T(__builtin_ldexp(1 / total, -Vec<T>::scaled));
   const T log_total = T(gamma * __builtin_log2(total));
-  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  const double descale = __builtin_ldexp(1.0, -Vec<T>::scaled);
   auto term = [&](V<T> v) __attribute__((always_inline)) {
     V<T> d, p = softmax.exp(v, &d) * per_total, e, l;
     log2_parts<T>(1 - p, &e, &l);
-    return exp2_sum<T, true, Vec<T>::scaled>((v - softmax.max) * scale - log_total, (e + l) * power, v == minus_inf<T>());
+    return exp2_sum<T, true, Vec<T>::scaled>((v - softmax.pivot) * scale - log_total, (e + l) * power, v == minus_inf<T>());
   };
   V<T> sums[2] = {}, above[2] = {};
   Total total_sum;
@@ -45,17 +45,17 @@ static double gen(const void* data, int64_t n, const LogitsPlan& plan, double ma
   for_blocks<2, T>(
       f, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
-        const I<T> wanted = (v > level) & (v != softmax.max);
+        const I<T> wanted = (v > least) & (v != softmax.pivot);
         if (!any<T>(wanted)) return;
         sums[u] += wanted ? term(v) : V<T>{};
         above[u] += wanted ? all<T>(T(1)) : V<T>{};
       },
       [&] { total_sum += take<2, T>(sums), count += take<2, T>(above); });
   // The maximum, whose 1 - p is rest / total; then what is equal to the M-th, as often as there is room for it.
-  const double log_rest = rest > 0x1p-900 ? __builtin_log2(rest) : log2_of_rest<T>(f, n, plan, max);
-  const double top = __builtin_exp2(gamma * (log_rest - 2 * __builtin_log2(total)));
-  const double ties = double(count_at_least<T>(f, n, T(max))), most = double(M < n ? M : n);
-  if (level >= max) return most * top;
-  const double sum = unit * total_sum + ties * top;
-  return level > minus_inf<T>() ? sum + (most - count - ties) * unit * double(term(all<T>(level))[0]) : sum;
+  const double log_rest = rest > 0x1p-900 ? __builtin_log2(rest) : log2_rest_again<T>(f, n, plan, f_max);
+  const double of_max = __builtin_exp2(gamma * (log_rest - 2 * __builtin_log2(total)));
+  const double ties = double(count_at_least<T>(f, n, T(f_max))), most = double(M < n ? M : n);
+  if (least >= f_max) return most * of_max;
+  const double sum = descale * total_sum + ties * of_max;
+  return least > minus_inf<T>() ? sum + (most - count - ties) * descale * double(term(all<T>(least))[0]) : sum;
 }

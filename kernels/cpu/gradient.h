@@ -1,5 +1,5 @@
 // Norms of last-layer gradients for any distribution q of the label, from a second sweep over a row whose softmax is
-// known. Included after rows.h, in the same way.
+// known. Included by rows.h.
 
 // n <= BLOCK label probabilities in the arithmetic type: where they lie, or converted to `out`.
 template <class T, class In> static const T* converted(const In* q, int64_t n, T* out) {
@@ -73,15 +73,15 @@ INLINE void for_labels(const Sweep<In>& s, const Softmax<T>& softmax, Step step,
 
 // || q - p ||: the differences of a block, then their powers as those of features.
 template <class T, class In> static void gradient_inside(const Sweep<In>& s) {
-  const Softmax<T> softmax(all<T>(T(s.row.max)), s.plan);
-  const T per_total = T(__builtin_ldexp(1 / s.row.total, -Vec<T>::scaled)), not_p = T(s.row.not_p);
-  const bool sure = s.row.total < 2;  // of one class: there q - p = (q - 1) + (1 - p), which keeps 1 - p when q = 1
+  const Softmax<T> softmax(all<T>(T(s.row.f_max)), s.plan);
+  const T per_total = T(__builtin_ldexp(1 / s.row.total, -Vec<T>::scaled)), one_minus_p = T(s.row.one_minus_p);
+  const bool above_half = s.row.total < 2;  // p_max is: then q - p = (q - 1) + (1 - p), which keeps 1 - p where q is 1
   T out[BLOCK];
   for_labels<T>(
       s, softmax,
       [&](int, V<T> v, V<T> e, V<T> w, int64_t i, int64_t) __attribute__((always_inline)) {
         V<T> difference = w - e * per_total;
-        if (sure) difference = v == softmax.max ? (w - T(1)) + not_p : difference;
+        if (above_half) difference = v == softmax.pivot ? (w - T(1)) + one_minus_p : difference;
         __builtin_memcpy(out + i, &difference, sizeof difference);
       },
       [&](int64_t m) {
@@ -90,9 +90,10 @@ template <class T, class In> static void gradient_inside(const Sweep<In>& s) {
       });
 }
 
-// What a class below the maximum, of probability p, has for || e_y - p ||^power, times 2^-row.shift. p <= 1/2 there, so
-// that nothing cancels; the maximum is left to the caller, in double.
-enum Norm { LINEAR, SQUARE, GENERAL };  // orders 1 and infinity, (1 - p)^power times a number; 2; any
+// || e_y - p ||^power times 2^-row.shift, for a class y below the maximum and its p. There p <= 1/2, so that nothing
+// cancels; the maximum's is worked out in double, in gradient.cpp.
+// LINEAR: orders 1 and infinity, of which the norm is 2 (1 - p) and 1 - p; SQUARE: order 2; GENERAL: any.
+enum Norm { LINEAR, SQUARE, GENERAL };
 
 template <class T, int NORM> struct ClassNorm {
   const Softmax<T> powers;  // e^(r z)
@@ -100,64 +101,64 @@ template <class T, int NORM> struct ClassNorm {
   const T exponent, order, power, sum, log_p, shift;
 
   ClassNorm(const LogitsPlan& plan, const GradientPlan& g, const GradientRow& row)
-      : powers(all<T>(T(row.max)), NORM == GENERAL ? sharper(plan, g.order) : plan),
+      : powers(all<T>(T(row.f_max)), NORM == GENERAL ? sharper(plan, g.order) : plan),
         ratio(NORM == LINEAR ? g.power : g.power / g.order), exponent(T(ratio)), order(T(g.order)), power(T(g.power)),
         sum(T(row.power_sum)), log_p(T(-g.order * row.log_total)), shift(T(row.shift)) {}
 
   inline __attribute__((always_inline)) V<T> operator()(V<T> v, V<T> p) const {
-    V<T> x, e, l, log_not_p = {};
+    V<T> x, e, l, log_one_minus_p = {};
     if constexpr (NORM == LINEAR) x = 1 - p;
     if constexpr (NORM == SQUARE) x = (1 - 2 * p) + sum;
     if constexpr (NORM == GENERAL) {
       // (1 - p) (1 + the others' (p_k / (1 - p))^r)^(1/r): no high order underflows
       log2_parts<T>(1 - p, &e, &l);
-      log_not_p = e + l;
+      log_one_minus_p = e + l;
       V<T> d, others = sum - powers.exp(v, &d) * T(__builtin_ldexp(1.0, -Vec<T>::scaled));
-      const V<T> log_ratio = log_p - order * log_not_p;  // to the maximum, of which it is a part, whatever rounding says
+      // Of p_max / (1 - p), which is at most 1 whatever rounding says.
+      const V<T> log_ratio = log_p - order * log_one_minus_p;
       x = 1 + others * exp2_sum<T, true>(log_ratio < 0 ? log_ratio : V<T>{}, V<T>{}, I<T>{});
     }
     if (NORM != GENERAL && ratio == 1) return x;
     if (NORM != GENERAL && ratio == 0.5) return square_root(x);
     log2_parts<T>(x, &e, &l);
-    return exp2_sum<T, true>((e + l) * exponent + (log_not_p * power - shift), V<T>{}, I<T>{});
+    return exp2_sum<T, true>((e + l) * exponent + (log_one_minus_p * power - shift), V<T>{}, I<T>{});
   }
 };
 
-// Sum of q || e_y - p ||^power over the classes below the maximum; of the maximum, its q alone.
+// Sum of q || e_y - p ||^power over the classes below the maximum; of those at it, q alone.
 template <class T, int NORM, class In> static void gradient_outside(const Sweep<In>& s) {
-  const T top = T(s.row.max);
-  const V<T> max = all<T>(top);
+  const V<T> f_max = all<T>(T(s.row.f_max));
   const bool predicted = s.gradient.labels == PREDICTED, logs = s.gradient.labels == LOG_PREDICTED;
-  // Where float exponentials vanish and are the weights too, they have a pivot of their own.
-  double pivot = s.row.max;
-  if (predicted && s.row.total - 1 < 0x1p-50) pivot = largest_below<T>(s.f, s.n, top);
+  // Where float exponentials vanish and q = p, they are relative to a lower pivot.
+  double pivot = s.row.f_max;
+  if (predicted && s.row.total - 1 < 0x1p-50) pivot = largest_below<T>(s.f, s.n, T(s.row.f_max));
   if (pivot == -__builtin_inf()) return;
-  const bool apart = pivot < s.row.max;
-  const double weight = __builtin_exp2((pivot - s.row.max) * s.plan.scale) / s.row.total;  // of the pivot, perhaps subnormal
-  const double unit = __builtin_ldexp(1.0, -Vec<T>::scaled);
+  const bool apart = pivot < s.row.f_max;
+  const double p_pivot = __builtin_exp2((pivot - s.row.f_max) * s.plan.scale) / s.row.total;  // perhaps subnormal
+  const double descale = __builtin_ldexp(1.0, -Vec<T>::scaled);
   const Softmax<T> softmax(all<T>(T(pivot)), s.plan);
   const ClassNorm<T, NORM> norm(s.plan, s.gradient, s.row);
-  const T per_total = T(weight * unit), log_total = T(s.row.log_total);
-  V<T> sums[2] = {}, tops[2] = {};
+  const T per_total = T(p_pivot * descale), log_total = T(s.row.log_total);
+  V<T> sums[2] = {}, q_max[2] = {};
   Total sum;
   for_labels<T>(
       s, softmax,
       [&](int u, V<T> v, V<T> e, V<T> w, int64_t, int64_t first) __attribute__((always_inline)) {
-        const auto below = unequal(v, max);
-        tops[u] = add_where(~below, tops[u], w);
+        const auto below = unequal(v, f_max);
+        q_max[u] = add_where(~below, q_max[u], w);
         if (apart) {
           V<T> d;
-          e = softmax.exp(v < max ? v : all<T>(minus_inf<T>()), &d);
+          e = softmax.exp(v < f_max ? v : all<T>(minus_inf<T>()), &d);
         }
         if (predicted) w = e;
         if (logs) {
-          w = (v - max) * softmax.high - log_total;
+          w = (v - f_max) * softmax.high - log_total;
           if (first) w = from_lane<T>(first) ? w : V<T>{};
         }
         sums[u] = add_where(below, sums[u], w * norm(v, e * per_total));
       },
-      [&](int64_t) { sum += take<2, T>(sums), s.state->top += take<2, T>(tops); });
-  s.state->sum += predicted ? weight * (unit * sum) : sum;
+      [&](int64_t) { sum += take<2, T>(sums), s.state->q_max += take<2, T>(q_max); });
+  s.state->sum += predicted ? p_pivot * (descale * sum) : sum;
 }
 
 template <class In>

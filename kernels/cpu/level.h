@@ -15,7 +15,7 @@ template <class In>
 static void level_sums(const void* data, int64_t, int64_t, int64_t n, double temperature, const double* level,
                        const double* shift, LevelSums* out) {
   typedef typename Arithmetic<In>::type T;
-  const V<T> centre = all<T>(T(*level)), away = all<T>(T(*shift));
+  const V<T> levels = all<T>(T(*level)), shifts = all<T>(T(*shift));
   const T per_T = T(1 / temperature);
   V<T> expm1[2] = {}, tail[2] = {}, above[2] = {};
   LevelSums sums = {};
@@ -23,7 +23,7 @@ static void level_sums(const void* data, int64_t, int64_t, int64_t n, double tem
       static_cast<const In*>(data), n, T(*level),
       [&](int u, V<T> v, int64_t, int64_t first) __attribute__((always_inline)) {
         V<T> rise, beyond;
-        exp_beside_1<T>((v - centre) * per_T - away, &rise, &beyond);
+        exp_beside_1<T>((v - levels) * per_T - shifts, &rise, &beyond);
         if (first) {  // the padding is no class
           rise = from_lane<T>(first) ? rise : V<T>{};
           beyond = from_lane<T>(first) ? beyond : V<T>{};
@@ -45,15 +45,15 @@ static void few_level_sums(const void* data, int64_t stride, int64_t rows, int64
   for (int64_t start = 0; start < rows; start += lanes) {
     const int64_t count = rows - start < lanes ? rows - start : lanes;
     const In* f = static_cast<const In*>(data) + start * stride;
-    V<T> x[FEW], centre, away, expm1 = {}, tail = {}, above = {};
+    V<T> x[FEW], levels, shifts, expm1 = {}, tail = {}, above = {};
     for (int row = 0; row < lanes; row++) {
       const int64_t i = start + (row < count ? row : 0);
-      centre[row] = T(level[i]), away[row] = T(shift[i]);
+      levels[row] = T(level[i]), shifts[row] = T(shift[i]);
     }
     for (int64_t k = 0; k < n; k += lanes) load_columns<T>(f + k, stride, count, n - k < lanes ? n - k : lanes, x + k);
     for (int64_t k = 0; k < n; k++) {
       V<T> rise, beyond;
-      exp_beside_1<T>((x[k] - centre) * per_T - away, &rise, &beyond);
+      exp_beside_1<T>((x[k] - levels) * per_T - shifts, &rise, &beyond);
       expm1 += rise;
       tail += beyond;
       above += rise > 0 ? rise : V<T>{};

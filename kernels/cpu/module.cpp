@@ -30,30 +30,30 @@ template <class Work> static PyObject* without_lock(Work work) {
   Py_RETURN_NONE;
 }
 
-static PyObject* run_without_lock(const Request& q) {
+static PyObject* run_without_lock(const Call& call) {
   if (PyErr_Occurred()) return nullptr;
-  return without_lock([&] { if (q.rows) run(q); });
+  return without_lock([&] { if (call.rows) run(call); });
 }
 
 // What both functions begin with: the plan, rows, logits (address, type, columns, stride), feats (the same).
 constexpr Py_ssize_t COMMON = 10;
 
-static bool read_matrices(PyObject* const* args, Request* q) {
-  q->rows = PyLong_AsLongLong(args[1]);
-  return read_matrix(args + 2, &q->logits) && read_matrix(args + 6, &q->feats);
+static bool read_matrices(PyObject* const* args, Call* call) {
+  call->rows = PyLong_AsLongLong(args[1]);
+  return read_matrix(args + 2, &call->logits) && read_matrix(args + 6, &call->feats);
 }
 
 // run(..., address of the result, its type, whether it is [rows, columns], labels (4))
-static PyObject* run_request(PyObject*, PyObject* const* args, Py_ssize_t count) {
+static PyObject* run_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, COMMON + 7);
   if (!plan) return nullptr;
-  Request q{*plan};
-  if (!read_matrices(args, &q)) return nullptr;
-  q.out = PyLong_AsVoidPtr(args[COMMON]);
-  q.out_double = PyLong_AsLong(args[COMMON + 1]) == FLOAT64;
-  set_strides(&q, PyObject_IsTrue(args[COMMON + 2]));
-  if (!read_matrix(args + COMMON + 3, &q.labels)) return nullptr;
-  return run_without_lock(q);
+  Call call{*plan};
+  if (!read_matrices(args, &call)) return nullptr;
+  call.out = PyLong_AsVoidPtr(args[COMMON]);
+  call.out_double = PyLong_AsLong(args[COMMON + 1]) == FLOAT64;
+  set_strides(&call, PyObject_IsTrue(args[COMMON + 2]));
+  if (!read_matrix(args + COMMON + 3, &call.labels)) return nullptr;
+  return run_without_lock(call);
 }
 
 // batchgrad(plan, rows, logits (4), feats (4), bias, address of G, its columns, address of its rows' norms, their sum,
@@ -61,9 +61,9 @@ static PyObject* run_request(PyObject*, PyObject* const* args, Py_ssize_t count)
 static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, COMMON + 6);
   if (!plan) return nullptr;
-  Request q{*plan};
-  if (!read_matrices(args, &q)) return nullptr;
-  const BatchGrad b{*plan, q.rows, q.logits, q.feats, bool(PyObject_IsTrue(args[COMMON])),
+  Call call{*plan};
+  if (!read_matrices(args, &call)) return nullptr;
+  const BatchGrad b{*plan, call.rows, call.logits, call.feats, bool(PyObject_IsTrue(args[COMMON])),
                     PyLong_AsVoidPtr(args[COMMON + 1]), PyLong_AsLongLong(args[COMMON + 2]),
                     static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 3])), PyFloat_AsDouble(args[COMMON + 4]),
                     static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 5]))};
@@ -92,20 +92,20 @@ static bool shared_out(int64_t elements) { return elements > 32768; }  // at::in
 static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, 5);
   if (!plan) return nullptr;
-  Request q{*plan};
+  Call call{*plan};
   // Without a pool (a forked child) what torch itself would share out, such as filling a result where it is told to be
   // deterministic, goes the longer way too, which sees to torch's threads first.
-  if (watched() || !read_tensors(args + 2, &q) ||
-      (!parallel_for && shared_out(q.rows * int64_t(plan->columns.size())))) {
+  if (watched() || !read_tensors(args + 2, &call) ||
+      (!parallel_for && shared_out(call.rows * int64_t(plan->columns.size())))) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
   const bool with_logits = !plan->stats.empty();
-  const int type = with_logits ? q.logits.type : q.feats.type;
-  PyObject* out = empty_beside(args[with_logits ? 2 : 3], type, OF_FLOAT32, args[1], q.rows, &q.out);
+  const int type = with_logits ? call.logits.type : call.feats.type;
+  PyObject* out = empty_beside(args[with_logits ? 2 : 3], type, OF_FLOAT32, args[1], call.rows, &call.out);
   if (!out) return nullptr;
-  set_strides(&q, PyLong_AsLong(PyTuple_GetItem(args[1], 0)) < 0);
-  PyObject* done = run_without_lock(q);
+  set_strides(&call, PyLong_AsLong(PyTuple_GetItem(args[1], 0)) < 0);
+  PyObject* done = run_without_lock(call);
   if (!done) {
     Py_DECREF(out);
     return nullptr;
@@ -167,7 +167,7 @@ static PyObject* apply(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 static PyMethodDef methods[] = {
     {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
-    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_request)), METH_FASTCALL, nullptr},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_call)), METH_FASTCALL, nullptr},
     {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
     {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
     {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL, nullptr},

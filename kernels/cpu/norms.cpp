@@ -1,4 +1,4 @@
-// What the sums of a row of features come to: how orders are planned, chunks merged, roots taken. Scalar double arithmetic.
+// What the sums of a row of features come to: orders are planned, chunks merged, roots taken. Scalar double arithmetic.
 #include "state.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ constexpr int FIRST_GROUP_SLOT = 7;
 
 template <int LANES> static void fill(PowerTable<LANES>* table, double r) {
   typedef PowerTable<LANES> Table;
-  // The binomial series to t^5, its last terms folded back by Chebyshev polynomials on |t| <= w.
+  // The binomial series to x^5, its last terms folded back by Chebyshev polynomials on |x| <= w.
   const double w2 = 1.0 / ((2 * LANES + 1) * (2 * LANES + 1));
   double b[6] = {1};
   for (int n = 1; n < 6; n++) b[n] = b[n - 1] * (r - n + 1) / n;
@@ -24,13 +24,13 @@ template <int LANES> static void fill(PowerTable<LANES>* table, double r) {
     b[0] -= b[4] * w2 * w2 / 8;
     b[2] += b[4] * w2;
   }
-  for (int n = 0; n <= Table::DEGREE; n++) table->t[n] = float(b[n] / b[0]);
+  for (int n = 0; n <= Table::DEGREE; n++) table->series[n] = float(b[n] / b[0]);
   constexpr int window = 1 << Table::WINDOW_BITS, first = Table::WINDOW;
   for (int i = 0; i < LANES; i++) {
     const double middle = 1 + (i + 0.5) / LANES;
-    table->centre[i] = float(1 / middle);
-    table->mantissa[i] = float(b[0] * std::pow(double(table->centre[i]), -r));
-    table->far[i] = float(std::exp2(r * window * (i < LANES / 2 ? i : i - LANES)));
+    table->per_middle[i] = float(1 / middle);
+    table->mantissa[i] = float(b[0] * std::pow(double(table->per_middle[i]), -r));
+    table->outside[i] = float(std::exp2(r * window * (i < LANES / 2 ? i : i - LANES)));
     if (LANES == 8) {
       table->exponent[0][i] = float(std::exp2(r * i));
       table->exponent[1][(first / 8 + i) % 8] = float(std::exp2(r * (first + 8 * i - 127)));
@@ -106,29 +106,29 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
 }
 
 void clear(const NormsPlan& plan, NormsState* s) {
-  s->max = s->reference = s->shift = s->shift_log = s->nonzero = 0;
-  s->unit = 1;
+  s->max = s->unit = s->shift = s->shift_fraction = s->nonzero = 0;
+  s->unit_whole = 1;
   s->nan = false;
   for (int slot = 0; slot < plan.slots; slot++) s->sum[slot] = 0;
 }
 
-void rescale(const NormsPlan& plan, NormsState* s, double max) {
-  const double shift = std::ilogb(max);
-  if (s->reference > 0) {
+void rescale(const NormsPlan& plan, NormsState* s, double unit) {
+  const double shift = std::ilogb(unit);
+  if (s->unit > 0) {
     for (int p = 1; p < FIRST_GROUP_SLOT && plan.scaled_integers; p++) s->sum[p] *= std::exp2(p * (s->shift - shift));
     for (int slot = FIRST_GROUP_SLOT; slot < plan.slots; slot++)
-      if (plan.scaled[slot]) s->sum[slot] *= std::pow(s->reference / max, plan.order[slot]);
+      if (plan.scaled[slot]) s->sum[slot] *= std::pow(s->unit / unit, plan.order[slot]);
   }
-  s->reference = max;
+  s->unit = unit;
   s->shift = shift;
-  s->unit = std::exp2(shift);
-  s->shift_log = std::log2(std::ldexp(max, -int(shift)));
+  s->unit_whole = std::exp2(shift);
+  s->shift_fraction = std::log2(std::ldexp(unit, -int(shift)));
 }
 
 void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
   NormsState other = b;
-  if (other.reference > a->reference) rescale(plan, a, other.reference);
-  else if (other.reference > 0 && other.reference < a->reference) rescale(plan, &other, a->reference);
+  if (other.unit > a->unit) rescale(plan, a, other.unit);
+  else if (other.unit > 0 && other.unit < a->unit) rescale(plan, &other, a->unit);
   for (int slot = 1; slot < plan.slots; slot++) a->sum[slot] += other.sum[slot];
   a->max = other.max > a->max ? other.max : a->max;
   a->nonzero += other.nonzero;
@@ -137,15 +137,15 @@ void merge(const NormsPlan& plan, NormsState* a, const NormsState& b) {
 
 double sum_of_powers(const Order& order, const NormsState& s) { return order.slot < 0 ? 0 : s.sum[order.slot]; }
 
-// Scaled integer powers are of |h| / 2^(shift + 1), other scaled ones of |h| / reference.
+// Scaled integer powers are of |h| / (2 unit_whole), other scaled ones of |h| / unit.
 static bool integer(const Order& order) { return order.slot < FIRST_GROUP_SLOT; }
 
 double norm(const Order& order, const NormsPlan& plan, const NormsState& s, double root) {
   if (s.nan) return NaN;
   if (order.r == 0) return s.nonzero;
   if (order.r == INF || s.max == INF) return s.max;
-  if (integer(order)) return plan.scaled_integers ? 2 * root * s.unit : root;
-  return plan.scaled[order.slot] ? s.reference * root : root;
+  if (integer(order)) return plan.scaled_integers ? 2 * root * s.unit_whole : root;
+  return plan.scaled[order.slot] ? s.unit * root : root;
 }
 
 void norms_from_roots(const Order& order, const NormsPlan& plan, const NormsState* states, int64_t count, const double* root,
@@ -162,7 +162,7 @@ double log_norm(const Order& order, const NormsPlan& plan, const NormsState& s) 
   if (order.r == INF || s.max == INF) return std::log(s.max);
   const double log = std::log(sum_of_powers(order, s)) / order.r;
   if (integer(order)) return plan.scaled_integers ? (s.shift + 1) * 0.6931471805599453 + log : log;
-  return plan.scaled[order.slot] ? std::log(s.reference) + log : log;
+  return plan.scaled[order.slot] ? std::log(s.unit) + log : log;
 }
 
 }  // namespace fastood

@@ -28,7 +28,7 @@ template <class T> static double sum_of_powers(const T* y, const T* roots, int64
   }
 }
 
-// Sums of integer powers 1..6 of y * scale in one pass, as far as `most`; those that are `wanted` are added, times unit^p.
+// Sums of the integer powers 1..MOST of a s1 s2 in one pass; those that are `wanted` are added, times unit^p.
 template <int MOST, class T>
 static void integer_sums(const T* a, int64_t n, T s1, T s2, uint64_t wanted, double unit, double* sum) {
   constexpr int W = 2;
@@ -48,10 +48,10 @@ static void integer_sums(const T* a, int64_t n, T s1, T s2, uint64_t wanted, dou
         }
       },
       [&] { UNROLL for (int p = 0; p < MOST; p++) add_up<W, T>(&total[p], s[p]); });
-  double scale = 1;
+  double unit_power = 1;
   for (int p = 0; p < MOST; p++) {
-    scale *= unit;
-    if (wanted >> (p + 1) & 1) sum[p + 1] += scale * sum_of<T>(total[p]);
+    unit_power *= unit;
+    if (wanted >> (p + 1) & 1) sum[p + 1] += unit_power * sum_of<T>(total[p]);
   }
 }
 
@@ -61,7 +61,7 @@ template <class T, bool SCALED, bool ROOTED>
 static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint64_t wanted, const NormsState& s, double* sum) {
   // base = high + low, high so short that its product with an exponent is exact
   const T base = T(group.base), high = T(group.high), low = T(group.base - double(high));
-  const T shift = T(s.shift), shift_log = T(s.shift_log);
+  const T shift = T(s.shift), shift_fraction = T(s.shift_fraction);
   T power[BLOCK], root[BLOCK];
   bool powers = false;
   for (int j = 0; j < group.multiples; j++) powers |= group.multiple[j] && wanted >> group.slot[j] & 1;
@@ -79,7 +79,7 @@ static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint6
         log2_parts<T>(v, &e, &l);
         if constexpr (SCALED) {
           e -= shift;
-          l -= shift_log;
+          l -= shift_fraction;
         }
         V<T> y = exp2_sum<T, SCALED>(e * high, e * low + l * base, v == 0);
         if (!SCALED) __builtin_memcpy(power + i, &y, sizeof y);
@@ -135,9 +135,9 @@ template <class T, bool COUNT, class In> static void read_tile(const In* h, int6
   if constexpr (COUNT) state->nonzero += take<4, T>(nonzero);
 }
 
-// What is wanted of any chunk of any row.
+// What is wanted of any chunk of any row, tile by tile.
 template <class T, class In>
-static void norms_with_care(const In* h, int64_t n, const NormsPlan& plan, uint64_t wanted, NormsState* state) {
+static void norms_by_tiles(const In* h, int64_t n, const NormsPlan& plan, uint64_t wanted, NormsState* state) {
   T a[BLOCK];
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t m = n - start < BLOCK ? n - start : BLOCK;
@@ -147,13 +147,13 @@ static void norms_with_care(const In* h, int64_t n, const NormsPlan& plan, uint6
     else read_tile<T, false>(h + start, m, a, state, &max);
     state->max = max > state->max ? max : state->max;
     if (max == 0 || max == __builtin_inf() || state->nan) continue;
-    if (max > state->reference) rescale(plan, state, max);
+    if (max > state->unit) rescale(plan, state, max);
 
     const uint64_t integers = wanted & 0x7e;
     if (integers) {
       const int k = -int(state->shift) - 1, k1 = k < -126 ? -126 : k > 126 ? 126 : k;
       const T s1 = T(__builtin_ldexp(1.0, k1)), s2 = T(__builtin_ldexp(1.0, k - k1));
-      const double unit = plan.scaled_integers ? 1 : 2 * state->unit;
+      const double unit = plan.scaled_integers ? 1 : 2 * state->unit_whole;
       if (integers >> 3) integer_sums<6, T>(a, whole, s1, s2, integers, unit, state->sum);
       else if (integers >> 2) integer_sums<2, T>(a, whole, s1, s2, integers, unit, state->sum);
       else integer_sums<1, T>(a, whole, s1, s2, integers, unit, state->sum);
@@ -192,11 +192,11 @@ template <int WIDTH, class T> INLINE void add_in_turn(V<T>* total, V<T>* sums) {
   }
 }
 
-// In one pass over at most SPAN elements: the sums of TABLES fractional powers from the table `first` on, and of their
-// products with square roots; with the first of them those of square roots and of the INTEGERS first integer powers, and,
-// with 6 of those, the extremes. Gives the slots that are done, of all that are wanted: each by itself, or an order's bits
-// would hang on those beside it. The others need care: where an element is not finite, or for the tables subnormal, or an
-// integer power out of range.
+// One pass over at most SPAN elements. It sums TABLES fractional powers, by the tables from `first` on, and their products
+// with square roots; in the pass with the first table also square roots, the INTEGERS first integer powers and, with all 6
+// of these, the extremes. Gives the slots that are done. Left out is an order of which an element is not finite, or
+// subnormal where it has a table, or whose integer power is out of range: each by itself, or its bits would hang on the
+// orders beside it. norms_by_tiles does those.
 constexpr int64_t SPAN = 2048;
 
 template <int TABLES, int INTEGERS, bool PRODUCTS, class In>
@@ -210,7 +210,7 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
 #else
   const Table* table = plan.narrow + first;
 #endif
-  const F centre = load(table[0].centre);
+  const F per_middle = load(table[0].per_middle);
   const int* product_slot = plan.product_slot + first;
   bool multiplied = false;
   for (int k = 0; k < TABLES && PRODUCTS; k++) multiplied |= product_slot[k] != 0;
@@ -223,7 +223,7 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
     high[k] = load(table[k].exponent[1]);
     mantissa[k] = load(table[k].mantissa);
   }
-  typename MaskOf<float>::type odd{};
+  typename MaskOf<float>::type special{};
   for_blocks_abreast<W, float, 256>(
       h, n, 0.0f,
       [&](int u, F v, int64_t i, int64_t) __attribute__((always_inline)) {
@@ -234,21 +234,21 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
         F square = {};
         if (rooted) root[u] += square = square_root(a);
         if constexpr (TABLES > 0) {
-          F scale[TABLES];
-          UNROLL for (int k = 0; k < TABLES; k++) scale[k] = exponent_power(low[k], high[k], bits >> 23);
+          F of_exponent[TABLES];
+          UNROLL for (int k = 0; k < TABLES; k++) of_exponent[k] = exponent_power(low[k], high[k], bits >> 23);
           const I<float> above = magnitude - (Table::WINDOW << 23);
           if (__builtin_expect(any_where(some, above, -1u << EXPONENT), 0)) {
-            odd |= odd_numbers(v);
-            UNROLL for (int k = 0; k < TABLES; k++) scale[k] *= choose(load(table[k].far), above >> EXPONENT);
+            special |= special_numbers(v);
+            UNROLL for (int k = 0; k < TABLES; k++) of_exponent[k] *= choose(load(table[k].outside), above >> EXPONENT);
           }
           const F m = (F)((bits & 0x007fffff) | 0x3f800000);
-          const F t = m * choose(centre, bits >> MANTISSA) - 1.0f;
+          const F x = m * choose(per_middle, bits >> MANTISSA) - 1.0f;
           F kept[TABLES];
           UNROLL for (int k = 0; k < TABLES; k++) {
             const F c = choose(mantissa[k], bits >> MANTISSA);
-            F series = all<float>(table[k].t[Table::DEGREE]);
-            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = fused(series, t, all<float>(table[k].t[d]));
-            power[k][u] += kept[k] = where(some, scale[k] * fused(c * t, series, c));
+            F series = all<float>(table[k].series[Table::DEGREE]);
+            UNROLL for (int d = Table::DEGREE - 1; d > 0; d--) series = fused(series, x, all<float>(table[k].series[d]));
+            power[k][u] += kept[k] = where(some, of_exponent[k] * fused(c * x, series, c));
           }
           if (PRODUCTS && multiplied)
             UNROLL for (int k = 0; k < TABLES; k++)
@@ -283,7 +283,7 @@ static uint64_t norms_at_once(const In* h, int64_t n, const NormsPlan& plan, int
   };
   const double roots = sum_of<float>(all_root);
   if (plan.root && first == 0 && roots < __builtin_inf()) add(plan.root, roots);
-  for (int k = 0; k < TABLES && !any<float>(odd); k++) {
+  for (int k = 0; k < TABLES && !any<float>(special); k++) {
     if (plan.table_slot[first + k]) add(plan.table_slot[first + k], sum_of<float>(all_power[k]));
     if (product_slot[k]) add(product_slot[k], sum_of<float>(all_product[k]));
   }
@@ -333,11 +333,11 @@ static void norms(const void* data, int64_t n, const NormsPlan& plan, const void
         uint64_t done = at_once(h + start, m, plan, 0, after, state);
         for (int first = TABLES_AT_ONCE; first < plan.tables; first += TABLES_AT_ONCE)
           done |= with_tables<0, In>(plan, first)(h + start, m, plan, first, after, state);
-        if (plan.wanted & ~done) norms_with_care<T>(h + start, m, plan, plan.wanted & ~done, state);
+        if (plan.wanted & ~done) norms_by_tiles<T>(h + start, m, plan, plan.wanted & ~done, state);
       }
       return;
     }
   }
 #endif
-  norms_with_care<T>(h, n, plan, plan.wanted, state);
+  norms_by_tiles<T>(h, n, plan, plan.wanted, state);
 }

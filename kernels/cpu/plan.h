@@ -28,20 +28,20 @@ struct LogitsPlan {
   double power[MAX_POWER_SUMS];
 };
 
-// Of z = (f - max) / T over a chunk, "rest" meaning all elements below the maximum.
+// Of a chunk, with z = (f - f_max) / T. What is summed over elements below the maximum is the rest less ties - 1.
 struct LogitsState {
-  double max;
-  double ties;     // elements equal to the maximum
-  double exp;      // rest: sum exp z
-  double squares;  // rest: sum exp 2z
-  double exp_z;    // rest: sum z exp z
-  double below;    // all: sum (f - max) DIFFERENCE
-  double powers[MAX_POWER_SUMS];  // rest: sum exp rz
+  double f_max;
+  double ties;           // elements equal to it
+  double e_below;        // below it: sum e^z
+  double squares_below;  // below it: sum e^2z
+  double rest_z;         // sum z e^z
+  double differences;    // of all: sum (f - f_max) DIFFERENCE
+  double powers_below[MAX_POWER_SUMS];  // below it: sum e^rz
   int64_t n;
   bool nan;
 };
 
-// Differences to the maximum are summed in this unit, for they may be beyond the doubles, as their sum may be.
+// Differences to the maximum are summed times this, for they may be beyond the doubles, as their sum may be.
 constexpr double DIFFERENCE = 0x1p-64;
 
 // Of a row read again, x = (f - level) / T - shift.
@@ -51,16 +51,17 @@ struct LevelSums {
   double above;  // sum of max(e^x - 1, 0)
 };
 
-// y = |h|^order of a normal float h = 2^e m, from tables as long as a vector, of 16 floats or of 8: 2^(order e) by the low
-// bits of the exponent, right where it is in the window, else times `far`; and m^order by the leading bits of m, times a
-// polynomial in t = m centre - 1, centre the reciprocal of the middle of m's interval.
+// |h|^order of a normal float h = 2^e m, 1 <= m < 2, from tables as long as a vector, of 16 floats or of 8. 2^(order e) is
+// looked up by the low bits of e, which tell the e of a window apart; outside of it comes a factor, by the higher bits.
+// m^order is looked up by the leading bits of m, for the middle of all m that have these, times (1 + x)^order, a polynomial
+// in x = m / middle - 1.
 template <int LANES> struct PowerTable {
   static constexpr int BITS = LANES == 16 ? 4 : 3;  // of the mantissa
   static constexpr int WINDOW_BITS = LANES == 16 ? 5 : 6, WINDOW = 127 - 24 - (LANES == 16 ? 0 : 23);  // of the exponent
   static constexpr int DEGREE = LANES == 16 ? 3 : 4;
   float exponent[2][LANES];  // of 16: one table of 32; of 8: two factors, by three bits each
-  float far[LANES], centre[LANES], mantissa[LANES];
-  float t[DEGREE + 1];  // (1 + t)^order = 1 + t (t[1] + t (t[2] + ...)), relative error below 2^-27
+  float outside[LANES], per_middle[LANES], mantissa[LANES];
+  float series[DEGREE + 1];  // (1 + x)^order = 1 + x (series[1] + x (series[2] + ...)), relative error below 2^-27
 };
 constexpr int TABLES_AT_ONCE = 4;
 
@@ -68,7 +69,7 @@ constexpr int TABLES_AT_ONCE = 4;
 // Which base an order has hangs on the order alone, or its bits would on the orders beside it.
 struct PowerGroup {
   double base, high;  // high: its leading bits
-  bool scaled;        // of |h| / reference instead of |h|
+  bool scaled;        // of |h| / unit instead of |h|
   int multiples;
   int multiple[MAX_ORDERS];
   bool rooted[MAX_ORDERS];  // times a square root
@@ -79,7 +80,7 @@ struct NormsPlan {
   bool count;       // l0
   bool extremes;    // l0 or l_inf
   int integers;     // bits 1..6: the orders that are formed by multiplication alone, in slots 1..6
-  bool scaled_integers;  // of |h| / 2^(shift + 1): those of floats stay within the doubles as they are
+  bool scaled_integers;  // of |h| / (2 unit_whole): those of floats stay within the doubles as they are
   int groups;
   PowerGroup group[MAX_ORDERS];
   int slots;        // in use, integers included
@@ -98,9 +99,9 @@ constexpr uint64_t EXTREMES = 1;  // l0 or l_inf; there is no slot 0
 
 struct NormsState {
   double max;        // max |h|; where only sums are asked for, infinite or not is all that it tells
-  double reference;  // what scaled sums are relative to: max when they were last rescaled
-  double shift, shift_log;  // its log2, whole and fraction
-  double unit;              // 2^shift
+  double unit;       // what |h| is divided by where sums are scaled: max when they were last rescaled
+  double shift, shift_fraction;  // its log2, whole and fraction
+  double unit_whole;             // 2^shift
   double nonzero;
   double sum[MAX_ORDERS + 7];
   bool nan;
@@ -118,9 +119,9 @@ struct GradientPlan {
 
 // What is known of a row when it is swept for that.
 struct GradientRow {
-  double max, total;  // total: of the exponentials relative to the maximum
-  double log_total;   // log2
-  double not_p;       // 1 - p_max
+  double f_max, total;  // total: sum e^z
+  double log_total;     // log2
+  double one_minus_p;   // 1 - p_max
   double uniform;     // 1 / C
   double power_sum;   // sum of e^(order z); S_2 for order 2
   double shift;       // log2 of what the norms are divided by, so that no power leaves the range
@@ -128,7 +129,7 @@ struct GradientRow {
 
 struct GradientState {
   double sum;     // outside: of q || e_y - p ||^power below the maximum
-  double top;     // outside: of q at the maximum
+  double q_max;   // outside: of q at the maximum
   double labels;  // of q; NaN where one is negative
   NormsState difference;  // inside: of q - p
 };
@@ -138,16 +139,16 @@ void set_scale(LogitsPlan* plan, double scale, double scale_low);
 // The plan of e^(rz).
 LogitsPlan sharper(const LogitsPlan& plan, double r);
 
-// Rescale the sums so that they are relative to `max`.
-void rescale(const NormsPlan& plan, NormsState* state, double max);
+// Makes `unit` that of the sums.
+void rescale(const NormsPlan& plan, NormsState* state, double unit);
 
 struct Kernels {
   const char* name;
   int float_lanes;
   // next: what will be read after f, and is fetched on the way
   void (*logits[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, const void* next, LogitsState* state, void* kept);
-  // sum of max(p - uniform, 0), p = exp((f - max) / T) / total; kept: the exponentials, where the row is one chunk
-  double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double uniform,
+  // sum of max(p - uniform, 0), p = e^z / total; kept: the exponentials, where the row is one chunk
+  double (*tv[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double f_max, double total, double uniform,
                       const void* kept);
   // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN; kept: as for tv.
   void (*gradient[TYPES])(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan,
@@ -158,10 +159,10 @@ struct Kernels {
                        const double* shift, LevelSums* out);
   void (*few_level[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, double temperature, const double* level,
                            const double* shift, LevelSums* out);
-  double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, double total, double rest,
+  double (*gen[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double f_max, double total, double rest,
                        double gamma, int64_t M);
-  // log2 of the exponentials' sum below the maximum, also where it is below the doubles.
-  double (*log2_rest[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max);
+  // log2 of the sum of e^z below the maximum, also where that vanishes.
+  double (*log2_rest[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double f_max);
   // As `logits` and `tv`, of rows of n <= FEW columns.
   void (*few_logits[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
                             LogitsState* states, double* tv);
@@ -170,7 +171,7 @@ struct Kernels {
   double (*batchgrad[2])(const void* h, int64_t n, const void* G, int64_t stride, const int* classes, const void* turn,
                          const void* pull, int count);
   double (*batchgrad_peak)(int64_t steps);
-  void (*exponentials[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double max, void* out);
+  void (*exponentials[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double f_max, void* out);
   double (*widen[TYPES])(const void* x, int64_t n, void* out);
   // In place, of n doubles >= 0, n a multiple of 8: log (1 + x) to relative precision, and x^exponent to 2^-44.
   void (*log1p)(double* x, int64_t n);
@@ -180,7 +181,7 @@ struct Kernels {
   void (*log2f)(const float* x, float* out, int64_t n);
 };
 
-// 2^(x + SCALED): exponentials are kept this much larger than they are, so that e^-104 is a normal number.
+// Exponentials are 2^SCALED times as large as they are, so that e^-104 is a normal number; descale is 2^-SCALED.
 constexpr int SCALED_FLOAT = 40, SCALED_DOUBLE = 100;
 
 }  // namespace fastood

@@ -1,4 +1,4 @@
-// A plan: what is wanted. A request: one call of it, what is read and where it goes.
+// A plan: what is wanted. A call: one call of it, what is read and where it goes.
 #pragma once
 
 #include <vector>
@@ -47,7 +47,7 @@ struct Plan {
   Order gradient_order[2]{};
 };
 
-struct Request {
+struct Call {
   const Plan& plan;
   int64_t rows = 0;
   Matrix logits, feats, labels;
@@ -78,18 +78,19 @@ struct BatchGrad {
 typedef int (*ParallelFor)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 extern ParallelFor parallel_for;
 
-void run(const Request& q);
+void run(const Call& call);
 bool run(const BatchGrad& b);
 
 // task(begin, end, context) over 0..tasks, `grain` of them or more to a thread.
 void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
 // The sums over a row and, in `swept`, the TV or gradient that is asked for; kept: as many doubles as the row is long
 // and 16, or null.
-LogitsState logits_row(const Request& q, int64_t row, double* kept, double* swept);
+LogitsState logits_row(const Call& call, int64_t row, double* kept, double* swept);
 
 // The gradient of a row whose sums are known: what its sweep needs of them, and what comes of the states of all chunks.
-GradientRow gradient_row(const Request& q, const LogitsState& s);
-void merge(const Request& q, GradientState* a, const GradientState& b);
-double gradient(const Request& q, int64_t row, const LogitsState& s, const GradientRow& about, const GradientState& state);
+GradientRow gradient_row(const Call& call, const LogitsState& s);
+void merge(const Call& call, GradientState* a, const GradientState& b);
+double gradient(const Call& call, int64_t row, const LogitsState& s, const GradientRow& about,
+                const GradientState& state);
 
 }  // namespace fastood

@@ -25,35 +25,35 @@ LogitsPlan sharper(const LogitsPlan& plan, double r) {
 }
 
 // The sums of `s` relative to a larger maximum than its own.
-static void lower(const LogitsPlan& plan, LogitsState* s, double max) {
-  const double gap = (s->max - max) / plan.temperature;
-  s->below += double(s->n) * (s->max * DIFFERENCE - max * DIFFERENCE);
-  const double w = std::exp(gap), mass = s->ties + s->exp;
-  s->exp_z = w == 0 ? 0 : w * (s->exp_z + gap * mass);
-  s->exp = w * mass;
-  s->squares = w * w * (s->ties + s->squares);
+static void lower(const LogitsPlan& plan, LogitsState* s, double f_max) {
+  const double gap = (s->f_max - f_max) / plan.temperature;
+  s->differences += double(s->n) * (s->f_max * DIFFERENCE - f_max * DIFFERENCE);
+  const double weight = std::exp(gap), total = s->ties + s->e_below;
+  s->rest_z = weight == 0 ? 0 : weight * (s->rest_z + gap * total);
+  s->e_below = weight * total;
+  s->squares_below = weight * weight * (s->ties + s->squares_below);
   for (int r = 0; r < plan.power_sums; r++)
-    s->powers[r] = std::exp(gap * plan.power[r]) * (s->ties + s->powers[r]);
+    s->powers_below[r] = std::exp(gap * plan.power[r]) * (s->ties + s->powers_below[r]);
   s->ties = 0;
 }
 
 void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b) {
   LogitsState other = b;
-  const bool finite = std::isfinite(a->max) && std::isfinite(other.max);
-  if (a->max < other.max) {
-    if (finite) lower(plan, a, other.max);
-    else if (other.max < INF) a->below = a->n ? -INF : 0;  // all masked so far
-    a->max = other.max;
-  } else if (other.max < a->max) {
-    if (finite) lower(plan, &other, a->max);
-    else if (a->max < INF) other.below = other.n ? -INF : 0;
+  const bool finite = std::isfinite(a->f_max) && std::isfinite(other.f_max);
+  if (a->f_max < other.f_max) {
+    if (finite) lower(plan, a, other.f_max);
+    else if (other.f_max < INF) a->differences = a->n ? -INF : 0;  // all masked so far
+    a->f_max = other.f_max;
+  } else if (other.f_max < a->f_max) {
+    if (finite) lower(plan, &other, a->f_max);
+    else if (a->f_max < INF) other.differences = other.n ? -INF : 0;
   }
   a->ties += other.ties;
-  a->exp += other.exp;
-  a->squares += other.squares;
-  a->exp_z += other.exp_z;
-  a->below += other.below;
-  for (int r = 0; r < plan.power_sums; r++) a->powers[r] += other.powers[r];
+  a->e_below += other.e_below;
+  a->squares_below += other.squares_below;
+  a->rest_z += other.rest_z;
+  a->differences += other.differences;
+  for (int r = 0; r < plan.power_sums; r++) a->powers_below[r] += other.powers_below[r];
   a->n += other.n;
   a->nan |= other.nan;
 }
@@ -64,13 +64,13 @@ struct Quantities {
   const LogitsState& s;
   double classes, swept, log1p, log_C;
 
-  double fmax() const { return s.max; }
+  double fmax() const { return s.f_max; }
   double T() const { return plan.temperature; }
   double C() const { return classes; }
   double r1() const { return ::fastood::rest(s); }
   double p_max() const { return 1 / (1 + r1()); }
   double log_sum() const { return log1p; }
-  double r2() const { return (s.ties - 1) + s.squares; }
+  double r2() const { return (s.ties - 1) + s.squares_below; }
   double mean_z() const { return ::fastood::mean_z(plan, s, int64_t(classes)); }
   double tv() const { return swept; }
   double kl_uniform() const { return (log1p - log_C) - mean_z(); }
@@ -78,7 +78,7 @@ struct Quantities {
   double rest() const { return r1(); }
   double rest_squares() const { return r2(); }
   double rest_log() const { return log1p; }
-  double rest_z() const { return s.exp_z; }
+  double rest_z() const { return s.rest_z; }
   double log(double x) const { return std::log(x); }
 };
 
@@ -105,16 +105,16 @@ void statistics(Stat stat, int power, const LogitsPlan& plan, const LogitsState*
     const double C = double(classes), log_C = stat == Stat::kl_uniform ? std::log(C) : 0;
     for (int64_t i = 0; i < count; i++) {
       const LogitsState& s = states[i];
-      if (std::isfinite(s.max) && !s.nan) out[i] = formula(Quantities{plan, s, C, swept[i], log1p[i], log_C});
-      else out[i] = !s.nan && ABOUT[int(stat)].infinite ? s.max : NaN;
+      if (std::isfinite(s.f_max) && !s.nan) out[i] = formula(Quantities{plan, s, C, swept[i], log1p[i], log_C});
+      else out[i] = !s.nan && ABOUT[int(stat)].infinite ? s.f_max : NaN;
     }
   };
   switch (stat) {
     case Stat::power_sum:
-      return each([&](const Quantities& q) {
-        return (q.s.ties + q.s.powers[power]) / std::pow(1 + q.r1(), plan.power[power]);
+      return each([&](const Quantities& row) {
+        return (row.s.ties + row.s.powers_below[power]) / std::pow(1 + row.r1(), plan.power[power]);
       });
-    case Stat::gradient: return each([](const Quantities& q) { return q.swept; });
+    case Stat::gradient: return each([](const Quantities& row) { return row.swept; });
     case Stat::gen: return each([](const Quantities&) { return NaN; });  // from the row itself
     default: return with_formula(stat, each);
   }

@@ -12,10 +12,10 @@ struct Order {
 };
 
 void merge(const LogitsPlan& plan, LogitsState* a, const LogitsState& b);
-inline double rest(const LogitsState& s) { return (s.ties - 1) + s.exp; }
+inline double rest(const LogitsState& s) { return (s.ties - 1) + s.e_below; }
 // mean z; finite where the sum of z, or one z, is not.
 inline double mean_z(const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
-  return s.below / double(classes) / (plan.temperature * DIFFERENCE);
+  return s.differences / double(classes) / (plan.temperature * DIFFERENCE);
 }
 // Whether a row, where `value` is not NaN, is so near the uniform distribution that its sums do not tell KL(u || p), or TV.
 inline bool nearly_flat(Stat stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes) {

@@ -42,25 +42,25 @@ constexpr About ABOUT[] = {
     {"gradient", EXP, false, false},
 };
 
-// Calls use(formula): formula(q) is the statistic of a row of which q has the quantities.
+// Calls use(formula): formula(row) is the statistic of a row, of which `row` has the quantities.
 template <class Use> void with_formula(Stat stat, Use use) {
   switch (stat) {
-    case Stat::fmax: return use([](const auto& q) { return q.fmax(); });
-    case Stat::lse: return use([](const auto& q) { return q.fmax() / q.T() + q.log_sum(); });
-    case Stat::energy: return use([](const auto& q) { return q.fmax() + q.T() * q.log_sum(); });
-    case Stat::msp: return use([](const auto& q) { return q.p_max(); });
-    case Stat::one_minus_msp: return use([](const auto& q) { return q.rest() * q.p_max(); });
-    case Stat::log_msp: return use([](const auto& q) { return -q.rest_log(); });
-    case Stat::s2: return use([](const auto& q) { return (1.0 + q.r2()) * q.p_max() * q.p_max(); });
-    case Stat::one_minus_s2: return use([](const auto& q) { return (q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max(); });
-    case Stat::log_one_minus_s2: return use([](const auto& q) { return q.log((q.rest() * (2.0 + q.r1()) - q.rest_squares()) * q.p_max() * q.p_max()); });
-    case Stat::tv: return use([](const auto& q) { return q.tv(); });
-    case Stat::plogp: return use([](const auto& q) { return q.rest_z() * q.p_max() - q.rest_log(); });
-    case Stat::sumlogp: return use([](const auto& q) { return q.C() * (q.mean_z() - q.log_sum()); });
-    case Stat::s2_sumlogp: return use([](const auto& q) { return (1.0 + (1.0 + q.r2()) * q.p_max() * q.p_max()) * (q.C() * (q.mean_z() - q.log_sum())); });
-    case Stat::kl_uniform: return use([](const auto& q) { return q.kl_uniform(); });
-    case Stat::one: return use([](const auto& q) { return 1.0; });
-    case Stat::uniform: return use([](const auto& q) { return 1.0 / q.C(); });
+    case Stat::fmax: return use([](const auto& row) { return row.fmax(); });
+    case Stat::lse: return use([](const auto& row) { return row.fmax() / row.T() + row.log_sum(); });
+    case Stat::energy: return use([](const auto& row) { return row.fmax() + row.T() * row.log_sum(); });
+    case Stat::msp: return use([](const auto& row) { return row.p_max(); });
+    case Stat::one_minus_msp: return use([](const auto& row) { return row.rest() * row.p_max(); });
+    case Stat::log_msp: return use([](const auto& row) { return -row.rest_log(); });
+    case Stat::s2: return use([](const auto& row) { return (1.0 + row.r2()) * row.p_max() * row.p_max(); });
+    case Stat::one_minus_s2: return use([](const auto& row) { return (row.rest() * (2.0 + row.r1()) - row.rest_squares()) * row.p_max() * row.p_max(); });
+    case Stat::log_one_minus_s2: return use([](const auto& row) { return row.log((row.rest() * (2.0 + row.r1()) - row.rest_squares()) * row.p_max() * row.p_max()); });
+    case Stat::tv: return use([](const auto& row) { return row.tv(); });
+    case Stat::plogp: return use([](const auto& row) { return row.rest_z() * row.p_max() - row.rest_log(); });
+    case Stat::sumlogp: return use([](const auto& row) { return row.C() * (row.mean_z() - row.log_sum()); });
+    case Stat::s2_sumlogp: return use([](const auto& row) { return (1.0 + (1.0 + row.r2()) * row.p_max() * row.p_max()) * (row.C() * (row.mean_z() - row.log_sum())); });
+    case Stat::kl_uniform: return use([](const auto& row) { return row.kl_uniform(); });
+    case Stat::one: return use([](const auto& row) { return 1.0; });
+    case Stat::uniform: return use([](const auto& row) { return 1.0 / row.C(); });
     default: return;
   }
 }

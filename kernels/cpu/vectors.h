@@ -43,13 +43,13 @@ template <class T> INLINE V<T> all(T x) { return x - V<T>{}; }
 
 template <class T> constexpr T minus_inf() { return T(-__builtin_inf()); }
 
-// Combine the lanes of x pair by pair, by halves.
+// Combines the lanes of x: the first with the one half a vector on, and so forth, until one is left.
 template <class T, int BYTES, class X, class F> INLINE T reduce(X x, F f) {
   if constexpr (BYTES == sizeof(T)) {
     return x[0];
   } else {
-    typedef T Half __attribute__((vector_size(BYTES / 2)));
-    Half low, high;
+    typedef T Shorter __attribute__((vector_size(BYTES / 2)));
+    Shorter low, high;
     __builtin_memcpy(&low, &x, BYTES / 2);
     __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + BYTES / 2, BYTES / 2);
     return reduce<T, BYTES / 2>(f(low, high), f);
@@ -64,7 +64,8 @@ INLINE V<double> larger(V<double> a, V<double> b) { return (V<double>)_mm512_max
 template <class X> INLINE X larger(X a, X b) { return a > b ? a : b; }
 #endif
 
-// What a comparison gives; x where it holds, else 0; and sums, and counts, of where it does.
+// MaskOf: what a comparison gives. where: x where that holds, else 0; add_where: a + x there, else a; count_where: n + 1
+// there, else n.
 #if VECTOR_BYTES == 64
 template <class T> struct MaskOf { typedef __mmask16 type; };
 template <> struct MaskOf<double> { typedef __mmask8 type; };
@@ -127,7 +128,8 @@ template <class X> INLINE X square_root(X x) {
 }
 #endif
 
-// a b + c, fused where the processor can, which is otherwise the compiler's choice, place by place.
+// a b + c, rounded once where the processor can. Written as a * b + c it is the compiler's choice, which may differ from
+// place to place.
 #if VECTOR_BYTES == 64
 INLINE V<float> fused(V<float> a, V<float> b, V<float> c) {
   return (V<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -152,14 +154,14 @@ template <class X> INLINE X fused(X a, X b, X c) { return a * b + c; }
 // ---- tables of a vector's length
 
 #if VECTOR_BYTES == 64
-INLINE V<float> choose(V<float> table, I<float> place) {  // by its low bits
+INLINE V<float> choose(V<float> table, I<float> place) {  // table[place], by the low bits of that
   return (V<float>)_mm512_permutexvar_ps((__m512i)place, (__m512)table);
 }
 // See PowerTable.
 INLINE V<float> exponent_power(V<float> low, V<float> high, I<float> exponent) {
   return (V<float>)_mm512_permutex2var_ps((__m512)low, (__m512i)exponent, (__m512)high);
 }
-INLINE __mmask16 odd_numbers(V<float> x) { return _mm512_fpclass_ps_mask((__m512)x, 0xb9); }  // NaN, infinite, subnormal
+INLINE __mmask16 special_numbers(V<float> x) { return _mm512_fpclass_ps_mask((__m512)x, 0xb9); }  // NaN, infinite, subnormal
 INLINE bool any_where(__mmask16 m, I<float> x, uint32_t bits) {
   return _mm512_mask_test_epi32_mask(m, (__m512i)x, _mm512_set1_epi32(int(bits)));
 }
@@ -171,7 +173,7 @@ INLINE V<float> choose(V<float> table, I<float> place) {
 INLINE V<float> exponent_power(V<float> low, V<float> high, I<float> exponent) {
   return choose(low, exponent) * choose(high, exponent >> 3);
 }
-INLINE I<float> odd_numbers(V<float> x) {
+INLINE I<float> special_numbers(V<float> x) {
   const I<float> magnitude = (I<float>)x & 0x7fffffff;
   return (magnitude >= 0x7f800000) | ((magnitude < 0x00800000) & (magnitude != 0));
 }
