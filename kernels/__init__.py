@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from fastood.kernels import cpu, operator, reference, triton
-from fastood.kernels.contract import NO_NORM, ONE, Anchors, Backend, Column, Request, Run, Stat, result_dtype
+from fastood.kernels.contract import NO_NORM, ONE, Anchors, Backend, Column, Request, Run, Scaling, Stat, result_dtype
 from fastood.kernels.operator import Operator
 from fastood.kernels.seam import constant, differentiated, exporting, traced
 from fastood.kernels.statistics import TABLE
 
 __all__ = [
-    "BACKENDS", "NO_NORM", "ONE", "STATISTICS", "Anchors", "Backend", "Column", "Request", "Run", "Stat", "backends",
-    "prepared", "select",
+    "BACKENDS", "NO_NORM", "ONE", "STATISTICS", "Anchors", "Backend", "Column", "Request", "Run", "Scaling", "Stat",
+    "backends", "prepared", "select",
 ]  # fmt: skip
 
 STATISTICS: dict[str, str] = {s.name: s.meaning for s in TABLE}

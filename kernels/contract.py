@@ -67,6 +67,22 @@ class Anchors(NamedTuple):
     sign: int = 1
 
 
+class Scaling(NamedTuple):
+    """SCALE and its kin: the energy of r (f - b) + b, r = e^t, t being sum h over the sum of its k largest.
+
+    t is 1 of a row of zeros. A row of features that are not all finite, or of logits without a softmax, gives NaN.
+    """
+
+    percentile: float  # of the features, which are not among the k largest
+    bias: Tensor | None  # [C], of the last layer; None for 0
+    relu: bool = False  # max(h, 0) for h
+    square: bool = False  # r = t^2
+    temperature: float = 1.0
+
+    def k(self, D: int) -> int:
+        return max(1, D - round(D * self.percentile))
+
+
 Call = Callable[[Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
@@ -103,7 +119,11 @@ class Backend(Protocol):
     def compile(self, request: Request) -> Run: ...
 
     def batchgrad(self, anchors: Anchors) -> Run:
-        """The one score that is no product of row statistics: [N], raw times ``anchors.sign``."""
+        """No product of row statistics: [N], raw times ``anchors.sign``."""
+        ...
+
+    def scaled(self, scaling: Scaling) -> Run:
+        """Nor this: [N]. The bias lies where logits will."""
         ...
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastood.kernels import reference
-from fastood.kernels.contract import Anchors, Column, Request, Run, result_dtype
+from fastood.kernels.contract import Anchors, Column, Request, Run, Scaling, result_dtype
 from fastood.kernels.seam import exporting
 
 DEVICES = "cpu", "cuda"
@@ -54,6 +54,9 @@ class Operator(NamedTuple):
     ) -> Tensor:
         work = f"{self.name};{int(anchors.bias)};{anchors.sign};{text(anchors.temperature)}"
         return put(torch.ops.fastood.batchgrad, (logits, feats, anchors.G), work)
+
+    def scaled(self, scaling: Scaling) -> Run:
+        return reference.scaled(scaling)
 
 
 def is_light(request: Request) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastood.kernels.contract import NO_NORM, ONE, Anchors, Request, Run, result_dtype
+from fastood.kernels.contract import NO_NORM, ONE, Anchors, Request, Run, Scaling, result_dtype
 from fastood.kernels.seam import traced
 from fastood.kernels.statistics import FLAT_KL, FLAT_KL_SHARE, FLAT_TV, FORMULAS, UNSCALED, Statistic, rendered
 
@@ -46,6 +46,10 @@ def compile(request: Request) -> Run:
 
 def batchgrad(anchors: Anchors) -> Run:
     return Run(partial(expected_l1, anchors))
+
+
+def scaled(scaling: Scaling) -> Run:
+    return Run(partial(_scaled_energy, scaling))
 
 
 def scores(request: Request, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None = None) -> Tensor:
@@ -581,6 +585,34 @@ def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Te
 def _weighed(p: Tensor, x: Tensor) -> Tensor:
     """p x, where what has no probability does not count even if it has overflowed."""
     return torch.where(p == 0, 0.0, p * x)
+
+
+# ---- SCALE and its kin
+
+
+def _scaled_energy(scaling: Scaling, logits: Tensor | None, feats: Tensor | None, labels: None = None) -> Tensor:
+    """[N], some rows at a time."""
+    assert logits is not None
+    assert feats is not None
+    dtype = result_dtype(logits, feats)
+    n = max(1, _TILE // (logits.shape[1] + feats.shape[1]))
+    parts = [logits.new_zeros(0, dtype=dtype)]
+    for f, h in zip(logits.split(n), feats.split(n), strict=True):
+        r = factor(scaling, h)[:, None].to(dtype)
+        z = f.to(dtype)
+        b = 0 if scaling.bias is None else scaling.bias.to(dtype)
+        energy = Softmax(((z - b) * r + b).masked_fill(z == -math.inf, -math.inf), scaling.temperature).energy
+        odd = ~(f.amax(1).abs() < math.inf) | ~h.isfinite().all(1)
+        parts.append(energy.to(dtype).masked_fill(odd, math.nan))
+    return torch.cat(parts)
+
+
+def factor(scaling: Scaling, feats: Tensor) -> Tensor:
+    """r of each row, float64."""
+    h = feats.double().relu() if scaling.relu else feats.double()
+    total, largest = row_sum(h), row_sum(h.topk(scaling.k(h.shape[1]), 1).values)
+    t = (total / largest).masked_fill((total == 0) & (largest == 0), 1)
+    return t.square() if scaling.square else t.exp()
 
 
 def extended(h: Tensor, bias: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastood.kernels import reference
-from fastood.kernels.contract import Anchors, Request, Run, result_dtype
+from fastood.kernels.contract import Anchors, Column, Request, Run, Scaling, result_dtype
 from fastood.kernels.seam import MODES
 
 _native: Any = None
@@ -124,6 +124,29 @@ class _BatchGrad:
             for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
                 out[rows] = reference.expected_l1(anchors, logits[rows], feats[rows]).double()
         return out.to(dtype)
+
+
+def scaled(scaling: Scaling) -> Run:
+    energy = Request(("energy",), (), (Column(((0, 1.0),)),), (-1,), scaling.temperature)
+    if not supports(energy, 1, 0):
+        return reference.scaled(scaling)
+    return Run(partial(_scaled_energy, _plan_of(energy), scaling))
+
+
+def _scaled_energy(plan: Any, scaling: Scaling, logits: Any, feats: Any, labels: Any) -> Tensor:
+    if feats.shape[1] == 0:
+        return reference.scaled(scaling)(logits, feats)
+    dtype = result_dtype(logits, feats)
+    if dtype == torch.float64:
+        logits, feats = logits.double(), feats.double()
+    f, f_arguments = _argument(logits)
+    h, h_arguments = _argument(feats)
+    b = None if scaling.bias is None else scaling.bias.to(dtype).contiguous()
+    out = logits.new_empty(len(logits), dtype=dtype)
+    options = scaling.k(feats.shape[1]), scaling.relu, scaling.square, out.data_ptr()
+    _native.scaled(plan, len(out), *f_arguments, *h_arguments, 0 if b is None else b.data_ptr(), *options)
+    del f, h, b
+    return out
 
 
 def _argument(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int]]:

@@ -1,11 +1,13 @@
 // GEN: a sum over the largest probabilities. Included by rows.h.
 
-template <class T, class In> static int64_t count_at_least(const In* f, int64_t n, T least) {
-  I<T> enough[4] = {};
-  for_blocks<4, T>(
+template <class T, class In> static int64_t count_at_least(const In* f, int64_t n, T level) {
+  I<T> reach[4] = {};
+  const V<T> levels = all<T>(level);
+  for_blocks<4, T, int64_t(1) << 40>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { enough[u] -= v >= least; }, [] {});
-  return count_of<T>((enough[0] + enough[1]) + (enough[2] + enough[3]));
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { reach[u] = count_where(at_least(v, levels), reach[u]); },
+      [] {});
+  return count_of<T>((reach[0] + reach[1]) + (reach[2] + reach[3]));
 }
 
 // The M-th largest of a row of numbers, M <= n: bisection over the floats in their order.

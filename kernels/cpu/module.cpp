@@ -75,6 +75,20 @@ static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(finite);
 }
 
+// scaled(plan of the energy, rows, logits (4), feats (4), address of the bias or 0, k, relu, square,
+// address of the result)
+static PyObject* scaled(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const Plan* plan = read_plan(args, count, COMMON + 5);
+  if (!plan) return nullptr;
+  Call call{*plan};
+  if (!read_matrices(args, &call)) return nullptr;
+  const Scaling s{*plan, call.rows, call.logits, call.feats, PyLong_AsVoidPtr(args[COMMON]), PyLong_AsLongLong(args[COMMON + 1]),
+                  bool(PyObject_IsTrue(args[COMMON + 2])), bool(PyObject_IsTrue(args[COMMON + 3])),
+                  PyLong_AsVoidPtr(args[COMMON + 4])};
+  if (PyErr_Occurred()) return nullptr;
+  return without_lock([&] { if (s.rows) run(s); });
+}
+
 // batchgrad_peak(steps): its arithmetic on registers, `steps` vectors of floats; gives their width.
 static PyObject* batchgrad_peak(PyObject*, PyObject* steps) {
   const int64_t n = PyLong_AsLongLong(steps);
@@ -169,6 +183,7 @@ static PyMethodDef methods[] = {
     {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_call)), METH_FASTCALL, nullptr},
     {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
+    {"scaled", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(scaled)), METH_FASTCALL, nullptr},
     {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
     {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL, nullptr},
     {"route", route, METH_VARARGS, nullptr},

@@ -142,6 +142,12 @@ LogitsPlan sharper(const LogitsPlan& plan, double r);
 // Makes `unit` that of the sums.
 void rescale(const NormsPlan& plan, NormsState* state, double unit);
 
+// Where the k-th largest of a row lay, and how far apart numbers were there: the next row's is near it. What is found
+// does not hang on it.
+struct Near {
+  double level = 0, spacing = 0;
+};
+
 struct Kernels {
   const char* name;
   int float_lanes;
@@ -171,6 +177,10 @@ struct Kernels {
   double (*batchgrad[2])(const void* h, int64_t n, const void* G, int64_t stride, const int* classes, const void* turn,
                          const void* pull, int count);
   double (*batchgrad_peak)(int64_t steps);
+  // SCALE; see scaling.h.
+  void (*top_sums[TYPES])(const void* h, int64_t n, int64_t k, bool relu, void* room, Near* near, double* all,
+                          double* largest);
+  double (*scaled[TYPES])(const void* f, int64_t n, double r, const void* bias, void* out);
   void (*exponentials[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double f_max, void* out);
   double (*widen[TYPES])(const void* x, int64_t n, void* out);
   // In place, of n doubles >= 0, n a multiple of 8: log (1 + x) to relative precision, and x^exponent to 2^-44.

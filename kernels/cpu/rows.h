@@ -12,6 +12,7 @@
 #include "gen.h"
 #include "norms.h"
 #include "gradient.h"
+#include "scaling.h"
 #include "batchgrad.h"
 
 #include "arrays.h"
@@ -29,6 +30,8 @@
    {norms<Half>, norms<BFloat>, norms<float>, norms<double>},                          \
    {batchgrad<float>, batchgrad<double>},                                              \
    batchgrad_peak<float>,                                                              \
+   {top_sums<Half>, top_sums<BFloat>, top_sums<float>, top_sums<double>},              \
+   {scaled<Half>, scaled<BFloat>, scaled<float>, scaled<double>},                      \
    {exponentials<Half>, exponentials<BFloat>, exponentials<float>, exponentials<double>}, \
    {widen<Half>, widen<BFloat>, widen<float>, widen<double>},                          \
    log1p_of, power_of, exp2_of, log2_of}

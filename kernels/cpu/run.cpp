@@ -245,7 +245,10 @@ static void rows_task(int64_t begin, int64_t end, void* context) {
     if (!call.plan.stats.empty()) {
       if (call.logits.columns <= FEW) few_logits(call, row, count, &batch);
       else
-        for (int64_t i = 0; i < count; i++) batch.logits[i] = logits_row(call, row + i, kept.get(), &batch.swept[i]);
+        for (int64_t i = 0; i < count; i++) {
+          if (call.write) call.write(call.context, row + i);
+          batch.logits[i] = logits_row(call, row + i, kept.get(), &batch.swept[i]);
+        }
     }
     if (!call.orders().empty())
       for (int64_t i = 0; i < count; i++) norms_row(call, row + i, &batch.norms[i]);
@@ -332,6 +335,8 @@ static void run_split(const Call& call) {
   }
   finish(call, 0, call.rows, &batch);
 }
+
+void run_here(const Call& call) { rows_task(0, call.rows, const_cast<Call*>(&call)); }
 
 void run(const Call& call) {
   constexpr int64_t worth_a_thread = 32768;  // elements; torch's own grain

@@ -54,6 +54,9 @@ struct Call {
   void* out = nullptr;  // float or double; of statistics and norms, [stats + orders, rows] double
   bool out_double = false;
   int64_t row_stride = 0, column_stride = 0;
+  // What writes a row to where logits are, of stride 0, before it is read; or null.
+  void (*write)(void* context, int64_t row) = nullptr;
+  void* context = nullptr;
 
   const NormsPlan& norms_plan() const { return plan.norms[feats.type == FLOAT64]; }
   const std::vector<Order>& orders() const { return plan.orders[feats.type == FLOAT64]; }
@@ -74,12 +77,25 @@ struct BatchGrad {
   double* out;               // [rows]; NaN where a value is not finite, which it does not judge
 };
 
+// The energy of r (logits - bias) + bias, r of sum h and the sum of its k largest: e^(their ratio), or its square.
+struct Scaling {
+  const Plan& energy;
+  int64_t rows;
+  Matrix logits, feats;
+  const void* bias;   // [classes], float, or double where logits are; null for 0
+  int64_t k;          // 1 to the number of features
+  bool relu, square;  // of max(h, 0); the square
+  void* out;          // [rows], float, or double where logits are
+};
+
 // torch_parallel_for of libtorch_cpu, or null for one thread
 typedef int (*ParallelFor)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 extern ParallelFor parallel_for;
 
 void run(const Call& call);
+void run_here(const Call& call);  // on this thread
 bool run(const BatchGrad& b);
+void run(const Scaling& s);
 
 // task(begin, end, context) over 0..tasks, `grain` of them or more to a thread.
 void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);

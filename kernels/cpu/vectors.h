@@ -71,6 +71,8 @@ template <class T> struct MaskOf { typedef __mmask16 type; };
 template <> struct MaskOf<double> { typedef __mmask8 type; };
 INLINE __mmask16 unequal(V<float> a, V<float> b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NEQ_UQ); }
 INLINE __mmask8 unequal(V<double> a, V<double> b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NEQ_UQ); }
+INLINE __mmask16 at_least(V<float> a, V<float> b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+INLINE __mmask8 at_least(V<double> a, V<double> b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GE_OQ); }
 INLINE V<float> where(__mmask16 m, V<float> x) { return (V<float>)_mm512_maskz_mov_ps(m, (__m512)x); }
 INLINE V<double> where(__mmask8 m, V<double> x) { return (V<double>)_mm512_maskz_mov_pd(m, (__m512d)x); }
 INLINE V<float> add_where(__mmask16 m, V<float> a, V<float> x) {
@@ -88,6 +90,7 @@ INLINE I<double> count_where(__mmask8 m, I<double> n) {
 #else
 template <class T> struct MaskOf { typedef I<T> type; };
 template <class X> INLINE auto unequal(X a, X b) { return a != b; }
+template <class X> INLINE auto at_least(X a, X b) { return a >= b; }
 template <class M, class X> INLINE X where(M m, X x) { return m ? x : X{}; }
 template <class M, class X> INLINE X add_where(M m, X a, X x) { return a + (m ? x : X{}); }
 template <class M, class N> INLINE N count_where(M m, N n) { return n - (N)m; }
@@ -102,9 +105,8 @@ template <class T> INLINE T max_of(V<T> x) {
 }
 
 template <class T> INLINE int64_t count_of(I<T> n) {
-  int64_t total = 0;
-  for (int k = 0; k < Vec<T>::lanes; k++) total += n[k];
-  return total;
+  typedef typename Vec<T>::Scalar S;
+  return reduce<S, VECTOR_BYTES>(n, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <class T> INLINE bool any(I<T> mask) {
