@@ -47,6 +47,14 @@ def energy_norm(f: Tensor, h: Tensor) -> Tensor:
     return energy(f) * norm(h)
 
 
+def scale(f: Tensor, h: Tensor, bias: Tensor, percentile: float = 0.85) -> Tensor:
+    """SCALE."""
+    k = h.shape[1] - round(h.shape[1] * percentile)
+    r = (h.sum(-1) / h.topk(k, -1).values.sum(-1)).exp()[:, None]
+    bias = bias.to(f.dtype)
+    return energy((f - bias) * r + bias)
+
+
 def v_terms(f: Tensor) -> Tensor:
     """Energy, TV, MSP and S_2, [N, 4]."""
     p = torch.softmax(f, -1)

@@ -88,6 +88,23 @@ def test_v_alone(compare, method, shape, dtype, threads):
     )
 
 
+@every_thread_count
+@every_dtype
+@pytest.mark.parametrize("shape", [(64, 1000, 2048), (16384, 1000, 2048), (65536, 10, 512)], ids=str)
+def test_scale(compare, shape, dtype, threads):
+    """It reads what energy x ||h||_0.3 reads, in whose groups above are the same shapes."""
+    N, C, D = shape
+    bias = torch.linspace(-1, 1, C)
+    compare(
+        "SCALE",
+        threads,
+        backends(partial(fastood.score, method="scale", head=(torch.empty(C, D), bias))),
+        partial(rivals.scale, bias=bias),
+        logits=logits_of(N, C, dtype),
+        feats=feats_of(N, D, dtype),
+    )
+
+
 def by_gradients(method, passes, **constant):
     """The rivals that form gradients, where they are not too many."""
     if passes > 1000:

@@ -459,7 +459,9 @@ def _slices(x: Any, shape: Sequence[int]) -> Callable[[int], Iterator[Block]]:
 
 
 def _parquet(path: Path, resources: ExitStack) -> _Contents:
-    return _ParquetColumns(path, resources.enter_context(library("pyarrow.parquet").ParquetFile(path, memory_map=True)))
+    # pre_buffer would hold the whole file in memory until its end.
+    file = library("pyarrow.parquet").ParquetFile(path, memory_map=True, pre_buffer=False)
+    return _ParquetColumns(path, resources.enter_context(file))
 
 
 class _ParquetColumns(dict[str, Callable[[], _Array]]):

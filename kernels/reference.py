@@ -595,22 +595,25 @@ def _scaled_energy(scaling: Scaling, logits: Tensor | None, feats: Tensor | None
     assert logits is not None
     assert feats is not None
     dtype = result_dtype(logits, feats)
-    n = max(1, _TILE // (logits.shape[1] + feats.shape[1]))
-    parts = [logits.new_zeros(0, dtype=dtype)]
-    for f, h in zip(logits.split(n), feats.split(n), strict=True):
-        r = factor(scaling, h)[:, None].to(dtype)
-        z = f.to(dtype)
+
+    def energy(f: Tensor, h: Tensor) -> Tensor:
+        r, z = factor(scaling, h)[:, None].to(dtype), f.to(dtype)
         b = 0 if scaling.bias is None else scaling.bias.to(dtype)
-        energy = Softmax(((z - b) * r + b).masked_fill(z == -math.inf, -math.inf), scaling.temperature).energy
+        rows: Any = Softmax(((z - b) * r + b).masked_fill(z == -math.inf, -math.inf), scaling.temperature)
         odd = ~(f.amax(1).abs() < math.inf) | ~h.isfinite().all(1)
-        parts.append(energy.to(dtype).masked_fill(odd, math.nan))
-    return torch.cat(parts)
+        return rows.energy.to(dtype).masked_fill(odd, math.nan)
+
+    if traced(logits, feats):  # which no number of rows may be known to
+        return energy(logits, feats)
+    n = max(1, _TILE // (logits.shape[1] + feats.shape[1]))
+    parts = zip(logits.split(n), feats.split(n), strict=True)
+    return torch.cat([logits.new_zeros(0, dtype=dtype), *(energy(f, h) for f, h in parts)])
 
 
 def factor(scaling: Scaling, feats: Tensor) -> Tensor:
     """r of each row, float64."""
     h = feats.double().relu() if scaling.relu else feats.double()
-    total, largest = row_sum(h), row_sum(h.topk(scaling.k(h.shape[1]), 1).values)
+    total, largest = row_sum(h), row_sum(h.topk(scaling.k(h.shape[1]), 1, sorted=False).values)
     t = (total / largest).masked_fill((total == 0) & (largest == 0), 1)
     return t.square() if scaling.square else t.exp()
 

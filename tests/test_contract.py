@@ -718,3 +718,45 @@ def test_orders_given_twice(backend):
         torch.testing.assert_close(
             fastood.norms(h, [*orders, *orders], backend=backend), alone.repeat(1, 2), rtol=4e-6, atol=0
         )
+
+
+# ---- SCALE and its kin
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("C", "D"), [(3, 1), (10, 7), (60, 129), (1000, 600)])
+@pytest.mark.parametrize("method", ["scale", "lts"])
+def test_energy_scaled_by_the_largest_features(backend, dtype, C, D, method):
+    """Against the definition in long double: features of both signs, some clipped at 0, all 0, equal, or odd."""
+    if dtype == torch.float64 and backend == "triton":
+        pytest.skip("triton leaves float64 to the reference")
+    g = torch.Generator().manual_seed(C + D)
+    f, h = 3 * torch.randn(12, C, generator=g), torch.randn(12, D, generator=g)
+    h[4:8], h[6], h[7] = h[4:8].relu(), 0, 1
+    h[8, 0], h[9, 0], f[10, 0], f[11, 0] = math.nan, math.inf, math.nan, -math.inf
+    f, h, b = f.to(dtype), h.to(dtype), torch.randn(C, generator=g)
+    for share in (0.05, 0.5, 1.0):
+        k = max(1, D - round(D * (1 - share)))
+        if method == "scale":
+            got = fastood.score(
+                f, h, "scale", temperature=2.0, head=(torch.zeros(C, D), b), percentile=1 - share, backend=backend
+            )
+        else:
+            got = fastood.score(f, h, "lts", temperature=2.0, p=share, backend=backend)
+        expected, allowed = [], []
+        for row, x in zip(truth.widen(f), truth.widen(h), strict=True):
+            if not (np.isfinite(x).all() and np.isfinite(row.max())):
+                expected.append(np.nan)
+                allowed.append(0.0)
+                continue
+            x, bias = (x, truth.widen(b)) if method == "scale" else (np.maximum(x, 0), np.zeros_like(row))
+            total, largest = x.sum(), np.sort(x)[::-1][:k].sum()
+            t = truth.LD(1) if total == 0 and largest == 0 else total / largest
+            r = np.exp(t) if method == "scale" else t**2
+            z = np.where(row == -np.inf, row, r * (row - bias) + bias)[None]
+            expected.append(truth.stat("energy", z, 2.0)[0])
+            # t is as good as the sums, of which features of both signs may leave little.
+            condition = np.abs(x).sum() / max(abs(total), 1e-300) + np.abs(x).sum() / max(abs(largest), 1e-300)
+            finite = np.where(np.isfinite(z), np.abs(z), 0).max()
+            allowed.append(64 * truth.EPS[str(dtype)[6:]] * (finite * (1 + abs(t)) * (1 + condition) + 10))
+        truth.assert_close(got, np.array(expected), np.array(allowed), f"{method} {share}")

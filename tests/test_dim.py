@@ -147,9 +147,13 @@ def test_every_option_reaches_the_rows():
     """Whatever score takes, it takes along a dimension too."""
     other = {"norm": 2, "temperature": 2.0, "bias": True, "log": True, "oriented": False, "backend": "reference"}
     keywords = {p.name for p in inspect.signature(fastood.score).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    assert keywords == {*other, "dim"}
+    assert keywords == {*other, "dim", "head"}
     logits, feats = torch.randn(2, 6, 5) + 9, torch.rand(2, 8, 5)
     f, h = (x.movedim(1, -1).flatten(0, 1) for x in (logits, feats))
+    head = torch.randn(6, 8), torch.randn(6)
+    assert torch.equal(
+        fastood.score(logits, feats, "scale", dim=1, head=head).flatten(), fastood.score(f, h, "scale", head=head)
+    )
     for name, x in {**other, "M": 2}.items():
         method = "gen" if name == "M" else "exgrad" if name == "oriented" else "energy"
         got = fastood.score(logits, feats, method, dim=1, **{name: x})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastood._inputs import result_dtype
+from fastood.kernels import Scaling
 
 State = Mapping[str, Tensor]
 
@@ -92,6 +93,8 @@ class Successor:
         Which rows the *raw* formula is larger for; ``fastood.score`` turns it.
     score : callable
         ``score(rows, state, **params)`` -> [n] raw scores.
+    scaling : callable, optional
+        In place of `score`: ``scaling(state, temperature, **params)`` -> ``kernels.Scaling``, which is a kernel's.
     needs : tuple of str
         What a row must have to be scored: "logits", "feats".
     head : tuple of str
@@ -128,7 +131,8 @@ class Successor:
     formula: str
     source: str
     higher: Literal["in", "out"]
-    score: Callable[..., Tensor]
+    score: Callable[..., Tensor] | None = None
+    scaling: Callable[..., Scaling] | None = None
     needs: tuple[str, ...] = ("logits", "feats")
     head: tuple[str, ...] = ()
     fitted_on: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ from fastood._inputs import (
     temperature_of,
 )
 from fastood._version import __version__
+from fastood.kernels import Backend, Run, select
 from fastood.successors import scores as _scores  # noqa: F401 (declares them)
 from fastood.successors.declaration import SUCCESSORS, Rows, Successor, wide
 
@@ -108,6 +109,7 @@ class Fitted:
         self._sums: dict[str, Tensor] = {}
         self._banks: dict[str, list[Tensor]] = {}
         self._states: dict[torch.device, dict[str, Tensor]] = {}
+        self._runs: dict[Backend, tuple[Any, Run]] = {}  # of a scaling: what backends made of a state
 
     @property
     def entry(self) -> Successor:
@@ -352,6 +354,11 @@ class Fitted:
         x = f if f is not None else h
         assert x is not None
         state = self._state(x.device)
+        sign = -1 if oriented and self.entry.higher == "out" else 1
+        if self.entry.scaling:
+            chosen = select(backend, x.device, whole.dtype, f, h, state.get("bias"))
+            return give(sign * self._run(chosen, state)(f, h), as_numpy)
+        assert self.entry.score is not None
         parts = []
         for part in _tiles(x.shape[0], f, h):
             a, b = (None if v is None else v[part] for v in (f, h))
@@ -359,8 +366,20 @@ class Fitted:
             raw = self.entry.score(rows, state, **self.params)
             parts.append(raw.masked_fill(_odd(rows.logits, rows.feats), math.nan))
         out = torch.cat(parts) if parts else x.new_empty(0)
-        sign = -1 if oriented and self.entry.higher == "out" else 1
         return give((sign * out).to(whole.dtype), as_numpy)
+
+    def _run(self, chosen: Backend, state: dict[str, Tensor]) -> Run:
+        assert self.entry.scaling is not None
+        if torch.compiler.is_compiling():
+            return chosen.scaled(self.entry.scaling(state, self.temperature, **self.params))
+        known = self._runs.get(chosen)
+        if known is None or known[0] is not state:
+            run = chosen.scaled(self.entry.scaling(state, self.temperature, **self.params))
+            known = self._runs[chosen] = state, run
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": {}}  # copies and pickles make their own
 
     def _check(self, f: Tensor | None, h: Tensor | None) -> None:
         for name, x, what, wanted in (("logits", f, "classes", self.classes), ("feats", h, "features", self.dim)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastood._inputs import number
+from fastood.kernels import Scaling
 from fastood.successors.declaration import SUCCESSORS, Rows, State, Successor, wide
 from fastood.successors.nearest import nearest
 
@@ -47,23 +48,7 @@ def _mass_ratio(h: Tensor, k: int) -> Tensor:
     return (total / top).masked_fill((total == 0) & (top == 0), 1)
 
 
-def _scaled(rows: Rows, r: Tensor, bias: Tensor | None = None) -> Tensor:
-    """r (z - b) + b, in the dtype of the results; a masked class stays one."""
-    z, r = rows.logits.to(rows.dtype), r[:, None].to(rows.dtype)
-    if bias is None:
-        out = z * r
-    else:
-        b = bias.to(rows.dtype)
-        out = (z - b) * r + b
-    return out.masked_fill(z == -math.inf, -math.inf)
-
-
 # ---- from the logits, the features and the head
-
-
-def _scale(rows: Rows, state: State, percentile: float) -> Tensor:
-    r = _mass_ratio(rows.feats, _kept(rows.feats.shape[1], percentile)).exp()
-    return rows.energy(_scaled(rows, r, state["bias"]))
 
 
 _register(
@@ -71,16 +56,11 @@ _register(
     formula="energy of r (z - b) + b, r = exp(sum h / sum of the k largest h), k = (1 - percentile) D",
     source="SCALE, Xu et al. (2024), arXiv 2310.00227",
     higher="in",
-    score=_scale,
+    scaling=lambda state, T, percentile: Scaling(percentile, state["bias"], temperature=T),
     head=("bias",),
     params={"percentile": 0.85},
     check=lambda percentile: _fraction("percentile", percentile),
 )
-
-
-def _lts(rows: Rows, state: State, p: float) -> Tensor:
-    h = rows.feats.relu()
-    return rows.energy(_scaled(rows, _mass_ratio(h, _kept(h.shape[1], 1 - p)).square()))
 
 
 _register(
@@ -88,7 +68,7 @@ _register(
     formula="energy of S z, S = (sum h+ / sum of the k largest h+)^2, h+ = max(h, 0), k = p D",
     source="LTS, Djurisic et al. (2024), arXiv 2409.01175",
     higher="in",
-    score=_lts,
+    scaling=lambda state, T, p: Scaling(1 - p, None, relu=True, square=True, temperature=T),
     params={"p": 0.05},
     check=lambda p: _fraction("p", p),
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastood.kernels import reference
-from fastood.kernels.contract import Anchors, Request, Run
+from fastood.kernels.contract import Anchors, Request, Run, Scaling
 from fastood.kernels.triton import shapes
 
 OLDEST = 3, 6  # Triton that the kernels were tried with; pyproject.toml says with which else
@@ -109,6 +109,19 @@ def batchgrad(anchors: Anchors) -> Run:
     """By kernels, but for temperatures that float32 cannot divide by, and without features."""
     route = _launch().batchgrad_route(anchors) if anchors.G.shape[1] > anchors.bias else None
     return route or reference.batchgrad(anchors)
+
+
+def scaled(scaling: Scaling) -> Run:
+    """By kernels, where a program's registers hold a row."""
+    otherwise = reference.scaled(scaling)
+    if not 2.0**-100 <= scaling.temperature <= 2.0**100:
+        return otherwise
+    return Run(partial(_scaled, _launch().scaling_route(scaling), otherwise))
+
+
+def _scaled(route: Run, otherwise: Run, logits: Any, feats: Any, labels: Any) -> Tensor:
+    held = logits.shape[1] <= shapes.HELD_CLASSES and 1 <= feats.shape[1] <= shapes.HELD_CLASSES
+    return (route if held else otherwise)(logits, feats)
 
 
 def linear(

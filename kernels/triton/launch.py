@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastood.kernels.contract import Anchors, Request, Run
+from fastood.kernels.contract import Anchors, Request, Run, Scaling
 from fastood.kernels.cpu import _TYPES, _native
 from fastood.kernels.triton import device, shapes
 from fastood.kernels.triton.shapes import Plan
@@ -240,6 +240,37 @@ def batchgrad_route(anchors: Anchors) -> Route | None:
         return None
     turned = cache(partial(_turned, anchors))  # once for all layouts
     programs = partial(batchgrad, anchors=anchors, turned=turned, plan=plan)
+    return Route((-1,), torch.float32, (True, True, False), programs)
+
+
+def scaling(
+    on: torch.device, f: Layout, h: Layout, q: None, scaled: Scaling, bias: Callable[[], Tensor | None]
+) -> tuple[Program]:
+    """[N] float32."""
+    k, T = scaled.k(h.columns), scaled.temperature
+    of_h, h_shape = shapes.gen_constants(k, h.columns, h.stride, h.itemsize, UNUSED_BITS[h.dtype])
+    of_f, f_shape = shapes.gen_constants(f.columns, f.columns, f.stride, f.itemsize, 0)
+    of_f = {name: x for name, x in of_f.items() if name not in ("SELECT", "SHIFT")}
+    N, factor = Argument(NUMBER, 0, 1), Argument(BUFFER)
+    factors = Launch(
+        device.scaling.factors,
+        (Argument(FEATS), _number(h.stride // of_h["V"]), factor, N, _number(k)),
+        {"RELU": scaled.relu, "SQUARE": scaled.square, **of_h},
+        h_shape,
+    )
+    table = _table((math.log2(math.e) / T, T), on)
+    rows = _number(f.stride // of_f["V"])
+    arguments = (Argument(LOGITS), rows, bias(), factor, table, Argument(OUT), N)
+    energies = Launch(device.scaling.energies, arguments, of_f, f_shape)
+    return (Program((factors, energies), (Buffer(torch.float64, 1),)),)
+
+
+def scaling_route(scaled: Scaling) -> Route:
+    def bias() -> Tensor | None:
+        b = scaled.bias
+        return None if b is None else _kept(b.device, lambda: b.float().contiguous())
+
+    programs = partial(scaling, scaled=scaled, bias=cache(bias))  # which is read once for all layouts
     return Route((-1,), torch.float32, (True, True, False), programs)
 
 
