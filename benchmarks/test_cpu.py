@@ -98,7 +98,7 @@ def test_scale(compare, shape, dtype, threads):
     compare(
         "SCALE",
         threads,
-        backends(partial(fastood.score, method="scale", head=(torch.empty(C, D), bias))),
+        backends(fastood.Fitted("scale", head=(torch.zeros(C, D), bias)).score),
         partial(rivals.scale, bias=bias),
         logits=logits_of(N, C, dtype),
         feats=feats_of(N, D, dtype),

@@ -254,12 +254,12 @@ def scaling(
     N, factor = Argument(NUMBER, 0, 1), Argument(BUFFER)
     factors = Launch(
         device.scaling.factors,
-        (Argument(FEATS), _number(h.stride // of_h["V"]), factor, N, _number(k)),
+        (Argument(FEATS), _number(h.stride // of_h["S"].vec), factor, N, _number(k)),
         {"RELU": scaled.relu, "SQUARE": scaled.square, **of_h},
         h_shape,
     )
     table = _table((math.log2(math.e) / T, T), on)
-    rows = _number(f.stride // of_f["V"])
+    rows = _number(f.stride // of_f["S"].vec)
     arguments = (Argument(LOGITS), rows, bias(), factor, table, Argument(OUT), N)
     energies = Launch(device.scaling.energies, arguments, of_f, f_shape)
     return (Program((factors, energies), (Buffer(torch.float64, 1),)),)

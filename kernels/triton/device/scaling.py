@@ -8,27 +8,30 @@ import triton
 import triton.language as tl
 
 from fastood.kernels.triton.device.gen import selected
-from fastood.kernels.triton.device.gradient import collected, load, row_total
-from fastood.kernels.triton.device.words import INF, LN2, exp2_double, log, row_max, small
+from fastood.kernels.triton.device.gradient import collected, load_elements, masked, row_total
+from fastood.kernels.triton.device.words import INF, LN2, exp2_double, load_table, log, row_max
 
 
 @triton.jit(do_not_specialize=["h_stride", "N"])
 def factors(
-    h_ptr, h_stride, out_ptr, N, K, RELU: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, SELECT: tl.constexpr,
-    SHIFT: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, EACH: tl.constexpr, TILES: tl.constexpr,
+    h_ptr, h_stride, out_ptr, N, K, RELU: tl.constexpr, SQUARE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[N] float64, of rows of C features: e^t or t^2, t = sum h / sum of the K largest h, 1 where both are 0. NaN where
-    a feature is not finite. h_stride counts groups of V elements; SELECT: K is less than C."""
+    """[N] float64: e^t or t^2, t = sum h / sum of the K largest h, 1 where both are 0; NaN where one is not finite.
+    h_stride counts groups of S.vec elements. S: a Sweep of shapes.py. SELECT: K is less than the number of features.
+    """
+    W: tl.constexpr = S.w
+    TILES: tl.constexpr = S.tiles
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row = tl.minimum(place, N - 1).to(tl.int64)  # whose factor is the same
     lane = tl.arange(0, W)[None, :]
-    h = h_ptr + row * h_stride * V
+    h = h_ptr + row * h_stride * S.vec
     zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
     vs = ()
     sums, slot, odd, high = zero, zero, zero, zero - INF
     for i in tl.static_range(TILES):
-        v = load(h, i * W + lane, C, V, -INF, (i + 1) * W <= C)
-        there = v if (i + 1) * W <= C else tl.where(i * W + lane < C, v, 0.0)
+        v = load_elements(h, i * W + lane, -INF, (i + 1) * W <= S.columns, S)
+        there = masked(v, i * W + lane, (i + 1) * W <= S.columns, S)
         odd += there - there  # NaN of what is not finite
         if RELU:
             v, there = tl.maximum(v, 0.0), tl.maximum(there, 0.0)
@@ -36,17 +39,16 @@ def factors(
         sums, slot = collected(sums, slot, i, TILES)
         high = tl.maximum(high, v)
         vs = vs + (v,)
-    total = row_total(sums, EACH) + tl.sum(odd, 1, keep_dims=True).to(tl.float64)
+    total = row_total(sums, S.each) + tl.sum(odd, 1, keep_dims=True).to(tl.float64)
     largest = total
     if SELECT:
-        m = row_max(high)[:, None]
         valid = total == total
-        threshold, number, next = selected(vs, m, valid, K, SHIFT)
+        threshold, number, next = selected(vs, row_max(high)[:, None], valid, K, SHIFT)
         sums, slot = zero, zero
         for i in tl.static_range(TILES):
             slot += tl.where(vs[i] >= threshold, vs[i], 0.0)
             sums, slot = collected(sums, slot, i, TILES)
-        largest = row_total(sums, EACH)
+        largest = row_total(sums, S.each)
         largest += tl.where(number < K, (K - number).to(tl.float64) * next.to(tl.float64), 0.0)
     t = tl.where((total == 0.0) & (largest == 0.0), 1.0, total / largest)
     r = t * t if SQUARE else exp2_double(t * tl.full(t.shape, 1.0 / LN2, tl.float64))
@@ -55,39 +57,40 @@ def factors(
 
 @triton.jit(do_not_specialize=["f_stride", "N"])
 def energies(
-    f_ptr, f_stride, bias_ptr, factor_ptr, table_ptr, out_ptr, N, C: tl.constexpr, V: tl.constexpr,
-    ROWS: tl.constexpr, W: tl.constexpr, EACH: tl.constexpr, TILES: tl.constexpr,
+    f_ptr, f_stride, bias_ptr, factor_ptr, table_ptr, out_ptr, N, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[N] float32: the energy of r (f - bias) + bias; NaN where r is or f has no softmax. f_stride counts groups of V
-    elements; bias: [C] float32, or None for 0; table: log2(e) / T, T."""
+    """[N] float32: the energy of r (f - bias) + bias; NaN where r is or f has no softmax. f_stride counts groups
+    of S.vec elements; bias: [C] float32, or None for 0; table: log2(e) / T, T."""
+    W: tl.constexpr = S.w
+    TILES: tl.constexpr = S.tiles
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row = tl.minimum(place, N - 1).to(tl.int64)
     lane = tl.arange(0, W)[None, :]
-    f = f_ptr + row * f_stride * V
+    f = f_ptr + row * f_stride * S.vec
     r = tl.load(factor_ptr + row).to(tl.float32)
     zero = tl.full([ROWS, W], -0.0, tl.float32)
     vs = ()
     high, most = zero - INF, zero - INF  # of what is scaled, and of logits
     for i in tl.static_range(TILES):
         k = i * W + lane
-        v = load(f, k, C, V, -INF, (i + 1) * W <= C)
+        v = load_elements(f, k, -INF, (i + 1) * W <= S.columns, S)
         x = v * r
         if bias_ptr is not None:
-            b = tl.load(bias_ptr + k) if (i + 1) * W <= C else tl.load(bias_ptr + k, mask=k < C, other=0.0)
+            b = load_table(bias_ptr + k, k < S.columns, 0.0)
             x = tl.fma(v - b, r, b)
         x = tl.where(v == -INF, v, x)
         high = tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
         most = tl.maximum(most, v)
         vs = vs + (x,)
-    m, best = row_max(high)[:, None], row_max(most)[:, None]
-    good = (tl.abs(best) < INF) & (r == r)
-    pivot = tl.where(tl.abs(m) < INF, m, 0.0)
-    near = small(table_ptr).to(tl.float32)
+    largest, f_max = row_max(high)[:, None], row_max(most)[:, None]
+    good = (tl.abs(f_max) < INF) & (r == r)
+    pivot = tl.where(tl.abs(largest) < INF, largest, 0.0)
+    near = load_table(table_ptr).to(tl.float32)
     sums, slot = zero, zero
     for i in tl.static_range(TILES):
         # In halves, whose differences stay in float32.
         slot += tl.exp2(tl.fma(vs[i], 0.5, pivot * -0.5) * (near * 2.0))
         sums, slot = collected(sums, slot, i, TILES)
-    energy = m.to(tl.float64) + small(table_ptr + 1) * log(row_total(sums, EACH).to(tl.float32))
-    energy = tl.where(tl.abs(m) < INF, energy, m.to(tl.float64))
+    energy = largest.to(tl.float64) + load_table(table_ptr + 1) * log(row_total(sums, S.each).to(tl.float32))
+    energy = tl.where(tl.abs(largest) < INF, energy, largest.to(tl.float64))
     tl.store(out_ptr + place, tl.where(good, energy, float("nan")).to(tl.float32), mask=place < N)
