@@ -1,29 +1,29 @@
 // 2^x, log2 x and e^x - 1 - x of vectors. tests/test_cpu.py holds the bounds that are stated here. Included by rows.h.
 
-// 2^f * UNIT for |f| <= 1/2, UNIT a power of two; relative error of the polynomial 2^-29.0 (float), 2^-58.2 (double).
-template <int SHIFT> INLINE V<float> exp2_fraction(V<float> f) {
-  constexpr float UNIT = float(int64_t(1) << SHIFT);
-  V<float> p = (0.0001534586335765198f * UNIT) * f + 0.0013399929739534855f * UNIT;
-  p = p * f + 0.009618489071726799f * UNIT;
-  p = p * f + 0.05550328642129898f * UNIT;
-  p = p * f + 0.24022646248340607f * UNIT;
-  p = p * f + 0.6931471824645996f * UNIT;
-  return p * f + UNIT;
+// 2^f * FACTOR for |f| <= 1/2, FACTOR a power of two; relative error of the polynomial 2^-29.0 (float), 2^-58.2 (double).
+template <int SCALED> INLINE V<float> exp2_fraction(V<float> f) {
+  constexpr float FACTOR = float(int64_t(1) << SCALED);
+  V<float> p = (0.0001534586335765198f * FACTOR) * f + 0.0013399929739534855f * FACTOR;
+  p = p * f + 0.009618489071726799f * FACTOR;
+  p = p * f + 0.05550328642129898f * FACTOR;
+  p = p * f + 0.24022646248340607f * FACTOR;
+  p = p * f + 0.6931471824645996f * FACTOR;
+  return p * f + FACTOR;
 }
 
-template <int SHIFT> INLINE V<double> exp2_fraction(V<double> f) {
-  constexpr double UNIT = double(int64_t(1) << SHIFT / 2) * double(int64_t(1) << (SHIFT - SHIFT / 2));
-  V<double> p = (4.4352888650675365e-10 * UNIT) * f + 7.074104573753809e-09 * UNIT;
-  p = p * f + 1.0178197976954745e-07 * UNIT;
-  p = p * f + 1.3215433095891532e-06 * UNIT;
-  p = p * f + 1.5252733490108938e-05 * UNIT;
-  p = p * f + 0.00015403530462501698 * UNIT;
-  p = p * f + 0.0013333558146789778 * UNIT;
-  p = p * f + 0.009618129107588346 * UNIT;
-  p = p * f + 0.055504108664819925 * UNIT;
-  p = p * f + 0.24022650695910155 * UNIT;
-  p = p * f + 0.6931471805599453 * UNIT;
-  return p * f + UNIT;
+template <int SCALED> INLINE V<double> exp2_fraction(V<double> f) {
+  constexpr double FACTOR = double(int64_t(1) << SCALED / 2) * double(int64_t(1) << (SCALED - SCALED / 2));
+  V<double> p = (4.4352888650675365e-10 * FACTOR) * f + 7.074104573753809e-09 * FACTOR;
+  p = p * f + 1.0178197976954745e-07 * FACTOR;
+  p = p * f + 1.3215433095891532e-06 * FACTOR;
+  p = p * f + 1.5252733490108938e-05 * FACTOR;
+  p = p * f + 0.00015403530462501698 * FACTOR;
+  p = p * f + 0.0013333558146789778 * FACTOR;
+  p = p * f + 0.009618129107588346 * FACTOR;
+  p = p * f + 0.055504108664819925 * FACTOR;
+  p = p * f + 0.24022650695910155 * FACTOR;
+  p = p * f + 0.6931471805599453 * FACTOR;
+  return p * f + FACTOR;
 }
 
 // e^x - 1 - x for |x| <= 1; relative error of the polynomial 2^-25.7 (float), 2^-54.8 (double).
@@ -55,73 +55,73 @@ INLINE V<double> exp_tail(V<double> x) {
   return p * x * x;
 }
 
-// 2^y * 2^SHIFT of any y <= 0, -inf included, or NaN; relative error of the polynomials 2^-26.1 (of y - floor(y)) and
+// 2^y * 2^SCALED of any y <= 0, -inf included, or NaN; relative error of the polynomials 2^-26.1 (of y - floor(y)) and
 // 2^-29.0.
 #if VECTOR_BYTES == 64
-template <int SHIFT> INLINE V<float> exp2_nonpositive(V<float> y) {
-  constexpr float UNIT = float(int64_t(1) << SHIFT);
+template <int SCALED> INLINE V<float> exp2_nonpositive(V<float> y) {
+  constexpr float FACTOR = float(int64_t(1) << SCALED);
   V<float> f = (V<float>)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  V<float> p = (0.00021612929413095117f * UNIT) * f + 0.0012467841152101755f * UNIT;
-  p = p * f + 0.00967545248568058f * UNIT;
-  p = p * f + 0.055485282093286514f * UNIT;
-  p = p * f + 0.2402293086051941f * UNIT;
-  p = p * f + 0.6931470632553101f * UNIT;
-  p = p * f + UNIT;
+  V<float> p = (0.00021612929413095117f * FACTOR) * f + 0.0012467841152101755f * FACTOR;
+  p = p * f + 0.00967545248568058f * FACTOR;
+  p = p * f + 0.055485282093286514f * FACTOR;
+  p = p * f + 0.2402293086051941f * FACTOR;
+  p = p * f + 0.6931470632553101f * FACTOR;
+  p = p * f + FACTOR;
   return (V<float>)_mm512_scalef_ps((__m512)p, (__m512)y);
 }
 #else
-template <int SHIFT> INLINE V<float> exp2_nonpositive(V<float> y) {
-  constexpr float bias = Vec<float>::bias + SHIFT, magic = Vec<float>::magic + bias;
+template <int SCALED> INLINE V<float> exp2_nonpositive(V<float> y) {
+  constexpr float bias = Vec<float>::bias + SCALED, magic = Vec<float>::magic + bias;
   y = larger(all(-bias), y);
   V<float> rounded = y + magic;  // the low bits are those of the result's exponent, 0 for y = -bias, which makes it 0
   return exp2_fraction<0>(y - (rounded - magic)) * (V<float>)((U<float>)rounded << Vec<float>::mantissa);
 }
 #endif
 
-// 2^x * 2^SHIFT, where x = n + f, n an integer held in `rounded` = n + magic, |f| <= 1/2; 0 where `zero`: at
+// 2^x * 2^SCALED, where x = n + f, n an integer held in `rounded` = n + magic, |f| <= 1/2; 0 where `zero`: at
 // least where the result would be below the normal numbers.
 #if VECTOR_BYTES == 64
 INLINE V<float> times_exp2(V<float> p, V<float> n) { return (V<float>)_mm512_scalef_ps((__m512)p, (__m512)n); }
 INLINE V<double> times_exp2(V<double> p, V<double> n) { return (V<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n); }
 
-template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T>, V<T> n, V<T> f, I<T> zero) {
-  V<T> e = times_exp2(exp2_fraction<SHIFT>(f), n);
+template <class T, int SCALED> INLINE V<T> exp2_parts(V<T>, V<T> n, V<T> f, I<T> zero) {
+  V<T> e = times_exp2(exp2_fraction<SCALED>(f), n);
   return zero ? V<T>{} : e;
 }
 #else
-template <class T, int SHIFT> INLINE V<T> exp2_parts(V<T> rounded, V<T>, V<T> f, I<T> zero) {
-  V<T> power = (V<T>)(((U<T>)rounded + (Vec<T>::bias + SHIFT)) << Vec<T>::mantissa);
+template <class T, int SCALED> INLINE V<T> exp2_parts(V<T> rounded, V<T>, V<T> f, I<T> zero) {
+  V<T> power = (V<T>)(((U<T>)rounded + (Vec<T>::bias + SCALED)) << Vec<T>::mantissa);
   V<T> e = exp2_fraction<0>(f) * power;
   return zero ? V<T>{} : e;
 }
 #endif
 
-// 2^(whole + part) * 2^SHIFT, part small, the sum at most 127 - SHIFT (1023); 0 where `zero` and, if CLAMP, where the
+// 2^(whole + part) * 2^SCALED, part small, the sum at most 127 - SCALED (1023); 0 where `zero` and, if CLAMP, where the
 // result would be below the normal numbers.
-template <class T, bool CLAMP, int SHIFT = 0> INLINE V<T> exp2_sum(V<T> whole, V<T> part, I<T> zero) {
+template <class T, bool CLAMP, int SCALED = 0> INLINE V<T> exp2_sum(V<T> whole, V<T> part, I<T> zero) {
   V<T> x = whole + part;
   if constexpr (CLAMP) {
-    const T lowest = T(1 - Vec<T>::bias - SHIFT);
+    const T lowest = T(1 - Vec<T>::bias - SCALED);
     zero |= x < lowest;
     x = x > lowest ? x : all<T>(lowest);
   }
   V<T> rounded = x + Vec<T>::magic;
   V<T> n = rounded - Vec<T>::magic;
-  return exp2_parts<T, SHIFT>(rounded, n, (whole - n) + part, zero);
+  return exp2_parts<T, SCALED>(rounded, n, (whole - n) + part, zero);
 }
 
 // log2 of positive finite x as exponent + log, |log| <= 1/2; absolute error of log 2^-23.3 (float; 2^-24.3 of it
 // the polynomial), 2^-52 (double).
 INLINE V<float> log2_mantissa(V<float> m) {
-  V<float> t = m - 1.0f;
-  V<float> q = 0.2368849217891693f - 0.14573530852794647f * t;
-  q = q * t - 0.2500697672367096f;
-  q = q * t + 0.2867082357406616f;
-  q = q * t - 0.36008724570274353f;
-  q = q * t + 0.48093941807746887f;
-  q = q * t - 0.7213571667671204f;
-  q = q * t + 1.4426947832107544f;
-  return q * t;
+  V<float> x = m - 1.0f;
+  V<float> q = 0.2368849217891693f - 0.14573530852794647f * x;
+  q = q * x - 0.2500697672367096f;
+  q = q * x + 0.2867082357406616f;
+  q = q * x - 0.36008724570274353f;
+  q = q * x + 0.48093941807746887f;
+  q = q * x - 0.7213571667671204f;
+  q = q * x + 1.4426947832107544f;
+  return q * x;
 }
 
 INLINE V<double> log2_mantissa(V<double> m) {

@@ -33,13 +33,14 @@ static double gen(const void* data, int64_t n, const LogitsPlan& plan, double f_
   const In* f = static_cast<const In*>(data);
   const T least = M < n ? largest_but<T>(f, n, M, T(f_max)) : minus_inf<T>();
   const Softmax<T> softmax(all<T>(T(f_max)), plan);
-  const T scale = T(plan.scale * gamma), power = T(gamma), per_total = T(__builtin_ldexp(1 / total, -Vec<T>::scaled));
+  const T gamma_scale = T(plan.scale * gamma), power = T(gamma), per_total = T(__builtin_ldexp(1 / total, -Vec<T>::scaled));
   const T log_total = T(gamma * __builtin_log2(total));
   const double descale = __builtin_ldexp(1.0, -Vec<T>::scaled);
   auto term = [&](V<T> v) __attribute__((always_inline)) {
-    V<T> d, p = softmax.exp(v, &d) * per_total, e, l;
-    log2_parts<T>(1 - p, &e, &l);
-    return exp2_sum<T, true, Vec<T>::scaled>((v - softmax.pivot) * scale - log_total, (e + l) * power, v == minus_inf<T>());
+    V<T> d, p = softmax.exp(v, &d) * per_total, whole, part;
+    log2_parts<T>(1 - p, &whole, &part);
+    return exp2_sum<T, true, Vec<T>::scaled>((v - softmax.pivot) * gamma_scale - log_total, (whole + part) * power,
+                                             v == minus_inf<T>());
   };
   V<T> sums[2] = {}, above[2] = {};
   Total total_sum;

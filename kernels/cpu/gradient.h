@@ -85,8 +85,8 @@ template <class T, class In> static void gradient_inside(const Sweep<In>& s) {
         __builtin_memcpy(out + i, &difference, sizeof difference);
       },
       [&](int64_t m) {
-        const int64_t whole = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the padding is 0
-        norms<T>(out, whole, s.norms, out, &s.state->difference);
+        const int64_t padded = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the padding is 0
+        norms<T>(out, padded, s.norms, out, &s.state->difference);
       });
 }
 
@@ -106,13 +106,13 @@ template <class T, int NORM> struct ClassNorm {
         sum(T(row.power_sum)), log_p(T(-g.order * row.log_total)), shift(T(row.shift)) {}
 
   inline __attribute__((always_inline)) V<T> operator()(V<T> v, V<T> p) const {
-    V<T> x, e, l, log_one_minus_p = {};
+    V<T> x, whole, part, log_one_minus_p = {};
     if constexpr (NORM == LINEAR) x = 1 - p;
     if constexpr (NORM == SQUARE) x = (1 - 2 * p) + sum;
     if constexpr (NORM == GENERAL) {
       // (1 - p) (1 + the others' (p_k / (1 - p))^r)^(1/r): no high order underflows
-      log2_parts<T>(1 - p, &e, &l);
-      log_one_minus_p = e + l;
+      log2_parts<T>(1 - p, &whole, &part);
+      log_one_minus_p = whole + part;
       V<T> d, others = sum - powers.exp(v, &d) * T(__builtin_ldexp(1.0, -Vec<T>::scaled));
       // Of p_max / (1 - p), which is at most 1 whatever rounding says.
       const V<T> log_ratio = log_p - order * log_one_minus_p;
@@ -120,8 +120,8 @@ template <class T, int NORM> struct ClassNorm {
     }
     if (NORM != GENERAL && ratio == 1) return x;
     if (NORM != GENERAL && ratio == 0.5) return square_root(x);
-    log2_parts<T>(x, &e, &l);
-    return exp2_sum<T, true>((e + l) * exponent + (log_one_minus_p * power - shift), V<T>{}, I<T>{});
+    log2_parts<T>(x, &whole, &part);
+    return exp2_sum<T, true>((whole + part) * exponent + (log_one_minus_p * power - shift), V<T>{}, I<T>{});
   }
 };
 

@@ -58,7 +58,8 @@ static void integer_sums(const T* a, int64_t n, T s1, T s2, uint64_t wanted, dou
 // Sums of y^multiple, y = |h|^base, times the square root of |h| if that is asked for, of the slots of a group that are
 // wanted. ROOTED: of some it is.
 template <class T, bool SCALED, bool ROOTED>
-static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint64_t wanted, const NormsState& s, double* sum) {
+static void group_sums(const T* a, int64_t padded, const PowerGroup& group, uint64_t wanted, const NormsState& s,
+                       double* sum) {
   // base = high + low, high so short that its product with an exponent is exact
   const T base = T(group.base), high = T(group.high), low = T(group.base - double(high));
   const T shift = T(s.shift), shift_fraction = T(s.shift_fraction);
@@ -67,7 +68,7 @@ static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint6
   for (int j = 0; j < group.multiples; j++) powers |= group.multiple[j] && wanted >> group.slot[j] & 1;
   V<T> sums[4] = {}, total = {}, roots[4] = {}, all_roots = {};
   for_blocks<4, T>(
-      a, whole, T(0),
+      a, padded, T(0),
       [&](int u, V<T> v, int64_t i, int64_t) __attribute__((always_inline)) {
         if constexpr (ROOTED) {
           const V<T> square = square_root(v);
@@ -75,13 +76,13 @@ static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint6
           roots[u] += square;
           if (!powers) return;
         }
-        V<T> e, l;
-        log2_parts<T>(v, &e, &l);
+        V<T> whole, part;
+        log2_parts<T>(v, &whole, &part);
         if constexpr (SCALED) {
-          e -= shift;
-          l -= shift_fraction;
+          whole -= shift;
+          part -= shift_fraction;
         }
-        V<T> y = exp2_sum<T, SCALED>(e * high, e * low + l * base, v == 0);
+        V<T> y = exp2_sum<T, SCALED>(whole * high, whole * low + part * base, v == 0);
         if (!SCALED) __builtin_memcpy(power + i, &y, sizeof y);
         sums[u] += y;
       },
@@ -93,12 +94,13 @@ static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint6
     if (!(wanted >> group.slot[j] & 1)) continue;
     if (group.multiple[j] == 0) sum[group.slot[j]] += sum_of<T>(all_roots);
     else if (group.multiple[j] == 1 && !group.rooted[j]) sum[group.slot[j]] += sum_of<T>(total);
-    else sum[group.slot[j]] += sum_of_powers<T>(power, group.rooted[j] ? root : nullptr, whole, group.multiple[j]);
+    else sum[group.slot[j]] += sum_of_powers<T>(power, group.rooted[j] ? root : nullptr, padded, group.multiple[j]);
   }
 }
 
 template <class T>
-static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint64_t wanted, const NormsState& s, double* sum) {
+static void group_sums(const T* a, int64_t padded, const PowerGroup& group, uint64_t wanted, const NormsState& s,
+                       double* sum) {
   bool some = false, rooted = false;
   for (int j = 0; j < group.multiples; j++) {
     if (!(wanted >> group.slot[j] & 1)) continue;
@@ -106,9 +108,9 @@ static void group_sums(const T* a, int64_t whole, const PowerGroup& group, uint6
     rooted |= group.rooted[j];
   }
   if (!some) return;
-  if (group.scaled) group_sums<T, true, false>(a, whole, group, wanted, s, sum);
-  else if (rooted) group_sums<T, false, true>(a, whole, group, wanted, s, sum);
-  else group_sums<T, false, false>(a, whole, group, wanted, s, sum);
+  if (group.scaled) group_sums<T, true, false>(a, padded, group, wanted, s, sum);
+  else if (rooted) group_sums<T, false, true>(a, padded, group, wanted, s, sum);
+  else group_sums<T, false, false>(a, padded, group, wanted, s, sum);
 }
 
 // |h| of a tile, with its maximum, whether there is a NaN, and how many are not zero.
@@ -141,7 +143,7 @@ static void norms_by_tiles(const In* h, int64_t n, const NormsPlan& plan, uint64
   T a[BLOCK];
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t m = n - start < BLOCK ? n - start : BLOCK;
-    const int64_t whole = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the rest is zeros
+    const int64_t padded = (m + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the rest is zeros
     double max;
     if (plan.count && wanted & EXTREMES) read_tile<T, true>(h + start, m, a, state, &max);
     else read_tile<T, false>(h + start, m, a, state, &max);
@@ -154,11 +156,11 @@ static void norms_by_tiles(const In* h, int64_t n, const NormsPlan& plan, uint64
       const int k = -int(state->shift) - 1, k1 = k < -126 ? -126 : k > 126 ? 126 : k;
       const T s1 = T(__builtin_ldexp(1.0, k1)), s2 = T(__builtin_ldexp(1.0, k - k1));
       const double unit = plan.scaled_integers ? 1 : 2 * state->unit_whole;
-      if (integers >> 3) integer_sums<6, T>(a, whole, s1, s2, integers, unit, state->sum);
-      else if (integers >> 2) integer_sums<2, T>(a, whole, s1, s2, integers, unit, state->sum);
-      else integer_sums<1, T>(a, whole, s1, s2, integers, unit, state->sum);
+      if (integers >> 3) integer_sums<6, T>(a, padded, s1, s2, integers, unit, state->sum);
+      else if (integers >> 2) integer_sums<2, T>(a, padded, s1, s2, integers, unit, state->sum);
+      else integer_sums<1, T>(a, padded, s1, s2, integers, unit, state->sum);
     }
-    for (int g = 0; g < plan.groups; g++) group_sums<T>(a, whole, plan.group[g], wanted, *state, state->sum);
+    for (int g = 0; g < plan.groups; g++) group_sums<T>(a, padded, plan.group[g], wanted, *state, state->sum);
   }
 }
 

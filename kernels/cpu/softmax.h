@@ -191,9 +191,9 @@ static double tv(const void* data, int64_t n, const LogitsPlan& plan, double f_m
   };
   auto flush = [&] { add_up<4, T>(&sum, above); };
   if (kept) {
-    const int64_t whole = (n + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the padding has p = 0
+    const int64_t padded = (n + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;  // the padding has p = 0
     for_blocks<4, T>(
-        static_cast<const T*>(kept), whole, T(0), [&](int u, V<T> e, int64_t, int64_t) __attribute__((always_inline)) { add(u, e); }, flush);
+        static_cast<const T*>(kept), padded, T(0), [&](int u, V<T> e, int64_t, int64_t) __attribute__((always_inline)) { add(u, e); }, flush);
   } else {
     const Softmax<T> softmax(all<T>(T(f_max)), plan);
     for_blocks<4, T>(
