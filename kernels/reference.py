@@ -4,8 +4,8 @@ Row sums are float32 (float64 for float64 inputs); the O(N) algebra on top of th
 
 The softmax is split into one maximum and the rest, and the rest has a pivot of its own:
 
-    E_k = exp((f_k - f_2) / T) over all classes but the peeled maximum, f_2 the largest of those
-    R_q = sum_k E_k^q,  r_q = exp(q (f_2 - f_max) / T) R_q,  so that sum_k exp(z_k - z_max) = 1 + r_1
+    E_k = exp((f_k - pivot) / T) over all classes but one maximum, the pivot being the largest of those
+    R_q = sum_k E_k^q,  r_q = exp(q (pivot - f_max) / T) R_q,  so that sum_k exp(z_k - z_max) = 1 + r_1
 
 1 - p_max = r_1 / (1 + r_1) and its kin then keep their relative precision when p_max is 1 - 1e-30
 and beyond, where a plain sum of exponentials has long been rounded to 1.
@@ -161,15 +161,15 @@ class Softmax:
         return self.f.scatter(-1, self.top[:, None], self.f.new_full((self.f.shape[0], 1), -math.inf))
 
     @lazy
-    def f_2(self) -> Tensor:
+    def pivot(self) -> Tensor:
         second = self.rest.amax(-1)
         # With no second class (C = 1, all others masked) any finite pivot does.
         return torch.where(second == -math.inf, self.f_max, second).detach()
 
     @lazy
     def z(self) -> Tensor:
-        """(f_k - f_2) / T of the rest."""
-        return relative(self.rest, self.f_2, self.T)
+        """(f_k - pivot) / T of the rest."""
+        return relative(self.rest, self.pivot, self.T)
 
     @lazy
     def e(self) -> Tensor:
@@ -177,12 +177,12 @@ class Softmax:
 
     @lazy
     def gap(self) -> Tensor:
-        """(f_2 - f_max) / T <= 0, float64."""
-        return (self.f_2.double() - self.f_max.double()) / self.T
+        """(pivot - f_max) / T <= 0, float64."""
+        return (self.pivot.double() - self.f_max.double()) / self.T
 
     @lazy
-    def exp_gap(self) -> Tensor:
-        return exp_quotient(self.f_2.double(), self.f_max.double(), self.T)
+    def weight(self) -> Tensor:
+        return exp_quotient(self.pivot.double(), self.f_max.double(), self.T)
 
     @lazy
     def total(self) -> Tensor:
@@ -191,7 +191,7 @@ class Softmax:
 
     @lazy
     def r1(self) -> Tensor:
-        return self._or_nan(self.exp_gap * self.total)
+        return self._or_nan(self.weight * self.total)
 
     @lazy
     def log_r1(self) -> Tensor:
@@ -205,18 +205,18 @@ class Softmax:
     @lazy
     def scaled_r2(self) -> Tensor:
         """r2 / e^gap, as total is r1 / e^gap."""
-        return self.exp_gap * row_sum(self.e.square()).double()
+        return self.weight * row_sum(self.e.square()).double()
 
     @lazy
     def r2(self) -> Tensor:
-        return self.exp_gap * self.scaled_r2
+        return self.weight * self.scaled_r2
 
     @lazy
     def rest_z(self) -> Tensor:
         """r1's sum with each term times z relative to the maximum: all of one sign."""
         z = self.z.masked_fill(self.z == -math.inf, 0)  # 0 log 0 = 0
         gap = self.gap.clamp(min=-1e4)  # exp(-1e4) = 0, and 0 * -inf would be NaN
-        return self.exp_gap * (row_sum(self.e * z).double() + gap * self.total)
+        return self.weight * (row_sum(self.e * z).double() + gap * self.total)
 
     @lazy
     def log_sum(self) -> Tensor:
@@ -227,9 +227,9 @@ class Softmax:
         return 1 / (1 + self.r1)
 
     @lazy
-    def p_2(self) -> Tensor:
-        """The probability at the pivot, so that p_k = p_2 E_k."""
-        return self.exp_gap / (1 + self.r1)
+    def p_pivot(self) -> Tensor:
+        """The probability at the pivot, so that p_k = p_pivot E_k."""
+        return self.weight / (1 + self.r1)
 
     # ---- the statistics that are more than a formula; the others are added below
 
@@ -244,7 +244,7 @@ class Softmax:
     @lazy
     def tv(self) -> Tensor:
         # p and 1/C both sum to 1, so half the absolute differences are the positive ones.
-        above = row_sum((self.e * self._rows(self.p_2) - 1 / self.C).relu())
+        above = row_sum((self.e * self._rows(self.p_pivot) - 1 / self.C).relu())
         tv = (self.msp - 1 / self.C) + above.double()
         return self._again(tv, tv < FLAT_TV, lambda level: level.tv)
 
@@ -273,14 +273,14 @@ class Softmax:
         return self.msp**r + self.power_sum_rest(r)
 
     def power_sum_rest(self, r: float) -> Tensor:
-        """sum of p_k^r over all classes but the peeled maximum."""
+        """sum of p_k^r over all classes but one maximum."""
         # Of p itself where it is there: the error of r log p would grow with r log C.
-        power = torch.where(self.p_2 > 1e-290, Powers(self.p_2)(r), (r * (self.gap + self.log_msp)).exp())
+        power = torch.where(self.p_pivot > 1e-290, Powers(self.p_pivot)(r), (r * (self.gap + self.log_msp)).exp())
         return power * row_sum((r * self.z).exp()).double()
 
     def gen(self, gamma: float, M: int) -> Tensor:
         top = self.z.topk(min(M, self.C) - 1, -1).values
-        others = (1 - top.exp() * self._rows(self.p_2)).log()
+        others = (1 - top.exp() * self._rows(self.p_pivot)).log()
         rest = (gamma * (self.gap + self.log_msp)).exp() * row_sum((gamma * (top + others)).exp()).double()
         return (gamma * (self.log_r1 + 2 * self.log_msp)).exp() + rest
 
@@ -289,7 +289,7 @@ class Softmax:
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
         """p and 1 - p, [N, C] in the arithmetic type, both to relative precision."""
-        p = self.e * self._rows(self.p_2)
+        p = self.e * self._rows(self.p_pivot)
         top = self.top[:, None]
         return p.scatter(-1, top, self._rows(self.msp)), (1 - p).scatter(-1, top, self._rows(self.one_minus_msp))
 
@@ -302,17 +302,17 @@ class Softmax:
                 return 0 * self.msp  # E_p[e_Y - p] = 0, exactly
             q, q_top = torch.full_like(self.f, 1 / self.C), torch.full_like(self.msp, 1 / self.C)
         else:
-            q_top = self._peeled(q)
-        # At the peeled maximum q - p = (q - 1) + (1 - p) keeps 1 - p when q = 1, and q - p is 0 in a flat row.
+            q_top = self._at_max(q)
+        # At that maximum q - p = (q - 1) + (1 - p) keeps 1 - p when q = 1, and q - p is 0 in a flat row.
         top = torch.where(self.msp > 0.5, q_top - 1 + self.one_minus_msp, q_top - self.msp)
-        difference = (q - self.e * self._rows(self.p_2)).scatter(-1, self.top[:, None], self._rows(top))
+        difference = (q - self.e * self._rows(self.p_pivot)).scatter(-1, self.top[:, None], self._rows(top))
         norm = norms_of(difference, (order,))[:, 0]
         return Powers(norm.masked_fill(norm == LARGEST, math.inf))(power)
 
     def gradient_outside(self, q: Tensor | str, order: float, power: float) -> Tensor:
         """E_q[ || e_Y - p ||_order^power ]; "log_predicted" takes the weights log p_y for q."""
         z, e = self.z.double(), self.e.double()  # a small order's norm is beyond float32
-        p = e * self.p_2[:, None]
+        p = e * self.p_pivot[:, None]
         # ||e_y - p||_r = (1 - p_y) (1 + sum over the other classes of (p_k / (1 - p_y))^r)^(1/r): no ratio is
         # above 1, so that a high order does not underflow as a whole.
         norm = Powers(1 - p)(power)
@@ -327,16 +327,16 @@ class Softmax:
             norm_top = norm_top * Powers(1 + others_top)(power / order)
         norm = norm.scatter(-1, self.top[:, None], 0)
         if isinstance(q, Tensor):
-            return _weighed(self._peeled(q), norm_top) + row_sum(_weighed(q.double(), norm))
+            return _weighed(self._at_max(q), norm_top) + row_sum(_weighed(q.double(), norm))
         if q == "uniform":
             return (norm_top + row_sum(norm)) / self.C
         if q == "predicted":
-            return self.msp * norm_top + self.p_2 * row_sum(_weighed(e, norm))
+            return self.msp * norm_top + self.p_pivot * row_sum(_weighed(e, norm))
         log_p = z.scatter(-1, self.top[:, None], 0) + (self.gap + self.log_msp)[:, None]
         return self.log_msp * norm_top + row_sum(log_p * norm)
 
-    def _peeled(self, q: Tensor) -> Tensor:
-        """q of the peeled maximum, float64."""
+    def _at_max(self, q: Tensor) -> Tensor:
+        """q of the one maximum that is not in the rest, float64."""
         return q.gather(-1, self.top[:, None])[:, 0].double()
 
 

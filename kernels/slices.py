@@ -192,7 +192,7 @@ class Whole(Softmax):
         return torch.where(unit == -math.inf, 0, unit)
 
     @lazy
-    def exp_gap(self) -> Tensor:
+    def weight(self) -> Tensor:
         return self.gap.exp()
 
     @lazy
@@ -202,7 +202,7 @@ class Whole(Softmax):
 
     @lazy
     def scaled_r2(self) -> Tensor:
-        return torch.where(self.exp_gap > 0, self.r2 / self.exp_gap, 0)
+        return torch.where(self.weight > 0, self.r2 / self.weight, 0)
 
     # ---- relative to the level, at which p_k = 1 / C: log (1 / C) = z - log_sum there
 

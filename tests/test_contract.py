@@ -597,7 +597,7 @@ def test_a_statistic_of_ones_own(backend, monkeypatch):
     """What a backend does not know it leaves to the reference."""
     monkeypatch.setitem(STATISTICS, "margin", "max_k f_k - the next largest")
     monkeypatch.setitem(STATISTICS, "share", "('share', r): max_k p_k^r")
-    monkeypatch.setattr(reference.Softmax, "margin", property(lambda s: (s.f_max - s.f_2).double()), raising=False)
+    monkeypatch.setattr(reference.Softmax, "margin", property(lambda s: (s.f_max - s.pivot).double()), raising=False)
     monkeypatch.setattr(reference.Softmax, "share", lambda s, r: s.msp**r, raising=False)
     one = fastood.Score("margin", "f_(1) - f_(2)", "", "in", stats=("margin",))
     two = fastood.Score(
