@@ -1110,7 +1110,7 @@ def test_every_order_finds_its_sum():
     h = np.array([0.3, 1.0, 2.5])
     some = (0.3, 0.1, 2.0, 0.5, 0.8, 1.5, 0.0, math.inf)
     for orders in (some, (0.7, 1.2, 7.0, 15.9, 16.0), (1e-3, 16.5, 1e9), (0.0,)):
-        norms = shapes.plan_norms(orders, 100, False)
+        plan, norms = shapes.plan_norms(orders, 100, False)
         with np.errstate(over="ignore"):  # 2.5 ** 1e9: infinite on both sides
             powers, by_log = [h**r for r in norms.roots], [r not in (1, 0.5) for r in norms.roots]
             wanted = [h**r for r in orders]
@@ -1118,8 +1118,8 @@ def test_every_order_finds_its_sum():
             powers.append(powers[i] * powers[j])
             by_log.append(by_log[i] + by_log[j])
         assert max(norms.roots) <= 1 or max(orders) > shapes.MOST_MULTIPLIED
-        assert len(norms.ranges) == len(norms.factors) + norms.nonzero + norms.largest
-        for r, slot, power in zip(orders, norms.slots, wanted, strict=True):
+        assert len(plan.ranges) == len(norms.factors) + norms.nonzero + norms.largest
+        for r, slot, power in zip(orders, plan.slots, wanted, strict=True):
             if r in (0, math.inf):
                 assert slot == len(norms.factors) + (norms.nonzero if r else 0)
                 continue

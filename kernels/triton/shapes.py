@@ -42,29 +42,28 @@ TILES = 4  # of features in flight, 16 bytes a thread
 FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
 
 
+# Kernels have these as constants: NamedTuples of numbers, of tuples of those, or of tuples of such tuples. From a
+# constant that is a plain tuple Triton 3.7 takes no element that has tuples in it; of a NamedTuple Triton 3.9 keeps the
+# fields, but neither properties nor methods.
+
+
 class Tile(NamedTuple):
-    """How a matrix of so many columns is read. The kernels have it as X or H, a constant."""
+    """How a matrix of so many columns is read. The kernels have it as X or H."""
 
     columns: int
     vec: int  # elements of a load
     p: int  # elements of a word
     shifted: bool  # whether rows begin anywhere, off groups of vec
     w: int  # words of a tile
+    words: int  # of a load
+    tiles: int  # of a row
+    fold: int  # words beside each other that a thread has of a tile: of one load where rows are aligned
 
-    @property
-    def words(self) -> int:
-        """Of a load."""
-        return max(1, self.vec // self.p)
-
-    @property
-    def tiles(self) -> int:
-        """Of a row."""
-        return math.ceil(self.columns / (self.w * self.p))
-
-    @property
-    def words_a_thread(self) -> int:
-        """Beside each other that a thread has of a tile: as many as one load takes where rows are aligned."""
-        return min(max(1, math.gcd(self.columns, 4 * self.p) // self.p), self.w)
+    @classmethod
+    def of(cls, columns: int, vec: int, p: int, shifted: bool, w: int) -> Tile:
+        tiles = math.ceil(columns / (w * p))
+        fold = min(max(1, math.gcd(columns, 4 * p) // p), w)
+        return cls(columns, vec, p, shifted, w, max(1, vec // p), tiles, fold)
 
 
 class Shape(NamedTuple):
@@ -110,7 +109,7 @@ def streamed(C: int, tile: Tile, itemsize: int, lanes: int) -> tuple[Tile, int]:
     _, tiles, elements = STREAM[itemsize]
     most = elements if tile.shifted else tiles
     if tile.shifted:
-        tile = Tile(C, 1, 1, False, lanes)
+        tile = Tile.of(C, 1, 1, False, lanes)
     return tile, math.ceil(tile.tiles / math.ceil(tile.tiles / most))
 
 
@@ -120,19 +119,19 @@ def tile_of(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -
     p = 4 // itemsize
     if lanes == 1:  # a thread a row, which its neighbours' loads bring into the cache
         p = math.gcd(columns, stride, offset, p)
-        return Tile(columns, p, p, False, 1)
+        return Tile.of(columns, p, p, False, 1)
     shifted = is_shifted(columns, stride, offset, itemsize)
     vec = most if shifted else math.gcd(columns, stride, offset, most)
     words = vec // p
     span = math.ceil((columns + (vec - 1 if shifted else 0)) / vec)
-    return Tile(columns, vec, p, shifted, words * min(lanes, _power_of_2(span)))
+    return Tile.of(columns, vec, p, shifted, words * min(lanes, _power_of_2(span)))
 
 
 def feats_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> Tile:
     """The same of features, never shifted: what a thread has, and so how sums round, hangs on `columns` alone."""
     p = 4 // itemsize
     span = math.ceil(columns * itemsize / 16)
-    return Tile(columns, math.gcd(columns, stride, offset, 4 * p), p, False, 4 * min(lanes, _power_of_2(span)))
+    return Tile.of(columns, math.gcd(columns, stride, offset, 4 * p), p, False, 4 * min(lanes, _power_of_2(span)))
 
 
 def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: int) -> tuple[Tile, int]:
@@ -151,7 +150,7 @@ def logits_tile(columns: int, stride: int, offset: int, itemsize: int, lanes: in
     vec = max(p, math.gcd(columns, stride, offset, most))
     shifted = math.gcd(stride, offset, p) < p
     w = words * min(lanes, _power_of_2(math.ceil(columns / (words * p))))
-    return Tile(columns, vec, p, shifted, w), 0
+    return Tile.of(columns, vec, p, shifted, w), 0
 
 
 def is_shifted(columns: int, stride: int, offset: int, itemsize: int) -> bool:
@@ -168,7 +167,7 @@ def tiles_in_flight(tile: Tile) -> int:
     return max(1, min(TILES, tile.columns // (tile.w * tile.p)))
 
 
-NOTHING = Tile(0, 1, 1, False, 1)
+NOTHING = Tile.of(0, 1, 1, False, 1)
 
 # A program of BatchGrad is two warps of the same 128 rows, four a thread, and of eight classes each; 168 registers a
 # thread let six of them run on a multiprocessor at a time. Fewer rows a program where all fit one: the same sums.
@@ -228,7 +227,7 @@ def gradient_table(order: float, power: float, temperature: float) -> tuple[floa
 
 
 class Sweep(NamedTuple):
-    """How the kernels of gradient norms and of GEN go over a row, element by element. They have it as S, a constant."""
+    """How the kernels of gradient norms and of GEN go over a row, element by element. They have it as S."""
 
     columns: int
     vec: int  # elements of a load
@@ -239,7 +238,7 @@ class Sweep(NamedTuple):
 
 
 class GradientNorm(NamedTuple):
-    """Which norm. The kernel has it as NORM, a constant."""
+    """Which norm. The kernel has it as NORM."""
 
     labels: int  # of LABELS
     outside: bool  # the norm in the expectation, not of it
@@ -299,32 +298,29 @@ MOST_MULTIPLIED = 16  # orders up to here are products; powers of |h| beyond har
 LARGEST_FLOAT = 3.4028234663852886e38
 
 
-class NormsPlan(NamedTuple):
-    """Which sums the orders of norms need. The kernels have it as NORMS, a constant; see device/norms.py.
+class Powers(NamedTuple):
+    """Which powers of |h| are added up. The kernels have it as POWERS; see device/norms.py.
 
-    A power of |h| is one of the roots, or a product of two that come before it. A sum is of one power, or of the
-    product of two. After those come, where they are wanted, the number of elements that are not 0, and the largest.
+    A power is one of the roots, or a product of two that come before it. A sum is of one power, or of the product of
+    two. After those come, where they are wanted, the number of elements that are not 0, and the largest.
     """
 
-    orders: tuple[float, ...]
-    slots: tuple[int, ...]  # the sum of each order
-    ranges: tuple[tuple[float, float], ...]  # of each sum: a row beyond it is read again
     roots: tuple[float, ...]  # orders
+    by_log: bool  # whether one takes the logarithm of |h|
     products: tuple[tuple[int, ...], ...]
     factors: tuple[tuple[int, ...], ...]  # of each sum, one or two powers
     nonzero: bool  # whether elements that are not 0 are counted
     largest: bool
-    subnormals: bool  # whether rows with subnormal elements are read again
+    subnormals: bool  # whether it is told which rows have any
 
-    @property
-    def by_log(self) -> bool:
-        """Whether a root takes the logarithm of |h|."""
-        return any(r not in (1.0, 0.5) for r in self.roots)
 
-    @property
-    def general(self) -> bool:
-        """Whether there are orders of which the root is neither the sum itself nor a square root."""
-        return any(r not in (0, 1, 2, math.inf) for r in self.orders)
+class NormsPlan(NamedTuple):
+    """How the orders of norms are made of sums. The kernels have it as NORMS."""
+
+    orders: tuple[float, ...]
+    general: bool  # whether there are orders whose root is neither the sum itself nor a square root
+    slots: tuple[int, ...]  # the sum of each order
+    ranges: tuple[tuple[float, float], ...]  # of each sum: a row beyond it is read again
 
 
 class Factors(NamedTuple):
@@ -360,7 +356,7 @@ def farthest(r: float, rest: float) -> float:
 
 
 @lru_cache
-def plan_norms(orders: tuple[float, ...], D: int, half: bool) -> NormsPlan:
+def plan_norms(orders: tuple[float, ...], D: int, half: bool) -> tuple[NormsPlan, Powers]:
     """`half`: of float16, which is never subnormal in float32."""
     kept = sorted(r for r in set(orders) if 0 < r < math.inf)
     parts = [factors_of(r) for r in kept]
@@ -418,16 +414,13 @@ def plan_norms(orders: tuple[float, ...], D: int, half: bool) -> NormsPlan:
         kept.append(math.inf)
         ranges.append((2.0**-off, 2.0**off) if off < 100 else (-math.inf, math.inf))
     slots = tuple(kept.index(r) for r in orders)
-    return NormsPlan(
-        orders, slots, tuple(ranges), tuple(roots), tuple(products), tuple(sums), nonzero, largest, subnormals
-    )
+    general = any(r not in (0, 1, 2, math.inf) for r in orders)
+    by_log = any(r not in (1.0, 0.5) for r in roots)
+    powers = Powers(tuple(roots), by_log, tuple(products), tuple(sums), nonzero, largest, subnormals)
+    return NormsPlan(orders, general, slots, tuple(ranges)), powers
 
 
 # ---- what to compute
-
-
-# Triton takes no element out of a constant tuple of such: what there are several of is a NamedTuple of tuples, no
-# tuple of NamedTuples.
 
 
 class VTerms(NamedTuple):
@@ -522,6 +515,7 @@ def constants(
     plan: Plan, x: Tile, x_tiles: int, h: Tile, half: bool, bias: bool, log: bool, rows: int
 ) -> dict[str, Any]:
     """The compile-time arguments of device.scores."""
+    norms, powers = plan_norms(plan.orders, h.columns, half)
     return {
         "X": x,
         "X_TILES": x_tiles,
@@ -529,7 +523,8 @@ def constants(
         "V": plan.v,
         "H": h,
         "H_TILES": tiles_in_flight(h),
-        "NORMS": plan_norms(plan.orders, h.columns, half),
+        "NORMS": norms,
+        "POWERS": powers,
         "BIAS": bias,
         "LOG": log,
         "ALL_V": plan.all_v,

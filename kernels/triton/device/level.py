@@ -26,14 +26,14 @@ def has_flat_tv(deviation, rest):
 
 
 @triton.jit
-def of_flat_rows(rows, f_max, scale, X: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):
-    """KL(u || p) and TV, as wanted."""
+def of_flat_rows(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):
+    """KL(u || p) and TV, as wanted, by tiles of W words."""
     per_T = scale * LN2
     level, shift = f_max, tl.zeros_like(f_max)
     tail, above = shift, shift
     # From the maximum to the level; for what was rounded on the way; and the sums that are wanted.
     for _ in range(3):
-        rise, tail, above = level_sums(rows, level, shift, per_T, X, KL, TV)
+        rise, tail, above = level_sums(rows, level, shift, per_T, W, X, KL, TV)
         off = log1p_near(rise)
         before = level
         level += off / per_T
@@ -42,13 +42,13 @@ def of_flat_rows(rows, f_max, scale, X: tl.constexpr, KL: tl.constexpr, TV: tl.c
 
 
 @triton.jit
-def level_sums(rows, level, shift, per_T, X: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):
+def level_sums(rows, level, shift, per_T, W: tl.constexpr, X: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):
     """mean expm1(x) and, as wanted, mean(e^x - 1 - x) and mean max(expm1(x), 0), x = (f - level) / T - shift."""
-    W: tl.constexpr = X.w
+    TILES: tl.constexpr = (X.columns + W * X.p - 1) // (W * X.p)
     w = tl.arange(0, W)[None, :]
     zero = tl.zeros([level.shape[0], W], tl.float64)
     sum1, sum2, sum3 = zero, zero, zero
-    for i in range(X.tiles):
+    for i in range(TILES):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
             own = within(w + i * W, j, X)
@@ -90,13 +90,13 @@ def log1p_near(x):
 
 
 @triton.jit
-def mean_z_again(rows, f_max, scale, X: tl.constexpr):
+def mean_z_again(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr):
     """mean z, summed in float64, of rows in which the sum, or one of its terms, is beyond float32."""
-    W: tl.constexpr = X.w
+    TILES: tl.constexpr = (X.columns + W * X.p - 1) // (W * X.p)
     w = tl.arange(0, W)[None, :]
     slot = tl.zeros([f_max.shape[0], W], tl.float64)
     top, wide_scale = f_max[:, None].to(tl.float64), tl.zeros([1, 1], tl.float64) + scale
-    for i in range(X.tiles):
+    for i in range(TILES):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
             own = within(w + i * W, j, X)

@@ -1,6 +1,6 @@
 """Rows of features to sums of powers.
 
-NORMS says how, a NormsPlan of shapes.py: from its roots, powers of |h| by their order, and the products of some of
+POWERS says how, see Powers in shapes.py: from its roots, powers of |h| by their order, and the products of some of
 these to sums of a power or of the product of two. Roots are 1, 0.5, or any other, which costs an exp2 and shares one
 log2.
 """
@@ -24,6 +24,7 @@ from fastood.kernels.triton.device.words import (
     unpack,
     words,
 )
+from fastood.kernels.triton.shapes import Powers
 
 FOLD = tl.constexpr(4)  # words of a load
 
@@ -45,22 +46,22 @@ class PowerSums(NamedTuple):
 
 
 @triton.jit
-def powers_of(a, unit, SAFE: tl.constexpr, NORMS: tl.constexpr):
+def powers_of(a, unit, SAFE: tl.constexpr, POWERS: tl.constexpr):
     """All powers of |h|; SAFE: of |h| / unit, however far the two are apart."""
     x = quotient(a, unit) if SAFE else a
     log = x
-    if NORMS.by_log:
+    if POWERS.by_log:
         log = log2_ratio(a, unit) if SAFE else log2(a)
     out = ()
-    for i in tl.static_range(len(NORMS.roots)):
-        if NORMS.roots[i] == 1.0:
+    for i in tl.static_range(len(POWERS.roots)):
+        if POWERS.roots[i] == 1.0:
             out = out + (x,)
-        elif NORMS.roots[i] == 0.5:
+        elif POWERS.roots[i] == 0.5:
             out = out + (tl.sqrt(x),)
         else:
-            out = out + (tl.exp2(log * NORMS.roots[i]),)
-    for i in tl.static_range(len(NORMS.products)):
-        out = out + (out[NORMS.products[i][0]] * out[NORMS.products[i][1]],)
+            out = out + (tl.exp2(log * POWERS.roots[i]),)
+    for i in tl.static_range(len(POWERS.products)):
+        out = out + (out[POWERS.products[i][0]] * out[POWERS.products[i][1]],)
     return out
 
 
@@ -83,13 +84,13 @@ def log2_ratio(a, b):
 
 
 @triton.jit
-def add_powers(sums, ys, NORMS: tl.constexpr):
+def add_powers(sums, ys, POWERS: tl.constexpr):
     """Adds what the powers ys of elements contribute to each sum; none are there yet of the first elements."""
     out = ()
-    for i in tl.static_range(len(NORMS.factors)):
-        y = ys[NORMS.factors[i][0]]
-        if len(NORMS.factors[i]) == 2:
-            z = ys[NORMS.factors[i][1]]
+    for i in tl.static_range(len(POWERS.factors)):
+        y = ys[POWERS.factors[i][0]]
+        if len(POWERS.factors[i]) == 2:
+            z = ys[POWERS.factors[i][1]]
             out = out + (tl.fma(y, z, sums[i]) if len(sums) > 0 else y * z,)
         else:
             out = out + (sums[i] + y if len(sums) > 0 else y,)
@@ -105,7 +106,7 @@ def add_each(a, b):
 
 
 @triton.jit
-def read_powers(rows, unit, SAFE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr):
+def read_powers(rows, unit, SAFE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, POWERS: tl.constexpr):
     """The SlotSums of whole rows.
 
     K tiles are in flight and summed by themselves, MANY times K too: a long sum of equal terms rounds in one direction.
@@ -116,14 +117,14 @@ def read_powers(rows, unit, SAFE: tl.constexpr, H: tl.constexpr, K: tl.constexpr
     TYPE: tl.constexpr = rows.ptr.dtype.element_ty
     zero = tl.zeros([unit.shape[0], H.w // FOLD], tl.float32)
     none = ()
-    for _ in tl.static_range(len(NORMS.factors)):
+    for _ in tl.static_range(len(POWERS.factors)):
         none = none + (zero,)
     totals = none
     nonzero = zero.to(tl.int32)
     most = zero.to(tl.uint32) if H.p == 2 else zero
     bits = zero.to(tl.uint32)
     # Once subnormals are known to be there, or not to matter, an element that is not 0 counts by one bit.
-    SHIFT: tl.constexpr = (7 if H.p == 2 else 23) if NORMS.subnormals and not SAFE else 0
+    SHIFT: tl.constexpr = (7 if H.p == 2 else 23) if POWERS.subnormals and not SAFE else 0
     for first in range(0, SPAN, MANY * H.w * K):
         sums = none
         for c in range(first, tl.minimum(first + MANY * H.w * K, SPAN), H.w * K):
@@ -134,17 +135,17 @@ def read_powers(rows, unit, SAFE: tl.constexpr, H: tl.constexpr, K: tl.constexpr
             counts = zero.to(tl.uint32)
             for i in tl.static_range(K * FOLD):
                 u = us[i] & 0x7FFF7FFF if H.p == 2 else tl.abs(us[i])
-                if NORMS.nonzero or SHIFT > 0:
+                if POWERS.nonzero or SHIFT > 0:
                     least = at_most(u, 1 << SHIFT, H.p, TYPE)
                     counts += least
                     bits |= least
-                if NORMS.largest:
+                if POWERS.largest:
                     most = larger_words(most, u, H.p, TYPE)
                 xs = unpack(u, H.p, TYPE)
                 for j in tl.static_range(len(xs)):
-                    parts = add_powers(parts, powers_of(xs[j], unit, SAFE, NORMS), NORMS)
+                    parts = add_powers(parts, powers_of(xs[j], unit, SAFE, POWERS), POWERS)
             sums = add_each(sums, parts)
-            if NORMS.nonzero:
+            if POWERS.nonzero:
                 counts = (counts & 0xFFFF) + (counts >> 16) if H.p == 2 else counts
                 nonzero += (counts >> SHIFT).to(tl.int32)
         totals = add_each(totals, sums)
@@ -201,24 +202,19 @@ def at_most(u, BITS: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def row_powers(slots, H: tl.constexpr, NORMS: tl.constexpr, TYPE: tl.constexpr):
+def row_powers(slots, H: tl.constexpr, POWERS: tl.constexpr, TYPE: tl.constexpr):
     """SlotSums reduced to the sums of rows."""
     out = row_sums(slots.totals)
-    if NORMS.nonzero:
+    if POWERS.nonzero:
         out = out + (tl.sum(slots.nonzero, 1).to(tl.float32),)
-    if NORMS.largest:
+    if POWERS.largest:
         pair = unpack(slots.most, H.p, TYPE)
         out = out + (row_max(larger(pair[0], pair[1]) if H.p == 2 else pair[0]),)
     return out
 
 
-@triton.constexpr_function
-def largest_alone(NORMS):
-    return NORMS._replace(roots=(), products=(), factors=(), nonzero=False, largest=True, subnormals=False)
-
-
 @triton.jit
-def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr):
+def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, POWERS: tl.constexpr, BIAS: tl.constexpr):
     """The PowerSums of rows.
 
     First all is summed as it stands. A row of which a sum is outside its range may have overflowed, or lost what
@@ -227,29 +223,29 @@ def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, BIAS:
     TYPE: tl.constexpr = rows.ptr.dtype.element_ty
     ROWS: tl.constexpr = rows.base.shape[0]
     one = tl.full([ROWS, 1], 1.0, tl.float32)
-    slots = read_powers(rows, one, False, H, K, NORMS)
-    sums = row_powers(slots, H, NORMS, TYPE)
+    slots = read_powers(rows, one, False, H, K, POWERS)
+    sums = row_powers(slots, H, POWERS, TYPE)
     unit = tl.full([ROWS], 1.0, tl.float32)
     again = unit != 1.0
     for i in tl.static_range(len(NORMS.ranges)):
         if NORMS.ranges[i][0] > -INF:
             again |= (sums[i] < NORMS.ranges[i][0]) | (sums[i] > NORMS.ranges[i][1])
-    if NORMS.subnormals:
+    if POWERS.subnormals:
         subnormal = slots.bits & (0x007F007F if H.p == 2 else 0x007FFFFF)
         again |= tl.max((subnormal > 0).to(tl.int32), 1) > 0
     if any_row(again):
-        if NORMS.largest:
+        if POWERS.largest:
             largest = sums[len(NORMS.ranges) - 1]
         else:
-            MOST: tl.constexpr = largest_alone(NORMS)
+            MOST: tl.constexpr = Powers((), False, (), (), False, True, False)
             largest = row_powers(read_powers(rows, one, False, H, K, MOST), H, MOST, TYPE)[0]
         # Sums that hold infinity or nothing are right as they are.
         again = again & (largest > 0.0) & (largest < INF)
         if BIAS:
             largest = larger(largest, 1.0)
         unit = tl.where(again, largest, 1.0)
-        slots = read_powers(rows, unit[:, None], True, H, 1, NORMS)
-        more = row_powers(slots, H, NORMS, TYPE)
+        slots = read_powers(rows, unit[:, None], True, H, 1, POWERS)
+        more = row_powers(slots, H, POWERS, TYPE)
         picked = ()
         for i in tl.static_range(len(NORMS.ranges)):
             picked = picked + (tl.where(again, more[i], sums[i]),)

@@ -173,9 +173,9 @@ def norm(powers, i: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr, LOG: 
 def scores(
     x_ptr, x_stride, x_offset, h_ptr, h_stride, h_offset, table_ptr, out_ptr, out_row, out_column, N,
     X: tl.constexpr, X_TILES: tl.constexpr, SUMS: tl.constexpr, V: tl.constexpr,
-    H: tl.constexpr, H_TILES: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr, LOG: tl.constexpr,
-    ALL_V: tl.constexpr, ALL_U: tl.constexpr, SQUARE: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, H_TILES: tl.constexpr, NORMS: tl.constexpr, POWERS: tl.constexpr, BIAS: tl.constexpr,
+    LOG: tl.constexpr, ALL_V: tl.constexpr, ALL_U: tl.constexpr, SQUARE: tl.constexpr, FEW: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of logits (or one, read X_TILES tiles at a time where that is not 0) and of features to COLUMNS scores:
 
@@ -197,7 +197,7 @@ def scores(
             sums = softmax_sums(rows, scale.to(tl.float32), X, SUMS)
         row = row_of(sums, scale, T, APART)
     if len(NORMS.orders) > 0:
-        powers = norm_sums(rows_at(h_ptr, place, h_stride, h_offset, H), H, H_TILES, NORMS, BIAS)
+        powers = norm_sums(rows_at(h_ptr, place, h_stride, h_offset, H), H, H_TILES, NORMS, POWERS, BIAS)
 
     if FEW is not None:
         out_ptr += place.to(tl.int64) * out_row

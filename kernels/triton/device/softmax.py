@@ -20,7 +20,6 @@ from fastood.kernels.triton.device.words import (
     larger_words,
     load_row,
     log2,
-    narrowed,
     only_own,
     row_max,
     row_sums,
@@ -152,8 +151,8 @@ def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
                 # In tiles of a word or a few a thread, so that this is not what takes the most registers.
                 if REST & SUMS:
                     if any_row(again):
-                        SOME: tl.constexpr = narrowed(X, X.w // X.p if C % 8 == 0 and X.w >= X.p else X.w)
-                        more = sums_again(rows, f_max, scale, SOME)
+                        SOME: tl.constexpr = X.w // X.p if C % 8 == 0 and X.w >= X.p else X.w
+                        more = sums_again(rows, f_max, scale, SOME, X)
                         pivot = tl.where(again, more.pivot, f_max)
                         rest = tl.where(again, more.rest, rest)
                         rest_squares = tl.where(again, more.rest_squares, rest_squares)
@@ -161,20 +160,20 @@ def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
                         mean_z = tl.where(again, more.mean_z, mean_z)
                         if TV & SUMS:
                             u = tl.fma(rest, tl.exp2((pivot - f_max) * scale), 1.0) / C
-                            deviation = tl.where(again, deviations_again(rows, f_max, scale, u, SOME), deviation)
-                FEW: tl.constexpr = narrowed(X, X.w // 4 if X.w >= 4 and C % 4 == 0 else X.w)
+                            deviation = tl.where(again, deviations_again(rows, f_max, scale, u, SOME, X), deviation)
+                FEW: tl.constexpr = X.w // 4 if X.w >= 4 and C % 4 == 0 else X.w
                 if SUMLOGP & SUMS and not REST & SUMS:
                     if any_row(again):
-                        mean_z = tl.where(again, mean_z_again(rows, f_max, scale, FEW), mean_z)
+                        mean_z = tl.where(again, mean_z_again(rows, f_max, scale, FEW, X), mean_z)
                 if (TV | KL) & SUMS:
                     so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
-                    kl, deviation = flat_again(rows, so_far, scale, FEW, SUMS)
+                    kl, deviation = flat_again(rows, so_far, scale, FEW, X, SUMS)
     return RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
 
 
 @triton.jit
-def flat_again(rows, sums, scale, X: tl.constexpr, SUMS: tl.constexpr):
-    """KL(u || p) and the deviation; of nearly flat rows from reading them again."""
+def flat_again(rows, sums, scale, W: tl.constexpr, X: tl.constexpr, SUMS: tl.constexpr):
+    """KL(u || p) and the deviation; of nearly flat rows from reading them again, by tiles of W words."""
     rest = tl.where(sums.pivot == sums.f_max, sums.rest, 0.0)
     kl, deviation, flat = rest, sums.deviation, sums.f_max != sums.f_max
     if KL & SUMS:
@@ -182,7 +181,7 @@ def flat_again(rows, sums, scale, X: tl.constexpr, SUMS: tl.constexpr):
     if TV & SUMS:
         flat |= has_flat_tv(deviation, rest)
     if any_row(flat):
-        other, tv = of_flat_rows(rows, sums.f_max, scale, X, KL & SUMS > 0, TV & SUMS > 0)
+        other, tv = of_flat_rows(rows, sums.f_max, scale, W, X, KL & SUMS > 0, TV & SUMS > 0)
         kl = tl.where(flat, other, kl)
         deviation = tl.where(flat, (tv + tv) * (1.0 + rest), deviation)
     return kl, deviation
@@ -278,18 +277,18 @@ def tree_sum(xs):
 
 
 @triton.jit
-def sums_again(rows, f_max, scale, X: tl.constexpr):
+def sums_again(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr):
     """The rest's sums and mean z of rows that are read again: few are this certain, or this far from 0.
 
-    The pivot is the largest logit below the maximum where that is far below.
+    The pivot is the largest logit below the maximum where that is far below. By tiles of W words.
     """
-    W: tl.constexpr = X.w
+    TILES: tl.constexpr = (X.columns + W * X.p - 1) // (W * X.p)
     w = tl.arange(0, W)[None, :]
     top = f_max[:, None]
     second = tl.full([f_max.shape[0], W], -INF, tl.float32)
     zero = tl.zeros_like(second).to(tl.float64)  # in which the order of elements is lost
     ties = zero
-    for i in range(X.tiles):
+    for i in range(TILES):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
             own = within(w + i * W, j, X)
@@ -300,7 +299,7 @@ def sums_again(rows, f_max, scale, X: tl.constexpr):
     # Where it is near, `statistic` does not take the logarithm of 1 + rest for the rest; no other class: any does.
     pivot = tl.where((others > 0.0) | (second == -INF) | ((second - f_max) * scale > -60.0), f_max, second)
     rest, rest_squares, rest_t, total = zero, zero, zero, zero
-    for i in range(X.tiles):
+    for i in range(TILES):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
             own = within(w + i * W, j, X)
@@ -316,12 +315,12 @@ def sums_again(rows, f_max, scale, X: tl.constexpr):
 
 
 @triton.jit
-def deviations_again(rows, f_max, scale, u, X: tl.constexpr):
-    """sum |2^t - u| of rows that are read again."""
-    W: tl.constexpr = X.w
+def deviations_again(rows, f_max, scale, u, W: tl.constexpr, X: tl.constexpr):
+    """sum |2^t - u| of rows that are read again, by tiles of W words."""
+    TILES: tl.constexpr = (X.columns + W * X.p - 1) // (W * X.p)
     w = tl.arange(0, W)[None, :]
     slot = tl.zeros([f_max.shape[0], W], tl.float64)
-    for i in range(X.tiles):
+    for i in range(TILES):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
             more = tl.maximum(tl.exp2((xs[j] - f_max[:, None]) * scale) - u[:, None], 0.0)

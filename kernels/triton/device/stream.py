@@ -32,7 +32,6 @@ from fastood.kernels.triton.device.words import (
     fused,
     larger,
     larger_words,
-    narrowed,
     row_max,
     row_sums,
     unpack,
@@ -129,9 +128,8 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
         any_again = any_row(doubtful)
         if any_again:
             # In tiles of a word a thread, so that this is not what takes the most registers.
-            FEW: tl.constexpr = narrowed(X, LANES)
             if any_row(again):
-                more = sums_again(rows, f_max, scale, FEW)
+                more = sums_again(rows, f_max, scale, LANES, X)
                 rest = tl.where(again, more.rest, rest)
                 rest_squares = tl.where(again, more.rest_squares, rest_squares)
                 if REST & SUMS:
@@ -143,10 +141,10 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
                 mean_z = tl.where(again, more.mean_z, mean_z)
                 if TV & SUMS:
                     u = tl.fma(rest, tl.exp2((pivot - f_max) * scale), 1.0) / C
-                    deviation = tl.where(again, deviations_again(rows, f_max, scale, u, FEW), deviation)
+                    deviation = tl.where(again, deviations_again(rows, f_max, scale, u, LANES, X), deviation)
             if (TV | KL) & SUMS:
                 so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
-                kl, deviation = flat_again(rows, so_far, scale, FEW, SUMS)
+                kl, deviation = flat_again(rows, so_far, scale, LANES, X, SUMS)
     return RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
 
 

@@ -284,12 +284,6 @@ def smaller_words(a, b, P: tl.constexpr, TYPE: tl.constexpr):
         return tl.inline_asm_elementwise(PTX, "=r,r,r", [a, b], tl.uint32, True, 1)
 
 
-@triton.constexpr_function
-def narrowed(X, W):
-    """The same rows by tiles of W words."""
-    return X._replace(w=W)
-
-
 @triton.jit
 def within(word, j: tl.constexpr, X: tl.constexpr):
     """Which elements, the j-th of their word, belong to a row."""
@@ -331,7 +325,7 @@ def load_slots(rows, first, INSIDE: tl.constexpr, X: tl.constexpr):
     sums are the same wherever rows begin.
     """
     W: tl.constexpr = X.w
-    FOLD: tl.constexpr = X.words_a_thread
+    FOLD: tl.constexpr = X.fold
     if X.vec // X.p >= FOLD:
         return load_tile(rows, first + tl.arange(0, W)[None, :], INSIDE, X)
     else:
