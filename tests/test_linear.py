@@ -491,7 +491,7 @@ for architecture in (90, 80, 100):
             assert stack == 0, case
             assert architecture != 90 or "wgmma.mma_async" in compiled.asm["ptx"], case
             assert "cp.async.cg" in compiled.asm["ptx"], case
-    constants = {"STATS": (0, 1, 2, 3, 4), "SUMS": 3, **MERGED}
+    constants = {"STATS": (0, 1, 2, 3, 4, 5, 6), "SUMS": 3, **MERGED}
     assert spills(device.linear.merged, types, constants, 4, architecture)[0] == 0, architecture
 """
 

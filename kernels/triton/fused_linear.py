@@ -17,7 +17,7 @@ from fastood.kernels.statistics import EXP, SQUARES
 from fastood.kernels.triton import device
 
 # One sweep gives these to the numeric contract; device/linear.py has them in this order.
-STATS = ("fmax", "lse", "energy", "msp", "s2")
+STATS = ("fmax", "lse", "energy", "msp", "s2", "one", "uniform")
 
 
 class Tiling(NamedTuple):

@@ -12,7 +12,7 @@ from fastood.kernels.triton.device.formulas import SQUARES
 from fastood.kernels.triton.device.words import INF, INTERPRETED, exp2_double, in_full, log
 
 # The statistics, in the order of fused_linear.py.
-FMAX, LSE, ENERGY, MSP, S2 = (tl.constexpr(i) for i in range(5))
+FMAX, LSE, ENERGY, MSP, S2, ONE, UNIFORM = (tl.constexpr(i) for i in range(7))
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 STEP_UP = tl.constexpr(4.0)  # how far the maximum may be above the pivot, in powers of two, before that follows
 
@@ -144,6 +144,10 @@ def merged(part_ptr, class_ptr, out_ptr, best_ptr, N, C, parts, scale, temperatu
             x = tl.where(finite, f_max.to(tl.float64) / temperature + log(total.to(tl.float32)), nan)
         elif STATS[i] == MSP:
             x = tl.where(finite, 1.0 / total, float("nan"))
+        elif STATS[i] == ONE:
+            x = tl.where(finite, 1.0, float("nan")).to(tl.float64)
+        elif STATS[i] == UNIFORM:
+            x = tl.where(finite, 1.0 / C.to(tl.float64), float("nan"))
         else:
             tl.static_assert(STATS[i] == S2)
             x = tl.where(finite, sum2 / (sum1 * sum1), float("nan"))
