@@ -7,9 +7,9 @@ and total instructions for each element read; and the share of the read ceiling 
 that, for an H200, fitted to what other kernels measured there. A prediction is no measurement; there is none for
 kernels that are made of several launches or programs.
 
-Branches are counted as not taken. They serve rare rows (device/ says which): those that float32 cannot sum at first,
-which are read again, and for entropies rows with masked classes. "rare" is what the code behind branches would add, its
-loops over rows left out; "total" always reads every element, which is asserted, and of what a gradient norm holds in
+Branches are counted as not taken. They serve few rows (device/ says which): those that float32 cannot sum at first,
+which are read again, and for entropies rows with masked classes. "again" is what the code behind branches would add,
+its loops over rows left out; "total" always reads every element, which is asserted, and of what a gradient norm holds in
 registers reads none twice.
 
 BatchGrad, which reads little and computes much, is counted for each of N C D elements, with rows of one kind: its loop
@@ -288,7 +288,7 @@ class Flow:
     def usual(self) -> set[int]:
         """All blocks but those that a branch may jump over."""
         everything = self.reachable(0)
-        rare: set[int] = set()
+        behind: set[int] = set()
         for block in everything:
             if len(self.next[block]) != 2:
                 continue
@@ -298,8 +298,8 @@ class Flow:
                 around = self.reachable(other) - only
                 ends = any(self.code[self.end[b] - 1].base == "EXIT" for b in around)
                 if ends:
-                    rare |= only
-        return everything - rare
+                    behind |= only
+        return everything - behind
 
     def loads_rows(self, blocks: set[int]) -> list[Instruction]:
         return [x for x in self.instructions(blocks) if x.loads_rows]
@@ -335,7 +335,7 @@ class Report(NamedTuple):
     total: float  # instructions, for each element
     special: float
     fp32: float
-    rare: float  # instructions behind branches, for each element
+    again: float  # instructions behind branches, for each element
     warp: gpu_model.Warp
     share: float  # of the read ceiling, predicted
 
@@ -370,7 +370,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
     rows = flow.loads_rows(loops[0] if batchgrad else usual)
 
     everything = flow.reachable(0)
-    rare = everything - usual - set().union(*flow.loops(everything))
+    behind = everything - usual - set().union(*flow.loops(everything))
     read = threads * sum(times * x.bits // 8 for block, times in runs.items() for x in flow.loads_rows({block}))
     assert batchgrad or read >= compiled.elements * compiled.itemsize, "some elements are read behind a branch"
     assert not compiled.held or read == compiled.held, "some elements are read twice"
@@ -404,7 +404,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
         total,
         special,
         each(FP32),
-        sum(1 for _ in flow.instructions(rare)) * threads / compiled.elements,
+        sum(1 for _ in flow.instructions(behind)) * threads / compiled.elements,
         warp,
         gpu_model.FITTED.share(warp, gpu_model.measured().bytes_per_clock) if known else math.nan,
     )
@@ -610,7 +610,7 @@ def main() -> int:
     jobs = [(90, case) for case in CASES]
     pinned = triton.__version__ == "3.7.1"
     jobs += [((80, 100)[(i + pinned) % 2], case) for i, case in enumerate(CASES)]
-    print(" " * 57, "regs  smem warps  KB        loads special  FP32  total budget  rare  share budget")
+    print(" " * 57, "regs  smem warps  KB        loads special  FP32  total budget again  share budget")
     failed = []
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for (architecture, case), (report, wrong) in zip(jobs, pool.imap(examined, jobs), strict=True):
@@ -621,7 +621,7 @@ def main() -> int:
                 print(
                     f"{name:57s} {report.registers:4d} {report.shared:5d} {report.warps:5d} {report.in_flight >> 10:3d}"
                     f" {widths:>12s} {report.special:7.2f} {report.fp32:5.1f} {report.total:6.2f} {case.total:6.1f}"
-                    f" {report.rare:5.1f} {share}",
+                    f" {report.again:5.1f} {share}",
                     *wrong,
                     flush=True,
                 )

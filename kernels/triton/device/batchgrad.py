@@ -164,7 +164,7 @@ def partial_sums(
             of_g = tl.fma(p, tl.broadcast_to(above, p.shape), not_p * below)
             linear += tl.fma(pull, sum, of_g)
             turns, pulls = turns + (tl.fma(e, p_max, -0.5),), pulls + (pull,)
-        # Of a row that is not good p is NaN, which a maximum would lose and the sums of the others hand on.
+        # A row that is not good has p = NaN, which a maximum of two would lose: it is summed as if it were plain.
         good = m == m
         signed = good & (sum < 0.0)
         infinite = good & (sum == INF)  # though a class may add 0 times it

@@ -123,7 +123,8 @@ def read_powers(rows, unit, SAFE: tl.constexpr, H: tl.constexpr, K: tl.constexpr
     nonzero = zero.to(tl.int32)
     most = zero.to(tl.uint32) if H.p == 2 else zero
     bits = zero.to(tl.uint32)
-    # Once subnormals are known to be there, or not to matter, an element that is not 0 counts by one bit.
+    # An element counts by min(its bits, 1 << SHIFT): where subnormals are looked for, by the bits of the least normal
+    # number, which leaves theirs in `bits`; else by 1.
     SHIFT: tl.constexpr = (7 if H.p == 2 else 23) if POWERS.subnormals and not SAFE else 0
     for first in range(0, SPAN, MANY * H.w * K):
         sums = none

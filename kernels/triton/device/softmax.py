@@ -296,7 +296,8 @@ def sums_again(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr):
             second = tl.maximum(second, tl.where(own & (xs[j] < top), xs[j], -INF))
     others = tl.sum(ties, 1) - 1.0
     second = tl.max(second, 1)
-    # Where it is near, `statistic` does not take the logarithm of 1 + rest for the rest; no other class: any does.
+    # No lower pivot where it would be near, for `statistic` takes the rest for log(1 + rest) where a weight is below 1;
+    # nor where there is no other class.
     pivot = tl.where((others > 0.0) | (second == -INF) | ((second - f_max) * scale > -60.0), f_max, second)
     rest, rest_squares, rest_t, total = zero, zero, zero, zero
     for i in range(TILES):

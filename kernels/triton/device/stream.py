@@ -215,7 +215,7 @@ def add_words(top, shift, sums, us, scale, before, own, X: tl.constexpr, TYPE: t
                 e = tl.exp2(t)
                 if SUMLOGP & SUMS:
                     if REST & SUMS and i == 0:
-                        t = tl.where(before > 0, t, 0.0)  # -inf, which was the largest of no element
+                        t = tl.where(before > 0, t, 0.0)  # the largest of no element yet: -inf, no class
                     if i >= LEN - X.words:
                         t = tl.where(own, t, 0.0)
                 added = add_element(added, e, t, SUMS)
