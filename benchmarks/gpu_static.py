@@ -9,8 +9,8 @@ kernels that are made of several launches or programs.
 
 Branches are counted as not taken. They serve few rows (device/ says which): those that float32 cannot sum at first,
 which are read again, and for entropies rows with masked classes. "again" is what the code behind branches would add,
-its loops over rows left out; "total" always reads every element, which is asserted, and of what a gradient norm holds in
-registers reads none twice.
+its loops over rows left out; "total" always reads every element, which is asserted, and of what a gradient norm holds
+in registers reads none twice.
 
 BatchGrad, which reads little and computes much, is counted for each of N C D elements, with rows of one kind: its loop
 over features, and all that is outside of loops once. Memory has no part in its figures.
