@@ -98,10 +98,18 @@ def multiplied(values: Sequence[Tensor], request: Request, dtype: torch.dtype) -
 
 def times_norm(v: Tensor | float, u: Tensor, power: int, divisor: float, wide: bool) -> Tensor:
     """v (u / divisor)^power of a power 1 or 2; `wide` for results in float64."""
-    raw: Any = v
-    for _ in range(power):  # one by one, in an order in which nothing overflows before the score: 0 stays 0
-        raw = raw * u / divisor if divisor < 1 else raw * (u / divisor)
-    return torch.where(u == LARGEST, raw * LARGEST, raw) if wide else raw
+
+    def product(x: Any) -> Any:
+        for _ in range(power):  # one by one, in an order in which nothing overflows before the score: 0 stays 0
+            x = x * u / divisor if divisor < 1 else x * (u / divisor)
+        return x
+
+    raw = product(v)
+    if not wide:
+        return raw
+    # What comes out next to 0 is formed again from a larger v, for a product on the way may have vanished.
+    raw = torch.where(raw.abs() < 2.0**-900, product(v * 2.0**600) * 2.0**-600, raw)
+    return torch.where(u == LARGEST, raw * LARGEST, raw)
 
 
 def working(x: Tensor) -> Tensor:

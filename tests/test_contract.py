@@ -760,3 +760,16 @@ def test_energy_scaled_by_the_largest_features(backend, dtype, C, D, method):
             finite = np.where(np.isfinite(z), np.abs(z), 0).max()
             allowed.append(64 * truth.EPS[str(dtype)[6:]] * (finite * (1 + abs(t)) * (1 + condition) + 10))
         truth.assert_close(got, np.array(expected), np.array(allowed), f"{method} {share}")
+
+
+def test_no_product_vanishes_on_the_way(backend):
+    """A score of 1e-300, of features of 1e-134 and a temperature of 1e-27: divided last, it would be 0 by then."""
+    if backend == "triton":
+        pytest.skip("triton leaves float64 to the reference")
+    T = 2.0**-90
+    f, h = torch.tensor([[0.0, -200 * T]], dtype=torch.float64), torch.tensor([[2.6e-134]], dtype=torch.float64)
+    one_minus_s2 = truth.stat("one_minus_s2", f, T)
+    u = truth.norm(h, 2) / truth.LD(T)
+    got = fastood.score(f, h, "eg_p_l2sq", temperature=T, oriented=False, backend=backend)
+    assert got.item() > 0
+    truth.assert_close(got, one_minus_s2 * u * u, 1000 * 2.0**-53 * one_minus_s2 * u * u)

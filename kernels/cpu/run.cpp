@@ -164,10 +164,16 @@ static void statistics_of(const Call& call, size_t j, int64_t row, int64_t count
 }
 
 // v (norm / divisor)^power, one by one, in an order in which nothing overflows before the score does: 0 stays 0. The
-// largest double stands for norms beyond it.
+// largest double stands for norms beyond it. What comes out next to 0 is formed again from a larger v, for a product on
+// the way may have vanished.
 static double times(double v, double norm, const Column& c) {
-  for (int i = 0; i < c.power; i++) v = c.divisor < 1 ? v * norm / c.divisor : v * (norm / c.divisor);
-  return norm == DBL_MAX ? v * DBL_MAX : v;
+  const auto product = [&](double x) {
+    for (int i = 0; i < c.power; i++) x = c.divisor < 1 ? x * norm / c.divisor : x * (norm / c.divisor);
+    return x;
+  };
+  const double score = product(v);
+  if (std::fabs(score) < 0x1p-900) return product(v * 0x1p600) * 0x1p-600;
+  return norm == DBL_MAX ? score * DBL_MAX : score;
 }
 
 static void finish(const Call& call, int64_t row, int64_t count, Batch* batch) {
