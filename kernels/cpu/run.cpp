@@ -221,12 +221,11 @@ static void finish(const Call& call, int64_t row, int64_t count, Batch* batch) {
   }
   for (size_t k = 0; k < call.plan.columns.size(); k++) {
     const Column& c = call.plan.columns[k];
-    double score[BATCH] = {};
-    for (const Term& t : c.terms)
-      for (int64_t i = 0; i < count; i++) {
-        const double x = t.stat < 0 ? t.coefficient : t.coefficient * stats[t.stat][i];
-        score[i] = &t == &c.terms[0] ? x : score[i] + x;  // a sum from 0 on would lose the sign of -0
-      }
+    double score[BATCH];
+    const auto value = [&](const Term& t, int64_t i) { return t.stat < 0 ? t.coefficient : t.coefficient * stats[t.stat][i]; };
+    for (int64_t i = 0; i < count; i++) score[i] = value(c.terms[0], i);
+    for (size_t n = 1; n < c.terms.size(); n++)
+      for (int64_t i = 0; i < count; i++) score[i] += value(c.terms[n], i);
     if (c.order >= 0 && c.divisor == 1 && c.power == 1 && !call.out_double) {
       for (int64_t i = 0; i < count; i++) score[i] *= norms[c.order][i];  // times the largest double is beyond float too
     } else if (c.order >= 0) {
