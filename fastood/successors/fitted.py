@@ -282,7 +282,7 @@ class Fitted:
             device = next((x.device for x in self._totals().values()), torch.device("cpu"))
         state = self._states.get(device)
         if state is None:
-            finished = next(iter(self._states.values()), None)
+            finished = (*self._states.values(), None)[0]  # which torch 2.8 can trace
             state = {name: _moved(x, device) for name, x in (finished or self._finished()).items()}
             self._states = {**self._states, device: state}  # whole, for another thread may be reading
         return state
