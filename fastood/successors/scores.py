@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastood._inputs import number
 from fastood.kernels import Scaling
+from fastood.kernels.reference import factor
 from fastood.successors.declaration import SUCCESSORS, Rows, State, Successor, wide
 from fastood.successors.nearest import nearest
 
@@ -35,17 +36,6 @@ def _whole(name: str, x: Any) -> None:
     number(name, x, at_least=1)
     if not isinstance(x, Integral):
         raise TypeError(f"{name} must be a whole number, got {x!r}")
-
-
-def _kept(D: int, percentile: float) -> int:
-    """How many of D activations are not among the lowest `percentile` of them; at least one."""
-    return max(1, D - round(D * percentile))
-
-
-def _mass_ratio(h: Tensor, k: int) -> Tensor:
-    """sum h / sum of its k largest; 1 for a row of zeros, all of which is in any k of them."""
-    total, top = wide(h).sum(1), wide(h.topk(k, 1, sorted=False).values).sum(1)
-    return (total / top).masked_fill((total == 0) & (top == 0), 1)
 
 
 # ---- from the logits, the features and the head
@@ -105,19 +95,19 @@ def _topped(h: Tensor, k: int, values: Tensor | None = None) -> Tensor:
 
 def _ash_p(rows: Rows, state: State, percentile: float) -> Tensor:
     h = rows.feats
-    return rows.energy_of_head(_topped(h, _kept(h.shape[1], percentile)), state)
+    return rows.energy_of_head(_topped(h, Scaling(percentile, None).k(h.shape[1])), state)
 
 
 def _ash_b(rows: Rows, state: State, percentile: float) -> Tensor:
     h = rows.feats.to(rows.dtype)
-    k = _kept(h.shape[1], percentile)
+    k = Scaling(percentile, None).k(h.shape[1])
     return rows.energy_of_head(_topped(h, k, wide(h).sum(1) / k), state)
 
 
 def _ash_s(rows: Rows, state: State, percentile: float) -> Tensor:
     h = rows.feats.to(rows.dtype)
-    k = _kept(h.shape[1], percentile)
-    return rows.energy_of_head(_topped(h, k) * _mass_ratio(h, k).exp()[:, None].to(h.dtype), state)
+    k = Scaling(percentile, None).k(h.shape[1])
+    return rows.energy_of_head(_topped(h, k) * factor(Scaling(percentile, None), h)[:, None].to(h.dtype), state)
 
 
 for _name, _formula, _percentile, _text in (

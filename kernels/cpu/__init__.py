@@ -42,10 +42,15 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _within(temperature: float) -> bool:
+    """Whether no float sum overflows."""
+    return 2.0**-100 <= temperature <= 2.0**80
+
+
 def supports(request: Request, C: int, D: int) -> bool:
     names = [s if isinstance(s, str) else s[0] for s in request.stats]
     return (
-        2.0**-100 <= request.temperature <= 2.0**80  # beyond, float sums may overflow
+        _within(request.temperature)
         and all(name in _STATS for name in names)  # one of somebody's own, the reference knows
         and max(len(names), len(request.orders)) <= _MOST_ORDERS
         and names.count("power_sum") <= _MOST_POWER_SUMS
@@ -90,9 +95,7 @@ def _plan_of(request: Request) -> Any:
 
 
 def batchgrad(anchors: Anchors) -> Run:
-    if not 2.0**-100 <= anchors.temperature <= 2.0**80:
-        return reference.batchgrad(anchors)
-    return Run(_BatchGrad(anchors))
+    return Run(_BatchGrad(anchors)) if _within(anchors.temperature) else reference.batchgrad(anchors)
 
 
 class _BatchGrad:
@@ -127,9 +130,9 @@ class _BatchGrad:
 
 
 def scaled(scaling: Scaling) -> Run:
-    energy = Request(("energy",), (), (Column(((0, 1.0),)),), (-1,), scaling.temperature)
-    if not supports(energy, 1, 0):
+    if not _within(scaling.temperature):
         return reference.scaled(scaling)
+    energy = Request(("energy",), (), (Column(((0, 1.0),)),), (-1,), scaling.temperature)
     return Run(partial(_scaled_energy, _plan_of(energy), scaling))
 
 

@@ -90,9 +90,7 @@ template <class In> static double widen(const void* x, int64_t n, void* out) {
   for_blocks<1, T>(
       static_cast<const In*>(x), n, T(0),
       [&](int, V<T> v, int64_t i, int64_t first) __attribute__((always_inline)) {
-        if (first == 0) __builtin_memcpy(to + i, &v, sizeof v);
-        else
-          for (int64_t k = first; k < Vec<T>::lanes; k++) to[i + k - first] = v[k];
+        store<T>(to, v, i, first);
         sum += (V<T>)((U<T>)v << 1 >> 1);
       },
       [&] { total += sum_of<T>(sum), sum = V<T>{}; });

@@ -30,6 +30,13 @@ INLINE void for_blocks(const In* x, int64_t n, T padding, Step step, Flush flush
   }
 }
 
+// Writes what `step` was given of a row, those lanes that count.
+template <class T> INLINE void store(T* to, V<T> v, int64_t i, int64_t first) {
+  if (first == 0) __builtin_memcpy(to + i, &v, sizeof v);
+  else
+    for (int64_t k = first; k < Vec<T>::lanes; k++) to[i + k - first] = v[k];
+}
+
 // Adds the accumulators of a block to a running total and clears them.
 template <int WIDTH, class T> INLINE void add_up(V<T>* total, V<T>* sums) {
   V<T> sum = sums[0];

@@ -10,19 +10,29 @@ template <class T, class In> static int64_t count_at_least(const In* f, int64_t 
   return count_of<T>((reach[0] + reach[1]) + (reach[2] + reach[3]));
 }
 
+// The place of a float in their order, and the float at a place.
+template <class T> INLINE typename Vec<T>::Scalar place_of(T x) {
+  typename Vec<T>::Scalar bits;
+  __builtin_memcpy(&bits, &x, sizeof x);
+  return bits < 0 ? bits ^ typename Vec<T>::Scalar(~typename Vec<T>::Unsigned(0) >> 1) : bits;
+}
+template <class T> INLINE T float_at(typename Vec<T>::Scalar place) {
+  if (place < 0) place ^= typename Vec<T>::Scalar(~typename Vec<T>::Unsigned(0) >> 1);
+  T x;
+  __builtin_memcpy(&x, &place, sizeof x);
+  return x;
+}
+
 // The M-th largest of a row of numbers, M <= n: bisection over the floats in their order.
 template <class T, class In> static T largest_but(const In* f, int64_t n, int64_t M, T f_max) {
   typedef typename Vec<T>::Scalar S;
-  constexpr S sign = S(typename Vec<T>::Unsigned(1) << (sizeof(T) * 8 - 1));
-  auto key = [](T x) { S bits; __builtin_memcpy(&bits, &x, sizeof x); return bits < 0 ? S(bits ^ ~sign) : bits; };
-  auto value = [](S bits) { T x; if (bits < 0) bits ^= ~sign; __builtin_memcpy(&x, &bits, sizeof x); return x; };
-  S low = key(minus_inf<T>()), high = key(f_max);  // count_at_least(low) >= M, and what is above high is too few
+  S low = place_of(minus_inf<T>()), high = place_of(f_max);  // count_at_least(low) >= M, and what is above high is too few
   while (low < high) {
     const S middle = S((low & high) + ((low ^ high) >> 1)) + S((low ^ high) & 1);  // their mean, rounded up
-    if (count_at_least<T>(f, n, value(middle)) >= M) low = middle;
+    if (count_at_least<T>(f, n, float_at<T>(middle)) >= M) low = middle;
     else high = middle - 1;
   }
-  return value(low);
+  return float_at<T>(low);
 }
 
 // Sum over the M largest p of p^gamma (1 - p)^gamma; total: sum e^z.

@@ -1,19 +1,6 @@
 // SCALE and its kin: the sum of a row of features and that of its k largest, and logits scaled by what comes of them.
 // Included by rows.h.
 
-// The place of a float in their order, and the float at a place.
-template <class T> INLINE typename Vec<T>::Scalar place_of(T x) {
-  typename Vec<T>::Scalar bits;
-  __builtin_memcpy(&bits, &x, sizeof x);
-  return bits < 0 ? bits ^ typename Vec<T>::Scalar(~typename Vec<T>::Unsigned(0) >> 1) : bits;
-}
-template <class T> INLINE T float_at(typename Vec<T>::Scalar place) {
-  if (place < 0) place ^= typename Vec<T>::Scalar(~typename Vec<T>::Unsigned(0) >> 1);
-  T x;
-  __builtin_memcpy(&x, &place, sizeof x);
-  return x;
-}
-
 // Bits of a float that an input type leaves 0.
 template <class In> constexpr int NARROW = 0;
 template <> constexpr int NARROW<Half> = 13;
@@ -84,9 +71,7 @@ static void top_sums(const void* data, int64_t n, int64_t k, bool relu, void* ro
         v = larger(v, least);
         sums[u] += v;
         count[u] = count_where(at_least(v, guess), count[u]);
-        if (first == 0) __builtin_memcpy(h + i, &v, sizeof v);
-        else
-          for (int64_t j = first; j < Vec<T>::lanes; j++) h[i + j - first] = v[j];
+        store<T>(h, v, i, first);
       },
       [&] { total += take<4, T>(sums); });
   *all_sum = *top_sum = total + double(take<4, T>(odd));
@@ -124,9 +109,7 @@ template <class In> static double scaled(const void* data, int64_t n, double r, 
           for (int64_t k = first; k < Vec<T>::lanes; k++) x[k] = b[i + k - first];
         most[u] = larger(v, most[u]);
         const V<T> y = v == minus_inf<T>() ? v : (v - x) * T(r) + x;
-        if (first == 0) __builtin_memcpy(to + i, &y, sizeof y);
-        else
-          for (int64_t k = first; k < Vec<T>::lanes; k++) to[i + k - first] = y[k];
+        store<T>(to, y, i, first);
       },
       [] {});
   return max_of<T>(larger(larger(most[0], most[1]), larger(most[2], most[3])));
