@@ -98,6 +98,12 @@ def batchgrad(anchors: Anchors) -> Run:
     return Run(_BatchGrad(anchors)) if _within(anchors.temperature) else reference.batchgrad(anchors)
 
 
+def _again(out: Tensor, definition: Run, logits: Tensor, feats: Tensor) -> None:
+    """What holds, or comes to, an infinity or a NaN is left to the definition."""
+    for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
+        out[rows] = definition(logits[rows], feats[rows]).to(out.dtype)
+
+
 class _BatchGrad:
     def __init__(self, anchors: Anchors) -> None:
         self.anchors = anchors
@@ -123,9 +129,8 @@ class _BatchGrad:
         del f, h
         if anchors.sign < 0:
             out.neg_()
-        if not finite:  # what holds, or comes to, an infinity or a NaN is left to the definition
-            for rows in out.isfinite().logical_not().nonzero()[:, 0].split(64):
-                out[rows] = reference.expected_l1(anchors, logits[rows], feats[rows]).double()
+        if not finite:
+            _again(out, reference.batchgrad(anchors), logits, feats)
         return out.to(dtype)
 
 
@@ -149,6 +154,7 @@ def _scaled_energy(plan: Any, scaling: Scaling, logits: Any, feats: Any, labels:
     options = scaling.k(feats.shape[1]), scaling.relu, scaling.square, out.data_ptr()
     _native.scaled(plan, len(out), *f_arguments, *h_arguments, 0 if b is None else b.data_ptr(), *options)
     del f, h, b
+    _again(out, reference.scaled(scaling), logits, feats)
     return out
 
 
