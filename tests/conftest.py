@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Of the processes that share the cores here, a thread that waits is to sleep: read when torch is loaded, theirs too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from hypothesis import HealthCheck, currently_in_test_context, reject, settings
 
