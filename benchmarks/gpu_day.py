@@ -297,7 +297,7 @@ def time_calls(lines: Lines, part: slice) -> None:
 
 def run_tests(out: Path, limit: float) -> None:
     """Interrupted at the limit, so that pytest still prints what failed."""
-    files = ("tests/test_triton.py", "tests/test_contract.py", "tests/test_linear.py")
+    files = ("tests/test_triton.py", "tests/kernels/test_contract.py", "tests/test_linear.py")
     chosen = "triton and not interpreter and not ahead_of"
     if REHEARSED:
         chosen = "triton and (one_class or equal_logits or (norms_on_every_branch and 64))"

@@ -78,7 +78,7 @@ def interpreter(request, tmp_path_factory):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
     started = []
     halves = " and (norms or stat)", " and not (norms or stat)"
-    for file, some in [("test_contract.py", ""), *(("test_triton.py", half) for half in halves)]:
+    for file, some in [("kernels/test_contract.py", ""), *(("test_triton.py", half) for half in halves)]:
         log = tmp_path_factory.mktemp("interpreter") / "log"
         with log.open("w") as output:
             process = subprocess.Popen(

@@ -22,5 +22,5 @@ g++ -shared $sanitizers "$to"/*.o -o "$to/kernels/cpu/_native.abi3.so"
 cd "$to"
 export PYTHONPATH=$to PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$(printf '%s ' $(for l in asan ubsan stdc++; do gcc -print-file-name=lib$l.so; done))" \
-  "$python" -m pytest -p no:cacheprovider tests/test_cpu.py tests/test_contract.py \
+  "$python" -m pytest -p no:cacheprovider tests/kernels/cpu tests/kernels/test_contract.py \
   -k "not triton and not reference and not offsets_beyond and not no_matrix_is_copied and not compiled and not forked" "$@"

@@ -48,9 +48,9 @@ def serve(rank, world, rendezvous, pipe):
     groups = {2: dist.new_group([0, 1], timeout=timeout), 3: None}
     fastood.register(MARGIN)
     while (job := pipe.recv()) is not None:
-        function, ranks, args = job
+        name, ranks, args = job
         try:
-            pipe.send((True, function(rank, groups[ranks], *args) if rank < ranks else None))
+            pipe.send((True, globals()[name](rank, groups[ranks], *args) if rank < ranks else None))
         except Exception:
             pipe.send((False, traceback.format_exc()))
     dist.destroy_process_group()
@@ -59,6 +59,8 @@ def serve(rank, world, rendezvous, pipe):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """run(function, ranks, *args): what function(rank, group, *args) returns on each rank."""
+    from test_distributed import serve  # by which name other processes find it
+
     context = torch.multiprocessing.get_context("forkserver")  # which imports once for all three
     context.set_forkserver_preload(["torch", "fastood.distributed", "truth"])
     rendezvous = (tmp_path_factory.mktemp("ranks") / "store").as_uri()
@@ -71,7 +73,7 @@ def run(tmp_path_factory):
 
     def call(function, ranks, *args):
         for pipe in pipes:
-            pipe.send((function, ranks, args))
+            pipe.send((function.__name__, ranks, args))
         answers = [pipe.recv() if pipe.poll(100) else (False, "no answer: it hangs") for pipe in pipes]
         for rank, (good, answer) in enumerate(answers):
             assert good, f"rank {rank}: {answer}"

@@ -1,4 +1,4 @@
-// 2^x, log2 x and e^x - 1 - x of vectors. tests/test_cpu.py holds the bounds that are stated here. Included by rows.h.
+// 2^x, log2 x and e^x - 1 - x of vectors. tests/kernels/cpu/test_elementary.py holds the bounds that are stated here. Included by rows.h.
 
 // 2^f * FACTOR for |f| <= 1/2, FACTOR a power of two; relative error of the polynomial 2^-29.0 (float), 2^-58.2 (double).
 template <int SCALED> INLINE V<float> exp2_fraction(V<float> f) {

@@ -14,7 +14,7 @@ from fastood.kernels import cpu
 from fastood.kernels.generate import WRITTEN
 from fastood.kernels.statistics import FORMULAS, QUANTITIES, TABLE, Statistic, Sums, rendered
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -232,60 +231,6 @@ def test_operator_forgets_a_g_that_is_gone():
     assert len(_anchors) == before
 
 
-def test_operator_of_arguments_of_the_compiled_function():
-    """Which torch holds for symbols once they have changed, and which are refused as the eager call refuses them."""
-    f, h = batch(5)
-
-    def call(f, h, norm, temperature):
-        return fastood.score(f, h, "gradnorm" if norm is None else "msp", norm=norm or "auto", temperature=temperature)
-
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    for norm, T in ((1.0, 1.0), (0.3, 1.1), (2, 3), (math.inf, 0.1), (None, 1.5)):
-        assert torch.equal(compiled(f, h, norm, T), call(f, h, norm, T))
-    compiled = torch.compile(fastood.score, backend="eager")
-    for wrong in ({"norm": True}, {"norm": "2"}, {"temperature": True}, {"temperature": "1.0"}, {"bias": 1}):
-        with pytest.raises(TypeError, match=f"^{next(iter(wrong))} must be"):
-            compiled(f, h, **wrong)
-    for method, feats, named in (("msp", h[:3], "feats"), ("gradnorm", None, "feats"), ("mps", h, "method")):
-        with pytest.raises(ValueError, match=f"^{named} must be|^{named} must have"):
-            compiled(f, feats, method)
-
-
-def test_a_score_registered_anew_is_seen():
-    f, h = batch(5)
-    compiled = torch.compile(lambda f, h: fastood.score(f, h, "anew"), backend="eager", fullgraph=True)
-    for factor in (2.0, 3.0):
-        fastood.register(fastood.Score("anew", "factor T lse", "mine", "in", stats=("energy",), v=(factor,)))
-        try:
-            torch.testing.assert_close(compiled(f, h), factor * fastood.score(f, h))
-        finally:
-            del fastood.SCORES["anew"]
-
-
-def test_a_compiled_score_sees_forward_mode():
-    f, h = batch(5)
-    compiled = torch.compile(
-        lambda f, h: fastood.score(f, h), backend="eager"
-    )  # the whole of which torch 2.14 refuses there
-    compiled(f, h)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(f, torch.ones_like(f))
-        got, expected = (torch.autograd.forward_ad.unpack_dual(c(dual, h)).tangent for c in (compiled, fastood.score))
-    torch.testing.assert_close(got, expected)
-
-
-def test_little_is_checked_before_a_compiled_score_is_called():
-    """Each check of torch's compiler takes some 0.1 us: a few dozen are the arguments of score and where it is."""
-    f, h = batch(5)
-    checks = {}
-    for name, call in (("score", lambda f, h: fastood.score(f, h)), ("none", lambda f, h: f[:, 0] * h[:, 0])):
-        with torch.no_grad():
-            torch.compile(call, backend="eager", fullgraph=True)(f, h)
-        (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(call.__code__)
-        checks[name] = str(entry.guard_manager).count("+- ") - str(entry.guard_manager).count("+- GuardManager")
-    assert 0 < checks["score"] - checks["none"] < 50, checks
-
-
 def test_operator_has_no_part_in_function_transforms(device):
     f, h = torch.randn(3, 4, 12, device=device), torch.randn(3, 4, 9, device=device)
     calls = (
@@ -436,37 +381,3 @@ x, expected = torch.load(sys.argv[2])
 torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1])(x)[1], expected, rtol=1e-5, atol=0)
 """
     run_alone(code, package, tmp_path / "rows.pt")
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_holds_plain_operations(strict):
-    model = Served().eval()
-    program = torch.export.export(model, (torch.randn(5, 16),), strict=strict)
-    assert "fastood" not in str(program.graph)
-
-
-def test_onnx_in_onnxruntime(tmp_path):
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name, reason=f"needs {name}")
-
-    class Scores(torch.nn.Module):
-        def forward(self, f, h):
-            products = fastood.scores(f, h, ["msp", "energy", "exgrad", "gen"], norm=2)
-            return (*products.values(), fastood.score(f, h), fastood.score(f, h, "gradnorm", log=True))
-
-    rows, n = batch(6), torch.export.Dim("n")
-    program = torch.onnx.export(Scores(), rows, dynamo=True, dynamic_shapes={"f": {0: n}, "h": {0: n}}, verbose=False)
-    program.save(tmp_path / "scores.onnx")
-    f, h = batch(17)
-    f[0, 3], f[1, 2], f[2, 5] = 60.0, -math.inf, math.nan  # a sure row, a masked class, and what is no number
-    expected = [x.numpy() for x in Scores()(f, h)]
-    np.savez(tmp_path / "rows.npz", f.numpy(), h.numpy(), *expected)
-    code = """
-import sys, numpy as np, onnxruntime
-f, h, *expected = np.load(sys.argv[2]).values()
-session = onnxruntime.InferenceSession(sys.argv[1])
-for got, wanted in zip(session.run(None, {"f": f, "h": h}), expected, strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=2e-5)
-assert not {"torch", "fastood"} & set(sys.modules)
-"""
-    run_alone(code, tmp_path / "scores.onnx", tmp_path / "rows.npz")

@@ -1,0 +1,214 @@
+"""A call of the C++ backend: the short way of plain tensors, levels, memory, threads and forks."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import fastood
+from fastood import _plan
+from fastood.kernels.cpu import _native
+
+LEVELS = _native.levels() if _native else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_short_way_gives_the_same_bits(dtype):
+    f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
+    q = torch.randn(5, 30).softmax(-1)
+    for call in (
+        lambda: fastood.score(f),
+        lambda: fastood.score(f, None, "msp"),
+        lambda: fastood.score(f, h),
+        lambda: fastood.score(f, h, "exgrad"),
+        lambda: fastood.sweep(f, h),
+        lambda: fastood.sweep(f, h, ["tv"], [None, 2]),
+        lambda: torch.stack(list(fastood.scores(f, h, ["msp", "tv", "exgrad"]).values())),
+        lambda: fastood.norms(h, (0.3, 2)),
+        lambda: fastood.gradient_norm(f, h),
+        lambda: fastood.gradient_norm(f, h, "predicted", 3, 1, "outside"),
+        lambda: fastood.gradient_norm(f, h, q, 2, 1, "outside"),
+        lambda: fastood.gradient_norm(f, h, q.to(dtype), 0.5, 2),
+    ):
+        _plan._PLANS.clear()  # the first call finds out that the short way will do
+        long, short = call(), call()
+        assert next(iter(_plan._PLANS.values())).quick
+        assert short.dtype == torch.float32
+        assert torch.equal(short, long)
+
+
+def test_what_is_not_plain_goes_the_long_way():
+    f, h = torch.randn(5, 30), torch.randn(5, 70)
+    expected, alone = fastood.score(f, h), fastood.score(f)
+    fastood.score(f, h)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(fastood.score(f.T.contiguous().T, h), expected, **close)
+    torch.testing.assert_close(fastood.score(torch.nn.Parameter(f), h).detach(), expected, **close)
+    assert fastood.score(f, h.clone().requires_grad_()).requires_grad
+    assert fastood.score(f.double(), h).dtype == torch.float64
+    assert isinstance(fastood.score(f.numpy(), h.numpy()), np.ndarray)
+    negated = torch.imag(torch.complex(torch.zeros(5, 30), -f).conj())  # its memory holds -f
+    assert negated.is_neg()
+    assert torch.equal(fastood.score(negated), alone)
+    assert torch.equal(fastood.row_stats(negated, ["energy"])["energy"], alone)
+    with torch.device("meta"):  # a default device is for what has no other
+        assert torch.equal(fastood.score(f), alone)
+        assert torch.equal(fastood.scores(f, h)["energy"], fastood.scores(f, h)["energy"])
+    for wrong, words in (
+        (f[:, :0], "at least one class"),
+        (f[0], "2-D"),
+        (f.long(), "torch.int64"),
+        (f.to_sparse(), "dense"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            fastood.score(wrong)
+    fastood.sweep(f, h)
+    for call in (fastood.score, fastood.sweep, fastood.gradient_norm):
+        with pytest.raises(ValueError, match="feats must have the 5 rows"):
+            call(f, h[:4])
+    q = f.softmax(-1)
+    for _ in range(2):
+        fastood.gradient_norm(f, h, q)
+        assert fastood.gradient_norm(f, h, q.clone().requires_grad_()).requires_grad
+        for wrong in (q[:4], q[:, :29]):
+            with pytest.raises(ValueError, match=r"labels must be \[5, 30\], a distribution per row"):
+                fastood.gradient_norm(f, h, wrong)
+        for wrong in (None, 1, q.numpy()):
+            with pytest.raises(TypeError, match="labels must be"):
+                fastood.gradient_norm(f, h, wrong)
+        with pytest.raises(ValueError, match=r"labels must be one of 'uniform'.*got 'given'"):
+            fastood.gradient_norm(f, h, "given")
+    assert fastood.gradient_norm(f[:0], h[:0], q[:0]).shape == (0,)
+    with pytest.raises(TypeError, match="feats must be a torch tensor or a numpy array, got None"):
+        fastood.norms(None, (0.3, 2))
+    assert fastood.score(f[:0], h[:0]).shape == (0,)
+    assert fastood.sweep(f[:0], h[:0]).shape == (0, 4, 12)
+    with pytest.raises(TypeError, match="norms must be a number, got bool"):
+        fastood.sweep(f, h, norms=(0, 0.1, 0.3, 0.5, 0.8, True, 2, 3, 4, 5, 6, math.inf))  # equal to the default
+
+
+def test_without_the_extension_it_says_so_once():
+    """Nothing else shows at installation that there was no compiler."""
+    code = """
+import sys, warnings
+sys.modules["fastood.kernels.cpu._native"] = None
+import torch, fastood
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    a = fastood.score(torch.ones(1, 2))
+    fastood.score(torch.ones(1, 2))
+    fastood.score(torch.ones(1, 2), backend="reference")
+print(len(caught), caught[0].message)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("1 fastood's C++ kernels were not built")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_environment_forces_a_level(level):
+    code = "from fastood.kernels.cpu import _native; print(_native.level())"
+    env = {**os.environ, "FASTOOD_CPU_ISA": level}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == level
+
+
+def test_no_matrix_is_copied(tmp_path):
+    """Beyond its inputs a call takes O(N) memory and a fixed few hundred KB per thread."""
+    code = """
+import resource, torch, fastood
+torch.set_num_threads(2)
+f, h = torch.randn(20000, 1000), torch.randn(20000, 2048)
+fastood.sweep(f[:100], h[:100], backend="cpu")
+grid = torch.empty(20000, 4, 12).fill_(1.0), torch.empty(20000, 4, 12, dtype=torch.float64).fill_(1.0)
+del grid
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fastood.score(f, h, backend="cpu")
+fastood.score(f, h, "gradnorm", backend="cpu")
+fastood.norms(h, [0.1, 0.3, 1, 2], backend="cpu")
+fastood.score(f, h, "exgrad", log=True, backend="cpu")
+fastood.row_stats(f, backend="cpu")
+for q in (torch.full((1, 1000), 0.001), torch.full((1, 1000), 0.001).half()):
+    fastood.gradient_norm(f, h, q.expand(20000, 1000), backend="cpu")
+    fastood.gradient_norm(f, h, q.expand(20000, 1000), 3, 1, "outside", backend="cpu")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 4000  # KiB; a copy of the logits alone takes 78,000
+
+
+@pytest.mark.parametrize(("N", "C", "D"), [(1, 300_000, 100_000), (3, 50_000, 7), (200, 1000, 2048), (1, 10, 16)])
+def test_bits_do_not_depend_on_threads(N, C, D):
+    f, h = torch.randn(N, C) * 3, torch.randn(N, D)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        gradients = [fastood.gradient_norm(f, h, "predicted", 3, 0.5, "outside"), fastood.gradient_norm(f, h, order=2)]
+        results.append(torch.stack([*fastood.scores(f, h, backend="cpu").values(), *gradients]))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(fastood.gradient_norm(f.repeat(9, 1), h.repeat(9, 1), order=2)[:N], gradients[1])
+
+
+def test_from_many_threads_at_once():
+    f, h = torch.randn(300, 1000), torch.randn(300, 512)
+    expected = fastood.score(f, h, backend="cpu")
+    wrong = []
+
+    def serve():
+        for _ in range(20):
+            if not torch.equal(fastood.score(f, h, backend="cpu"), expected):
+                wrong.append(True)
+
+    threads = [threading.Thread(target=serve) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_other_threads_run_during_a_call():
+    """It holds no interpreter lock: another thread never waits for anything like the whole call."""
+    f, h, done = torch.randn(64, 1000), torch.randn(64, 2048), threading.Event()
+    detector = fastood.BatchGrad(torch.randn(1000, 2048))
+    detector.score(f[:1], h[:1])
+    took = []
+
+    def work():
+        for _ in range(5):
+            start = time.perf_counter()
+            detector.score(f.repeat(8, 1), h.repeat(8, 1))
+            took.append(time.perf_counter() - start)
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    gaps, last = [], time.perf_counter()
+    while not done.is_set():
+        now = time.perf_counter()
+        gaps.append(now - last)
+        last = now
+    worker.join()
+    assert max(gaps) < max(took)
+
+
+def test_in_a_forked_child():
+    """After the parent used its threads, a child that waited for them would hang."""
+    code = """
+import os, torch, fastood
+f = torch.randn(5000, 1000)
+before = fastood.score(f, backend="cpu")
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(fastood.score(f, backend="cpu"), before) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
