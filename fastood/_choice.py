@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastood._delong import Floats, placements
+from fastood._delong import TWO_SIDED_95, Floats, placements
 from fastood._inputs import logits_and_feats
 from fastood.detector import Detector, rows_needed
 from fastood.registry import SCORES
@@ -43,7 +43,8 @@ class Choice:
     accepted : dict
         Name of the outlier set -> the share of its rows that the detector accepts, on the same half.
     rivals : int
-        How many other candidates are behind by less than two standard errors: the choice among them is luck.
+        How many other candidates the 95% interval (1.96 "stderr") of what they are "behind" does not set apart from
+        the best: the choice among them is luck.
     synthetic : bool
         Whether the outliers were made of the in-distribution rows.
     """
@@ -60,7 +61,7 @@ class Choice:
         settings = ", ".join(f"{name}={x!r}" for name, x in best.items() if name not in ("auroc", "behind", "stderr"))
         lines = [
             f"{settings}: the best of {len(self.table)} candidates, AUROC {best['auroc']:.3f} on the rows that chose",
-            f"{self.rivals} of the others are within two standard errors of it",
+            f"{self.rivals} of the others are not set apart from it by a 95% interval",
         ]
         for name in self.auroc:
             figures = f"AUROC {self.auroc[name]:.3f} ± {self.stderr[name]:.3f}, {self.accepted[name]:.1%} accepted"
@@ -120,7 +121,7 @@ def choose(
         found = (p.auroc, winner.auroc - p.auroc, (winner - p).stderr) if p else (math.nan,) * 3
         table.append({**settings, **d.params, **dict(zip(("auroc", "behind", "stderr"), found, strict=True))})
     order = sorted(range(len(table)), key=lambda i: (math.isnan(aurocs[i]), -aurocs[i]))
-    rivals = sum(row["behind"] < 2 * row["stderr"] or row["behind"] == 0 for row in table) - 1
+    rivals = sum(row["behind"] <= TWO_SIDED_95 * row["stderr"] for row in table) - 1
     chosen = detectors[best].partial_fit(*judging)  # without the warning of fit: this score was measured
     figures = {name: _placements(chosen, judging, [b]) for name, (_, b) in sets.items()}
     choice = Choice(

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+TWO_SIDED_95 = 1.959964  # standard errors, to either side: a normal distribution's 97.5% quantile
+
 
 def below(x: Floats, y: Floats) -> Floats:
     """The share of y below each x, ties counted half.

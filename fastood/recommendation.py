@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta  # type: ignore[import-untyped]
 
-from fastood._delong import placements
+from fastood._delong import TWO_SIDED_95, placements
 from fastood._inputs import vector
 from fastood.api import BEST_NORM
 
@@ -206,7 +206,7 @@ def recommend(id_scores: Scores, ood_scores: Mapping[str, Scores]) -> Recommenda
             deltas = [a - b for a, b in zip(_placements(label, *second), chosen, strict=True)]
             value, interval = float(deltas[0].mean()), None
             if held_out:
-                error = 1.959964 * float(np.sqrt(sum(d.var(ddof=1) / len(d) for d in deltas)))
+                error = TWO_SIDED_95 * float(np.sqrt(sum(d.var(ddof=1) / len(d) for d in deltas)))
                 interval = value - error, value + error
             differences[label] = Estimate(value, interval)
 

@@ -90,6 +90,21 @@ def test_where_there_is_nothing_to_find_the_figures_do_not_pretend():
     assert np.mean(rivals) > 0.5
 
 
+def test_rivals_are_those_that_a_95_percent_interval_holds(monkeypatch):
+    def placed(detector, inside, outside):
+        behind = {"energy": 0.0, "msp": 1.95, "tv": 1.97, "max_logit": 0.0}[detector.method]  # in standard errors
+        x = np.tile([0.4, 0.6], 50) + (0 if behind else 0.1)
+        noise = np.tile([-1.0, 1.0], 50) * (0.01 if behind else 0)
+        return _choice._Placements(x + noise + 0.1 - behind * 0.01 / math.sqrt(99) if behind else x, [np.zeros(100)])
+
+    monkeypatch.setattr(_choice, "_placements", placed)
+    choice = Detector.choose(rows(100), {"o": rows(100, seed=1)}, ["energy", "msp", "tv", "max_logit"], tpr=0.9).choice
+    ratios = {x["method"]: x["behind"] / x["stderr"] for x in choice.table if x["stderr"]}
+    assert ratios == pytest.approx({"msp": 1.95, "tv": 1.97}, abs=1e-6)
+    assert choice.rivals == 2  # msp, and max_logit, which is the same
+    assert "2 of the others are not set apart from it by a 95% interval" in str(choice)
+
+
 def test_the_promise_holds_for_what_was_chosen():
     shares = []
     for seed in range(60):
