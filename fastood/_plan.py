@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from fastood._inputs import (
-    choice,
     did_you_mean,
     flag,
     give,
     label_probabilities,
     logits_and_feats,
-    number,
     result_dtype,
     temperature_of,
 )
-from fastood.kernels import NO_NORM, ONE, STATISTICS, Column, Request, Stat, prepared, reference, select
+from fastood.kernels import NO_NORM, ONE, Column, Request, Stat, prepared, reference, select
 from fastood.registry import RowStats, Score
 
 
@@ -180,30 +178,4 @@ def _bind_params(entries: Sequence[Score], params: Mapping[str, Any]) -> dict[st
             )
             of_scores, hint = ", ".join(e.name for e in entries), did_you_mean(name, known)
             raise TypeError(f"{name}: no such argument, nor a parameter of {of_scores}{hint}")
-    bound = {e.name: {**e.params, **{k: x for k, x in params.items() if k in e.params}} for e in entries}
-    for entry in entries:
-        if entry.params:
-            for stat in entry.stats_for(bound[entry.name]):
-                stat_of(stat)
-    return bound
-
-
-def stat_of(stat: Any) -> Stat:
-    """`stat`, if it names a row statistic with good parameters."""
-    name, *params = stat if isinstance(stat, tuple) and stat else (stat,)
-    name = choice("stats", name, tuple(STATISTICS))
-    if name == "power_sum":
-        if len(params) != 1:
-            raise ValueError(f"stats: power_sum is asked for as ('power_sum', r), got {stat!r}")
-        return name, number("stats: r of power_sum", params[0], above=0)
-    if name == "gen":
-        if len(params) != 2:
-            raise ValueError(f"stats: gen is asked for as ('gen', gamma, M), got {stat!r}")
-        gamma, M = params
-        M = number("M", M, at_least=1)
-        if int(M) != M:
-            raise ValueError(f"M must be a whole number of classes, got {M!r}")
-        return name, number("gamma", gamma, above=0), int(M)
-    if name == "gradient":
-        raise ValueError("stats: gradient is asked for by fastood.gradient_norm")
-    return name
+    return {e.name: {**e.params, **{k: x for k, x in params.items() if k in e.params}} for e in entries}

@@ -24,10 +24,10 @@ from fastood._inputs import (
     take,
     temperature_of,
 )
-from fastood._plan import Plan, keep, kept, key_of, known_plan, stat_of, typed
+from fastood._plan import Plan, keep, kept, key_of, known_plan, typed
 from fastood.kernels import Request, Stat, prepared, select
 from fastood.kernels.statistics import FORMULAS
-from fastood.registry import NORM, SCORES, Method, Score
+from fastood.registry import NORM, SCORES, Method, Score, stat_of
 from fastood.successors import SUCCESSORS, Fitted
 from fastood.successors.fitted import Head, successor_of
 
@@ -309,7 +309,7 @@ def norms(
 def row_stats(
     logits: ArrayT, stats: Iterable[Stat] | None = None, *, temperature: float = 1.0, backend: str = "auto"
 ) -> dict[Stat, ArrayT]:
-    """The row statistics under every score, for scores of one's own: name -> [N].
+    """The row statistics under every score, for scores of one's own: each under what it was asked for by -> [N].
 
     Parameters
     ----------
@@ -325,6 +325,8 @@ def row_stats(
     >>> import torch, fastood
     >>> fastood.row_stats(torch.tensor([[80.0, 0.0]]), ["msp", "one_minus_msp"])
     {'msp': tensor([1.]), 'one_minus_msp': tensor([1.8049e-35])}
+    >>> fastood.row_stats(torch.zeros(1, 4), [("power_sum", 3)])["power_sum", 3]
+    tensor([0.0625])
     """
     f, _, as_numpy = logits_and_feats(logits, None)
     assert f is not None

@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastood._inputs import ArrayT, Order, flag, give, result_dtype, same_rows, take, temperature_of
-from fastood._plan import Plan, stat_of
+from fastood._plan import Plan
 from fastood.api import _entries, _entry, _names, _order, rows_along
 from fastood.kernels import Request, Stat, prepared, select
 from fastood.kernels.seam import traced
 from fastood.kernels.slices import Whole, above_level, parts_for, parts_of
 from fastood.kernels.statistics import FORMULAS
 from fastood.linear import PROBABILITY, Predicted, _layer, _tiles
-from fastood.registry import SCORES, Method, Score
+from fastood.registry import SCORES, Method, Score, stat_of
 
 
 def score(

@@ -52,6 +52,29 @@ class RowStats(dict[Stat, Tensor]):
         self.wide = wide  # whether scores come in float64, in which the largest double and infinity are two
 
 
+def stat_of(stat: Any) -> Stat:
+    """`stat`, if it names a row statistic with good parameters."""
+    name, *params = stat if isinstance(stat, tuple) and stat else (stat,)
+    name = choice("stats", name, tuple(STATISTICS))
+    if name == "power_sum":
+        if len(params) != 1:
+            raise ValueError(f"stats: power_sum is asked for as ('power_sum', r), got {stat!r}")
+        return name, number("stats: r of power_sum", params[0], above=0)
+    if name == "gen":
+        if len(params) != 2:
+            raise ValueError(f"stats: gen is asked for as ('gen', gamma, M), got {stat!r}")
+        gamma, M = params
+        M = number("M", M, at_least=1)
+        if int(M) != M:
+            raise ValueError(f"M must be a whole number of classes, got {M!r}")
+        return name, number("gamma", gamma, above=0), int(M)
+    if name == "gradient":
+        raise ValueError("stats: gradient is asked for by fastood.gradient_norm")
+    if params:
+        raise ValueError(f"stats: {name} takes no parameters, got {stat!r}")
+    return name
+
+
 @dataclass(frozen=True, eq=False)
 class Score:
     """One score: S = U * V, with V a row statistic or a formula over several, and U a norm of the features.
@@ -67,7 +90,8 @@ class Score:
     higher : {"in", "out"}
         Which inputs the *raw* formula is larger for: in- or out-of-distribution ones.
     stats : tuple, or callable of the score's parameters that gives one
-        The row statistics that V is made of: names of ``fastood.STATISTICS``.
+        The row statistics that V is made of, as ``fastood.row_stats`` takes them: names of ``fastood.STATISTICS``,
+        ``("power_sum", r)`` and ``("gen", gamma, M)``.
     v : tuple of float, or callable
         The coefficients of `stats` of which V is the sum, which kernels work out themselves: ``(1.0,)`` where left out,
         V = 1 where there are no `stats`. Or ``v(s, **params)`` -> V, float64 [N], from ``s["name"]``, ``s.C`` and
@@ -86,7 +110,7 @@ class Score:
     Raises
     ------
     ValueError
-        Where `higher` or a statistic is not one that fastood knows.
+        Where `higher` or a statistic is not one that fastood knows, or a statistic does not take its parameters.
 
     Examples
     --------
@@ -118,8 +142,13 @@ class Score:
             raise ValueError(f"higher must be 'in' or 'out', got {self.higher!r}")
         if isinstance(self.stats, str):
             raise TypeError(f"stats must be a tuple of names, got {self.stats!r}")
-        for stat in (*self.stats_for(self.params), *self.log_stats):
-            choice("stats", stat if isinstance(stat, str) else stat[0], tuple(STATISTICS))
+        if callable(self.stats):
+            self.stats_for(self.params)
+        else:
+            # That of a gradient is made, and was checked, by fastood.gradient_norm.
+            own = (s if self.gradient and s[:1] == ("gradient",) else stat_of(s) for s in self.stats)
+            object.__setattr__(self, "stats", tuple(own))
+        object.__setattr__(self, "log_stats", tuple(map(stat_of, self.log_stats)))
         if not callable(self.v):
             v, wanted = tuple(number("v", x) for x in self.v), max(1, len(self.stats_for(self.params)))
             if len(v) != wanted:
@@ -157,7 +186,7 @@ class Score:
     def stats_for(self, params: Mapping[str, Any], log: bool = False) -> tuple[Stat, ...]:
         if log and self.log_v:
             return self.log_stats
-        return self.stats(**params) if callable(self.stats) else self.stats
+        return tuple(map(stat_of, self.stats(**params))) if callable(self.stats) else self.stats
 
     def compose(self, s: RowStats, u: Tensor | None, *, params: Mapping[str, Any], log: bool, oriented: bool) -> Tensor:
         """U * V, or log U + log V with `u` already a logarithm."""

@@ -293,6 +293,7 @@ def test_bad_arguments_are_named(arguments, error, words):
         (lambda: fastood.row_stats(F, ["power_sum"]), ValueError, r"asked for as \('power_sum', r\)"),
         (lambda: fastood.row_stats(F, [("power_sum", 0)]), ValueError, "r of power_sum must be a finite number > 0"),
         (lambda: fastood.row_stats(F, [("gen", 0.1)]), ValueError, r"asked for as \('gen', gamma, M\)"),
+        (lambda: fastood.row_stats(F, [("tv", 0.5)]), ValueError, r"tv takes no parameters, got \('tv', 0.5\)"),
     ],
 )
 def test_bad_arguments_elsewhere(call, error, words):
