@@ -9,7 +9,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,7 +143,10 @@ def score(
     ctx: typer.Context,
     source_uri: Annotated[str, typer.Argument(metavar="IN", help="Logits and features.")],
     out_uri: Annotated[
-        str, typer.Argument(metavar="OUT", help="Scores: .csv, .parquet, .npz, .npy, .safetensors, .pt.")
+        str,
+        typer.Argument(
+            metavar="OUT", help="Scores: .csv, .parquet, .npz, .npy, .safetensors, .pt; /dev/stdout or a pipe for CSV."
+        ),
     ],
     method: Annotated[
         list[str] | None,
@@ -242,6 +245,10 @@ def score(
 
         fastood score val.npz scores.csv --method scale --method vim --head head.npz --train train.npz
 
+    Without a file; what is said of them goes to standard error:
+
+        fastood score val.npz /dev/stdout | gzip > scores.csv.gz
+
     A folder of Parquet files, on a Ray cluster:
 
         fastood score logits/ decisions/ --detector det.safetensors --engine ray
@@ -249,6 +256,7 @@ def score(
     from fastood.files import open_rows, save_scores, writable
 
     source, out = Path(source_uri), Path(out_uri)
+    _apart(ctx, out)
     given = _given(ctx, _DETECTORS_OWN)
     if detector_file and given:
         raise ValueError(f"--detector has settings of its own: leave out {', '.join(given)}")
@@ -371,11 +379,21 @@ def _given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
     return [name for name, origin in sources.items() if origin and origin.name == "COMMANDLINE"]
 
 
+def _apart(ctx: typer.Context, *outputs: Path | None) -> None:
+    """What a command says goes to standard error where standard output has a result."""
+    from fastood.files import stream_of
+
+    if any(path and stream_of(path) == 1 for path in outputs):
+        ctx.with_resource(redirect_stdout(sys.stderr))
+
+
 def _as_written(columns: Columns, out: Path) -> Columns:
     """A bool as the word that readers of CSV take for one."""
     import numpy as np
 
-    if out.suffix.lower() != ".csv":
+    from fastood.files import format_of
+
+    if format_of(out) != ".csv":
         return columns
     return {k: np.where(x, "true", "false") if x.dtype == bool else x for k, x in columns.items()}
 
@@ -448,6 +466,7 @@ def fit(
     from fastood.files import open_rows, writable
 
     source = Path(source_uri)
+    _apart(ctx, out)
     if method == "all":
         choice("--method", method, (*SCORES, *SUCCESSORS))
     _, later = _methods([method], norm is not None, head, train)
@@ -553,6 +572,7 @@ def inspect(
 
 @app.command("eval", no_args_is_help=True)
 def evaluate(
+    ctx: typer.Context,
     id_file: Annotated[Path, typer.Option("--id", metavar="FILE", help="In-distribution logits and features.")],
     ood: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="An OOD set, repeatable.")],
     norm: Annotated[
@@ -614,6 +634,7 @@ def evaluate(
     from fastood.evaluation import score_rows, settle_nan
     from fastood.files import open_rows, writable
 
+    _apart(ctx, json_file, csv_file, html_file)
     files = _named_files(ood)
     for output, suffixes in ((json_file, (".json",)), (csv_file, (".csv",)), (html_file, (".html", ".htm"))):
         if output:

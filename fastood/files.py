@@ -591,7 +591,7 @@ def writable(path: str | os.PathLike[str], *inputs: str | os.PathLike[str], suff
     Parameters
     ----------
     path : path
-        A new file, a file to replace, or a device, a pipe or the like to write to.
+        A new file, a file to replace, or a device, a pipe, /dev/stdout or the like to write to.
     inputs : path
     suffixes : sequence of str, optional
         What the name of a file must end with one of; a device may be called anything.
@@ -605,12 +605,17 @@ def writable(path: str | os.PathLike[str], *inputs: str | os.PathLike[str], suff
     path = Path(path)
     if path.is_dir():
         raise FileError(f"{path}: is a folder, not a file to write")
+    if (n := stream_of(path)) is not None:
+        try:
+            os.write(n, b"")
+        except OSError as error:
+            raise FileError(f"{path}: cannot be written to: {error.strerror}") from error
     if path.exists():
         if any(Path(x).exists() and path.samefile(x) for x in inputs):
             raise FileError(f"{path}: is an input; the output must be another file")
         if not os.access(path, os.W_OK):
             raise FileError(f"{path}: cannot be written to")
-    if not _is_device(path):
+    if not _is_stream(path):
         if suffixes and path.suffix.lower() not in suffixes:
             raise FileError(f"{path}: the file's name must end with {' or '.join(suffixes)}")
         folder = _target(path).parent
@@ -621,9 +626,36 @@ def writable(path: str | os.PathLike[str], *inputs: str | os.PathLike[str], suff
     return path
 
 
-def _is_device(path: Path) -> bool:
-    """Or a pipe, or whatever else can be opened and is no file."""
-    return path.exists() and not path.is_file()
+_STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
+
+
+def stream_of(path: Path) -> int | None:
+    """The number of the open stream that /dev/stdout, /dev/fd/3 and the like are a name for; None of other paths.
+
+    Examples
+    --------
+    >>> from fastood.files import stream_of
+    >>> stream_of(Path("/dev/stdout")), stream_of(Path("scores.csv"))
+    (1, None)
+    """
+    match = re.fullmatch(r"/dev/(?:(stdin|stdout|stderr)|fd/([0-9]+))|/proc/self/fd/([0-9]+)", path.as_posix())
+    return _STREAMS[match[1]] if match and match[1] else int(match[2] or match[3]) if match else None
+
+
+def _is_stream(path: Path) -> bool:
+    """A device, a pipe, or whatever else can be opened and is no file; an open stream even where it leads to one."""
+    return path.exists() and (not path.is_file() or stream_of(path) is not None)
+
+
+def _stream(path: Path) -> IO[bytes]:
+    """To write to. What is open is written to from where it stands: opened again, a file would begin anew."""
+    n = stream_of(path)
+    return path.open("wb") if n is None else os.fdopen(os.dup(n), "wb")
+
+
+def format_of(path: Path) -> str:
+    """Of scores written to `path`: its extension, or ".csv" of a stream that has none, such as /dev/stdout."""
+    return path.suffix.lower() or (".csv" if _is_stream(path) else "")
 
 
 def _target(path: Path) -> Path:
@@ -650,11 +682,11 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     temporary.write_text("1.0")
     """
     path = writable(path)
-    if _is_device(path):
+    if _is_stream(path):
         with TemporaryDirectory() as folder:
             temporary = Path(folder, f"output{path.suffix}")
             yield temporary
-            with temporary.open("rb") as source, path.open("wb") as sink:
+            with temporary.open("rb") as source, _stream(path) as sink:
                 shutil.copyfileobj(source, sink)
         return
     target = _target(path)
@@ -717,6 +749,7 @@ def save_scores(
     Parameters
     ----------
     path : path
+        A pipe, a device or an open stream (/dev/stdout) without an extension is written CSV.
     metadata : mapping of str to str, optional
         How the scores were made. A .parquet file has it as its schema's metadata, a .safetensors file as
         ``__metadata__``; the other formats have no place for it and leave it out.
@@ -737,7 +770,7 @@ def save_scores(
     ...             out.write(fastood.scores(logits, feats), ids)
     """
     path = Path(path)
-    sink_of = _of_format(path, _SINKS)
+    sink_of = _SINKS.get(format_of(path)) or _of_format(path, _SINKS)
     with atomic(path) as temporary, sink_of(temporary, dict(metadata or {})) as sink:
         writer = ScoreWriter(sink, id_key)
         yield writer

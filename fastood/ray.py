@@ -392,12 +392,14 @@ def _files(source: Path, out: Path | None = None) -> list[dict[str, str]]:
     """The Parquet files below `source`: their paths, and what they are called from there. Large ones come first."""
     fs, top = filesystem(source)
     info = fs.get_file_info(top)
-    if info.is_file:
-        return [{"path": os.fspath(source), "name": info.base_name}]
     if out is not None:
         out_fs, out_top = filesystem(out)
+        if out_fs.get_file_info(out_top).type.name in ("File", "Unknown"):  # which a pipe or a device is
+            raise FileError(f"{os.fspath(out)}: is no folder, which the files of scores are put into")
         if out_fs.equals(fs) and PurePosixPath(top) in (PurePosixPath(out_top), *PurePosixPath(out_top).parents):
             raise FileError(f"{os.fspath(out)}: must not be the folder that is scored, nor in it")
+    if info.is_file:
+        return [{"path": os.fspath(source), "name": info.base_name}]
     if info.type.name == "NotFound":
         raise FileError(f"{os.fspath(source)}: no such file or folder")
     selector = library("pyarrow.fs").FileSelector(top, recursive=True)

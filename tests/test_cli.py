@@ -398,6 +398,31 @@ def test_an_input_that_breaks_off_leaves_the_old_output(data):
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="needs /dev/stdout")
+def test_standard_output_takes_a_result_and_nothing_else(data, capfd):
+    run("score", "val.npz", "out.csv", "--method", "tv")
+    said = run("fit", "val.npz", "--out", "det.safetensors")
+    tables = "eval", "--id", "val.npz", "--ood", "far.npz", "--method", "tv"
+    run(*tables, "--csv", "table.csv")
+    capfd.readouterr()
+    for arguments, written in (
+        (("score", "val.npz", "/dev/stdout", "--method", "tv"), "out.csv"),
+        ((*tables, "--csv", "/dev/stdout"), "table.csv"),
+    ):
+        result = run(*arguments)
+        assert capfd.readouterr().out == Path(written).read_text()
+        assert result.stdout == ""
+        assert "val.npz: logits [" in result.stderr
+    run("score", "val.npz", "decided.csv", "--detector", "det.safetensors")
+    run("score", "val.npz", "/dev/stdout", "--detector", "det.safetensors")
+    assert capfd.readouterr().out == Path("decided.csv").read_text()
+    told = run("fit", "val.npz", "--out", "/dev/stdout").stderr
+    assert told.endswith(said.stdout.replace("det.safetensors", "/dev/stdout"))
+    os.mkdir("shards")
+    pq.write_table(pa.table({"logits": [[1.0, 2.0]]}), "shards/a.parquet")
+    assert "/dev/null: is no folder" in complaint("score", "shards", "/dev/null", "--engine", "ray")
+
+
 def test_a_missing_argument_is_a_usage_error(data):
     result = run("score", "val.npz", code=2)
     assert "Missing argument 'OUT'" in result.stderr

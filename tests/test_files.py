@@ -934,6 +934,21 @@ def test_a_pipe_and_a_device_stay_what_they_are(tmp_path):
         assert source.read() == "through a shell's >( )"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs /dev/fd")
+def test_an_open_stream_is_written_to_from_where_it_stands(tmp_path):
+    with open(tmp_path / "log.txt", "w") as file:
+        file.write("before\n")
+        file.flush()
+        with save_scores(f"/dev/fd/{file.fileno()}") as writer:  # no extension, and no rule for that of log.txt
+            writer.write({"msp": np.array([0.5])})
+        file.write("after\n")
+    assert (tmp_path / "log.txt").read_text() == "before\nmsp\n0.5\nafter\n"
+    with open(tmp_path / "log.txt") as file:
+        for n in (file.fileno(), 99_999):
+            with pytest.raises(FileError, match=f"^/dev/fd/{n}: cannot be written to: Bad file descriptor"):
+                writable(f"/dev/fd/{n}")
+
+
 def test_a_missing_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "link.csv").symlink_to(tmp_path / "gone" / "x.csv")
     for path in (tmp_path / "gone" / "x.csv", tmp_path / "link.csv"):
