@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,3 +135,16 @@ def _nan_in_unwritten_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """The demo, run once: what it found and said, its folder, and what its heatmap was drawn of."""
+    from fastood import demo, plots
+
+    out, said, drawn, heatmap = tmp_path_factory.mktemp("demo"), [], [], plots.heatmap
+    (out / "there before").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "heatmap", lambda *of: drawn.append(of) or heatmap(*of))
+        found = demo.run(out, progress=said.append)
+    return SimpleNamespace(found=found, out=out, said=said, drawn=drawn)

@@ -4,8 +4,6 @@ import functools
 import json
 import os
 import pickle
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,16 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from formats import FEATS, LOGITS, C, D, N, fixed_list, fixed_shape, large_list, varying_list
 
 import fastood
 from fastood import arrow
 from fastood.arrow import Scorer, score_batch, score_file
 from fastood.files import FileError
 
-N, C, D = 23, 5, 7
-RNG = np.random.default_rng(0)
-LOGITS = RNG.normal(size=(N, C)).astype(np.float32) * 4
-FEATS = RNG.normal(size=(N, D)).astype(np.float32)
+RNG = np.random.default_rng(1)
 IDS = np.arange(N)
 LABEL = "energy*||h||_2"
 
@@ -32,24 +28,6 @@ def truth(logits=LOGITS, feats=FEATS):
     f, h = logits.astype(float), feats.astype(float)
     top = f.max(-1, keepdims=True)
     return (top[:, 0] + np.log(np.exp(f - top).sum(-1))) * np.sqrt((h * h).sum(-1))
-
-
-def fixed_list(x):
-    return pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x[0].size)
-
-
-def fixed_shape(x):
-    return pa.ExtensionArray.from_storage(
-        pa.fixed_shape_tensor(pa.from_numpy_dtype(x.dtype), x.shape[1:]), fixed_list(x)
-    )
-
-
-def varying_list(x):
-    return pa.array(list(x), pa.list_(pa.from_numpy_dtype(x.dtype)))
-
-
-def large_list(x):
-    return pa.array(list(x), pa.large_list(pa.from_numpy_dtype(x.dtype)))
 
 
 LAYOUTS = [fixed_shape, fixed_list, varying_list, large_list]
@@ -347,24 +325,6 @@ def test_memory_that_ran_out_is_not_the_files_fault(source, tmp_path):
     with pytest.raises(MemoryError):
         score_file(source, tmp_path / "out.parquet", Scorer(model=model, inputs_key="name"))
     assert os.listdir(tmp_path) == ["in.parquet"]
-
-
-def test_memory_is_that_of_chunks_not_of_the_file(tmp_path):
-    n, columns = 20_000, 500
-    x = np.zeros((n, columns), np.float32)
-    path = tmp_path / "in.parquet"
-    pq.write_table(
-        pa.table({"logits": fixed_list(x)}), path, row_group_size=500, compression="none", use_dictionary=False
-    )
-    assert path.stat().st_size > 40e6
-    code = f"""
-import pyarrow
-from fastood.arrow import Scorer, score_file
-score_file({str(path)!r}, {str(tmp_path / "out.parquet")!r}, Scorer(), chunk_rows=250)
-print(pyarrow.default_memory_pool().max_memory())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0 < int(done.stdout) < 10e6
 
 
 def test_doubts_are_reported(tmp_path):

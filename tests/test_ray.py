@@ -28,49 +28,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 ROOT = Path(__file__).parent.parent
 FILES, ROWS, C, D = 8, 50, 5, 7
 
-MODELS = """
-import os, signal, sys, time
-from pathlib import Path
-
-import torch
-
-HERE = Path(__file__).parent
-
-
-def logits_as_they_are(before):
-    def model():
-        def run(x):
-            before(x)
-            return x, None
-
-        return run
-
-    return model
-
-
-def kill_once(x):
-    if 3 in x[:, 0] and not (HERE / "killed").exists():
-        (HERE / "killed").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_always(x):
-    if 3 in x[:, 0]:
-        (HERE / "killed").open("a").write("x")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def note_where(x):
-    time.sleep(0.2)
-    with (HERE / "where").open("a") as file:
-        file.write(os.readlink("/proc/self/ns/net") + chr(10))
-
-
-where = logits_as_they_are(note_where)
-killed_once = logits_as_they_are(kill_once)
-killed_always = logits_as_they_are(kill_always)
-slow = logits_as_they_are(lambda x: time.sleep(0.1))
-"""
+PROGRAMS = ROOT / "tests" / "programs"
 
 
 @pytest.fixture
@@ -85,7 +43,7 @@ def shards(tmp_path):
         path = tmp_path / "in" / f"part={i % 2}" / f"{i}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(held, path, row_group_size=20)
-    (tmp_path / "models.py").write_text(MODELS)
+    shutil.copy(PROGRAMS / "ray_models.py", tmp_path)
     yield tmp_path
     try:
         wait_for(lambda: not processes(tmp_path), 30)
@@ -169,7 +127,7 @@ def check(folder, without=()):
 
 
 def model(name):
-    return "--model", f"models:{name}", "--inputs-key", "logits", "--norm", "none", "--chunk-rows", "20"
+    return "--model", f"ray_models:{name}", "--inputs-key", "logits", "--norm", "none", "--chunk-rows", "20"
 
 
 # ---- all but Ray itself
@@ -256,8 +214,8 @@ def test_a_folder_is_fitted_on(here, shards):
         (["score", "in", "in/out", "--engine", "ray"], "must not be the folder that is scored, nor in it"),
         (["score", "none", "out", "--engine", "ray"], "none: no such file or folder"),
         (["score", "in", "out", "--engine", "ray", "--bad-files", "keep"], "--bad-files must be one of"),
-        (["score", "in", "out", "--engine", "ray", "--model", "models"], "--model must be MODULE:FUNCTION"),
-        (["score", "in", "out", "--engine", "ray", "--model", "models:none"], "models:none cannot be imported"),
+        (["score", "in", "out", "--engine", "ray", "--model", "ray_models"], "--model must be MODULE:FUNCTION"),
+        (["score", "in", "out", "--engine", "ray", "--model", "ray_models:none"], "ray_models:none cannot be imported"),
         (["score", "in/part=0/0.parquet", "a.csv", "--workers", "2"], "--workers: only with --engine ray"),
         (
             ["fit", "in", "--out", "a.safetensors", "--engine", "ray", "--method", "nnguide", "--train", "in"],
@@ -344,28 +302,10 @@ def test_bad_files_fail_or_are_skipped_and_bad_rows_are_counted(shards):
     assert "holds scores made with other settings" in done.stderr
 
 
-PIPELINE = """
-import ray, fastood.ray
-
-ray.init(num_cpus=2, include_dashboard=False)
-(
-    ray.data.read_parquet("in")
-    .map_batches(
-        fastood.ray.Scorer,
-        fn_constructor_kwargs={"methods": ["energy", "msp"], "norm": None},
-        batch_format="pyarrow",
-        batch_size=64,
-        compute=ray.data.ActorPoolStrategy(size=1),
-    )
-    .write_parquet("out")
-)
-"""
-
-
 @pytest.mark.slow
 @needs_ray
 def test_rows_of_a_pipeline_of_ones_own(shards):
-    run(shards, [sys.executable, "-c", PIPELINE])
+    run(shards, [sys.executable, str(PROGRAMS / "ray_pipeline.py")])
     scored = pa.concat_tables(pq.ParquetFile(x).read() for x in (shards / "out").glob("*.parquet")).sort_by("id")
     assert scored["id"].to_pylist() == [*range(FILES * ROWS)]
     for i in range(FILES):

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import complaint, run
 from safetensors.torch import save_file
-from test_cli import complaint, run
 
 import fastood
 from fastood import SUCCESSORS, Fitted
