@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 (($#)) || set -- "python3.11 2.8.0 1.26.4 1.6.0 pyarrow==17.0.0" "python3.13 2.14.1 2.4.6 1.9.1"
-tests=$(echo tests/kernels/cpu tests/kernels/test_{dispatch,seam,operator}.py \
-  tests/test_{api,inputs,registry,compiled,export,detector,dim,attach,gradients,batchgrad,deep,threads,fork,files}.py)
+tests=$(echo tests/{attach,detector,files} tests/kernels/cpu tests/kernels/test_{dispatch,seam,operator}.py \
+  tests/test_{api,inputs,registry,compiled,export,dim,collect,gradients,batchgrad,deep,threads,fork}.py)
 failed=0
 for stack; do
   read -r python torch numpy sklearn others <<< "$stack"
