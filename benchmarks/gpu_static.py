@@ -20,6 +20,8 @@ loads rows in less than 128 bits at a time (64 for rows of 100 halves, and for G
 32 for rows of ten classes, a thread each, and for rows of odd length; an element for long rows that begin anywhere),
 takes more instructions than its budget, or is predicted a smaller share.
 
+--quick                   a third of the time, for CI: of long rows, which take longest to compile, those of 128,256 float32
+                          numbers, and for sm_80 and sm_100 every fourth kernel
 --fit                     fits the model's constants anew, and prints measured shares beside predicted ones
 --measured GPU_DAY_JSON   does so for what gpu_day.py measured of these kernels, and keeps that in gpu_measured.json
 """
@@ -593,8 +595,13 @@ def keep_measured(day: dict[str, Any]) -> None:
     gpu_model.write(gpu_model.Measured(known, kernels))
 
 
+def is_usual_long(case: Case) -> bool:
+    return case.dtype == FLOAT and case.C == 128256
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--measured", type=Path)
     given = parser.parse_args()
@@ -606,10 +613,11 @@ def main() -> int:
     print(__doc__.split("\n\n")[0])
     print(f"Triton {triton.__version__}; figures and budgets are of sm_90")
     # Compiling takes seconds a kernel. Of the other architectures each has every other kernel, and with the newest
-    # Triton, which CI runs too, those that it has not with the pinned one.
-    jobs = [(90, case) for case in CASES]
+    # Triton those that it has not with the pinned one.
+    cases = [case for case in CASES if not given.quick or not shapes.is_streamed(case.C) or is_usual_long(case)]
+    jobs = [(90, case) for case in cases]
     pinned = triton.__version__ == "3.7.1"
-    jobs += [((80, 100)[(i + pinned) % 2], case) for i, case in enumerate(CASES)]
+    jobs += [((80, 100)[(i + pinned) % 2], case) for i, case in enumerate(cases[:: 2 if given.quick else 1])]
     print(" " * 57, "regs  smem warps  KB        loads special  FP32  total budget again  share budget")
     failed = []
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
