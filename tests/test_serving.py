@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,10 +34,11 @@ def loaded(path):
 
 @pytest.fixture(scope="module")
 def artefacts(tmp_path_factory):
+    """What export.py writes, run as a command."""
     folder = tmp_path_factory.mktemp("artefacts")
-    export = loaded(SERVING / "export.py")
-    with torch.random.fork_rng():
-        export.export(*export.digits(), folder)
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(sys, "argv", ["export.py", str(folder)])
+        runpy.run_path(str(SERVING / "export.py"), run_name="__main__")
     return folder
 
 
@@ -76,12 +78,8 @@ def check_monitor(rows, monitor, times=1):
     assert monitor.not_finite == times
 
 
-def test_export_runs_as_a_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path)])
-    with torch.random.fork_rng():
-        code = (SERVING / "export.py").read_text(encoding="utf-8")
-        exec(compile(code, "export.py", "exec"), {"__name__": "__main__"})
-    assert {path.name for path in tmp_path.iterdir()} == {"served.pt2", "detector.safetensors"}
+def test_export_writes_both_files(artefacts):
+    assert {path.name for path in artefacts.iterdir()} == {"served.pt2", "detector.safetensors"}
 
 
 # Of FastAPI and its client, which have them when they are imported.

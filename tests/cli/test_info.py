@@ -9,6 +9,7 @@ import pytest
 from command_line import complaint, run
 
 import fastood
+from fastood.cli import app
 
 
 def test_demo_prints_the_table_and_the_files(data, monkeypatch):
@@ -57,7 +58,7 @@ def test_info_and_version():
     assert run("--version").stdout == f"fastood {fastood.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["score", "fit", "inspect", "eval", "demo", "info"])
+@pytest.mark.parametrize("command", [x.name or x.callback.__name__ for x in app.registered_commands])
 def test_help_shows_examples(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = run(command, "--help").stdout

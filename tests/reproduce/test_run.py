@@ -146,7 +146,7 @@ def test_the_networks_learned_and_differ_by_seed(digits):
     assert not torch.equal(load_file(first)["0.weight"], load_file(second)["0.weight"])
 
 
-def test_a_score_that_is_registered_joins(digits, tmp_path):
+def test_a_score_that_is_registered_joins(digits, tmp_path, undrawn):
     """And nothing is computed anew for it."""
     fastood.register(
         fastood.Score(
@@ -188,27 +188,26 @@ def reproduce_beside(out):
     )
 
 
-def test_kill_and_resume(tmp_path):
+def test_kill_and_resume(tmp_path, undrawn):
     told = re.compile(r"\d+/(\d+) (.*)\n")  # of a step that was made: its number, how many there are, what it is
-    first = reproduce_beside(tmp_path)
     before = []
-    for found in filter(None, map(told.fullmatch, first.stderr)):
-        before.append(found[2])
-        if len(before) == 5:
-            first.send_signal(signal.SIGKILL)
-            break
-    assert first.wait() == -signal.SIGKILL
-    first.stderr.close()
+    with reproduce_beside(tmp_path) as killed:
+        for found in filter(None, map(told.fullmatch, killed.stderr)):
+            before.append(found[2])
+            if len(before) == 5:
+                killed.send_signal(signal.SIGKILL)
+                break
+    assert killed.returncode == -signal.SIGKILL
     kept = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in whole(tmp_path)}
     assert len(kept) >= 5
     assert not (tmp_path / "README.md").exists()
 
-    _, errors = (second := reproduce_beside(tmp_path)).communicate()
-    assert second.returncode == 0, errors
-    after = told.findall(errors)
+    steps = []
+    reproduce.run(tmp_path, ["digits"], seeds=1, rows=60, deep_rows=10, progress=lambda *step: steps.append(step))
+    after = [what for what, new, _, _ in steps if new]
     # A step that ended before the kill may not have been told of.
-    assert {int(steps) for steps, _ in after} == {len(kept) + len(after)}
-    assert not set(before) & {what for _, what in after}
+    assert {of for *_, of in steps} == {len(kept) + len(after)}
+    assert not set(before) & set(after)
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in kept} == kept
     assert len(whole(tmp_path)) == len(kept) + len(after)
     assert (tmp_path / "README.md").exists()

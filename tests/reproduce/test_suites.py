@@ -44,7 +44,7 @@ def fake_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", fake)
 
 
-def test_the_imagenet_benchmark_from_folders(tmp_path, monkeypatch):
+def test_the_imagenet_benchmark_from_folders(tmp_path, monkeypatch, undrawn):
     """Of images made here: what counts is the road, and that every cell stands beside the paper's."""
     monkeypatch.setattr(tables, "RESAMPLES", 100)
     fake_timm(monkeypatch)
@@ -73,7 +73,7 @@ def test_the_imagenet_benchmark_from_folders(tmp_path, monkeypatch):
     assert len(list(outputs.iterdir())) == 5
 
 
-def test_the_papers_small_sets_through_torchvision(tmp_path, monkeypatch):
+def test_the_papers_small_sets_through_torchvision(tmp_path, monkeypatch, undrawn):
     """torchvision's classes, stood in for: of its shapes, orders of axes and names of attributes."""
 
     def kind(shape, channels_last, attribute):
