@@ -20,8 +20,8 @@ loads rows in less than 128 bits at a time (64 for rows of 100 halves, and for G
 32 for rows of ten classes, a thread each, and for rows of odd length; an element for long rows that begin anywhere),
 takes more instructions than its budget, or is predicted a smaller share.
 
---quick                   a third of the time, for CI: of long rows, which take longest to compile, those of 128,256 float32
-                          numbers, and for sm_80 and sm_100 every fourth kernel
+--quick                   a fifth of the time, for CI: of long rows, which take longest to compile, those of 128,256
+                          numbers of float32, and for sm_80 and sm_100 every fourth kernel
 --fit                     fits the model's constants anew, and prints measured shares beside predicted ones
 --measured GPU_DAY_JSON   does so for what gpu_day.py measured of these kernels, and keeps that in gpu_measured.json
 """
