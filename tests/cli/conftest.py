@@ -31,3 +31,9 @@ def det(data):
     run("fit", "val.npz", "--out", "det.safetensors", "--norm", "2", "--tpr", "0.9", "--temperature", "2")
     s = 2 * logsumexp(f / 2) * norm(h, 2)
     return s, np.sort(s)[3]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports come without their pictures, which take longer to draw than a command takes otherwise."""
+    monkeypatch.setattr("fastood.report._inline", lambda figure: "data:,")

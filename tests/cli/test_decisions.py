@@ -130,7 +130,7 @@ def test_a_detector_that_needs_feats_says_so(det, data):
     assert complaint("eval", *sets, "--detector", "det.safetensors") == text
 
 
-def test_eval_says_what_a_detector_accepts(det):
+def test_eval_says_what_a_detector_accepts(det, undrawn):
     f, h = save("near.npz", 4, 1)
     f[3] = np.nan
     np.savez("near.npz", logits=f, feats=h)

@@ -166,7 +166,7 @@ def test_eval_ends_with_what_to_do(data):
     assert f"Accept where {found.score} >= {found.threshold!r}: keeps 143 of the 150 ID rows" in result.stdout
 
 
-def test_eval_shows_a_bar_for_every_reading(data, monkeypatch):
+def test_eval_shows_a_bar_for_every_reading(data, monkeypatch, undrawn):
     from rich.progress import Progress
 
     bars = []
@@ -186,7 +186,7 @@ def auroc_in(path):
         return {row["score"]: float(row["auroc"]) for row in csv.DictReader(file)}
 
 
-def test_eval_drops_nan_rows_keeps_them_as_the_lowest_or_fails(data, monkeypatch):
+def test_eval_drops_nan_rows_keeps_them_as_the_lowest_or_fails(data, monkeypatch, undrawn):
     from fastood import plots
 
     grids = []

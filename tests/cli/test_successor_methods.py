@@ -103,7 +103,7 @@ def test_score_writes_them_beside_others(data):
 
 
 @pytest.mark.parametrize("name", SUCCESSORS)
-def test_fit_makes_a_detector_of_each(data, name):
+def test_fit_makes_a_detector_of_each(data, name, undrawn):
     entry = SUCCESSORS[name]
     options = [*(["--head", "head.npz"] if entry.head else [])]
     options += ["--train", "train.npz", "--train-labels-key", "labels"] if entry.fitted_on else []
