@@ -10,12 +10,11 @@ import struct
 import numpy as np
 import pytest
 from calibration import data
+from safetensors import numpy as safetensors_numpy
 
 import fastood
 from fastood import Detector
 from fastood.files import FileError
-
-safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
 
 
 def parts(path):

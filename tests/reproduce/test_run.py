@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,14 +26,45 @@ from fastood.reproduce.tables import printed
 TINY = ["--seeds", "2", "--rows", "120", "--deep-rows", "12"]
 
 
+def whole(out):
+    """What steps made; not what a kill left half written."""
+    return [path for path in (out / "cache").rglob("*.safetensors") if not path.name.startswith(".")]
+
+
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
+def killed_and_resumed(tmp_path_factory):
+    """A run that was killed after five steps and then run again: its folder, what either run told of, what was kept."""
     out = tmp_path_factory.mktemp("reproduce")
+    command = ["reproduce", "digits", "--out", str(out), *TINY]
+    told = re.compile(r"\d+/(\d+) (.*)\n")  # of a step that was made: its number, how many there are, what it is
+    before = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastood", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as killed:
+        for found in filter(None, map(told.fullmatch, killed.stderr)):
+            before.append(found[2])
+            if len(before) == 5:
+                killed.send_signal(signal.SIGKILL)
+                break
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "README.md").exists()
+    kept = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in whole(out)}
+
     state = torch.get_rng_state()
-    result = CliRunner().invoke(app, ["reproduce", "digits", "--out", str(out), *TINY])
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert torch.equal(torch.get_rng_state(), state)
-    return out
+    return SimpleNamespace(out=out, before=before, kept=kept, after=told.findall(result.stderr))
+
+
+@pytest.fixture(scope="module")
+def digits(killed_and_resumed):
+    return killed_and_resumed.out
 
 
 def cells(out):
@@ -176,46 +208,14 @@ def test_a_score_that_is_registered_joins(digits, tmp_path, undrawn):
     assert before < after
 
 
-def reproduce_beside(out):
-    command = [sys.executable, "-m", "fastood", "reproduce", "digits", "--out", str(out), "--seeds", "1"]
-    return subprocess.Popen(
-        [*command, "--rows", "60", "--deep-rows", "10"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_kill_and_resume(tmp_path, undrawn):
-    told = re.compile(r"\d+/(\d+) (.*)\n")  # of a step that was made: its number, how many there are, what it is
-    before = []
-    with reproduce_beside(tmp_path) as killed:
-        for found in filter(None, map(told.fullmatch, killed.stderr)):
-            before.append(found[2])
-            if len(before) == 5:
-                killed.send_signal(signal.SIGKILL)
-                break
-    assert killed.returncode == -signal.SIGKILL
-    kept = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in whole(tmp_path)}
+def test_a_run_goes_on_where_it_was_killed(killed_and_resumed):
+    out, before, kept, after = vars(killed_and_resumed).values()
     assert len(kept) >= 5
-    assert not (tmp_path / "README.md").exists()
-
-    steps = []
-    reproduce.run(tmp_path, ["digits"], seeds=1, rows=60, deep_rows=10, progress=lambda *step: steps.append(step))
-    after = [what for what, new, _, _ in steps if new]
     # A step that ended before the kill may not have been told of.
-    assert {of for *_, of in steps} == {len(kept) + len(after)}
-    assert not set(before) & set(after)
+    assert {int(steps) for steps, _ in after} == {len(kept) + len(after)}
+    assert not set(before) & {what for _, what in after}
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in kept} == kept
-    assert len(whole(tmp_path)) == len(kept) + len(after)
-    assert (tmp_path / "README.md").exists()
-
-
-def whole(out):
-    """What steps made; not what a kill left half written."""
-    return [path for path in (out / "cache").rglob("*.safetensors") if not path.name.startswith(".")]
+    assert len(whole(out)) == len(kept) + len(after)
 
 
 def test_a_command_says_what_is_wrong_in_a_line(tmp_path):
