@@ -18,6 +18,7 @@ from torch import Tensor
 from fastood._inputs import choice, number
 from fastood.kernels import STATISTICS, Stat
 from fastood.kernels.reference import LARGEST, Powers, times_norm
+from fastood.kernels.statistics import FORMULAS
 
 # What completes as a method; the last is any that was registered.
 Method = (
@@ -70,9 +71,9 @@ def stat_of(stat: Any) -> Stat:
         return name, number("gamma", gamma, above=0), int(M)
     if name == "gradient":
         raise ValueError("stats: gradient is asked for by fastood.gradient_norm")
-    if params:
+    if params and name in FORMULAS:
         raise ValueError(f"stats: {name} takes no parameters, got {stat!r}")
-    return name
+    return (name, *params) if params else name  # of one's own statistics nobody here knows what they take
 
 
 @dataclass(frozen=True, eq=False)
