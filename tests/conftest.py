@@ -1,9 +1,5 @@
 import functools
-import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,15 +12,12 @@ from hypothesis import HealthCheck, currently_in_test_context, reject, settings
 
 import fastood
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import approximate
-
-    approximate.install()
+pytest_plugins = ["interpreter", "pytester"]
 
 settings.register_profile("default", deadline=None, max_examples=60, print_blob=True)
-# What test_triton.py runs in Triton's interpreter, which is much slower, with float64 left out.
+# For Triton's interpreter, which is much slower, with float64 left out.
 settings.register_profile(
-    "interpreter", settings.get_profile("default"), max_examples=8, suppress_health_check=list(HealthCheck)
+    "interpreter", settings.get_profile("default"), max_examples=6, suppress_health_check=list(HealthCheck)
 )
 # A fuzz of some minutes, before a release: see CONTRIBUTING.md.
 settings.register_profile("fuzz", settings.get_profile("default"), max_examples=500)
@@ -54,46 +47,6 @@ def as_triton_takes_it(function, on_gpu):
         return back(function(*map(there, args), **kwargs))
 
     return moved
-
-
-def pytest_collection_modifyitems(items):
-    """Triton's part is the contract; all else that takes a backend it leaves to the reference."""
-    items[:] = [x for x in items if x.path.name == "test_contract.py" or parameters(x).get("backend") != "triton"]
-
-
-def parameters(item):
-    return item.callspec.params if hasattr(item, "callspec") else {}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def interpreter(request, tmp_path_factory):
-    """The processes that test_in_the_interpreter waits for: begun at once, to run beside the other tests."""
-    wanted = any(item.name == "test_in_the_interpreter" for item in request.session.items)
-    if not wanted or os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None:
-        yield
-        return
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    # The largest shapes, which take a minute, have smaller ones of their kind.
-    chosen = "triton and not 33001 and not 70000 and not 1000003"
-    command += ["--hypothesis-profile=interpreter", "-k"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
-    started = []
-    halves = " and (norms or stat)", " and not (norms or stat)"
-    for file, some in [("kernels/test_contract.py", ""), *(("test_triton.py", half) for half in halves)]:
-        log = tmp_path_factory.mktemp("interpreter") / "log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [*command, chosen + some, f"tests/{file}"],
-                cwd=Path(__file__).parent.parent,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        started.append((process, log))
-    yield started
-    for process, _ in started:
-        process.kill()
-        process.wait()
 
 
 CPU_LEVELS = ["base", "avx2", "avx512"]

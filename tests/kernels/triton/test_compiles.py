@@ -1,0 +1,27 @@
+"""Programs that compile the kernels ahead of time, for GPUs that are not there; benchmarks/gpu_static.py does more."""
+
+import program
+import pytest
+from interpreter import needs_triton, only_compiled
+
+pytestmark = [needs_triton, only_compiled]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_compiles_ahead_of_time(architecture):
+    """What benchmarks/gpu_static.py does not compile: rare statistics, orders and types; and for AMD, scores."""
+    program.run("ahead_of_time", architecture)
+
+
+@pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
+def test_no_helper_needs_its_tuples_told_apart(which):
+    """Triton 3.6 names what it compiles by the tensors and constants in the arguments, whatever tuples they are in:
+    called with ((x, y),) and with ((x,), (y,)) a helper has one body, and the second call's sums are wrong.
+    """
+    program.run("tuples", which, TRITON_ALWAYS_COMPILE="1")
+
+
+def test_reductions_have_one_layout_wherever_rows_begin():
+    """The order of a sum is that of the layout which the compiler gives a tile, and it hangs on the width of loads."""
+    program.run("layouts")
