@@ -99,13 +99,12 @@ class Deal:
         command += ["--hypothesis-profile=interpreter", f"--tb={self.config.option.tbstyle}", "--share", folder]
         command += sorted({str(item.path) for item in items})
         environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+        path = [str(Path(fastood.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(path)  # the fastood that is tested here
+        options = {"cwd": self.config.rootpath, "env": environment, "stderr": subprocess.STDOUT}
         for i in range(min(PROCESSES, len(items))):
             with (folder / f"log{i}").open("w") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        command, cwd=self.config.rootpath, env=environment, stdout=log, stderr=subprocess.STDOUT
-                    )
-                )
+                self.processes.append(subprocess.Popen(command, stdout=log, **options))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
