@@ -15,13 +15,15 @@ from torch import Tensor, is_grad_enabled
 from fastood._inputs import FLOATS
 from fastood._plan import Plan
 from fastood.kernels import _name_of, operator
-from fastood.kernels.seam import constant, differentiated, exporting, forward_mode
+from fastood.kernels.seam import constant, differentiated, exporting, forward
 from fastood.registry import SCORES
 
 _scores = torch.ops.fastood.scores.no_grad
 
 
-def short_way(logits: Any, feats: Any, asked: tuple[Any, ...]) -> Tensor | None:
+def short_way(
+    logits: Any, feats: Any, method: Any, norm: Any, temperature: Any, bias: Any, log: Any, oriented: Any, backend: Any
+) -> Tensor | None:
     """The operator for what is asked of ``score``; None where the long way must be gone, which is to trace all of it.
 
     That way can say what is wrong with an argument, converts what can be converted, and knows of gradients.
@@ -32,36 +34,40 @@ def short_way(logits: Any, feats: Any, asked: tuple[Any, ...]) -> Tensor | None:
             return None
         if x.requires_grad and is_grad_enabled():
             return None
-    if forward_mode() or (logits is not None and logits.shape[1] == 0):
+    if forward._current_level >= 0 or (logits is not None and logits.shape[1] == 0) or not isinstance(method, str):
         return None
-    fixed: list[Any] = []
-    for x in asked:
-        if x is None or isinstance(x, (str, bool)):
-            fixed.append(x)
-        elif isinstance(x, (int, float)):
-            fixed.append((float(x).hex(),))  # see operator.text
-        else:
+    if not (isinstance(temperature, float) or _is_int(temperature)):
+        return None
+    if not (norm is None or isinstance(norm, str)):
+        if not (isinstance(norm, float) or _is_int(norm)):
             return None
-    registered = id(SCORES.get(asked[0]))  # so that a score registered anew is seen
-    kinds = [None if x is None else (x.dtype, x.device, x.layout, x.is_nested) for x in (logits, feats)]
-    call = _work(registered, tuple(fixed), *kinds)
+        norm = (float(norm).hex(),)
+    call = _work(
+        id(SCORES.get(method)),  # so that a score registered anew is seen
+        (method, norm, float(temperature).hex(), bias, log, oriented, backend),  # see operator.text
+        None if logits is None else (logits.dtype, logits.device, logits.layout, logits.is_nested),
+        None if feats is None else (feats.dtype, feats.device, feats.layout, feats.is_nested),
+    )
     if call is None:
         return None
     takes, work = call.split(":")
     return _scores(logits if "f" in takes else None, feats if "h" in takes else None, None, work)
 
 
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
 @constant
-def _work(registered: int, fixed: tuple[Any, ...], logits: Any, feats: Any) -> str | None:
+def _work(registered: int, asked: tuple[Any, ...], logits: Any, feats: Any) -> str | None:
     """Which tensors the operator takes, and what it is to do, for tensors of these types, devices and layouts."""
     from fastood.api import _entry, _order
 
-    asked: list[Any] = [float.fromhex(*x) if isinstance(x, tuple) else x for x in fixed]
     method, norm, temperature, bias, log, oriented, backend = asked
     try:
         entry = _entry(method)
-        order = _order(entry, norm, feats is not None)
-        plan = Plan([(entry, order)], (-1,), temperature, bias, log, oriented, {})
+        order = _order(entry, float.fromhex(*norm) if isinstance(norm, tuple) else norm, feats is not None)
+        plan = Plan([(entry, order)], (-1,), float.fromhex(temperature), bias, log, oriented, {})
         plan._check_given(logits, feats)
     except (TypeError, ValueError):
         return None

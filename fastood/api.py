@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastood._compiled import short_way
 from fastood._fork import one_thread_if_forked
@@ -137,9 +138,9 @@ def score(
         (f, h), shape = rows_along(dim, logits=logits, feats=feats)
         options: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
         return score(f, h, method, **options, backend=backend, head=head, **params).reshape(shape)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if compiling and head is None and not params:
-        found = short_way(logits, feats, (method, norm, temperature, bias, log, oriented, backend))
+        found = short_way(logits, feats, method, norm, temperature, bias, log, oriented, backend)
         if found is not None:
             return found  # type: ignore[return-value]
     key = key_of(method, feats is not None, norm, backend, temperature, bias, log, oriented, params)

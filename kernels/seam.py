@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,8 @@ MODES: tuple[Callable[[], Any], ...] = (
     _of_torch("_C._len_torch_dispatch_stack", _always),  # make_fx, FakeTensorMode and the like
 )
 _is_functional = _of_torch("_is_functional_tensor", lambda x: True)
+# Holds the level of forward-mode autograd, -1 outside of it, which torch.compile checks before each call.
+forward: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
 
 
 def constant(function: F) -> F:
@@ -61,7 +64,7 @@ def _transformed() -> bool:
 
 
 def forward_mode() -> bool:
-    return getattr(forward_ad, "_current_level", 0) >= 0
+    return forward._current_level >= 0
 
 
 def differentiated() -> bool:
