@@ -702,14 +702,24 @@ def test_no_product_vanishes_on_the_way(backend):
     truth.assert_close(got, one_minus_s2 * u * u, 1000 * 2.0**-53 * one_minus_s2 * u * u)
 
 
-def test_scaled_by_features_whose_sums_leave_float32(backend):
-    if backend == "triton":
-        pytest.skip("triton's sums are float32")
-    h = torch.full((2, 64), 3e38)
+@pytest.mark.parametrize("method", ["scale", "lts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_by_features_at_the_ends_of_float32(backend, dtype, method):
+    """Whose sums are beyond it, by a few of them or by all, of one sign or of both; subnormal ones; equal ones."""
+    tiny = 1e-37 if (backend, dtype) == ("triton", torch.bfloat16) else 1e-40  # its interpreter takes that for 0
+    h = torch.full((9, 64), 3e38)
     h[0, 1], h[1, 2] = 1e38, math.inf
-    f, head = torch.linspace(-1, 1, 10).repeat(2, 1), (torch.zeros(10, 64), torch.zeros(10))
-    got = fastood.score(f, h, "scale", head=head, backend=backend)
-    x = truth.widen(h[0])
-    z = truth.widen(f[0]) * np.exp(x.sum() / np.sort(x)[::-1][:10].sum())
-    truth.assert_close(got[:1], truth.stat("energy", z[None]), 1e-5 * np.abs(z).max())
+    h[2, 5:], h[3, 3:], h[4, ::2] = 1.0, tiny, -2.9e38
+    h[5], h[6], h[7] = tiny * torch.arange(64), tiny, -1e38
+    h[8, 10:], h[8, :10] = -3e38, torch.arange(10) * 1e-3
+    f, head = torch.linspace(-0.1, 0.1, 10).repeat(9, 1), (torch.zeros(10, 64), torch.zeros(10))
+    f, h = f.to(dtype), h.to(dtype)
+    got = fastood.score(f, h, method, **({"head": head} if method == "scale" else {"p": 0.15}), backend=backend)
     assert got[1].isnan()
+    for i in [0, *range(2, 9)]:
+        x = truth.widen(h[i]) if method == "scale" else np.maximum(truth.widen(h[i]), 0)
+        total, largest = x.sum(), np.sort(x)[::-1][:10].sum()
+        t = total / largest if largest else truth.LD(1)
+        r = np.exp(t) if method == "scale" else t**2
+        expected = truth.stat("energy", r * truth.widen(f[i])[None])
+        truth.assert_close(got[i : i + 1], expected, 1e-5 * np.abs(expected), f"row {i}")

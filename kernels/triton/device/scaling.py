@@ -11,6 +11,8 @@ from fastood.kernels.triton.device.gen import selected
 from fastood.kernels.triton.device.gradient import collected, load_elements, masked, row_total
 from fastood.kernels.triton.device.words import INF, LN2, exp2_double, load_table, log, row_max
 
+HUGE = tl.constexpr(2.0**64)  # rows of features from here on are divided by it
+
 
 @triton.jit(do_not_specialize=["h_stride", "N"])
 def factors(
@@ -28,31 +30,36 @@ def factors(
     h = h_ptr + row * h_stride * S.vec
     zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
     vs = ()
-    sums, slot, odd, high = zero, zero, zero, zero - INF
+    high, most = zero - INF, zero  # the largest h, and |h| of what is in the row
     for i in tl.static_range(TILES):
         v = load_elements(h, i * W + lane, -INF, (i + 1) * W <= S.columns, S)
         there = masked(v, i * W + lane, (i + 1) * W <= S.columns, S)
-        odd += there - there  # NaN of what is not finite
-        if RELU:
-            v, there = tl.maximum(v, 0.0), tl.maximum(there, 0.0)
-        slot += there
-        sums, slot = collected(sums, slot, i, TILES)
+        most = tl.maximum(most, tl.abs(there), propagate_nan=tl.PropagateNan.ALL)
+        v = tl.maximum(v, 0.0) if RELU else v
         high = tl.maximum(high, v)
         vs = vs + (v,)
-    total = row_total(sums, S.each) + tl.sum(odd, 1, keep_dims=True).to(tl.float64)
+    h_max, most = row_max(high)[:, None], row_max(most)[:, None]
+    valid = most < INF
+    unit = tl.where((h_max if RELU else most) < HUGE, 1.0, 1.0 / HUGE)  # in which no sum leaves float32
+    scaled = ()
+    sums, slot = zero, zero
+    for i in tl.static_range(TILES):
+        scaled = scaled + (vs[i] * unit,)
+        slot += masked(scaled[i], i * W + lane, (i + 1) * W <= S.columns, S)
+        sums, slot = collected(sums, slot, i, TILES)
+    total = row_total(sums, S.each)
     largest = total
     if SELECT:
-        valid = total == total
-        threshold, number, next = selected(vs, row_max(high)[:, None], valid, K, SHIFT)
+        threshold, number, next = selected(scaled, h_max * unit, valid, K, SHIFT)
         sums, slot = zero, zero
         for i in tl.static_range(TILES):
-            slot += tl.where(vs[i] >= threshold, vs[i], 0.0)
+            slot += tl.where(scaled[i] >= threshold, scaled[i], 0.0)
             sums, slot = collected(sums, slot, i, TILES)
         largest = row_total(sums, S.each)
         largest += tl.where(number < K, (K - number).to(tl.float64) * next.to(tl.float64), 0.0)
     t = tl.where((total == 0.0) & (largest == 0.0), 1.0, total / largest)
     r = t * t if SQUARE else exp2_double(t * tl.full(t.shape, 1.0 / LN2, tl.float64))
-    tl.store(out_ptr + place, tl.where(total == total, r, float("nan")), mask=place < N)
+    tl.store(out_ptr + place, tl.where(valid, r, float("nan")), mask=place < N)
 
 
 @triton.jit(do_not_specialize=["f_stride", "N"])
