@@ -1,5 +1,7 @@
 import functools
+import json
 import os
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 # Of the processes that share the cores here, a thread that waits is to sleep: read when torch is loaded, theirs too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import program
 import torch
 from hypothesis import HealthCheck, currently_in_test_context, reject, settings
 
@@ -22,6 +25,13 @@ settings.register_profile(
 # A fuzz of some minutes, before a release: see CONTRIBUTING.md.
 settings.register_profile("fuzz", settings.get_profile("default"), max_examples=500)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """One seed for all tests: every backend is then asked about the same rows, whose truth is worked out once."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = random.randrange(2**32)
 
 
 def as_triton_takes_it(function, on_gpu):
@@ -50,6 +60,16 @@ def as_triton_takes_it(function, on_gpu):
 
 
 CPU_LEVELS = ["base", "avx2", "avx512"]
+
+
+@pytest.fixture(scope="session")
+def starts():
+    """What tests/programs/starts.py says of fastood's start, under several environments."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    from fastood.kernels.cpu import _native
+
+    return json.loads(program.run("starts", *(_native.levels() if _native else [])))
 
 
 @pytest.fixture(scope="session", params=["reference", *(f"cpu on {level}" for level in CPU_LEVELS), "triton"])

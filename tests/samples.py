@@ -7,7 +7,13 @@ import torch
 import truth
 from hypothesis import strategies as st
 
+import fastood
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+V_TERMS = [name for name, entry in fastood.SCORES.items() if "logits" in entry.needs and not entry.gradient]
+GRADIENTS = [name for name, entry in fastood.SCORES.items() if entry.gradient]
 
 
 def eps_of(x):

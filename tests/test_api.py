@@ -9,14 +9,12 @@ import torch
 import truth
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import V_TERMS
 
 import fastood
 
 F = torch.tensor([[4.0, 0.0, 1.0], [0.2, 0.1, 0.0]])
 H = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
-
-
-V_TERMS = ["msp", "energy", "varsum", "tv", "max_logit", "neg_entropy", "kl_uniform", "gen"]
 
 
 def test_default_is_energy_alone_or_times_norm_03():

@@ -3,9 +3,12 @@
 Nothing here imports fastood. A row is one vector; the functions take matrices and loop over rows.
 """
 
+import decimal
+import functools
+import hashlib
 import math
+from decimal import Decimal
 
-import mpmath
 import numpy as np
 
 LD = np.longdouble
@@ -19,6 +22,42 @@ def widen(x):
     return np.asarray(x).astype(LD)
 
 
+def kept(most=None):
+    """A function whose results are kept, all or the `most` latest: of the same rows for every backend."""
+
+    def of(function):
+        results = {}
+
+        @functools.wraps(function)
+        def once(*args):
+            key = tuple(map(contents, args))
+            if key not in results:
+                if len(results) == most:
+                    del results[next(iter(results))]
+                results[key] = function(*args)
+                for x in results[key] if isinstance(results[key], tuple) else (results[key],):
+                    x.flags.writeable = False
+            return results[key]
+
+        return once
+
+    return of
+
+
+def contents(x):
+    """What stands for an argument: for a tensor or an array its numbers."""
+    if hasattr(x, "detach"):
+        x = x.detach().double().numpy()
+    if not isinstance(x, np.ndarray):
+        return x
+    parts = [x]
+    if x.dtype == LD:  # which has bytes without a meaning
+        with np.errstate(all="ignore"):
+            parts = [x.astype(float), (x - x.astype(float)).astype(float)]
+    return x.dtype, x.shape, *(hashlib.blake2b(part.tobytes()).digest() for part in parts)
+
+
+@kept(most=8)
 def softmax_row(f, T):
     """p, 1 - p and log p of one row; -inf is a masked class."""
     top = int(np.argmax(f))
@@ -34,20 +73,31 @@ def softmax_row(f, T):
     return p, not_p, z - np.log1p(rest)
 
 
+# The statistic that a V term is; of GEN see gen.
+V_TERMS = {
+    "msp": "msp",
+    "energy": "energy",
+    "varsum": "s2",
+    "tv": "tv",
+    "max_logit": "fmax",
+    "neg_entropy": "plogp",
+    "kl_uniform": "kl_uniform",
+}
+
+
 def row_stat(name, f, T):
     p, not_p, log_p = softmax_row(f, T)
     top = int(np.argmax(f))
     C = len(f)
-    if name == "energy":
+    if name in ("energy", "lse"):
         if np.isnan(f).any() or not np.isfinite(f[top]):
             return f[top] if not np.isnan(f).any() else LD(np.nan)
-        return f[top] - LD(T) * log_p[top]
+        return f[top] - LD(T) * log_p[top] if name == "energy" else f[top] / LD(T) - log_p[top]
     if np.isnan(p).any():
         return LD(np.nan)
     others = np.arange(C) != top
     return {
         "fmax": lambda: f[top],
-        "lse": lambda: f[top] / LD(T) - log_p[top],
         "msp": lambda: p[top],
         "one_minus_msp": lambda: not_p[top],
         "log_msp": lambda: log_p[top],
@@ -55,7 +105,7 @@ def row_stat(name, f, T):
         "one_minus_s2": lambda: not_p[top] * p[top] + (p[others] * not_p[others]).sum(),
         "log_one_minus_s2": lambda: log_one_minus_s2(f, T, top),
         "tv": lambda: to_uniform(f, T, np.abs(LD(1) / C - p).sum() / 2, of_tv),
-        "plogp": lambda: sum((x * y for x, y in zip(p, log_p, strict=True) if x > 0), LD(0)),
+        "plogp": lambda: (p[p > 0] * log_p[p > 0]).sum(),
         "sumlogp": lambda: C * (log_p / C).sum(),
         "s2_sumlogp": lambda: (1 + (p**2).sum()) * (C * (log_p / C).sum()),
         "one": lambda: LD(1),
@@ -70,19 +120,26 @@ def to_uniform(f, T, value, exact):
         return value
     if (f == f[0]).all():
         return LD(0)
-    apart = np.diff(np.unique(f[np.isfinite(f)])).min(initial=LD(T))
-    with mpmath.workdps(60 + 2 * math.ceil(np.log10(LD(T) / apart))):
-        z = [mpmath.mpf(float(x)) / mpmath.mpf(float(T)) for x in f]
-        e = [mpmath.exp(x) for x in z]
-        return LD(mpmath.nstr(exact(z, e, mpmath.fsum(e), len(z)), 25))
+    values, times = np.unique(f, return_counts=True)
+    apart = np.diff(values[np.isfinite(values)]).min(initial=LD(T))
+    digits, far = 60 + 2 * math.ceil(np.log10(LD(T) / apart)), 10**9
+    with decimal.localcontext(decimal.Context(digits, Emin=-far, Emax=far, traps=[])):
+        z = [Decimal(x) / Decimal(float(T)) for x in values.astype(float).tolist()]
+        z = [x - z[-1] for x in z]
+        return LD(str(exact(z, [x.exp() for x in z], times.tolist(), Decimal(len(f)))))
 
 
-def of_tv(z, e, total, C):
-    return mpmath.fsum(abs(x / total - mpmath.mpf(1) / C) for x in e) / 2
+def of_tv(z, e, times, C):
+    total = weighted(e, times)
+    return weighted([abs(x / total - 1 / C) for x in e], times) / 2
 
 
-def of_kl_uniform(z, e, total, C):
-    return mpmath.log(total / C) - mpmath.fsum(z) / C
+def of_kl_uniform(z, e, times, C):
+    return (weighted(e, times) / C).ln() - weighted(z, times) / C
+
+
+def weighted(x, times):
+    return sum(a * n for a, n in zip(x, times, strict=True))
 
 
 def log_one_minus_s2(f, T, top):
@@ -97,11 +154,13 @@ def log_one_minus_s2(f, T, top):
     return pivot + np.log(e.sum()) + np.log(2 + (r - ratio)) - 2 * np.log1p(r)
 
 
+@kept()
 def stat(name, f, T=1.0):
     with np.errstate(all="ignore"):
         return np.array([row_stat(name, row, T) for row in widen(f)], dtype=LD)
 
 
+@kept()
 def gen(f, gamma, M, T=1.0):
     out = []
     for row in widen(f):
@@ -111,6 +170,7 @@ def gen(f, gamma, M, T=1.0):
     return np.array(out, dtype=LD)
 
 
+@kept()
 def norm(h, r, bias=False):
     """||h||_r of every row: [N]."""
     h = np.abs(widen(h))
@@ -131,6 +191,7 @@ def norm(h, r, bias=False):
     return u
 
 
+@kept()
 def batchgrad(f, h, G, T, bias, eps):
     """Equation 6 by its definition, class by class, [N]; and the error allowed."""
     z, h, G = widen(f), widen(h), widen(G)
@@ -149,6 +210,7 @@ def batchgrad(f, h, G, T, bias, eps):
     return np.array(out), allowed
 
 
+@kept()
 def gradient(f, labels, order, power, expectation, T, eps):
     """|| E_q[e_Y - p] ||^power or E_q[ || e_Y - p ||^power ] in long double, and the error allowed: two [N]."""
     values, allowed = [], []
@@ -183,6 +245,7 @@ def gradient(f, labels, order, power, expectation, T, eps):
 # ---- tolerances of the numeric contract
 
 
+@kept()
 def span(f):
     """Largest minus smallest finite logit of each row."""
     f = widen(f)
@@ -191,11 +254,17 @@ def span(f):
         return np.where(finite, f, -np.inf).max(1) - np.where(finite, f, np.inf).min(1)
 
 
+@kept()
+def largest(f):
+    """The largest finite |logit| of each row."""
+    f = widen(f)
+    return np.where(np.isfinite(f), np.abs(f), 0).max(1, initial=0)
+
+
 def tolerance(name, truth, f, T, eps):
     """Absolute error allowed on the statistic or V term `name`."""
-    f = widen(f)
     with np.errstate(all="ignore"):
-        size = np.where(np.isfinite(f), np.abs(f), 0).max(1, initial=0)
+        size = largest(f)
         least = 2.0**-126 if eps > 1e-9 else 2.0**-1022
         relative_tail = (32 + 4 * np.minimum(span(f) / T, 104)) * eps
         return {
