@@ -4,9 +4,8 @@ import contextlib
 import itertools
 import math
 import shutil
-import subprocess
-import sys
 
+import program
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -82,23 +81,27 @@ def test_operator_is_one(device, name):
         assert torch.equal(compiled(f, h), call(f, h))
 
 
-@pytest.mark.parametrize("name", list(fastood.SCORES))
-def test_operator_equals_the_kernel_to_the_bit(device, name):
-    log = fastood.SCORES[name].positive and name != "norm_eg_p_l2sq"
-    for options in ({}, {"log": True}) if log else ({},):
+def test_operator_equals_the_kernel_to_the_bit(device):
+    asked = [
+        (name, log)
+        for name, entry in fastood.SCORES.items()
+        for log in (False, True)
+        if not log or (entry.positive and name != "norm_eg_p_l2sq")
+    ]
 
-        def call(f, h, options=options):
-            return fastood.score(f, h, name, **options)
+    def every(f, h):
+        return [fastood.score(f, h, name, log=log) for name, log in asked]
 
-        ours, found, compiled = traced(call, *batch(5, device), dynamic=True)
-        assert len(ours) == 1
-        assert not {"max", "amax", "exp", "sum", "abs"}.intersection(found)
-        for n, dtype in itertools.product((3, 8), (torch.float32, torch.bfloat16)):
-            f, h = batch(n, device, C=20, D=11, dtype=dtype)
+    ours, found, compiled = traced(every, *batch(5, device), dynamic=True)
+    assert len(ours) == len(asked)
+    assert not {"max", "amax", "exp", "sum", "abs"}.intersection(found)
+    for n, dtype in itertools.product((3, 8), (torch.float32, torch.bfloat16)):
+        f, h = batch(n, device, C=20, D=11, dtype=dtype)
+        for of, got, expected in zip(asked, compiled(f, h), every(f, h), strict=True):
             if device == "cpu":
-                assert torch.equal(compiled(f, h), call(f, h))
+                assert torch.equal(got, expected), of
             else:  # formulas over several statistics are rounded to float64 by turns there
-                torch.testing.assert_close(compiled(f, h), call(f, h), rtol=1e-6, atol=0)
+                torch.testing.assert_close(got, expected, rtol=1e-6, atol=0, msg=lambda words, of=of: f"{of}: {words}")
 
 
 class Served(torch.nn.Module):
@@ -327,57 +330,15 @@ def test_operator_in_cuda_graphs_on_cuda(warm):
     assert not counters["inductor"]["cudagraph_skips"]
 
 
-# ---- what leaves the process
-
-
-def run_alone(code, *arguments):
-    """In a process that knows this one's modules by their files alone."""
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def exported(model, x):
-    with torch.no_grad():
-        return torch.export.export(model.eval(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
-
-
-def test_operator_asked_for_by_name_stays_in_an_export(tmp_path):
-    model = Served("cpu", norm=math.inf)
-    program = exported(model, torch.randn(5, 16))
-    assert "fastood.scores.default" in str(program.graph)
-    torch.export.save(program, tmp_path / "model.pt2")
-    x = torch.randn(9, 16)
-    torch.save((x, model(x)[1].detach()), tmp_path / "rows.pt")
-    code = """
-import sys, torch
-path, rows = sys.argv[1:]
-try:
-    torch.export.load(path)
-except Exception:
-    pass
-else:
-    raise AssertionError("no operator is in it")
-import fastood
-from fastood.kernels import Anchors, triton
-x, expected = torch.load(rows)
-torch.testing.assert_close(torch.export.load(path).module()(x)[1], expected, rtol=1e-5, atol=0)
-"""
-    run_alone(code, tmp_path / "model.pt2", tmp_path / "rows.pt")
-
-
 @pytest.mark.slow
 def test_operator_asked_for_by_name_stays_in_a_compiled_package(tmp_path):
+    """And in an exported program: tests/test_export.py."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++, which AOTInductor compiles with")
-    model = Served("cpu", norm=math.inf)
-    program = exported(model, torch.randn(5, 16))
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    model, rows = Served("cpu", norm=math.inf).eval(), {"x": {0: torch.export.Dim("n")}}
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.randn(5, 16),), dynamic_shapes=rows)
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
     x = torch.randn(9, 16)
     torch.save((x, model(x)[1].detach()), tmp_path / "rows.pt")
-    code = """
-import sys, torch, fastood
-x, expected = torch.load(sys.argv[2])
-torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1])(x)[1], expected, rtol=1e-5, atol=0)
-"""
-    run_alone(code, package, tmp_path / "rows.pt")
+    program.run("compiled_package", package, tmp_path / "rows.pt")

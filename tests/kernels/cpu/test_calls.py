@@ -1,21 +1,17 @@
 """A call of the C++ backend: the short way of plain tensors, levels, memory, threads and forks."""
 
 import math
-import os
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
+import program
 import pytest
 import torch
 
 import fastood
 from fastood import _plan
 from fastood.kernels.cpu import _native
-
-LEVELS = _native.levels() if _native else []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -93,53 +89,19 @@ def test_what_is_not_plain_goes_the_long_way():
         fastood.sweep(f, h, norms=(0, 0.1, 0.3, 0.5, 0.8, True, 2, 3, 4, 5, 6, math.inf))  # equal to the default
 
 
-def test_without_the_extension_it_says_so_once():
+def test_without_the_extension_it_says_so_once(starts):
     """Nothing else shows at installation that there was no compiler."""
-    code = """
-import sys, warnings
-sys.modules["fastood.kernels.cpu._native"] = None
-import torch, fastood
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    a = fastood.score(torch.ones(1, 2))
-    fastood.score(torch.ones(1, 2))
-    fastood.score(torch.ones(1, 2), backend="reference")
-print(len(caught), caught[0].message)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.startswith("1 fastood's C++ kernels were not built")
+    (said,) = starts["not built"]
+    assert said.startswith("fastood's C++ kernels were not built")
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_environment_forces_a_level(level):
-    code = "from fastood.kernels.cpu import _native; print(_native.level())"
-    env = {**os.environ, "FASTOOD_CPU_ISA": level}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == level
+def test_environment_forces_a_level(starts):
+    assert starts["levels"] == {level: level for level in _native.levels()}
 
 
-def test_no_matrix_is_copied(tmp_path):
+def test_no_matrix_is_copied():
     """Beyond its inputs a call takes O(N) memory and a fixed few hundred KB per thread."""
-    code = """
-import resource, torch, fastood
-torch.set_num_threads(2)
-f, h = torch.randn(20000, 1000), torch.randn(20000, 2048)
-fastood.sweep(f[:100], h[:100], backend="cpu")
-grid = torch.empty(20000, 4, 12).fill_(1.0), torch.empty(20000, 4, 12, dtype=torch.float64).fill_(1.0)
-del grid
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fastood.score(f, h, backend="cpu")
-fastood.score(f, h, "gradnorm", backend="cpu")
-fastood.norms(h, [0.1, 0.3, 1, 2], backend="cpu")
-fastood.score(f, h, "exgrad", log=True, backend="cpu")
-fastood.row_stats(f, backend="cpu")
-for q in (torch.full((1, 1000), 0.001), torch.full((1, 1000), 0.001).half()):
-    fastood.gradient_norm(f, h, q.expand(20000, 1000), backend="cpu")
-    fastood.gradient_norm(f, h, q.expand(20000, 1000), 3, 1, "outside", backend="cpu")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 4000  # KiB; a copy of the logits alone takes 78,000
+    assert int(program.run("memory_of_calls")) < 4000  # KiB; a copy of the logits alone takes 19,500
 
 
 @pytest.mark.parametrize(("N", "C", "D"), [(1, 300_000, 100_000), (3, 50_000, 7), (200, 1000, 2048), (1, 10, 16)])
@@ -198,17 +160,3 @@ def test_other_threads_run_during_a_call():
         last = now
     worker.join()
     assert max(gaps) < max(took)
-
-
-def test_in_a_forked_child():
-    """After the parent used its threads, a child that waited for them would hang."""
-    code = """
-import os, torch, fastood
-f = torch.randn(5000, 1000)
-before = fastood.score(f, backend="cpu")
-child = os.fork()
-if child == 0:
-    os._exit(0 if torch.equal(fastood.score(f, backend="cpu"), before) else 1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
