@@ -78,7 +78,8 @@ class Recommendation:
     differences : dict
         Every other label, the highest first -> Estimate of its mean AUROC minus that of ``score``.
     threshold : float
-        Accept an input as in-distribution where its score is >= this: keeps at least 95% of all ID rows.
+        Accept an input as in-distribution where its score is >= this: keeps at least 95% of all ID rows, as FPR95
+        has it. A ``Detector`` fitted on them mostly takes the next lower score: see ``threshold``.
     kept : Estimate
         The share that it keeps of the ID rows it was made of; the interval is for new ones.
     accepted : dict
@@ -162,6 +163,11 @@ def threshold(id_scores: ArrayLike) -> float:
     id_scores : array [N]
         Higher = more in-distribution. With fewer than 20 of them, t is the lowest. NaN and an empty vector raise
         ValueError, a masked array TypeError.
+
+    Notes
+    -----
+    It describes these N rows. A ``Detector`` promises its 95% of new rows and counts the new one too, 95% of N + 1: its
+    threshold is the next lower of the scores, or where 20 divides N + 1 the same.
 
     Examples
     --------

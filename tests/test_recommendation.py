@@ -6,10 +6,11 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import norm
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
-from fastood import recommendation
+from fastood import Detector, metrics, recommendation
 from fastood.evaluation import evaluate
 from fastood.plots import histograms
 from fastood.recommendation import Estimate, recommend, threshold
@@ -116,6 +117,24 @@ def test_the_threshold_keeps_the_fewest_that_are_95_percent(n):
     t = threshold(x)
     assert (x >= t).mean() >= 0.95
     assert (x > t).mean() < 0.95
+
+
+@pytest.mark.parametrize("n", [19, 20, 21, 38, 39, 40, 79, 100, 999, 1000])
+def test_thresholds_of_tables_curves_and_detectors(n):
+    rng = np.random.default_rng(n)
+    for x in (rng.permutation(n).astype(float), rng.normal(size=n).round(1)):  # the second with ties
+        y = rng.normal(x.mean(), x.std(), 50).round(1)
+        fpr, tpr, thresholds = roc_curve(np.repeat([1, 0], [n, 50]), np.concatenate([x, y]), drop_intermediate=False)
+        first = np.flatnonzero(tpr >= 0.95)[0]
+        t = threshold(x)
+        assert (y >= t).mean() == metrics.fpr95_in(x, y) == fpr[first]
+        # The curve's is the largest score of either side that has them above it, ID rows' or OOD rows'.
+        assert t == x[x >= thresholds[first]].min()
+        # A detector's is of n + 1 rows, the new one among them: the same where 20 divides that, else the next one down.
+        ranked, place = np.sort(x), n - math.ceil(95 * n / 100)
+        assert t == ranked[place]
+        fitted = Detector("max_logit", norm=None).fit(torch.from_numpy(x)[:, None])
+        assert fitted.threshold == ranked[place - ((n + 1) % 20 > 0)]
 
 
 def test_an_infinite_threshold():
