@@ -3,7 +3,7 @@
 import sys
 from glob import glob
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 native = Extension(
     "fastood.kernels.cpu._native",
@@ -17,14 +17,7 @@ native = Extension(
 )
 
 setup(
-    packages=[
-        "fastood",
-        "fastood.kernels",
-        "fastood.kernels.cpu",
-        "fastood.kernels.triton",
-        "fastood.kernels.triton.device",
-        "fastood.reproduce",
-    ],
+    packages=find_packages(include=["fastood", "fastood.*"]),
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )
