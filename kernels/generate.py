@@ -62,9 +62,9 @@ VANISHING = tl.constexpr($vanishing)  # a bit for each statistic
 
 
 @triton.jit
-def formula(CODE: tl.constexpr, gap,
+def formula(CODE: tl.constexpr, gap=None,
             $quantities):
-    """A statistic of rows; one that vanishes with the rest in units of its weight, 2^gap."""
+    """A statistic of rows; one that vanishes with the rest in units of its weight, 2^gap. It takes its quantities."""
 $branches
 ''')
 
@@ -104,7 +104,7 @@ def triton() -> str:
         sums="\n".join(f"{s.name} = tl.constexpr({s.value})" for s in Sums),
         limits="\n".join(f"{name} = tl.constexpr({value})" for name, value in LIMITS.items() if name != "UNSCALED"),
         vanishing=bin(sum(s.vanishes << i for i, s in enumerate(TABLE))),
-        quantities=fill(", ".join(QUANTITIES), 100).replace("\n", "\n" + " " * 12),
+        quantities=fill(", ".join(f"{name}=None" for name in QUANTITIES), 100).replace("\n", "\n" + " " * 12),
         branches="    " + "\n    el".join(branches),
     )
 

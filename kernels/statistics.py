@@ -41,7 +41,9 @@ QUANTITIES: dict[str, Sums] = {
     "log_sum": EXP,  # log (1 + r1)
     "r2": EXP | SQUARES,  # sum of the rest's e^2z, to the precision of 1 + r2
     "mean_z": EXP | SUMLOGP,
-    "tv": EXP | TV,  # this and the next take a second look at flat rows, in each backend's own way
+    # These are formulas too, sum |p - 1/C| / 2 and log (1 + r1) - log C - mean z, but each backend has them by hand: by
+    # what they give, in the arithmetic of its sums, it tells which rows are flat, and looks at those again.
+    "tv": EXP | TV,
     "kl_uniform": EXP | SUMLOGP | KL,
     "rest": EXP | REST,  # r1 to relative precision
     "rest_squares": EXP | REST | SQUARES,  # r2 to relative precision

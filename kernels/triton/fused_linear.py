@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fastood.kernels.contract import Stat
-from fastood.kernels.statistics import EXP, SQUARES
-from fastood.kernels.triton import device
+from fastood.kernels.statistics import EXP, FORMULAS, SQUARES
+from fastood.kernels.triton import device, shapes
 
-# One sweep gives these to the numeric contract; device/linear.py has them in this order.
-STATS = ("fmax", "lse", "energy", "msp", "s2", "one", "uniform")
+# The quantities that one sweep gives to the numeric contract, and the statistics that are made of no others.
+QUANTITIES = {"fmax", "T", "C", "r1", "p_max", "log_sum", "r2"}
+STATS = {name: shapes.STATS[name] for name, s in FORMULAS.items() if s.quantities <= QUANTITIES}
 
 
 class Tiling(NamedTuple):
@@ -94,7 +95,7 @@ def linear(
         classes = torch.empty([parts, N], dtype=torch.int32, device=on) if predict else None
         scale = math.log2(math.e) / temperature
         bias = None if bias is None else bias.contiguous()
-        constants = tiling.constants(D, "s2" in stats)
+        constants = tiling.constants(D, any(FORMULAS[str(s)].sums & SQUARES for s in stats))
         with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
             device.linear.partial_sums[math.ceil(N / tiling.rows) * parts,](
                 feats, feats.stride(0), weight, weight.stride(0), bias, part, classes, N, C, D, scale,
@@ -102,6 +103,6 @@ def linear(
             )  # fmt: skip
             device.linear.merged[math.ceil(N / MERGED["ROWS"]),](
                 part, classes, out, best, N, C, parts, scale, temperature,
-                STATS=tuple(STATS.index(str(s)) for s in stats), SUMS=constants["SUMS"], **MERGED,
+                STATS=tuple(STATS[str(s)] for s in stats), SUMS=constants["SUMS"], **MERGED,
             )  # fmt: skip
     return out, best

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.gpu_static import BFLOAT, HALF, POINTERS, usage
 from fastood.kernels.triton import device
-from fastood.kernels.triton.fused_linear import HOPPER, MERGED, OTHERS
+from fastood.kernels.triton.fused_linear import HOPPER, MERGED, OTHERS, STATS
 
 architecture = int(sys.argv[1])
 types = {"part_ptr": "*fp32", "class_ptr": "*i32", "out_ptr": "*fp64", "best_ptr": "*i64", "scale": "fp32"}
@@ -40,5 +40,5 @@ for dtype in (BFLOAT, HALF):
         assert stack == 0, case
         assert architecture != 90 or "wgmma.mma_async" in compiled.asm["ptx"], case
         assert "cp.async.cg" in compiled.asm["ptx"], case
-constants = {"STATS": (0, 1, 2, 3, 4, 5, 6), "SUMS": 3, **MERGED}
+constants = {"STATS": tuple(STATS.values()), "SUMS": 3, **MERGED}
 assert spills(device.linear.merged, types, constants, 4)[0] == 0

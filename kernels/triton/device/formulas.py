@@ -22,9 +22,10 @@ VANISHING = tl.constexpr(0b10010110000)  # a bit for each statistic
 
 
 @triton.jit
-def formula(CODE: tl.constexpr, gap,
-            fmax, T, C, r1, p_max, log_sum, r2, mean_z, tv, kl_uniform, rest, rest_squares, rest_log, rest_z):
-    """A statistic of rows; one that vanishes with the rest in units of its weight, 2^gap."""
+def formula(CODE: tl.constexpr, gap=None,
+            fmax=None, T=None, C=None, r1=None, p_max=None, log_sum=None, r2=None, mean_z=None, tv=None,
+            kl_uniform=None, rest=None, rest_squares=None, rest_log=None, rest_z=None):
+    """A statistic of rows; one that vanishes with the rest in units of its weight, 2^gap. It takes its quantities."""
     if CODE == 0:  # fmax
         return tl.where(tl.abs(fmax) < INF, fmax, float("nan"))
     elif CODE == 1:  # lse

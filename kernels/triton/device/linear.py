@@ -8,11 +8,9 @@ nor what is left beside the maximum.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.formulas import SQUARES
+from fastood.kernels.triton.device.formulas import SQUARES, formula
 from fastood.kernels.triton.device.words import INF, INTERPRETED, exp2_double, in_full, log
 
-# The statistics, in the order of fused_linear.py.
-FMAX, LSE, ENERGY, MSP, S2, ONE, UNIFORM = (tl.constexpr(i) for i in range(7))
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 STEP_UP = tl.constexpr(4.0)  # how far the maximum may be above the pivot, in powers of two, before that follows
 
@@ -103,7 +101,8 @@ def product(a, b, sum):
 @triton.jit(do_not_specialize=["N", "C", "parts"])
 def merged(part_ptr, class_ptr, out_ptr, best_ptr, N, C, parts, scale, temperature,
            STATS: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """The parts of ROWS rows to statistics, out [len(STATS), N] in float64, and the class of the maximum."""
+    """The parts of ROWS rows to statistics, out [len(STATS), N] in float64, and the class of the maximum. STATS: their
+    numbers in formulas.py."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     row = tl.minimum(row, N - 1)[None, :]
@@ -131,26 +130,20 @@ def merged(part_ptr, class_ptr, out_ptr, best_ptr, N, C, parts, scale, temperatu
             which = tl.where((high == f_max[None, :]) & (which >= 0), which, 0x7FFFFFFF)
             best = tl.minimum(best, tl.min(which, 0))
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    e_max = tl.exp2((f_max - pivot) * scale).to(tl.float64)
-    total = tl.maximum(sum1 / e_max, 1.0)
-    finite = (tl.abs(f_max) < INF) & (sum1 == sum1)
-    nan = tl.where(sum1 == sum1, f_max, float("nan")).to(tl.float64)
+    per_e_max = tl.exp2((pivot - f_max) * scale).to(tl.float64)
+    f_max = tl.where(sum1 == sum1, f_max, float("nan")).to(tl.float64)
+    total = tl.where(tl.abs(f_max) < INF, tl.maximum(sum1 * per_e_max, 1.0), float("nan"))
     for i in tl.static_range(len(STATS)):
-        if STATS[i] == FMAX:
-            x = tl.where(finite, f_max, float("nan")).to(tl.float64)
-        elif STATS[i] == ENERGY:
-            x = tl.where(finite, f_max.to(tl.float64) + log(total.to(tl.float32)) * temperature, nan)
-        elif STATS[i] == LSE:
-            x = tl.where(finite, f_max.to(tl.float64) / temperature + log(total.to(tl.float32)), nan)
-        elif STATS[i] == MSP:
-            x = tl.where(finite, 1.0 / total, float("nan"))
-        elif STATS[i] == ONE:
-            x = tl.where(finite, 1.0, float("nan")).to(tl.float64)
-        elif STATS[i] == UNIFORM:
-            x = tl.where(finite, 1.0 / C.to(tl.float64), float("nan"))
-        else:
-            tl.static_assert(STATS[i] == S2)
-            x = tl.where(finite, sum2 / (sum1 * sum1), float("nan"))
+        x = formula(
+            STATS[i],
+            fmax=f_max,
+            T=temperature,
+            C=C.to(tl.float64),
+            r1=total - 1.0,
+            p_max=1.0 / total,
+            log_sum=log(total.to(tl.float32)),
+            r2=sum2 * (per_e_max * per_e_max) - 1.0,
+        )
         tl.store(out_ptr + i * N.to(tl.int64) + row, x, mask=inside)
     if best_ptr is not None:
         tl.store(best_ptr + row, tl.where(best < C, best, 0).to(tl.int64), mask=inside)
