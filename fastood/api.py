@@ -412,7 +412,8 @@ def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
         moved: Any = x.movedim(dim, -1) if isinstance(x, Tensor) else np.moveaxis(x, dim, -1)
         shapes[name] = tuple(moved.shape[:-1])
         rows.append(moved.reshape(math.prod(shapes[name]), moved.shape[-1]))
-    if len(set(shapes.values())) > 1:
+    of_each = list(shapes.values())
+    if any(shape != of_each[0] for shape in of_each[1:]):  # a set would make numbers of a compiler's symbols
         (first, wanted), *_, (name, got) = shapes.items()
         raise ValueError(f"{name} must have the positions of {first}, {list(wanted)}, got {list(got)}")
     return rows, (*shapes.values(), ())[0]

@@ -118,6 +118,42 @@ def test_compiled():
     torch.testing.assert_close(compiled(logits), fastood.score(logits, method="msp", dim=1))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, in its compiler
+def test_compiled_once_for_any_batch():
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def call(f, h):
+        return fastood.score(f, h, norm=0.3, dim=1)
+
+    compiled = torch.compile(call, backend=keep, fullgraph=True, dynamic=True)
+    for n in range(2, 13):  # torch gives up after 8 compilations
+        f, h = torch.randn(n, 7, 4, n + 1), torch.randn(n, 9, 4, n + 1)
+        torch.testing.assert_close(compiled(f, h), call(f, h))
+    assert len(graphs) == 1
+    with pytest.raises(ValueError, match=r"feats must have the positions of logits, \[5, 4, 5\], got \[5, 4, 6\]"):
+        torch.compile(call, backend="eager", dynamic=True)(torch.randn(5, 7, 4, 5), torch.randn(5, 9, 4, 6))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_any_batch(strict):
+    class Pixels(torch.nn.Module):
+        def forward(self, f, h):
+            return fastood.score(f, h, "tv", norm=2, dim=1)
+
+    rows = {0: torch.export.Dim("n")}
+    inputs = torch.randn(3, 7, 4, 5), torch.randn(3, 9, 4, 5)
+    program = torch.export.export(Pixels(), inputs, dynamic_shapes={"f": rows, "h": rows}, strict=strict)
+    for n in (2, 6):
+        f, h = torch.randn(n, 7, 4, 5), torch.randn(n, 9, 4, 5)
+        torch.testing.assert_close(program.module()(f, h), Pixels()(f, h), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
