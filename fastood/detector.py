@@ -854,7 +854,8 @@ class _Sample:
         values, upto = self.ranked()
         last = np.searchsorted(values, scores, side="right")
         count = np.where(last > 0, upto[last - 1], 0)
-        return (1 + np.minimum(count + self.slack, self.n)) / (self.n + 1)
+        # As float64 first: torch.compile, which makes torch's operations of numpy's, divides integers in float32.
+        return (1 + np.minimum(count + self.slack, self.n)).astype(np.float64) / (self.n + 1)
 
     def too_few(self, tpr: float) -> str:
         if self.sketched:

@@ -230,6 +230,20 @@ def test_compiled_and_exported(per_class):
     assert torch.equal(exported(logits[:9], feats[:9]), expected[:9])
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.filterwarnings("ignore")  # torch's own, in its compiler
+def test_a_compiled_p_value_is_the_eager_one_to_the_bit(per_class):
+    """Which is what lets p > 1 - tpr say which rows are accepted."""
+    torch._dynamo.reset()
+    logits, feats = data()
+    fitted = Detector(tpr=0.95, per_class=per_class).fit(logits, feats)
+    p = torch.compile(fitted.p_value, backend="eager")(logits, feats)
+    assert torch.equal(p, fitted.p_value(logits, feats))
+    if not per_class:
+        assert torch.equal(p > 1 - 0.95, fitted.accept(logits, feats))
+        assert len(set((p * 301).tolist())) > 200  # of 300 rows
+
+
 def test_pickle_and_copy():
     logits, feats = data()
     fitted = Detector(per_class=True, tpr=0.8).fit(logits, feats)
