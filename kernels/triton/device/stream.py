@@ -8,6 +8,8 @@ The second sweep goes from the end of the row to its beginning: what was read la
 needs it again.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -41,6 +43,14 @@ from fastood.kernels.triton.device.words import (
 LEAST_SHIFT = tl.constexpr(-(2.0**20))  # a row whose maximum is that far from 0 is read again
 
 
+class Slots(NamedTuple):
+    """Of each slot, so far."""
+
+    top: Any  # the word of its largest logits
+    shift: Any
+    sums: Any  # relative to the shift: see add_element
+
+
 @triton.jit
 def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.constexpr):
     """The RowSums of one row, K tiles in flight.
@@ -58,15 +68,16 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
     shift = tl.full([1, LANES], LEAST_SHIFT, tl.float32)
     zero = tl.zeros_like(shift)
     top = tl.full([1, LANES], filler(-INF, X.p, TYPE), tl.uint32 if X.p == 2 else tl.float32)
-    sums = no_exp(zero, SUMS)
+    slots = Slots(top, shift, no_exp(zero, SUMS))
     for group in range(GROUPS - 1):
         us = read_tiles(rows, group * (X.w * K), X, K, False, "")
-        top, shift, sums = add_words(top, shift, sums, us, scale, group * EACH, zero == 0.0, X, TYPE, SUMS)
+        slots = add_words(slots, us, scale, group * EACH, zero == 0.0, X, TYPE, SUMS)
     last = read_tiles(rows, (GROUPS - 1) * X.w * K, X, LAST, True, "")
     own = lane < C // X.vec - (X.tiles - 1) * LANES  # of the last tile
-    top, shift, sums = add_words(top, shift, sums, last, scale, (GROUPS - 1) * EACH, own, X, TYPE, SUMS)
+    slots = add_words(slots, last, scale, (GROUPS - 1) * EACH, own, X, TYPE, SUMS)
 
-    tops = unpack(top, X.p, TYPE)
+    shift, sums = slots.shift, slots.sums
+    tops = unpack(slots.top, X.p, TYPE)
     high = tops[0] if X.p == 1 else larger(tops[0], tops[1])
     f_max = row_max(high)
     rest = tl.zeros_like(f_max)
@@ -189,10 +200,11 @@ def of_threads(u, VW: tl.constexpr):
 
 
 @triton.jit
-def add_words(top, shift, sums, us, scale, before, own, X: tl.constexpr, TYPE: tl.constexpr, SUMS: tl.constexpr):
+def add_words(slots, us, scale, before, own, X: tl.constexpr, TYPE: tl.constexpr, SUMS: tl.constexpr):
     """Adds words to the sums of their slots, which have `before` elements; `own`: the last of each thread, X.words of a
     tile, are the row's."""
     LEN: tl.constexpr = len(us)
+    top, shift, sums = slots.top, slots.shift, slots.sums
     if REST & SUMS:
         us = largest_first((top,) + us, X.p, TYPE)  # the largest stays out of the sums
         top = us[0]
@@ -220,7 +232,7 @@ def add_words(top, shift, sums, us, scale, before, own, X: tl.constexpr, TYPE: t
                         t = tl.where(own, t, 0.0)
                 added = add_element(added, e, t, SUMS)
         sums = rescaled(sums, added, down, tl.exp2(down), before, SUMS)
-    return top, shift, sums
+    return Slots(top, shift, sums)
 
 
 @triton.jit
