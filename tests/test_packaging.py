@@ -27,7 +27,8 @@ def test_a_wheel_holds_every_module_and_no_sources_of_cpp(tmp_path):
     modules |= {f"kernels/{path.relative_to(package / 'kernels')}" for path in (package / "kernels").glob("**/*.py")}
     installed = tmp_path / "installed" / "fastood"
     assert {str(path.relative_to(installed)) for path in installed.glob("**/*.*")} == modules | data
-    code = "import fastood, fastood.cli, fastood.reproduce, torch; print(fastood.__file__, fastood.score(torch.ones(1, 2)))"
+    code = "import fastood, fastood.cli, fastood.reproduce, torch\n"
+    code += "print(fastood.__file__, fastood.score(torch.ones(1, 2)))"
     environment = os.environ | {"PYTHONPATH": str(installed.parent), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-W", "ignore", "-c", code]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
