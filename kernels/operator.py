@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastood._fork import one_thread_if_forked
 from fastood.kernels import reference
-from fastood.kernels.contract import Anchors, Column, Request, Run, Scaling, result_dtype
+from fastood.kernels.contract import Anchors, Backend, Column, Request, Run, Scaling, result_dtype
 from fastood.kernels.seam import exporting
 
 DEVICES = "cpu", "cuda"
@@ -127,10 +128,11 @@ class _Asked:
     def __call__(self, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
         if self.quick is not None and (out := self.quick(logits, feats, labels)) is not None:
             return out
-        from fastood.kernels import BACKENDS, prepared
+        from fastood.kernels import prepared
 
         C, D = (0 if x is None else x.shape[1] for x in (logits, feats))
-        run = prepared(BACKENDS[self.backend], self.request, C, D)
+        backend = _serving(self.backend, result_dtype(logits, feats), logits, feats, labels)
+        run = prepared(backend, self.request, C, D)
         out = run(logits, feats, labels).to(self.dtype)
         if self.request.columns and self.dtype == torch.float32:
             self.quick = run.quick
@@ -140,11 +142,22 @@ class _Asked:
 _asked = lru_cache(maxsize=1024)(_Asked)
 
 
+def _serving(name: str, dtype: torch.dtype, *tensors: Tensor | None) -> Backend:
+    """The backend that a graph names, which may be of another machine, or have been moved to another device."""
+    from fastood.kernels import BACKENDS, _name_of
+
+    devices = list(dict.fromkeys(x.device for x in tensors if x is not None))
+    if len(devices) > 1:
+        raise ValueError(f"logits and what goes with them must be on one device, got {', '.join(map(str, devices))}")
+    return BACKENDS[_name_of(name, devices[0], dtype)]
+
+
 def _first(*tensors: Tensor | None) -> Tensor:
     return next(x for x in tensors if x is not None)
 
 
 def _scores(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
+    one_thread_if_forked()
     return _asked(work)(logits, feats, labels)
 
 
@@ -167,13 +180,13 @@ _anchors: MutableMapping[Tensor, tuple[Any, Run]] = WeakTensorKeyDictionary()
 
 
 def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tensor:
+    one_thread_if_forked()
     of = work, 0 if G.is_inference() else G._version
     known = _anchors.get(G)
-    if known is None or known[0] != of:
-        from fastood.kernels import BACKENDS
-
+    if known is None or known[0] != of or not logits.device == feats.device == G.device:
+        backend = _serving(work.split(";")[0], result_dtype(logits, feats, G), logits, feats, G)
         anchors = _anchors_of(G.detach(), work)  # which is not G, or G would live for ever
-        known = _anchors[G] = of, BACKENDS[work.split(";")[0]].batchgrad(anchors)
+        known = _anchors[G] = of, backend.batchgrad(anchors)
     return known[1](logits, feats)
 
 

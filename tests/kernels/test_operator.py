@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastood
-from fastood.kernels import Anchors, Column, Request, triton
+from fastood.kernels import Anchors, Column, Request, cpu, triton
 from fastood.kernels.operator import work_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -234,6 +234,37 @@ def test_operator_forgets_a_g_that_is_gone():
     assert len(_anchors) == before
 
 
+def test_operator_says_why_its_backend_cannot_serve_here(monkeypatch):
+    """A graph that comes from a file may have been made where there was a backend, or for another device."""
+    from fastood.kernels import operator
+
+    f, h = batch(5)
+    anchors = torch.randn(12, 9)
+    work = some_work("cpu")[0]
+    assert ops.scores.no_grad(f, h, None, work).shape == (5, 2)
+    assert ops.batchgrad.no_grad(f, h, anchors, f"cpu;0;1;{(1.0).hex()}").shape == (5,)
+    with FakeTensorMode():  # as the operator would be called with CUDA tensors, once it has served others
+        there, it = batch(5, "cuda"), r"backend 'cpu' cannot serve torch\.float32 on cuda:0: it serves CPU tensors"
+        with pytest.raises(RuntimeError, match=it):
+            operator._scores(*there, None, work)
+        with pytest.raises(RuntimeError, match=it):
+            operator._batchgrad(*there, torch.empty(12, 9, device="cuda"), f"cpu;0;1;{(1.0).hex()}")
+        apart = there[0], torch.empty(5, 9)
+        for call in (
+            lambda: operator._scores(*apart, None, work),
+            lambda: operator._batchgrad(*apart, anchors, f"cpu;0;1;{(1.0).hex()}"),
+        ):
+            with pytest.raises(ValueError, match="must be on one device, got cuda:0, cpu"):
+                call()
+    operator._asked.cache_clear()
+    monkeypatch.setattr(cpu, "_native", None)
+    for name, why in (("cpu", r"its C\+\+ part was not built"), ("triton", "it (needs Triton|serves CUDA tensors)")):
+        with pytest.raises(RuntimeError, match=rf"^backend '{name}' cannot serve torch\.float32 on cpu: {why}"):
+            ops.scores.no_grad(f, h, None, work.replace("cpu", name))
+        with pytest.raises(RuntimeError, match=rf"^backend '{name}' cannot serve torch\.float32 on cpu: {why}"):
+            ops.batchgrad.no_grad(f, h, torch.randn(12, 9), f"{name};0;1;{(1.0).hex()}")
+
+
 def test_operator_has_no_part_in_function_transforms(device):
     f, h = torch.randn(3, 4, 12, device=device), torch.randn(3, 4, 9, device=device)
     calls = (
@@ -330,15 +361,27 @@ def test_operator_in_cuda_graphs_on_cuda(warm):
     assert not counters["inductor"]["cudagraph_skips"]
 
 
-@pytest.mark.slow
-def test_operator_asked_for_by_name_stays_in_a_compiled_package(tmp_path):
-    """And in an exported program: tests/test_export.py."""
-    if shutil.which("g++") is None:
+@pytest.mark.parametrize(
+    ("device", "form"),
+    [
+        pytest.param("cpu", "compiled", marks=pytest.mark.slow),
+        pytest.param("cuda", "exported", marks=needs_gpu),
+        pytest.param("cuda", "compiled", marks=[needs_gpu, pytest.mark.slow]),
+    ],
+    indirect=["device"],
+)
+def test_operator_asked_for_by_name_stays_in_an_artefact(device, form, tmp_path):
+    """Which another process then runs; an exported one of a CPU is tests/test_export.py's."""
+    if form == "compiled" and shutil.which("g++") is None:
         pytest.skip("needs g++, which AOTInductor compiles with")
-    model, rows = Served("cpu", norm=math.inf).eval(), {"x": {0: torch.export.Dim("n")}}
+    model = Served(kernels_of(device), norm=math.inf).to(device).eval()
+    rows, x = {"x": {0: torch.export.Dim("n")}}, torch.randn(9, 16, device=device)
     with torch.no_grad():
-        exported = torch.export.export(model, (torch.randn(5, 16),), dynamic_shapes=rows)
-    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
-    x = torch.randn(9, 16)
-    torch.save((x, model(x)[1].detach()), tmp_path / "rows.pt")
-    program.run("compiled_package", package, tmp_path / "rows.pt")
+        exported = torch.export.export(model, (x[:5],), dynamic_shapes=rows)
+        torch.save((x, model(x)[1]), tmp_path / "rows.pt")
+    assert "fastood.scores" in str(exported.graph)
+    if form == "exported":
+        torch.export.save(exported, tmp_path / "model.pt2")
+    else:
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    program.run("artefact_by_name", form, tmp_path / "model.pt2", tmp_path / "rows.pt")

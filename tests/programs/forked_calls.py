@@ -108,6 +108,15 @@ TENSORS = {
 for name, entry in fastood.SCORES.items():
     for log in {False, entry.positive}:
         TENSORS[f"score {name} {log}"] = lambda name=name, log=log: fastood.score(f, h, name, log=log)
+COMPILED = {  # in the parent, without loops of the compiler's own: what waits is what an operator of ours runs
+    "score": lambda: fastood.score(f, h),
+    "score at the end of the floats": lambda: fastood.score(f, h, temperature=1e-35),
+    "score log": lambda: fastood.score(f, h, "msp", log=True),
+    "norms of many orders": lambda: fastood.norms(h, [r / 10 for r in range(1, 40)]),
+    "BatchGrad": lambda: detector.score(f, h),
+}
+for name, call in COMPILED.items():
+    TENSORS[f"compiled {name}"] = torch.compile(call, backend="eager", fullgraph=True)
 calls = {
     f"{name} {kind}": lambda c=c, x=x: c(*x)
     for name, c in EITHER.items()
