@@ -23,7 +23,7 @@ from fastood._inputs import (
     temperature_of,
 )
 from fastood.gradients import label_minus_p, required
-from fastood.kernels import Anchors, Run, reference, select
+from fastood.kernels import Anchors, Run, reference, select, supporting
 from fastood.kernels.seam import traced
 
 
@@ -155,11 +155,12 @@ class BatchGrad:
         if G.device != f.device:
             raise ValueError(f"G must be on the device of logits, {f.device}, got {G.device}: BatchGrad.to moves it")
         chosen = select(backend, f.device, result_dtype(f, h, G), f, h, G)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # what a graph may hold supports all of it
             return give(chosen.batchgrad(anchors)(f, h), as_numpy)
         run = self._runs.get((chosen, sign))
         if run is None:
-            run = self._runs[chosen, sign] = chosen.batchgrad(anchors)
+            by = supporting(chosen, anchors, f.shape[1], h.shape[1])
+            run = self._runs[chosen, sign] = by.batchgrad(anchors)
         out = run(f, h)
         self._quick[backend, sign] = None if G.requires_grad else run.quick  # which knows of no gradient for G
         return give(out, as_numpy)

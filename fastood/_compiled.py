@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled
 
 from fastood._inputs import FLOATS
 from fastood._plan import Plan
-from fastood.kernels import _name_of, operator
+from fastood.kernels import operator, operator_name
 from fastood.kernels.seam import constant, differentiated, exporting, forward
 from fastood.registry import SCORES
 
@@ -81,9 +81,10 @@ def _work(registered: int, asked: tuple[Any, ...], logits: Any, feats: Any) -> s
     ):
         return None
     (device,), dtype = devices, torch.float64 if torch.float64 in dtypes else torch.float32
-    chosen = "reference" if exporting() or differentiated() else _name_of(backend, device, dtype)
-    light = backend == "auto" and operator.is_light(plan.request)
-    if chosen == "reference" or device.type not in operator.DEVICES or light:
+    if exporting() or differentiated():
+        return None
+    chosen = operator_name(backend, device, dtype)
+    if chosen == "reference" or (backend == "auto" and operator.is_light(plan.request)):
         return None
     takes = "f" * bool(plan.stats) + "h" * bool(plan.orders)
     return takes + ":" + operator.work_of(chosen, plan.request, dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastood._inputs import ArrayT, Order, flag, give, result_dtype, take
 from fastood._plan import Plan, keep, key_of, known_plan, typed
 from fastood.api import _entry, _order
-from fastood.kernels import select, triton
+from fastood.kernels import linear, select
 from fastood.kernels.seam import traced
 from fastood.registry import SCORES, Method, Score
 
@@ -179,11 +179,10 @@ def _scored(
         return plan.run(f, h, backend), f.argmax(-1) if predict else None
     h, w, b = h.detach(), w.detach(), None if b is None else b.detach()
     chosen = select(backend, h.device, result_dtype(h, w, b))
-    if chosen is triton:
-        found = triton.linear(h, w, b, plan.request, predict)
-        if found is not None:
-            values, classes = found
-            return plan.made_of(values, len(w), torch.float32), classes
+    found = linear(chosen, plan.request, h, w, b, predict)
+    if found is not None:
+        values, classes = found
+        return plan.made_of(values, len(w), torch.float32), classes
     out = h.new_empty(len(plan.scores), len(h), dtype=result_dtype(h, w, b))
     classes = torch.empty(len(h), dtype=torch.int64, device=h.device) if predict else None
     for rows, f in _tiles(h, w, b):

@@ -2,7 +2,7 @@
 
 contract.py says what is asked of a backend, statistics.py which statistics there are. A call comes here for a backend
 (``select``) and for its request as that backend carries it out (``prepared``): with the reference's help where the
-backend does not support the request as a whole.
+backend does not support it as a whole. BatchGrad and SCALE have no parts (``supporting``).
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ import torch
 from torch import Tensor
 
 from fastood.kernels import cpu, operator, reference, triton
-from fastood.kernels.contract import NO_NORM, ONE, Anchors, Backend, Column, Request, Run, Scaling, Stat, result_dtype
+from fastood.kernels.contract import (
+    NO_NORM,
+    ONE,
+    Anchors,
+    Backend,
+    Column,
+    Request,
+    Run,
+    Scaling,
+    Stat,
+    Work,
+    result_dtype,
+)
 from fastood.kernels.operator import Operator
 from fastood.kernels.seam import constant, differentiated, exporting, traced
 from fastood.kernels.statistics import TABLE
 
 __all__ = [
     "BACKENDS", "NO_NORM", "ONE", "STATISTICS", "Anchors", "Backend", "Column", "Request", "Run", "Scaling", "Stat",
-    "backends", "prepared", "select",
+    "backends", "linear", "operator_name", "prepared", "select", "supporting",
 ]  # fmt: skip
 
 STATISTICS: dict[str, str] = {s.name: s.meaning for s in TABLE}
@@ -33,6 +45,11 @@ DEFAULT = os.environ.get("FASTOOD_BACKEND", "auto")
 
 # In order of preference: "auto" takes the first that can serve the tensors at hand.
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "reference": reference}
+
+
+def supporting(backend: Backend, work: Work, C: int, D: int) -> Backend:
+    """The backend where it carries this out, for rows of C logits and D features; else the reference."""
+    return backend if backend.supports(work, C, D) else reference
 
 
 def prepared(backend: Backend, request: Request, C: int, D: int) -> Run:
@@ -59,7 +76,7 @@ class _InParts:
         groups: list[tuple[Backend, Request]] = []
         for stats, orders in parts:
             alone = request.of(stats, orders)
-            by = backend if backend.supports(alone, *_read(alone, C, D)) else reference
+            by = supporting(backend, alone, *_read(alone, C, D))
             for i, (other, group) in enumerate(groups):
                 both = request.of((*group.stats, *stats), (*group.orders, *orders))
                 if other is by and by.supports(both, *_read(both, C, D)):
@@ -86,6 +103,14 @@ def _read(request: Request, C: int, D: int) -> tuple[int, int]:
     return C if request.stats else 0, D if request.orders else 0
 
 
+def linear(
+    backend: Backend, request: Request, feats: Tensor, weight: Tensor, bias: Tensor | None, predict: bool
+) -> tuple[list[Tensor], Tensor | None] | None:
+    """What a ``FromLayer`` gives, None also of a backend that is none."""
+    own = getattr(backend, "linear", None)
+    return own and own(request, feats, weight, bias, predict)
+
+
 class BackendStatus(NamedTuple):
     usable: bool
     why: str
@@ -98,16 +123,20 @@ def select(name: str, device: torch.device, dtype: torch.dtype, *tensors: Tensor
     ``Operator`` which calls the backend when the graph runs: see kernels/operator.py.
     """
     if torch.compiler.is_compiling():
-        # What is exported holds plain torch operations, so that it loads without fastood, but where a name is given.
-        plain = (name == "auto" and exporting()) or differentiated()
-        chosen = "reference" if plain else _name_of(name, device, dtype)
-        return (
-            Operator(chosen, always=name != "auto")
-            if chosen != "reference" and device.type in operator.DEVICES
-            else reference
-        )
+        chosen = "reference" if differentiated() else operator_name(name, device, dtype)
+        return reference if chosen == "reference" else Operator(chosen, always=name != "auto")
     backend = BACKENDS[_name_of(name, device, dtype)]
     return reference if traced(*tensors) else backend
+
+
+@constant
+def operator_name(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend whose operator a graph is to hold; "reference" for plain operations."""
+    # What is exported holds those, so that it loads without fastood, but where a name is given.
+    if name == "auto" and exporting():
+        return "reference"
+    chosen = _name_of(name, device, dtype)
+    return chosen if device.type in operator.DEVICES else "reference"
 
 
 @constant

@@ -3,7 +3,8 @@
 A score is a formula over a few numbers per row: statistics of logits and norms of features. A request names these, and
 the finished columns that are made of them: U * V with V a linear combination of statistics and U a power of a norm.
 What is no such product is composed in Python, of a request without columns. A backend is a module with the functions of
-``Backend``; what it does not support goes to the reference, which is decided in one place (kernels/__init__.py).
+``Backend``, and may have that of ``FromLayer``; what it does not support goes to the reference, which is decided in one
+place (kernels/__init__.py).
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class Scaling(NamedTuple):
         return max(1, D - round(D * self.percentile))
 
 
+Work = Request | Anchors | Scaling
+
 Call = Callable[[Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
@@ -112,8 +115,8 @@ class Backend(Protocol):
         """Why it cannot serve tensors of that device and dtype here, or None where it can."""
         ...
 
-    def supports(self, request: Request, C: int, D: int) -> bool:
-        """Whether it carries out the request for rows of C logits and D features, 0 of what is not read."""
+    def supports(self, work: Work, C: int, D: int) -> bool:
+        """Whether it carries this out for rows of C logits and D features, 0 of what is not read."""
         ...
 
     def compile(self, request: Request) -> Run: ...
@@ -124,6 +127,15 @@ class Backend(Protocol):
 
     def scaled(self, scaling: Scaling) -> Run:
         """Nor this: [N]. The bias lies where logits will."""
+        ...
+
+
+class FromLayer(Protocol):
+    def linear(
+        self, request: Request, feats: Tensor, weight: Tensor, bias: Tensor | None, predict: bool
+    ) -> tuple[list[Tensor], Tensor | None] | None:
+        """The request's statistics and norms, [N] each, of the logits feats weight^T + bias, which it does not store,
+        and where `predict` their classes; None for what is better done of logits."""
         ...
 
 

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastood._fork import one_thread_if_forked
 from fastood.kernels import reference
-from fastood.kernels.contract import Anchors, Backend, Column, Request, Run, Scaling, result_dtype
+from fastood.kernels.contract import Anchors, Backend, Column, Request, Run, Scaling, Work, result_dtype
 from fastood.kernels.seam import exporting
 
 DEVICES = "cpu", "cuda"
@@ -34,7 +34,7 @@ class Operator(NamedTuple):
     def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
-    def supports(self, request: Request, C: int, D: int) -> bool:
+    def supports(self, work: Work, C: int, D: int) -> bool:
         return True
 
     def compile(self, request: Request) -> Run:
@@ -184,9 +184,12 @@ def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tensor:
     of = work, 0 if G.is_inference() else G._version
     known = _anchors.get(G)
     if known is None or known[0] != of or not logits.device == feats.device == G.device:
+        from fastood.kernels import supporting
+
         backend = _serving(work.split(";")[0], result_dtype(logits, feats, G), logits, feats, G)
         anchors = _anchors_of(G.detach(), work)  # which is not G, or G would live for ever
-        known = _anchors[G] = of, backend.batchgrad(anchors)
+        by = supporting(backend, anchors, logits.shape[1], feats.shape[1])
+        known = _anchors[G] = of, by.batchgrad(anchors)
     return known[1](logits, feats)
 
 

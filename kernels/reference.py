@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastood.kernels.contract import NO_NORM, ONE, Anchors, Request, Run, Scaling, result_dtype
+from fastood.kernels.contract import NO_NORM, ONE, Anchors, Request, Run, Scaling, Work, result_dtype
 from fastood.kernels.seam import traced
 from fastood.kernels.statistics import FLAT_KL, FLAT_KL_SHARE, FLAT_TV, FORMULAS, UNSCALED, Statistic, rendered
 
@@ -36,7 +36,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def supports(request: Request, C: int, D: int) -> bool:
+def supports(work: Work, C: int, D: int) -> bool:
     return True
 
 

@@ -26,7 +26,7 @@ from fastood._inputs import (
     temperature_of,
 )
 from fastood._version import __version__
-from fastood.kernels import Backend, Run, select
+from fastood.kernels import Backend, Run, select, supporting
 from fastood.successors import scores as _scores  # noqa: F401 (declares them)
 from fastood.successors.declaration import SUCCESSORS, Rows, Successor, wide
 
@@ -109,7 +109,7 @@ class Fitted:
         self._sums: dict[str, Tensor] = {}
         self._banks: dict[str, list[Tensor]] = {}
         self._states: dict[torch.device, dict[str, Tensor]] = {}
-        self._runs: dict[Backend, tuple[Any, Run]] = {}  # of a scaling: what backends made of a state
+        self._runs: dict[Any, tuple[Any, Run]] = {}  # of a scaling: what backends made of a state, for sizes of rows
 
     @property
     def entry(self) -> Successor:
@@ -357,7 +357,7 @@ class Fitted:
         sign = -1 if oriented and self.entry.higher == "out" else 1
         if self.entry.scaling:
             chosen = select(backend, x.device, whole.dtype, f, h, state.get("bias"))
-            return give(sign * self._run(chosen, state)(f, h), as_numpy)
+            return give(sign * self._run(chosen, state, f, h)(f, h), as_numpy)
         assert self.entry.score is not None
         parts = []
         for part in _tiles(x.shape[0], f, h):
@@ -368,14 +368,15 @@ class Fitted:
         out = torch.cat(parts) if parts else x.new_empty(0)
         return give((sign * out).to(whole.dtype), as_numpy)
 
-    def _run(self, chosen: Backend, state: dict[str, Tensor]) -> Run:
+    def _run(self, chosen: Backend, state: dict[str, Tensor], f: Tensor | None, h: Tensor | None) -> Run:
         assert self.entry.scaling is not None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # what a graph may hold supports all of it
             return chosen.scaled(self.entry.scaling(state, self.temperature, **self.params))
-        known = self._runs.get(chosen)
+        C, D = (0 if x is None else x.shape[1] for x in (f, h))
+        known = self._runs.get((chosen, C, D))
         if known is None or known[0] is not state:
-            run = chosen.scaled(self.entry.scaling(state, self.temperature, **self.params))
-            known = self._runs[chosen] = state, run
+            scaling = self.entry.scaling(state, self.temperature, **self.params)
+            known = self._runs[chosen, C, D] = state, supporting(chosen, scaling, C, D).scaled(scaling)
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastood.kernels import reference
-from fastood.kernels.contract import Anchors, Column, Request, Run, Scaling, result_dtype
+from fastood.kernels.contract import Anchors, Column, Request, Run, Scaling, Work, result_dtype
 from fastood.kernels.seam import MODES
 
 _native: Any = None
@@ -47,11 +47,18 @@ def _within(temperature: float) -> bool:
     return 2.0**-100 <= temperature <= 2.0**80
 
 
-def supports(request: Request, C: int, D: int) -> bool:
+def supports(work: Work, C: int, D: int) -> bool:
+    if not _within(work.temperature):
+        return False
+    if isinstance(work, Request):
+        return _supports(work)
+    return isinstance(work, Anchors) or D > 0
+
+
+def _supports(request: Request) -> bool:
     names = [s if isinstance(s, str) else s[0] for s in request.stats]
     return (
-        _within(request.temperature)
-        and all(name in _STATS for name in names)  # one of somebody's own, the reference knows
+        all(name in _STATS for name in names)  # one of somebody's own, the reference knows
         and max(len(names), len(request.orders)) <= _MOST_ORDERS
         and names.count("power_sum") <= _MOST_POWER_SUMS
         and ("gradient" not in names or len(names) == 1)
@@ -95,7 +102,7 @@ def _plan_of(request: Request) -> Any:
 
 
 def batchgrad(anchors: Anchors) -> Run:
-    return Run(_BatchGrad(anchors)) if _within(anchors.temperature) else reference.batchgrad(anchors)
+    return Run(_BatchGrad(anchors))
 
 
 def _again(out: Tensor, definition: Run, logits: Tensor, feats: Tensor) -> None:
@@ -135,15 +142,11 @@ class _BatchGrad:
 
 
 def scaled(scaling: Scaling) -> Run:
-    if not _within(scaling.temperature):
-        return reference.scaled(scaling)
     energy = Request(("energy",), (), (Column(((0, 1.0),)),), (-1,), scaling.temperature)
     return Run(partial(_scaled_energy, _plan_of(energy), scaling))
 
 
 def _scaled_energy(plan: Any, scaling: Scaling, logits: Any, feats: Any, labels: Any) -> Tensor:
-    if feats.shape[1] == 0:
-        return reference.scaled(scaling)(logits, feats)
     dtype = result_dtype(logits, feats)
     if dtype == torch.float64:
         logits, feats = logits.double(), feats.double()

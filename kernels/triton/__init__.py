@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastood.kernels import reference
-from fastood.kernels.contract import Anchors, Request, Run, Scaling
+from fastood.kernels.contract import Anchors, Request, Run, Scaling, Work
 from fastood.kernels.triton import shapes
 
 OLDEST = 3, 6  # Triton that the kernels were tried with; pyproject.toml says with which else
@@ -58,7 +57,15 @@ def _unusable_device(device: torch.device) -> str | None:
     return None
 
 
-def supports(request: Request, C: int, D: int) -> bool:
+def supports(work: Work, C: int, D: int) -> bool:
+    if isinstance(work, Request):
+        return _supports(work, C, D)
+    within = 2.0**-100 <= work.temperature <= 2.0**100  # what float32 can divide by
+    held = isinstance(work, Anchors) or max(C, D) <= shapes.HELD_CLASSES  # by registers, a whole row
+    return within and held and D > 0
+
+
+def _supports(request: Request, C: int, D: int) -> bool:
     if request.orders and D == 0:
         return False
     if len(request.stats) == 1 and request.stats[0][0] in ("power_sum", "gen", "gradient"):  # by launches of its own
@@ -106,29 +113,16 @@ def _power_sum(softer: Run, sharper: Run, r: float, logits: Tensor | None, *_: T
 
 
 def batchgrad(anchors: Anchors) -> Run:
-    """By kernels, but for temperatures that float32 cannot divide by, and without features."""
-    route = _launch().batchgrad_route(anchors) if anchors.G.shape[1] > anchors.bias else None
-    return route or reference.batchgrad(anchors)
+    return _launch().batchgrad_route(anchors)
 
 
 def scaled(scaling: Scaling) -> Run:
-    """By kernels, where a program's registers hold a row."""
-    otherwise = reference.scaled(scaling)
-    if not 2.0**-100 <= scaling.temperature <= 2.0**100:
-        return otherwise
-    return Run(partial(_scaled, _launch().scaling_route(scaling), otherwise))
-
-
-def _scaled(route: Run, otherwise: Run, logits: Any, feats: Any, labels: Any) -> Tensor:
-    held = logits.shape[1] <= shapes.HELD_CLASSES and 1 <= feats.shape[1] <= shapes.HELD_CLASSES
-    return (route if held else otherwise)(logits, feats)
+    return _launch().scaling_route(scaling)
 
 
 def linear(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, request: Request, predict: bool
+    request: Request, feats: Tensor, weight: Tensor, bias: Tensor | None, predict: bool
 ) -> tuple[list[Tensor], Tensor | None] | None:
-    """The request's statistics and norms, [N] each, of the logits feats weight^T + bias, and where `predict` their
-    classes; None for what is better done of logits."""
     from fastood.kernels.triton import fused_linear
 
     if not fused_linear.serves(feats, weight, request.stats, request.temperature):

@@ -233,11 +233,9 @@ def _batchgrad(
     return Program((of_logits._replace(arguments=arguments), turned, summed, merged), buffers, rows, group, most)
 
 
-def batchgrad_route(anchors: Anchors) -> Route | None:
-    """None for temperatures that the kernels do not do."""
+def batchgrad_route(anchors: Anchors) -> Route:
     plan = shapes.plan_of(Request(("fmax", "msp", "one_minus_msp"), (), (), (3, -1), anchors.temperature))
-    if plan is None:
-        return None
+    assert plan is not None
     turned = cache(partial(_turned, anchors))  # once for all layouts
     programs = partial(batchgrad, anchors=anchors, turned=turned, plan=plan)
     return Route((-1,), torch.float32, (True, True, False), programs)

@@ -58,6 +58,22 @@ def test_one_place_picks_the_backend(monkeypatch):
         fastood.score(F)
 
 
+def test_what_a_backend_does_not_support_is_the_references(monkeypatch):
+    """Requests, BatchGrad and SCALE alike: it is not asked for them, nor for what it need not have."""
+    refusing = fake(None)
+    refusing.supports = lambda work, C, D: False
+    refusing.compile = None
+    monkeypatch.setitem(kernels.BACKENDS, "refusing", refusing)
+    G, head, h = torch.randn(3, 4), (torch.randn(3, 4), torch.randn(3)), torch.rand(2, 4)
+    for call in (
+        lambda backend: fastood.score(F, h, backend=backend),
+        lambda backend: fastood.BatchGrad(G).score(F, h, backend=backend),
+        lambda backend: fastood.Fitted("scale", head=head).score(F, h, backend=backend),
+        lambda backend: fastood.score_linear(h, *head, backend=backend),
+    ):
+        torch.testing.assert_close(call("refusing"), call("reference"))
+
+
 def test_the_environment_names_the_default(starts):
     assert "FASTOOD_BACKEND) must be 'auto' or one of" in starts["no such backend"]
 
