@@ -55,7 +55,7 @@ def short_way(
 
 
 def _is_int(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    return isinstance(x, int) and not isinstance(x, bool) and -1e308 < x < 1e308  # or it may be no float
 
 
 @constant
@@ -83,7 +83,10 @@ def _work(registered: int, asked: tuple[Any, ...], logits: Any, feats: Any) -> s
     (device,), dtype = devices, torch.float64 if torch.float64 in dtypes else torch.float32
     if exporting() or differentiated():
         return None
-    chosen = operator_name(backend, device, dtype)
+    try:
+        chosen = operator_name(backend, device, dtype)
+    except (ValueError, RuntimeError):
+        return None
     if chosen == "reference" or (backend == "auto" and operator.is_light(plan.request)):
         return None
     takes = "f" * bool(plan.stats) + "h" * bool(plan.orders)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastood._fork import one_thread_if_forked
 from fastood.kernels.contract import result_dtype as result_dtype
+from fastood.kernels.seam import constant
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Every number of these is one of float16 too; and what safetensors calls them.
@@ -25,6 +27,8 @@ FP8_NAMES = {
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
 FP8 = tuple(FP8_NAMES)  # an older torch.compile cannot look a type up in a dict
+
+LARGEST = sys.float_info.max  # of Python's floats
 
 Array = Tensor | np.ndarray
 ArrayT = TypeVar("ArrayT", bound=Array)
@@ -143,10 +147,9 @@ def number(
     """A real number > `above` and >= `at_least`, as float; NaN never, infinity only where `infinite`."""
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    try:
-        x = float(x)
-    except OverflowError:  # an integer beyond the floats
+    if isinstance(x, Rational) and abs(x) > LARGEST:  # for which float raises what a compiler does not catch
         x = math.inf if x > 0 else -math.inf
+    x = float(x)
     if not (x > above and x >= at_least) or (abs(x) == math.inf and not infinite):
         bound = f" > {above:g}" if above > -math.inf else f" >= {at_least:g}" if at_least > -math.inf else ""
         raise ValueError(f"{name} must be a{'' if infinite else ' finite'} number{bound}, got {x!r}")
@@ -197,8 +200,13 @@ def class_labels(name: str, labels: Any, n: int, C: int) -> Tensor:
 
 def did_you_mean(x: Any, known: Iterable[str]) -> str:
     """The end of a message about a name that is not known."""
-    close = get_close_matches(x.lower(), [name for name in known if name != x], n=1) if isinstance(x, str) else []
-    return f": did you mean {close[0]!r}?" if close else ""
+    close = _closest(x, tuple(known)) if isinstance(x, str) else None
+    return f": did you mean {close!r}?" if close else ""
+
+
+@constant
+def _closest(x: str, known: tuple[str, ...]) -> str | None:
+    return next(iter(get_close_matches(x.lower(), [name for name in known if name != x], n=1)), None)
 
 
 def label_probabilities(labels: Any, logits: Tensor, as_numpy: bool) -> Tensor:

@@ -379,6 +379,11 @@ def warm_up(
     >>> fastood.warm_up(1000, 2048, torch.bfloat16, ["energy", "gradnorm"], device="cpu")
     """
     one_thread_if_forked()
+    for what, size in (("C", C), ("D", D)):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+            raise TypeError(f"{what} must be a whole number, got {size!r}")
+        if size is not None and size < 0:
+            raise ValueError(f"{what} must be a number of columns, got {size}")
     logits = torch.zeros(1, C, dtype=dtype, device=device)
     feats = None if D is None else torch.zeros(1, D, dtype=dtype, device=device)
     for name in _names("methods", methods):

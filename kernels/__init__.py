@@ -129,7 +129,6 @@ def select(name: str, device: torch.device, dtype: torch.dtype, *tensors: Tensor
     return reference if traced(*tensors) else backend
 
 
-@constant
 def operator_name(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend whose operator a graph is to hold; "reference" for plain operations."""
     # What is exported holds those, so that it loads without fastood, but where a name is given.
@@ -139,8 +138,17 @@ def operator_name(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return chosen if device.type in operator.DEVICES else "reference"
 
 
-@constant
 def _name_of(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    found, mistake = _found(name, device, dtype)
+    if mistake:
+        raise (RuntimeError if found else ValueError)(mistake)
+    return found
+
+
+@constant
+def _found(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend's name, "" of an unknown one, and what is wrong: to raise it here would be an error of the compiler's
+    for one that traces."""
     if name == "auto":
         name = DEFAULT
     if name == "auto":
@@ -149,17 +157,17 @@ def _name_of(name: str, device: torch.device, dtype: torch.dtype) -> str:
             _warn_once(f"fastood's C++ kernels were not built ({cpu.MISSING})", advice)
         if device.type == "cuda" and (reason := triton.missing()):
             _warn_once(f"fastood's Triton kernels cannot be used ({reason})", "Install a newer Triton.")
-        return next(name for name, b in BACKENDS.items() if b.unusable(device, dtype) is None)
+        return next(name for name, b in BACKENDS.items() if b.unusable(device, dtype) is None), ""
     if not isinstance(name, str) or name not in BACKENDS:
-        raise ValueError(f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+        return "", f"backend (or FASTOOD_BACKEND) must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}"
     if reason := BACKENDS[name].unusable(device, dtype):
-        raise RuntimeError(f"backend {name!r} cannot serve {dtype} on {device}: {reason}")
-    return name
+        return name, f"backend {name!r} cannot serve {dtype} on {device}: {reason}"
+    return name, ""
 
 
 @cache
 def _warn_once(what: str, advice: str) -> None:
-    warnings.warn(f"{what}: plain PyTorch does their work, several times slower. {advice}", stacklevel=4)
+    warnings.warn(f"{what}: plain PyTorch does their work, several times slower. {advice}", stacklevel=5)
 
 
 def backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:

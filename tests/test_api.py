@@ -189,3 +189,17 @@ def test_help_says_what_norm_is_left_out():
     assert torch.equal(fastood.score(logits, feats, norm="auto"), fastood.score(logits, feats, norm=0.3))
     with pytest.raises(TypeError, match="norm must be a number"):
         fastood.score(logits, feats, norm="2")
+
+
+@pytest.mark.parametrize(
+    ("C", "D", "error", "message"),
+    [
+        (10, -1, ValueError, "D must be a number of columns, got -1"),
+        (-1, None, ValueError, "C must be a number of columns, got -1"),
+        (10.5, 4, TypeError, r"C must be a whole number, got 10\.5"),
+        (10, True, TypeError, "D must be a whole number, got True"),
+    ],
+)
+def test_warm_up_names_what_is_no_number_of_columns(C, D, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        fastood.warm_up(C, D, device="cpu")

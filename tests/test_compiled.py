@@ -75,6 +75,29 @@ def test_arguments_of_the_compiled_function():
     for method, feats, named in (("msp", h[:3], "feats"), ("gradnorm", None, "feats"), ("mps", h, "method")):
         with pytest.raises(ValueError, match=f"^{named} must be|^{named} must have"):
             compiled(f, feats, method)
+    for name, x in (("temperature", 10**400), ("norm", -(10**400)), ("backend", "gpu")):
+        with pytest.raises(ValueError, match=rf"^{name} .*must be"):
+            compiled(f, h, **{name: x})
+    torch._dynamo.reset()
+    assert torch.equal(compiled(f, h, norm=10**400), fastood.score(f, h, norm=math.inf))
+    with pytest.raises(RuntimeError, match=r"^backend 'triton' cannot serve torch\.float64"):
+        compiled(f.double(), h, backend="triton")
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="needs torch 2.13: 2.8 leaves the words out")
+@pytest.mark.parametrize(
+    "wrong",
+    [{"method": "mps"}, {"backend": "gpu"}, {"temperature": 10**400}, {"normm": 2}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_what_is_wrong_is_said_of_a_whole_graph_too(wrong):
+    """In an error of the compiler's own, but with the words of the eager call."""
+    with pytest.raises((ValueError, TypeError)) as eager:
+        fastood.score(*batch(5), **wrong)
+    whole = torch.compile(lambda f, h: fastood.score(f, h, **wrong), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="Observed exception") as compiled:
+        whole(*batch(5))
+    assert str(eager.value) in str(compiled.value)
 
 
 def test_a_score_registered_anew_is_seen():
