@@ -61,3 +61,18 @@ struct Total {
   }
   operator double() const { return sum + part; }
 };
+
+// One that keeps what its additions round away, where the sum is small beside the largest of its terms.
+struct ExactTotal {
+  double sum = 0, lost = 0;
+  void operator+=(double x) {
+    const double before = sum;
+    sum += x;
+    const double added = sum - before;
+    lost += (before - (sum - added)) + (x - added);
+  }
+  operator double() const {
+    const double whole = sum + lost;
+    return whole - whole == 0 ? whole : sum;  // of an infinite sum nothing is lost, and `lost` is NaN
+  }
+};

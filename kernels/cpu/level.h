@@ -18,7 +18,7 @@ static void level_sums(const void* data, int64_t, int64_t, int64_t n, double tem
   const V<T> levels = all<T>(T(*level)), shifts = all<T>(T(*shift));
   const T per_T = T(1 / temperature);
   V<T> expm1[2] = {}, tail[2] = {}, above[2] = {};
-  LevelSums sums = {};
+  ExactTotal all_expm1, all_tail, all_above;
   for_blocks<2, T, 32 * Vec<T>::lanes>(
       static_cast<const In*>(data), n, T(*level),
       [&](int u, V<T> v, int64_t, int64_t first) __attribute__((always_inline)) {
@@ -32,8 +32,8 @@ static void level_sums(const void* data, int64_t, int64_t, int64_t n, double tem
         tail[u] += beyond;
         above[u] += rise > 0 ? rise : V<T>{};
       },
-      [&] { sums.expm1 += take<2, T>(expm1), sums.tail += take<2, T>(tail), sums.above += take<2, T>(above); });
-  *out = sums;
+      [&] { all_expm1 += take<2, T>(expm1), all_tail += take<2, T>(tail), all_above += take<2, T>(above); });
+  *out = {all_expm1, all_tail, all_above};
 }
 
 template <class In>

@@ -19,7 +19,26 @@ struct Batch {
   NormsState norms[BATCH];
 };
 
-static int64_t chunks(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
+static int64_t chunks(int64_t columns) { return std::max<int64_t>(1, (columns + CHUNK - 1) / CHUNK); }
+
+// What a row's chunks come to: neighbours are added first, and then pairs of them, for one after the other the rounding
+// errors of equal terms would add up. read(chunk, &state) gives one's state, add(&a, b) adds b to a.
+template <class State, class Read, class Add>
+static void add_chunks(int64_t count, State* out, Read read, Add add) {
+  if (count == 1) return read(0, out);
+  std::vector<State> pending;  // of 2^k chunks for each bit k of how many are read, the largest first
+  for (int64_t chunk = 0; chunk < count; chunk++) {
+    pending.emplace_back();
+    read(chunk, &pending.back());
+    for (int64_t bits = chunk; pending.size() > 1 && (bits % 2 == 1 || chunk == count - 1); bits /= 2) {
+      add(&pending[pending.size() - 2], pending.back());
+      pending.pop_back();
+    }
+  }
+  *out = pending.front();
+}
+
+static void add_double(double* a, double b) { *a += b; }
 
 static void logits_chunk(const Call& call, int64_t row, int64_t chunk, void* kept, LogitsState* s) {
   const int64_t start = chunk * CHUNK;
@@ -49,9 +68,11 @@ static GradientState gradient_chunk(const Call& call, int64_t row, int64_t chunk
 
 static double gradient_of(const Call& call, int64_t row, const LogitsState& s, const void* kept) {
   const GradientRow about = gradient_row(call, s);
-  GradientState state = gradient_chunk(call, row, 0, about, kept);
-  for (int64_t c = 1; c < chunks(call.logits.columns); c++)
-    merge(call, &state, gradient_chunk(call, row, c, about, nullptr));
+  GradientState state;
+  add_chunks(
+      chunks(call.logits.columns), &state,
+      [&](int64_t c, GradientState* out) { *out = gradient_chunk(call, row, c, about, c ? nullptr : kept); },
+      [&](GradientState* a, const GradientState& b) { merge(call, a, b); });
   return gradient(call, row, s, about, state);
 }
 
@@ -64,29 +85,28 @@ static void norms_chunk(const Call& call, int64_t row, int64_t chunk, NormsState
   if (n > 0) kernels->norms[call.feats.type](call.feats.at(row, start), n, call.norms_plan(), next, s);
 }
 
+template <class Read> static void add_logits(const Call& call, int64_t count, LogitsState* out, Read read) {
+  add_chunks(count, out, read, [&](LogitsState* a, const LogitsState& b) { merge(call.plan.logits, a, b); });
+}
+
+template <class Read> static void add_norms(const Call& call, int64_t count, NormsState* out, Read read) {
+  add_chunks(count, out, read, [&](NormsState* a, const NormsState& b) { merge(call.norms_plan(), a, b); });
+}
+
 LogitsState logits_row(const Call& call, int64_t row, double* kept, double* swept) {
   const int64_t count = chunks(call.logits.columns);
-  LogitsState s, next;
-  logits_chunk(call, row, 0, kept, &s);
-  for (int64_t c = 1; c < count; c++) {
-    logits_chunk(call, row, c, nullptr, &next);
-    merge(call.plan.logits, &s, next);
-  }
+  LogitsState s;
+  add_logits(call, count, &s, [&](int64_t c, LogitsState* out) { logits_chunk(call, row, c, c ? nullptr : kept, out); });
   if (swept) *swept = 0;
   if (!has_softmax(s)) return s;
   if (call.plan.logits.sums & TV)
-    for (int64_t c = 0; c < count; c++) *swept += tv_chunk(call, row, c, s, kept);
+    add_chunks(count, swept, [&](int64_t c, double* out) { *out = tv_chunk(call, row, c, s, kept); }, add_double);
   if (call.plan.gradient.wanted) *swept = gradient_of(call, row, s, kept);
   return s;
 }
 
 static void norms_row(const Call& call, int64_t row, NormsState* s) {
-  NormsState next;
-  norms_chunk(call, row, 0, s);
-  for (int64_t c = 1; c < chunks(call.feats.columns); c++) {
-    norms_chunk(call, row, c, &next);
-    merge(call.norms_plan(), s, next);
-  }
+  add_norms(call, chunks(call.feats.columns), s, [&](int64_t c, NormsState* out) { norms_chunk(call, row, c, out); });
 }
 
 static void few_logits(const Call& call, int64_t row, int64_t count, Batch* batch) {
@@ -311,10 +331,9 @@ static void run_split(const Call& call) {
   split.norms.resize(call.rows * split.feat_chunks);
   share(split.logits.size() + split.norms.size(), 1, sums_task, &split);
   for (int64_t row = 0; row < call.rows && split.logit_chunks; row++) {
-    LogitsState s = split.logits[row * split.logit_chunks];
-    for (int64_t c = 1; c < split.logit_chunks; c++)
-      merge(call.plan.logits, &s, split.logits[row * split.logit_chunks + c]);
-    split.merged.push_back(s);
+    split.merged.emplace_back();
+    add_logits(call, split.logit_chunks, &split.merged.back(),
+               [&](int64_t c, LogitsState* out) { *out = split.logits[row * split.logit_chunks + c]; });
   }
   if (call.plan.logits.sums & TV) split.tv.resize(split.logits.size());
   if (call.plan.gradient.wanted) split.gradient.resize(split.logits.size());
@@ -324,18 +343,23 @@ static void run_split(const Call& call) {
     if (many) {
       batch.logits[row] = split.merged[row];
       batch.swept[row] = 0;
-      for (size_t c = 0; c < split.tv.size() / call.rows; c++) batch.swept[row] += split.tv[row * split.logit_chunks + c];
+      const int64_t first = row * split.logit_chunks;
+      if (!split.tv.empty())
+        add_chunks(split.logit_chunks, &batch.swept[row], [&](int64_t c, double* out) { *out = split.tv[first + c]; },
+                   add_double);
       if (!split.gradient.empty() && has_softmax(split.merged[row])) {
-        GradientState* state = &split.gradient[row * split.logit_chunks];
-        for (int64_t c = 1; c < split.logit_chunks; c++) merge(call, state, state[c]);
-        batch.swept[row] = gradient(call, row, split.merged[row], gradient_row(call, split.merged[row]), *state);
+        GradientState state;
+        add_chunks(
+            split.logit_chunks, &state, [&](int64_t c, GradientState* out) { *out = split.gradient[first + c]; },
+            [&](GradientState* a, const GradientState& b) { merge(call, a, b); });
+        batch.swept[row] = gradient(call, row, split.merged[row], gradient_row(call, split.merged[row]), state);
       }
     }
     NormsState h;
     clear(call.norms_plan(), &h);
-    if (split.feat_chunks) h = split.norms[row * split.feat_chunks];
-    for (int64_t c = 1; c < split.feat_chunks; c++)
-      merge(call.norms_plan(), &h, split.norms[row * split.feat_chunks + c]);
+    if (split.feat_chunks)
+      add_norms(call, split.feat_chunks, &h,
+                [&](int64_t c, NormsState* out) { *out = split.norms[row * split.feat_chunks + c]; });
     batch.norms[row] = h;
   }
   finish(call, 0, call.rows, &batch);
