@@ -27,13 +27,11 @@ def _always() -> bool:
     return True
 
 
-_functorch = _of_torch("_C._are_functorch_transforms_active", _always)  # vmap, jvp, torch.func.grad
 # Each tells whether something looks into torch's operations; the C++ backend asks them too.
-MODES: tuple[Callable[[], Any], ...] = (
-    _of_torch("_C._is_tracing", _of_torch("jit.is_tracing", _always)),  # torch.jit.trace
-    _functorch,
-    _of_torch("_C._len_torch_dispatch_stack", _always),  # make_fx, FakeTensorMode and the like
-)
+_tracing = _of_torch("_C._is_tracing", _of_torch("jit.is_tracing", _always))  # torch.jit.trace
+_functorch = _of_torch("_C._are_functorch_transforms_active", _always)  # vmap, jvp, torch.func.grad
+_dispatching = _of_torch("_C._len_torch_dispatch_stack", _always)  # make_fx, FakeTensorMode and the like
+MODES: tuple[Callable[[], Any], ...] = _tracing, _functorch, _dispatching
 _is_functional = _of_torch("_is_functional_tensor", lambda x: True)
 # Holds the level of forward-mode autograd, -1 outside of it, which torch.compile checks before each call.
 forward: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
@@ -56,11 +54,9 @@ def exporting() -> bool:
 
 def traced(*tensors: Tensor | None) -> bool:
     """Whether plain torch operations are asked for: by a compiler or transform, for autograd, for a subclass."""
-    return torch.compiler.is_compiling() or _transformed() or any(x is not None and _grows(x) for x in tensors)
-
-
-def _transformed() -> bool:
-    return any(mode() for mode in MODES) or forward_mode()
+    if torch.compiler.is_compiling() or _tracing() or _functorch() or _dispatching() or forward_mode():
+        return True
+    return any(map(_looked_into, tensors))
 
 
 def forward_mode() -> bool:
@@ -77,7 +73,9 @@ def differentiated() -> bool:
     return forward_mode()
 
 
-def _grows(x: Tensor) -> bool:
+def _looked_into(x: Tensor | None) -> bool:
+    if x is None:
+        return False
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return True
     return (x.requires_grad and torch.is_grad_enabled()) or _is_functional(x)
