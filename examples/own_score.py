@@ -11,7 +11,7 @@ fastood.register(
         source="this example",
         higher="out",  # the raw formula is larger where the classifier is unsure
         stats=("energy", "fmax"),
-        v=lambda s: s["energy"] - s["fmax"],
+        v=(1, -1),  # kernels make that sum themselves; any other formula is a function, v=lambda s: s["energy"] / s.C
     )
 )
 

@@ -44,7 +44,9 @@ def short_way(
         norm = (float(norm).hex(),)
     call = _work(
         id(SCORES.get(method)),  # so that a score registered anew is seen
-        (method, norm, float(temperature).hex(), bias, log, oriented, backend),  # see operator.text
+        # Not key_of's, for nothing is kept under it: torch.compile itself guards what of it may change. The temperature
+        # is written as operator.text says.
+        (method, norm, float(temperature).hex(), bias, log, oriented, backend),
         None if logits is None else (logits.dtype, logits.device, logits.layout, logits.is_nested),
         None if feats is None else (feats.dtype, feats.device, feats.layout, feats.is_nested),
     )

@@ -30,6 +30,7 @@ from fastood.kernels import Request, Stat, prepared, select
 from fastood.kernels.statistics import FORMULAS
 from fastood.registry import NORM, SCORES, Method, Score, stat_of
 from fastood.successors import SUCCESSORS, Fitted
+from fastood.successors.declaration import HeadMethod
 from fastood.successors.fitted import Head, successor_of
 
 PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
@@ -40,7 +41,7 @@ BEST_NORM = 0.3  # Section 4.3: ||h||_0.3 x energy, chosen on the paper's own te
 def score(
     logits: ArrayT | None,
     feats: ArrayT | None = None,
-    method: Method | Fitted = "energy",
+    method: Method | HeadMethod | Fitted = "energy",
     *,
     norm: Order = "auto",
     temperature: float = 1.0,
@@ -158,7 +159,7 @@ def score(
 def scores(
     logits: ArrayT | None,
     feats: ArrayT | None = None,
-    methods: Iterable[Method | Fitted] | None = None,
+    methods: Iterable[Method | HeadMethod | Fitted] | None = None,
     *,
     norm: Order = "auto",
     temperature: float = 1.0,

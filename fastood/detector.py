@@ -23,6 +23,7 @@ from fastood._version import __version__
 from fastood.api import _entry, refuse_factors, rows_along, score
 from fastood.api import _order as order_of_norm
 from fastood.registry import Method
+from fastood.successors.declaration import HeadMethod
 from fastood.successors.fitted import Fitted, Head, successor_of
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Detector:
 
     def __init__(
         self,
-        method: Method | Fitted = "energy",
+        method: Method | HeadMethod | Fitted = "energy",
         *,
         norm: Order = "auto",
         temperature: float = 1.0,

@@ -221,7 +221,7 @@ class Score:
 
 
 SCORES: dict[str, Score] = {}
-"""Every score by name. ``register`` adds one; ``del SCORES[name]`` takes it away."""
+"""The paper's scores by name, and those of one's own: ``register`` adds one; ``del SCORES[name]`` takes it away."""
 
 
 def register(score: Score) -> Score:

@@ -39,6 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 STATISTICS: dict[str, str] = {s.name: s.meaning for s in TABLE}
+"""What each row statistic is, by name: ``row_stats`` gives them, and a ``Score`` is made of them."""
 
 # What "auto" stands for, for a whole process.
 DEFAULT = os.environ.get("FASTOOD_BACKEND", "auto")

@@ -7,6 +7,7 @@ import torch
 import truth
 
 import fastood
+from fastood.successors.declaration import HeadMethod
 
 F = torch.tensor([[4.0, 0.0, 1.0], [0.2, 0.1, 0.0]])
 H = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
@@ -24,6 +25,8 @@ def test_every_documented_method_is_registered():
 def test_every_method_completes():
     names, _ = typing.get_args(fastood.registry.Method)
     assert typing.get_args(names) == tuple(fastood.SCORES)
+    of_a_head = tuple(name for name, entry in fastood.SUCCESSORS.items() if not entry.fitted_on)
+    assert typing.get_args(HeadMethod) == of_a_head
 
 
 def test_every_entry_says_what_it_is():

@@ -144,4 +144,7 @@ class Successor:
 
 
 SUCCESSORS: dict[str, Successor] = {}
-"""Every successor by name."""
+"""The scores that came after the paper, by name. What has nothing in ``fitted_on`` needs no ``Fitted`` to score with."""
+
+# What completes as a method beside registry.Method, where a head may be given: those that need no fit.
+HeadMethod = Literal["scale", "lts", "dml", "ash_p", "ash_b", "ash_s"]
