@@ -144,7 +144,7 @@ class Successor:
 
 
 SUCCESSORS: dict[str, Successor] = {}
-"""The scores that came after the paper, by name. What has nothing in ``fitted_on`` needs no ``Fitted`` to score with."""
+"""The scores that came after the paper, by name. What has nothing in ``fitted_on`` scores without a ``Fitted``."""
 
 # What completes as a method beside registry.Method, where a head may be given: those that need no fit.
 HeadMethod = Literal["scale", "lts", "dml", "ash_p", "ash_b", "ash_s"]
