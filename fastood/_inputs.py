@@ -6,7 +6,8 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from numbers import Rational, Real
+from fractions import Fraction
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -147,8 +148,9 @@ def number(
     """A real number > `above` and >= `at_least`, as float; NaN never, infinity only where `infinite`."""
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    if isinstance(x, Rational) and abs(x) > LARGEST:  # for which float raises what a compiler does not catch
-        x = math.inf if x > 0 else -math.inf
+    exact: Any = x if isinstance(x, (int, Fraction)) else 0
+    if abs(exact) > LARGEST:  # for which float raises what a compiler does not catch
+        x = math.inf if exact > 0 else -math.inf
     x = float(x)
     if not (x > above and x >= at_least) or (abs(x) == math.inf and not infinite):
         bound = f" > {above:g}" if above > -math.inf else f" >= {at_least:g}" if at_least > -math.inf else ""
