@@ -1,17 +1,27 @@
 """How fastood starts, each time in a process that is forked off once torch is loaded: `starts.py LEVEL ...`.
 
-Prints JSON: the instruction set that is taken where the environment asks for each; and what is said where it names no
-backend, and where there is no C++ part.
+Prints JSON: the instruction set that is taken where the environment asks for each; what is said where it names no
+backend, and where there is no C++ part; and how far scores are from float64 where torch has dropped one of its private
+names that fastood looks up.
 """
 
 import json
 import os
 import sys
 import warnings
+from operator import attrgetter
 
 import torch
 
 NATIVE = "fastood.kernels.cpu._native"
+PRIVATE = [  # of torch, and what fastood does without each of them is kernels/seam.py's, or kernels/cpu's
+    "_C._is_tracing",
+    "_C._are_functorch_transforms_active",
+    "_C._len_torch_dispatch_stack",
+    "_is_functional_tensor",
+    "autograd.forward_ad._current_level",
+    "Tensor.__dlpack_c_exchange_api__",
+]
 
 
 def forked(action, *arguments):
@@ -60,9 +70,28 @@ def not_built():
     return [str(x.message) for x in caught]
 
 
+def lacking(name):
+    """Off by how much: a score, one under vmap, and the slope of one."""
+    place, _, last = name.rpartition(".")
+    there = attrgetter(place)(torch) if place else torch
+    dropped = getattr(there, last, None)  # of 2.8 the last is not there
+    if dropped is not None:
+        delattr(there, last)
+    assert not hasattr(there, last)
+    import fastood
+
+    setattr(there, last, dropped)  # for torch itself, which needs it; fastood has looked
+    f = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    truth, x = f.double().logsumexp(-1), f[0].clone().requires_grad_()
+    fastood.score(x).sum().backward()
+    off = fastood.score(f[0]) - truth[0], torch.vmap(fastood.score)(f) - truth, x.grad - f[0].double().softmax(-1)
+    return [float(d.abs().max()) for d in off]
+
+
 answers = {
     "levels": {name: forked(level, name) for name in sys.argv[1:]},
     "no such backend": forked(no_such_backend),
     "not built": forked(not_built),
+    "lacking": {name: forked(lacking, name) for name in PRIVATE},
 }
 print(json.dumps(answers))
