@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-(($#)) || set -- "python3.11 2.8.0 1.26.4 1.6.0 pyarrow==17.0.0" "python3.13 2.14.1 2.4.6 1.9.1"
+(($#)) || set -- "python3.11 2.8.0 1.26.4 1.6.0 scipy==1.11.4 safetensors==0.5.0 pyarrow==17.0.0" "python3.13 2.14.1 2.5.5 1.9.1"
 tests=$(echo tests/{attach,detector,files} tests/kernels/cpu tests/kernels/test_{dispatch,seam,operator}.py \
   tests/test_{api,inputs,registry,compiled,export,dim,collect,gradients,batchgrad,deep,threads,fork}.py)
 failed=0

@@ -205,7 +205,9 @@ def test_fortran_order_in_an_npz(tmp_path):
 @pytest.mark.parametrize("kind", [pa.list_(pa.float32(), 2), pa.list_(pa.float32())])
 def test_nulls_in_parquet(tmp_path, nulls, kind):
     pq.write_table(pa.table({"logits": pa.array(nulls, kind)}), tmp_path / "x.parquet")
-    assert "'logits' must hold no nulls" in complaint(tmp_path / "x.parquet")
+    of_pyarrow = "Expected all lists to be of size=2"  # of 23 and older, which cannot read it
+    said = complaint(tmp_path / "x.parquet")
+    assert "'logits' must hold no nulls" in said or of_pyarrow in said
 
 
 def test_lists_of_different_lengths_in_parquet(tmp_path):
@@ -271,6 +273,7 @@ def test_shapes_that_cannot_be_in_safetensors(tmp_path, shape):
 
 
 def test_a_tensor_of_any_kind_beside_the_logits_in_safetensors(tmp_path):
+    pytest.importorskip("safetensors", "0.6", reason="needs a safetensors that knows F4")
     packed = {"dtype": "F4", "shape": [4, 4], "data_offsets": [0, 8]}
     logits = {"dtype": "F32", "shape": [2, 2], "data_offsets": [8, 24]}
     write_safetensors(tmp_path / "x.safetensors", packed=packed, logits=logits)

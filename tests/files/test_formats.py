@@ -95,6 +95,8 @@ def test_halves_stay_halves(tmp_path, dtype):
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 )
 def test_fp8_comes_as_float16(tmp_path, dtype):
+    if "fnuz" in str(dtype):
+        pytest.importorskip("safetensors", "0.8", reason="needs a safetensors that writes them")
     x = torch.from_numpy(LOGITS).to(dtype)
     save_file({"logits": x, "feats": x[:, :0]}, tmp_path / "x.safetensors")
     torch.save({"logits": x}, tmp_path / "x.pt")

@@ -14,7 +14,9 @@ from fastood.files import FileError, open_rows
 @pytest.mark.parametrize("rows_per_chunk", [None, 1, 5, 100])
 def test_ids_come_with_their_rows(tmp_path, ids, rows_per_chunk):
     np.savez(tmp_path / "x.npz", logits=LOGITS, id=ids)
-    kinds = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+    kinds = [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
+    if int(pa.__version__.split(".")[0]) >= 21:  # older ones make none of strings
+        kinds.append(pa.string_view())
     for i, kind in enumerate(kinds if ids.dtype.kind == "U" else [None]):
         table = pa.table({"id": pa.array(ids).cast(kind) if kind else ids, "logits": fixed_list(LOGITS)})
         pq.write_table(table, tmp_path / f"{i}.parquet", row_group_size=4)
