@@ -132,15 +132,23 @@ def select(name: str, device: torch.device, dtype: torch.dtype, *tensors: Tensor
 
 def operator_name(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend whose operator a graph is to hold; "reference" for plain operations."""
-    # What is exported holds those, so that it loads without fastood, but where a name is given.
+    return _checked(*_found_for_graph(name, device, dtype))
+
+
+@constant
+def _found_for_graph(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    # What is exported holds plain operations, so that it loads without fastood, but where a name is given.
     if name == "auto" and exporting():
-        return "reference"
-    chosen = _name_of(name, device, dtype)
-    return chosen if device.type in operator.DEVICES else "reference"
+        return "reference", ""
+    found, mistake = _found(name, device, dtype)
+    return (found if mistake or device.type in operator.DEVICES else "reference"), mistake
 
 
 def _name_of(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    found, mistake = _found(name, device, dtype)
+    return _checked(*_found(name, device, dtype))
+
+
+def _checked(found: str, mistake: str) -> str:
     if mistake:
         raise (RuntimeError if found else ValueError)(mistake)
     return found

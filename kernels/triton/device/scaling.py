@@ -7,10 +7,13 @@ k-th largest feature.
 import triton
 import triton.language as tl
 
+from fastood.kernels.triton.device.formulas import formula
 from fastood.kernels.triton.device.gen import selected
 from fastood.kernels.triton.device.gradient import collected, load_elements, masked, row_total
 from fastood.kernels.triton.device.words import INF, LN2, exp2_double, load_table, log, row_max
+from fastood.kernels.triton.shapes import STATS
 
+ENERGY = tl.constexpr(STATS["energy"])
 HUGE = tl.constexpr(2.0**64)  # rows of features from here on are divided by it
 
 
@@ -98,6 +101,6 @@ def energies(
         # In halves, whose differences stay in float32.
         slot += tl.exp2(tl.fma(vs[i], 0.5, pivot * -0.5) * (near * 2.0))
         sums, slot = collected(sums, slot, i, TILES)
-    energy = largest.to(tl.float64) + load_table(table_ptr + 1) * log(row_total(sums, S.each).to(tl.float32))
-    energy = tl.where(tl.abs(largest) < INF, energy, largest.to(tl.float64))
+    log_sum = log(row_total(sums, S.each).to(tl.float32))
+    energy = formula(ENERGY, fmax=largest.to(tl.float64), T=load_table(table_ptr + 1), log_sum=log_sum)
     tl.store(out_ptr + place, tl.where(good, energy, float("nan")).to(tl.float32), mask=place < N)
