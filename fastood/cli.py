@@ -899,7 +899,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
         "numpy": np.__version__,
         "platform": platform.platform(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        **({"C++_kernels": cpu._native.level()} if cpu._native else {}),
+        **({"C++_kernels": cpu._native.isa()} if cpu._native else {}),
         "threads": torch.get_num_threads(),
         "cuda": gpus,
         "backends": {

@@ -19,9 +19,10 @@ struct Plain {
   int64_t rows, columns, stride;
 };
 
-// Whether something looks into torch's operations, or nobody said how tensors are read: then they are torch's business.
+// Whether tensors have to go through torch's own operations: because a tracer or transform is watching these, or because
+// use_torch, which says how tensors are read, has not been called.
 bool watched();
-// False for what is no such matrix, or needs something done before it is read; perhaps with an exception.
+// False where x is no such matrix, or has to be worked on by torch before it is read; perhaps with an exception set.
 bool read_plain(PyObject* x, Plain* out);
 // An empty tensor beside `x`, of float32, float64 or bytes, and of `shape` with `rows` for its -1; its address.
 enum Kind { OF_FLOAT32, OF_FLOAT64, OF_BYTES, KINDS };

@@ -59,7 +59,7 @@ def as_triton_takes_it(function, on_gpu):
     return moved
 
 
-CPU_LEVELS = ["base", "avx2", "avx512"]
+CPU_ISAS = ["base", "avx2", "avx512"]
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +69,13 @@ def starts():
         pytest.skip("needs os.fork")
     from fastood.kernels.cpu import _native
 
-    return json.loads(program.run("starts", *(_native.levels() if _native else [])))
+    return json.loads(program.run("starts", *(_native.isas() if _native else [])))
 
 
-@pytest.fixture(scope="session", params=["reference", *(f"cpu on {level}" for level in CPU_LEVELS), "triton"])
+@pytest.fixture(scope="session", params=["reference", *(f"cpu on {isa}" for isa in CPU_ISAS), "triton"])
 def backend(request):
     """Every backend in turn, the C++ one on every instruction set: one parity suite for all of them."""
-    name, _, level = request.param.partition(" on ")
+    name, _, isa = request.param.partition(" on ")
     on_gpu = name == "triton" and torch.cuda.is_available()
     status = fastood.backends("cuda" if on_gpu else "cpu")[name]
     if not status.usable:
@@ -86,17 +86,17 @@ def backend(request):
                 patch.setattr(fastood, function.__name__, as_triton_takes_it(function, on_gpu))
             yield name
         return
-    if not level:
+    if not isa:
         yield name
         return
     from fastood.kernels.cpu import _native
 
-    if level not in _native.levels():
-        pytest.skip(f"needs a processor with {level}")
-    best = _native.level()
-    _native.use_level(level)
+    if isa not in _native.isas():
+        pytest.skip(f"needs a processor with {isa}")
+    best = _native.isa()
+    _native.use_isa(isa)
     yield name
-    _native.use_level(best)
+    _native.use_isa(best)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -69,7 +69,7 @@ def compile(request: Request) -> Run:
     plan = _plan_of(request)
     # Python's part of the long way takes longer than a row of 1000 logits.
     return Run(
-        partial(_scores, plan, request), partial(_native.plain, plan, request.shape) if request.columns else None
+        partial(_scores, plan, request), partial(_native.quick, plan, request.shape) if request.columns else None
     )
 
 
@@ -190,4 +190,4 @@ if _native is not None:
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))
     if isa := os.environ.get("FASTOOD_CPU_ISA"):
-        _native.use_level(isa)
+        _native.use_isa(isa)

@@ -1,5 +1,5 @@
-// What Python hands over, read: the numbers of a plan, addresses, plain tensors. What gives false or null leaves an
-// exception, but for read_tensors.
+// Reads the arguments that Python calls with: the numbers of a plan, addresses, plain tensors. A function that fails returns
+// false or null and has set a Python exception; read_tensors alone may return false without one.
 #pragma once
 
 #include "../tensors.h"
@@ -18,8 +18,9 @@ const Plan* read_plan(PyObject* const* args, Py_ssize_t count, Py_ssize_t wanted
 // A matrix as four arguments: its address, type, columns, stride.
 bool read_matrix(PyObject* const* args, Matrix* m);
 
-// What a plan needs of logits, feats and labels, where they are plain and fit together; logits and feats may be there
-// without being needed. False, perhaps with an exception, where they are anything else.
+// Reads (logits, feats, labels), None for what is not given; logits or feats that the plan does not need are checked and
+// left alone. False, perhaps with an exception set, where one is no plain tensor of the CPU, one is missing, or their
+// sizes do not fit.
 bool read_tensors(PyObject* const* tensors, Call* call);
 
 // The strides of a result [rows, columns], or [columns, rows].

@@ -1,6 +1,6 @@
 // Rows of few classes: a row a lane. Included by rows.h.
 
-// The same sums, and TV, of `rows` rows of n <= FEW elements, each of them to its own state.
+// The sums of softmax.h, and TV, of `rows` rows of n <= FEW elements, a state for each row.
 template <class In>
 static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
                        LogitsState* states, double* tv) {

@@ -1,11 +1,11 @@
 // GEN: a sum over the largest probabilities. Included by rows.h.
 
-template <class T, class In> static int64_t count_at_least(const In* f, int64_t n, T level) {
+template <class T, class In> static int64_t count_at_least(const In* f, int64_t n, T threshold) {
   I<T> reach[4] = {};
-  const V<T> levels = all<T>(level);
+  const V<T> thresholds = all<T>(threshold);
   for_blocks<4, T, int64_t(1) << 40>(
       f, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { reach[u] = count_where(at_least(v, levels), reach[u]); },
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { reach[u] = count_where(at_least(v, thresholds), reach[u]); },
       [] {});
   return count_of<T>((reach[0] + reach[1]) + (reach[2] + reach[3]));
 }

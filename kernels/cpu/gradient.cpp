@@ -23,15 +23,15 @@ GradientRow gradient_row(const Call& call, const LogitsState& s) {
 }
 
 void merge(const Call& call, GradientState* a, const GradientState& b) {
-  a->sum += b.sum;
+  a->sum_below += b.sum_below;
   a->q_max += b.q_max;
   a->labels += b.labels;
   merge(call.gradient_norms(), &a->difference, b.difference);
 }
 
 // log2 of the sum of e^(rz) but for one maximum; from the row itself where float exponentials may have vanished.
-static double log2_others(const Call& call, int64_t row, const LogitsState& s, double r, double below) {
-  if (s.ties > 1 || below > 0x1p-100) return std::log2((s.ties - 1) + below);
+static double log2_others(const Call& call, int64_t row, const LogitsState& s, double r, double sum_below) {
+  if (s.ties > 1 || sum_below > 0x1p-100) return std::log2((s.ties - 1) + sum_below);
   const LogitsPlan plan = sharper(call.plan.logits, r);
   return kernels->log2_rest[call.logits.type](call.logits.at(row, 0), call.logits.columns, plan, s.f_max);
 }
@@ -40,22 +40,22 @@ static double log2_others(const Call& call, int64_t row, const LogitsState& s, d
 static double norm_of_max(const Call& call, int64_t row, const LogitsState& s, const GradientRow& about) {
   const GradientPlan& g = call.plan.gradient;
   const bool linear = g.order == 1 || g.order == INFINITY;
-  if (linear && about.one_minus_p > 0x1p-100) return raised(about.one_minus_p, g.power);
-  if (g.order == 2 && about.one_minus_p > 0x1p-100) {
+  if (linear && about.one_minus_p_max > 0x1p-100) return raised(about.one_minus_p_max, g.power);
+  if (g.order == 2 && about.one_minus_p_max > 0x1p-100) {
     const double others = ((s.ties - 1) + s.squares_below) / (about.total * about.total);
-    return raised(about.one_minus_p * about.one_minus_p + others, g.power / 2);
+    return raised(about.one_minus_p_max * about.one_minus_p_max + others, g.power / 2);
   }
-  const double log_one_minus_p = log2_others(call, row, s, 1, s.e_below) - about.log_total;
-  if (log_one_minus_p == -INFINITY) return 0;
-  if (linear) return std::exp2(g.power * log_one_minus_p);
+  const double log_one_minus_p_max = log2_others(call, row, s, 1, s.e_below) - about.log_total;
+  if (log_one_minus_p_max == -INFINITY) return 0;
+  if (linear) return std::exp2(g.power * log_one_minus_p_max);
   // (1 - p) (1 + sum of the others' (p_k / (1 - p))^order)^(1 / order)
   const double log_sum = log2_others(call, row, s, g.order, g.order == 2 ? s.squares_below : s.powers_below[0]);
   // The difference of two logarithms that may be large: ratios that add up to 1 have powers that add up to between 1 and
   // C^(1 - order).
   const double limit = (1 - g.order) * std::log2(double(call.logits.columns));
-  double log_ratio = log_sum - g.order * (about.log_total + log_one_minus_p);
+  double log_ratio = log_sum - g.order * (about.log_total + log_one_minus_p_max);
   log_ratio = std::min(std::max(log_ratio, std::min(limit, 0.0)), std::max(limit, 0.0));
-  return std::exp2(g.power * log_one_minus_p + g.power / g.order * std::log2(1 + std::exp2(log_ratio)));
+  return std::exp2(g.power * log_one_minus_p_max + g.power / g.order * std::log2(1 + std::exp2(log_ratio)));
 }
 
 double gradient(const Call& call, int64_t row, const LogitsState& s, const GradientRow& about,
@@ -72,8 +72,8 @@ double gradient(const Call& call, int64_t row, const LogitsState& s, const Gradi
   const double q_max = g.labels == PREDICTED       ? s.ties / about.total
                        : g.labels == LOG_PREDICTED ? -s.ties * std::log1p(about.total - 1)
                                                    : state.q_max;
-  const double below = state.sum * std::exp2(about.shift) * (g.labels == LOG_PREDICTED ? 0.6931471805599453 : 1);
-  return (below + q_max * norm_of_max(call, row, s, about)) * (g.order == 1 ? std::exp2(g.power) : 1);
+  const double sum_below = state.sum_below * std::exp2(about.shift) * (g.labels == LOG_PREDICTED ? 0.6931471805599453 : 1);
+  return (sum_below + q_max * norm_of_max(call, row, s, about)) * (g.order == 1 ? std::exp2(g.power) : 1);
 }
 
 }  // namespace fastood

@@ -40,8 +40,8 @@ template <class In> struct Sweep {
   GradientState* state;
 };
 
-// Calls step(u, v, e, w, i, first), e and w the exponentials and the q of the elements v, 0 in the padding, and sums up
-// the q: NaN where one is negative. done(n) after each block.
+// Calls step(u, v, e, w, i, first) for each vector v, with e its exponentials and w its q, both 0 in the padding, and
+// done(n) after each block of n. Adds the q to state->labels, NaN where one is negative.
 template <class T, class In, class Step, class Done>
 INLINE void for_labels(const Sweep<In>& s, const Softmax<T>& softmax, Step step, Done done) {
   T held[BLOCK];
@@ -74,14 +74,14 @@ INLINE void for_labels(const Sweep<In>& s, const Softmax<T>& softmax, Step step,
 // || q - p ||: the differences of a block, then their powers as those of features.
 template <class T, class In> static void gradient_inside(const Sweep<In>& s) {
   const Softmax<T> softmax(all<T>(T(s.row.f_max)), s.plan);
-  const T per_total = T(__builtin_ldexp(1 / s.row.total, -Vec<T>::scaled)), one_minus_p = T(s.row.one_minus_p);
+  const T per_total = T(__builtin_ldexp(1 / s.row.total, -Vec<T>::scaled)), one_minus_p_max = T(s.row.one_minus_p_max);
   const bool above_half = s.row.total < 2;  // p_max is: then q - p = (q - 1) + (1 - p), which keeps 1 - p where q is 1
   T out[BLOCK];
   for_labels<T>(
       s, softmax,
       [&](int, V<T> v, V<T> e, V<T> w, int64_t i, int64_t) __attribute__((always_inline)) {
         V<T> difference = w - e * per_total;
-        if (above_half) difference = v == softmax.pivot ? (w - T(1)) + one_minus_p : difference;
+        if (above_half) difference = v == softmax.pivot ? (w - T(1)) + one_minus_p_max : difference;
         __builtin_memcpy(out + i, &difference, sizeof difference);
       },
       [&](int64_t m) {
@@ -98,24 +98,24 @@ enum Norm { LINEAR, SQUARE, GENERAL };
 template <class T, int NORM> struct ClassNorm {
   const Softmax<T> powers;  // e^(r z)
   const double ratio;
-  const T exponent, order, power, sum, log_p, shift;
+  const T exponent, order, power, power_sum, log_p_max, shift;
 
   ClassNorm(const LogitsPlan& plan, const GradientPlan& g, const GradientRow& row)
       : powers(all<T>(T(row.f_max)), NORM == GENERAL ? sharper(plan, g.order) : plan),
         ratio(NORM == LINEAR ? g.power : g.power / g.order), exponent(T(ratio)), order(T(g.order)), power(T(g.power)),
-        sum(T(row.power_sum)), log_p(T(-g.order * row.log_total)), shift(T(row.shift)) {}
+        power_sum(T(row.power_sum)), log_p_max(T(-g.order * row.log_total)), shift(T(row.shift)) {}
 
   inline __attribute__((always_inline)) V<T> operator()(V<T> v, V<T> p) const {
     V<T> x, whole, part, log_one_minus_p = {};
     if constexpr (NORM == LINEAR) x = 1 - p;
-    if constexpr (NORM == SQUARE) x = (1 - 2 * p) + sum;
+    if constexpr (NORM == SQUARE) x = (1 - 2 * p) + power_sum;
     if constexpr (NORM == GENERAL) {
       // (1 - p) (1 + the others' (p_k / (1 - p))^r)^(1/r): no high order underflows
       log2_parts<T>(1 - p, &whole, &part);
       log_one_minus_p = whole + part;
-      V<T> d, others = sum - powers.exp(v, &d) * T(__builtin_ldexp(1.0, -Vec<T>::scaled));
-      // Of p_max / (1 - p), which is at most 1 whatever rounding says.
-      const V<T> log_ratio = log_p - order * log_one_minus_p;
+      V<T> d, others = power_sum - powers.exp(v, &d) * T(__builtin_ldexp(1.0, -Vec<T>::scaled));
+      // log2 of (p_max / (1 - p))^r, the unit of these; at most 0 but for rounding.
+      const V<T> log_ratio = log_p_max - order * log_one_minus_p;
       x = 1 + others * exp2_sum<T, true>(log_ratio < 0 ? log_ratio : V<T>{}, V<T>{}, I<T>{});
     }
     if (NORM != GENERAL && ratio == 1) return x;
@@ -158,7 +158,7 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
         sums[u] = add_where(below, sums[u], w * norm(v, e * per_total));
       },
       [&](int64_t) { sum += take<2, T>(sums), s.state->q_max += take<2, T>(q_max); });
-  s.state->sum += predicted ? p_pivot * (descale * sum) : sum;
+  s.state->sum_below += predicted ? p_pivot * (descale * sum) : sum;
 }
 
 template <class In>

@@ -100,15 +100,16 @@ static PyObject* batchgrad_peak(PyObject*, PyObject* steps) {
 // Whether torch does so many elements on more than one thread.
 static bool shared_out(int64_t elements) { return elements > 32768; }  // at::internal::GRAIN_SIZE
 
-// plain(plan, shape, logits, feats, labels), those that are not needed None: the columns for plain CPU tensors as
-// float32 of `shape`, in which -1 stands for the rows; None where they are any others, and a longer way must be gone,
-// which can tell what is wrong with them.
-static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// quick(plan, shape, logits, feats, labels), those that are not needed None: the columns for plain CPU tensors as
+// float32 of `shape`, in which -1 stands for the rows. None where the tensors are of any other kind: then the call takes
+// the long way through Python, which reads all that is allowed and says what is wrong with the rest.
+static PyObject* quick(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, 5);
   if (!plan) return nullptr;
   Call call{*plan};
-  // Without a pool (a forked child) what torch itself would share out, such as filling a result where it is told to be
-  // deterministic, goes the longer way too, which sees to torch's threads first.
+  // In a forked child, which has no pool (`parallel_for` is null), a large result takes the long way too: torch may share
+  // out the work of making it (where it is told to be deterministic it fills what is empty), and its threads are set
+  // right there first.
   if (watched() || !read_tensors(args + 2, &call) ||
       (!parallel_for && shared_out(call.rows * int64_t(plan->columns.size())))) {
     PyErr_Clear();
@@ -128,7 +129,7 @@ static PyObject* plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return out;
 }
 
-static PyObject* levels(PyObject*, PyObject*) {
+static PyObject* isas(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Kernels* k : supported()) {
     PyObject* name = PyUnicode_FromString(k->name);
@@ -148,9 +149,9 @@ static PyObject* statistics(PyObject*, PyObject*) {
   return names;
 }
 
-static PyObject* level(PyObject*, PyObject*) { return PyUnicode_FromString(kernels->name); }
+static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels->name); }
 
-static PyObject* use_level(PyObject*, PyObject* name) {
+static PyObject* use_isa(PyObject*, PyObject* name) {
   PyObject* bytes = PyUnicode_AsUTF8String(name);
   if (!bytes) return nullptr;
   const Kernels* found = nullptr;
@@ -185,16 +186,16 @@ static PyMethodDef methods[] = {
     {"batchgrad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(batchgrad)), METH_FASTCALL, nullptr},
     {"scaled", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(scaled)), METH_FASTCALL, nullptr},
     {"batchgrad_peak", batchgrad_peak, METH_O, nullptr},
-    {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL, nullptr},
+    {"quick", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(quick)), METH_FASTCALL, nullptr},
     {"route", route, METH_VARARGS, nullptr},
     {"add_program", add_program, METH_VARARGS, nullptr},
     {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launch)), METH_FASTCALL, nullptr},
     {"use_driver", use_driver, METH_VARARGS, nullptr},
     {"use_torch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_torch)), METH_FASTCALL, nullptr},
     {"statistics", statistics, METH_NOARGS, "Their names, by number."},
-    {"levels", levels, METH_NOARGS, "Instruction sets that this processor has, the best last."},
-    {"level", level, METH_NOARGS, "The one in use."},
-    {"use_level", use_level, METH_O, "Use another one."},
+    {"isas", isas, METH_NOARGS, "Instruction sets that this processor has, the best last."},
+    {"isa", isa, METH_NOARGS, "The one in use."},
+    {"use_isa", use_isa, METH_O, "Use another one."},
     {"use_threads_of", use_threads_of, METH_O, "The address of torch_parallel_for; 0 for one thread."},
     {"exp2f", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(apply<0>)), METH_FASTCALL, nullptr},
     {"log2f", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(apply<1>)), METH_FASTCALL, nullptr},

@@ -194,11 +194,14 @@ template <int WIDTH, class T> INLINE void add_in_turn(V<T>* total, V<T>* sums) {
   }
 }
 
-// One pass over at most SPAN elements. It sums TABLES fractional powers, by the tables from `first` on, and their products
-// with square roots; in the pass with the first table also square roots, the INTEGERS first integer powers and, with all 6
-// of these, the extremes. Gives the slots that are done. Left out is an order of which an element is not finite, or
-// subnormal where it has a table, or whose integer power is out of range: each by itself, or its bits would hang on the
-// orders beside it. norms_by_tiles does those.
+// One pass over at most SPAN elements, which sums TABLES fractional powers, by the tables from `first` on, and their
+// products with square roots; the pass with the first table also sums the square roots and the integer powers up to
+// INTEGERS and, where that is 6, finds the extremes.
+//
+// Returns the slots that it has added to, and EXTREMES. What it returns no bit of, norms_by_tiles has to do: the powers by
+// tables, where an element is subnormal, infinite or NaN; any other order whose sum is infinite or NaN, or too small to be
+// precise. One order's failure does not send another to norms_by_tiles, which rounds otherwise: the bits of an order must
+// not depend on which others are asked for.
 constexpr int64_t SPAN = 2048;
 
 template <int TABLES, int INTEGERS, bool PRODUCTS, class In>

@@ -21,14 +21,15 @@ constexpr int MAX_POWER_SUMS = 8, MAX_STATS = 32;
 struct LogitsPlan {
   double temperature;
   double scale, scale_low;  // log2(e) / T in two parts
-  float lowest_float;       // the difference to the maximum that is held in its stead below it, where exp is 0 or next to it
+  float lowest_float;       // differences to the maximum are held no lower than this, where exp is 0 or next to it
   double lowest_double;
   int sums;         // of Sums; 0 is the maximum alone
   int power_sums;   // how many S_r
   double power[MAX_POWER_SUMS];
 };
 
-// Of a chunk, with z = (f - f_max) / T. What is summed over elements below the maximum is the rest less ties - 1.
+// Of a chunk, with z = (f - f_max) / T. Sums named `below` are over the elements less than f_max; the rest has ties - 1
+// elements more, of e^z = 1 each.
 struct LogitsState {
   double f_max;
   double ties;           // elements equal to it
@@ -66,7 +67,7 @@ template <int LANES> struct PowerTable {
 constexpr int TABLES_AT_ONCE = 4;
 
 // One base power y = |h|^base costs one exp2; the orders that are small multiples of it, or 0.5 more, cost multiplications.
-// Which base an order has hangs on the order alone, or its bits would on the orders beside it.
+// The base of an order hangs on that order alone: what else is asked for must not change its bits.
 struct PowerGroup {
   double base, high;  // high: its leading bits
   bool scaled;        // of |h| / unit instead of |h|
@@ -98,7 +99,7 @@ struct NormsPlan {
 constexpr uint64_t EXTREMES = 1;  // l0 or l_inf; there is no slot 0
 
 struct NormsState {
-  double max;        // max |h|; where only sums are asked for, infinite or not is all that it tells
+  double max;        // max |h|; where EXTREMES are not wanted it may be less, but is infinite where |h| is
   double unit;       // what |h| is divided by where sums are scaled: max when they were last rescaled
   double shift, shift_fraction;  // its log2, whole and fraction
   double unit_whole;             // 2^shift
@@ -117,20 +118,20 @@ struct GradientPlan {
   double order, power;
 };
 
-// What is known of a row when it is swept for that.
+// What the sweep over a row for its gradient norm is told of it.
 struct GradientRow {
   double f_max, total;  // total: sum e^z
   double log_total;     // log2
-  double one_minus_p;   // 1 - p_max
+  double one_minus_p_max;
   double uniform;     // 1 / C
   double power_sum;   // sum of e^(order z); S_2 for order 2
   double shift;       // log2 of what the norms are divided by, so that no power leaves the range
 };
 
 struct GradientState {
-  double sum;     // outside: of q || e_y - p ||^power below the maximum
-  double q_max;   // outside: of q at the maximum
-  double labels;  // of q; NaN where one is negative
+  double sum_below;  // outside: of q || e_y - p ||^power below the maximum
+  double q_max;      // outside: sum of q over the elements equal to the maximum
+  double labels;     // sum of q; NaN where one is negative
   NormsState difference;  // inside: of q - p
 };
 
@@ -139,13 +140,13 @@ void set_scale(LogitsPlan* plan, double scale, double scale_low);
 // The plan of e^(rz).
 LogitsPlan sharper(const LogitsPlan& plan, double r);
 
-// Makes `unit` that of the sums.
+// Converts the sums to the unit `unit`.
 void rescale(const NormsPlan& plan, NormsState* state, double unit);
 
-// Where the k-th largest of a row lay, and how far apart numbers were there: the next row's is near it. What is found
-// does not hang on it.
-struct Near {
-  double level = 0, spacing = 0;
+// Where the search for a row's k-th largest number starts: where the row before had it, and how far apart its numbers
+// were there. The guess saves time and changes no result.
+struct Guess {
+  double threshold = 0, spacing = 0;
 };
 
 struct Kernels {
@@ -159,8 +160,8 @@ struct Kernels {
   // Adds n elements to `state`; q: their labels' probabilities, of any type, where they are GIVEN; kept: as for tv.
   void (*gradient[TYPES])(const void* f, int64_t n, const void* kept, const void* q, int q_type, const LogitsPlan& plan,
                           const GradientPlan& gradient, const NormsPlan& norms, const GradientRow& row, GradientState* state);
-  // These sums over a row that is nearly flat, so that no e^x overflows; and over rows of n <= FEW columns, of which any
-  // may be: what comes of the others means nothing.
+  // LevelSums of one row that is nearly flat, so that no e^x overflows. few_level: of several rows of n <= FEW columns; the
+  // results of those that are not nearly flat are meaningless, and the caller ignores them.
   void (*level[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, double temperature, const double* level,
                        const double* shift, LevelSums* out);
   void (*few_level[TYPES])(const void* f, int64_t stride, int64_t rows, int64_t n, double temperature, const double* level,
@@ -178,7 +179,7 @@ struct Kernels {
                          const void* pull, int count);
   double (*batchgrad_peak)(int64_t steps);
   // SCALE; see scaling.h.
-  void (*top_sums[TYPES])(const void* h, int64_t n, int64_t k, bool relu, void* room, Near* near, double* all,
+  void (*top_sums[TYPES])(const void* h, int64_t n, int64_t k, bool relu, void* room, Guess* guess, double* all,
                           double* largest);
   double (*scaled[TYPES])(const void* f, int64_t n, double r, const void* bias, void* out);
   void (*exponentials[TYPES])(const void* f, int64_t n, const LogitsPlan& plan, double f_max, void* out);

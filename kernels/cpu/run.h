@@ -1,4 +1,4 @@
-// A plan: what is wanted. A call: one call of it, what is read and where it goes.
+// A plan: what is wanted. A call: one run of a plan, with what it reads and where its results go.
 #pragma once
 
 #include <vector>
@@ -54,7 +54,7 @@ struct Call {
   void* out = nullptr;  // float or double; of statistics and norms, [stats + orders, rows] double
   bool out_double = false;
   int64_t row_stride = 0, column_stride = 0;
-  // What writes a row to where logits are, of stride 0, before it is read; or null.
+  // Or null: writes a row's logits to logits.data, of stride 0, each time before a row is read there.
   void (*write)(void* context, int64_t row) = nullptr;
   void* context = nullptr;
 
@@ -74,7 +74,7 @@ struct BatchGrad {
   int64_t columns;           // a multiple of 16, padded with zeros
   const double* norms;       // [classes]: ||G_c||_1
   double norm;               // their sum
-  double* out;               // [rows]; NaN where a value is not finite, which it does not judge
+  double* out;               // [rows]; NaN or infinite where a logit or feature is: the caller works these rows out anew
 };
 
 // The energy of r (logits - bias) + bias, r of sum h and the sum of its k largest: e^(their ratio), or its square.
@@ -94,13 +94,13 @@ extern ParallelFor parallel_for;
 
 void run(const Call& call);
 void run_here(const Call& call);  // on this thread
-bool run(const BatchGrad& b);
+bool run(const BatchGrad& b);  // whether all results are finite
 void run(const Scaling& s);
 
 // task(begin, end, context) over 0..tasks, `grain` of them or more to a thread.
 void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
-// The sums over a row and, in `swept`, the TV or gradient that is asked for; kept: as many doubles as the row is long
-// and 16, or null.
+// The sums over a row and, in `swept`, the TV or gradient that is asked for. kept: room for the row's exponentials, so
+// that it is read once: its length and 16 more; or null.
 LogitsState logits_row(const Call& call, int64_t row, double* kept, double* swept);
 
 // The gradient of a row whose sums are known: what its sweep needs of them, and what comes of the states of all chunks.

@@ -12,13 +12,13 @@ struct Scaled {
   const Scaling& s;
   int64_t first;
   std::unique_ptr<double[]> features, logits;
-  Near near;
+  Guess guess;
 
   int64_t size() const { return s.logits.type == FLOAT64 ? 8 : 4; }
 
   void write(int64_t row, void* to) {
     double all, largest;
-    kernels->top_sums[s.feats.type](s.feats.at(row, 0), s.feats.columns, s.k, s.relu, features.get(), &near, &all, &largest);
+    kernels->top_sums[s.feats.type](s.feats.at(row, 0), s.feats.columns, s.k, s.relu, features.get(), &guess, &all, &largest);
     const double ratio = all == 0 && largest == 0 ? 1 : all / largest, r = s.square ? ratio * ratio : std::exp(ratio);
     const double max = kernels->scaled[s.logits.type](s.logits.at(row, 0), s.logits.columns, r, s.bias, to);
     if (std::isfinite(max)) return;

@@ -6,61 +6,64 @@ template <class In> constexpr int NARROW = 0;
 template <> constexpr int NARROW<Half> = 13;
 template <> constexpr int NARROW<BFloat> = 16;
 
-// The smallest number that reaches `level`.
-template <class T> static T smallest_from(const T* h, int64_t n, T level) {
+// The smallest number that reaches `threshold`.
+template <class T> static T smallest_from(const T* h, int64_t n, T threshold) {
   V<T> least[2] = {all<T>(T(__builtin_inf())), all<T>(T(__builtin_inf()))};
   for_blocks<2, T, int64_t(1) << 40>(
       h, n, minus_inf<T>(),
-      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) { least[u] = v >= level && v < least[u] ? v : least[u]; },
+      [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
+        least[u] = v >= threshold && v < least[u] ? v : least[u];
+      },
       [] {});
   return -max_of<T>(larger(-least[0], -least[1]));
 }
 
-// A level that k of n numbers reach, 1 <= k < n, and no more: *reach is k then. Where numbers equal to the k-th largest
-// make that impossible, the k-th largest, which *reach > k numbers reach. So many, `count`, reach near->level.
+// A threshold that k of n numbers reach, 1 <= k < n, and no more: *reach is k then. Where numbers equal to the k-th largest
+// make that impossible, the k-th largest itself, which *reach > k numbers reach. The search starts at guess->threshold,
+// which `count` numbers reach, and leaves in *guess where the next row's starts.
 template <class T, int STEP>
-static T top_level(const T* h, int64_t n, int64_t k, int64_t count, Near* near, int64_t* reach) {
+static T top_threshold(const T* h, int64_t n, int64_t k, int64_t count, Guess* guess, int64_t* reach) {
   typedef typename Vec<T>::Scalar S;
   S low = place_of(minus_inf<T>()) >> STEP, high = place_of(T(__builtin_inf())) >> STEP;
   const auto value = [](S place) { return float_at<T>(S(typename Vec<T>::Unsigned(place) << STEP)); };
   int64_t from_low = n, from_high = 0;  // more than k reach `low`, less than k `high`
-  T level = T(near->level);
-  S place = place_of(level) >> STEP;
+  T threshold = T(guess->threshold);
+  S place = place_of(threshold) >> STEP;
   for (int step = 0; count != k; step++) {
     if (count > k) low = place, from_low = count;
     else high = place, from_high = count;
     if (low >= high - 1) {
-      near->level = value(low);
+      guess->threshold = value(low);
       *reach = from_low;
       return value(low);
     }
     // The next number, if that is it; from one side by the spacing of the row before; between two in proportion; and now
     // and then in the middle, for what is not spread evenly.
     const T least = value(low), most = value(high);
-    if (from_low < n && from_high > 0) near->spacing = double(most - least) / double(from_low - from_high);
+    if (from_low < n && from_high > 0) guess->spacing = double(most - least) / double(from_low - from_high);
     const bool between = from_low < n && from_high > 0;
-    if (between && from_high == k - 1) level = largest_below<T>(h, n, most);
-    else if (between && from_low == k + 1) level = float_at<T>(place_of(smallest_from<T>(h, n, least)) + (S(1) << STEP));
-    else if (step % 4 == 3) level = least;
-    else if (!between) level += T(near->spacing * (double(count - k) * 1.25));
-    else level = least + T((double(from_low - k) - 0.5) * near->spacing);
-    place = place_of(level) >> STEP;
+    if (between && from_high == k - 1) threshold = largest_below<T>(h, n, most);
+    else if (between && from_low == k + 1) threshold = float_at<T>(place_of(smallest_from<T>(h, n, least)) + (S(1) << STEP));
+    else if (step % 4 == 3) threshold = least;
+    else if (!between) threshold += T(guess->spacing * (double(count - k) * 1.25));
+    else threshold = least + T((double(from_low - k) - 0.5) * guess->spacing);
+    place = place_of(threshold) >> STEP;
     if (!(place > low && place < high)) place = S((low & high) + ((low ^ high) >> 1));
-    level = value(place);
-    count = count_at_least<T>(h, n, level);
+    threshold = value(place);
+    count = count_at_least<T>(h, n, threshold);
   }
-  near->level = level;
+  guess->threshold = threshold;
   *reach = k;
-  return level;
+  return threshold;
 }
 
 // sum h and the sum of its k largest; of max(h, 0) where relu. NaN where a number is not finite. room: for n numbers.
 template <class In>
-static void top_sums(const void* data, int64_t n, int64_t k, bool relu, void* room, Near* near, double* all_sum,
+static void top_sums(const void* data, int64_t n, int64_t k, bool relu, void* room, Guess* guess, double* all_sum,
                      double* top_sum) {
   typedef typename Arithmetic<In>::type T;
   T* h = static_cast<T*>(room);
-  const V<T> least = all<T>(relu ? T(0) : minus_inf<T>()), guess = all<T>(T(near->level));
+  const V<T> least = all<T>(relu ? T(0) : minus_inf<T>()), guessed = all<T>(T(guess->threshold));
   V<T> sums[4] = {}, odd[4] = {};
   I<T> count[4] = {};
   Total total;
@@ -70,18 +73,18 @@ static void top_sums(const void* data, int64_t n, int64_t k, bool relu, void* ro
         odd[u] += v - v;
         v = larger(v, least);
         sums[u] += v;
-        count[u] = count_where(at_least(v, guess), count[u]);
+        count[u] = count_where(at_least(v, guessed), count[u]);
         store<T>(h, v, i, first);
       },
       [&] { total += take<4, T>(sums); });
   *all_sum = *top_sum = total + double(take<4, T>(odd));
   if (k >= n || *all_sum != *all_sum) return;
-  const int64_t padding = near->level > 0 ? 0 : -n & (Vec<T>::lanes - 1);  // zeros that fill the last vector
+  const int64_t padding = guess->threshold > 0 ? 0 : -n & (Vec<T>::lanes - 1);  // zeros that fill the last vector
   const int64_t reached = count_of<T>((count[0] + count[1]) + (count[2] + count[3])) - padding;
   int64_t reach;
-  const T level = top_level<T, NARROW<In>>(h, n, k, reached, near, &reach);
-  // Without what is equal to a level that too many reach.
-  const V<T> from = all<T>(reach == k ? level : float_at<T>(place_of(level) + 1));
+  const T threshold = top_threshold<T, NARROW<In>>(h, n, k, reached, guess, &reach);
+  // Where too many reach the threshold, what is equal to it is left out, and counted below.
+  const V<T> from = all<T>(reach == k ? threshold : float_at<T>(place_of(threshold) + 1));
   V<T> largest[4] = {};
   Total top;
   for_blocks<4, T>(
@@ -90,7 +93,7 @@ static void top_sums(const void* data, int64_t n, int64_t k, bool relu, void* ro
         largest[u] = add_where(at_least(v, from), largest[u], v);
       },
       [&] { top += take<4, T>(largest); });
-  *top_sum = reach == k ? top : top + double(k - count_at_least<T>(h, n, from[0])) * double(level);
+  *top_sum = reach == k ? top : top + double(k - count_at_least<T>(h, n, from[0])) * double(threshold);
 }
 
 // r (f - bias) + bias, a masked class staying one, and the largest f; bias may be null for 0.

@@ -11,15 +11,15 @@ template <class T> struct Softmax {
     lowest = sizeof(T) == 4 ? T(plan.lowest_float) : T(plan.lowest_double);
   }
 
-  // 2^SCALED e^((f - pivot) / T); d = f - pivot is handed out, no less than `lowest`
+  // Returns 2^SCALED e^((f - pivot) / T), and in *d the difference f - pivot, but no less than `lowest`.
   inline __attribute__((always_inline)) V<T> exp(V<T> f, V<T>* d) const {
     V<T> exact = f - pivot;
     V<T> held = *d = larger(all<T>(lowest), exact);
     if constexpr (sizeof(T) == 4) return exp2_nonpositive<Vec<T>::scaled>(exact * high);
     V<T> rounded = held * high + Vec<T>::magic;
     V<T> n = rounded - Vec<T>::magic;
-    V<T> back = exact - f;
-    V<T> lost = (f - (exact - back)) - (pivot + back);  // what the subtraction rounded away grows with |z|
+    V<T> minus_pivot = exact - f;  // as it was rounded
+    V<T> lost = (f - (exact - minus_pivot)) - (pivot + minus_pivot);  // what the subtraction rounded away grows with |z|
     V<T> fraction = held * low + (held * high - n) + lost * high;
     return exp2_parts<T, Vec<T>::scaled>(rounded, n, fraction, exact < lowest);
   }

@@ -23,10 +23,10 @@ inline bool nearly_flat(Stat stat, double value, const LogitsPlan& plan, const L
   return value < FLAT_KL || value < -FLAT_KL_SHARE * mean_z(plan, s, classes);
 }
 
-// A statistic of each of some rows, log1p being log (1 + r1), and swept what a second sweep gave.
+// One statistic of `count` rows. log1p: their log (1 + r1); swept: their TV or gradient norm, from a second sweep.
 void statistics(Stat stat, int power, const LogitsPlan& plan, const LogitsState* states, int64_t count, int64_t classes,
                 const double* swept, const double* log1p, double* out);
-// One that is a logarithm, of a row whose rest is next to 0: from the logarithm of that.
+// A statistic that is a logarithm, of a row whose rest is next to 0: from log2 of the rest.
 double statistic_of_rest(Stat stat, const LogitsPlan& plan, const LogitsState& s, double log2_rest);
 
 void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, Order* out);

@@ -41,11 +41,11 @@ def forked(action, *arguments):
     return answer
 
 
-def level(name):
+def isa(name):
     os.environ["FASTOOD_CPU_ISA"] = name
     from fastood.kernels.cpu import _native
 
-    return _native.level()
+    return _native.isa()
 
 
 def no_such_backend():
@@ -89,7 +89,7 @@ def lacking(name):
 
 
 answers = {
-    "levels": {name: forked(level, name) for name in sys.argv[1:]},
+    "isas": {name: forked(isa, name) for name in sys.argv[1:]},
     "no such backend": forked(no_such_backend),
     "not built": forked(not_built),
     "lacking": {name: forked(lacking, name) for name in PRIVATE},

@@ -1,13 +1,14 @@
 """The kernels of BatchGrad (Eq. 6), which arithmetic bounds, not memory.
 
-A class of probability p adds for each feature h, with turn = p - 1/2 and pull = p (1 - p) / T,
+A class of probability p adds for each feature h, with turn = 2p - 1 and pull = 2p (1 - p) / T,
 
-    (1 - p) |G - p h / T| + p |G + (1 - p) h / T| = max(|G|, |2 turn G + 2 pull h|):
+    (1 - p) |G - p h / T| + p |G + (1 - p) h / T| = max(|G|, |turn G + pull h|):
 
-a multiplication, a fused multiply-add, a maximum and an addition. Where h >= 0, as after a ReLU, the second is never
-below -|G|, and max(a, b) = (a + b) / 2 + |a - b| / 2 leaves |turn G + pull h - |G| / 2|, two fused multiply-adds and
-an addition, beside what is linear in G and h and so summed ahead. Rows, FEATS features at a time, choose between the
-two by their own signs: a row's bits do not depend on its neighbours, only a program's time does.
+a multiplication, a fused multiply-add, a maximum and an addition. Where h >= 0, as after a ReLU, turn G + pull h is
+never below -|G|, and max(a, b) = (a + b) / 2 + |a - b| / 2 leaves |turn G + pull h - |G|| / 2, two fused multiply-adds
+and an addition with turn / 2 and pull / 2, beside what is linear in G and h and so summed ahead. Rows, FEATS features
+at a time, choose between the two by their own signs: a row's bits do not depend on its neighbours, only a program's
+time does.
 
 A thread holds rows, and an element of G is one number for all of them. A program sums CLASSES classes over FEATS
 features of ROWS rows. Its warps share the rows and divide the classes, so that one of them brings the features that the
@@ -85,7 +86,8 @@ def add_where(flags, a, b):
 @triton.jit
 def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
            OWN: tl.constexpr, CLASSES: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """For each tile of rows: sum |turn G + pull h - |G| / 2|, or if SIGNED of max(|G|, |turn G + pull h|)."""
+    """For each tile of rows: sum |turn G + pull h - |G| / 2|, turn and pull being halved ones; or if SIGNED, where they
+    are whole, sum max(|G|, |turn G + pull h|)."""
     totals = ()
     for _ in tl.static_range(TILES):
         totals = totals + (tl.zeros_like(turns[0]),)
@@ -143,29 +145,29 @@ def partial_sums(
     block = class_block.to(tl.int64) * feat_blocks + feat_block
     g_sums_ptr += block * (2 * CLASSES) + 2 * own
     sum_ptr += (feat_block * row_blocks + row_block).to(tl.int64) * ROWS
-    turns, pulls, plains, signeds, totals = (), (), (), (), ()
+    half_turns, half_pulls, plains, signeds, totals = (), (), (), (), ()
     for t in tl.static_range(TILES):
         n = row_block * ROWS + t * TILE + lane
         given = n < N
-        m = tl.load(stats_ptr + n, mask=given, other=0.0).to(tl.float32)
+        f_max = tl.load(stats_ptr + n, mask=given, other=0.0).to(tl.float32)
         p_max = tl.load(stats_ptr + N + n, mask=given, other=0.0).to(tl.float32)
-        not_p_max = tl.load(stats_ptr + 2 * N + n, mask=given, other=0.0).to(tl.float32)
+        one_minus_p_max = tl.load(stats_ptr + 2 * N + n, mask=given, other=0.0).to(tl.float32)
         sum = tl.load(sum_ptr + (t * TILE + lane))
         logits = f_ptr + n.to(tl.int64) * f_stride + (class_block * CLASSES + own)[:, None]
-        linear = tl.zeros_like(m)
+        linear = tl.zeros_like(f_max)
         for k in tl.static_range(OWN):
             inside = (class_block * CLASSES + own + k < C)[:, None]
             f = tl.load(logits + k, mask=given & inside, other=-INF).to(tl.float32)
-            e = tl.exp2((f - m) * scale)
+            e = tl.exp2((f - f_max) * scale)
             p = e * p_max
-            not_p = tl.where(e == 1.0, not_p_max, tl.fma(-e, p_max, 1.0))
-            pull = p * not_p * inverse
-            above, below = tl.load(g_sums_ptr + 2 * k)[:, None], tl.load(g_sums_ptr + 2 * k + 1)[:, None]
-            of_g = tl.fma(p, tl.broadcast_to(above, p.shape), not_p * below)
-            linear += tl.fma(pull, sum, of_g)
-            turns, pulls = turns + (tl.fma(e, p_max, -0.5),), pulls + (pull,)
+            one_minus_p = tl.where(e == 1.0, one_minus_p_max, tl.fma(-e, p_max, 1.0))
+            half_pull = p * one_minus_p * inverse
+            positive, negative = tl.load(g_sums_ptr + 2 * k)[:, None], tl.load(g_sums_ptr + 2 * k + 1)[:, None]
+            of_g = tl.fma(p, tl.broadcast_to(positive, p.shape), one_minus_p * negative)
+            linear += tl.fma(half_pull, sum, of_g)
+            half_turns, half_pulls = half_turns + (tl.fma(e, p_max, -0.5),), half_pulls + (half_pull,)
         # A row that is not good has p = NaN, which a maximum of two would lose: it is summed as if it were plain.
-        good = m == m
+        good = f_max == f_max
         signed = good & (sum < 0.0)
         infinite = good & (sum == INF)  # though a class may add 0 times it
         plain = ~(signed | infinite)
@@ -176,13 +178,13 @@ def partial_sums(
     g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64)) + own // 2
     steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
     if any_of(plains):
-        more = summed(x_ptr, g_ptr, steps, turns, pulls, False, TILE, TILES, OWN, CLASSES, STEP)
+        more = summed(x_ptr, g_ptr, steps, half_turns, half_pulls, False, TILE, TILES, OWN, CLASSES, STEP)
         totals = add_where(plains, totals, more)
     if any_of(signeds):
-        twice_turns, twice_pulls = (), ()
+        turns, pulls = (), ()
         for k in tl.static_range(TILES * OWN):
-            twice_turns, twice_pulls = twice_turns + (2.0 * turns[k],), twice_pulls + (2.0 * pulls[k],)
-        more = summed(x_ptr, g_ptr, steps, twice_turns, twice_pulls, True, TILE, TILES, OWN, CLASSES, STEP)
+            turns, pulls = turns + (2.0 * half_turns[k],), pulls + (2.0 * half_pulls[k],)
+        more = summed(x_ptr, g_ptr, steps, turns, pulls, True, TILE, TILES, OWN, CLASSES, STEP)
         totals = add_where(signeds, totals, more)
     part = (feat_block * class_blocks + class_block).to(tl.int64) * row_blocks + row_block
     part_ptr += part * ROWS + tl.arange(0, TILE)

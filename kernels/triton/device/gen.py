@@ -20,24 +20,24 @@ STRAIGHT = tl.constexpr(12)  # steps that also try the middle of two values
 
 
 @triton.jit
-def rank_of(x, SHIFT: tl.constexpr):
-    """The rank of float32 x among all numbers of a type that has SHIFT bits less."""
+def place_of(x, SHIFT: tl.constexpr):
+    """The place of float32 x in the order of all numbers of a type that has SHIFT bits less."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @triton.jit
-def value_at(rank, SHIFT: tl.constexpr):
-    bits = rank << SHIFT
+def float_at(place, SHIFT: tl.constexpr):
+    bits = place << SHIFT
     return (bits ^ ((bits >> 31) & (0x7FFFFFFF >> SHIFT << SHIFT))).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def number_from(vs, level):
-    """How many logits of each row are `level` or larger."""
+def number_from(vs, threshold):
+    """How many logits of each row are `threshold` or larger."""
     slots = tl.zeros(vs[0].shape, tl.int32)
     for i in tl.static_range(len(vs)):
-        slots = tl.where(vs[i] >= level, slots + 1, slots)
+        slots = tl.where(vs[i] >= threshold, slots + 1, slots)
     return tl.sum(slots, 1, keep_dims=True)
 
 
@@ -45,28 +45,28 @@ def number_from(vs, level):
 def selected(vs, f_max, valid, M, SHIFT: tl.constexpr):
     """A threshold that at most M < C logits reach, how many, and the one that makes up the M-th largest with these."""
     low = tl.full(f_max.shape, MINUS_INF >> SHIFT, tl.int32)  # more than M from here on
-    high = rank_of(tl.where(valid, f_max, 0.0), SHIFT) + 1  # M or less
+    high = place_of(tl.where(valid, f_max, 0.0), SHIFT) + 1  # M or less
     low = tl.where(valid, low, high - 1)
     number = tl.zeros_like(high)
     step = 0
     while tl.max(((high > low + 1) & (number < M)).to(tl.int32)) > 0:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         if step < STRAIGHT:  # whichever is nearer to the maximum, where few logits are
-            straight = rank_of(value_at(low, SHIFT) * 0.5 + value_at(high, SHIFT) * 0.5, SHIFT)
+            straight = place_of(float_at(low, SHIFT) * 0.5 + float_at(high, SHIFT) * 0.5, SHIFT)
             middle = tl.minimum(tl.maximum(middle, straight), high - 1)
-        here = number_from(vs, value_at(middle, SHIFT))
+        here = number_from(vs, float_at(middle, SHIFT))
         more = here > M
         low = tl.where(more, middle, low)
         high = tl.where(more, high, middle)
         number = tl.where(more, number, here)
         step += 1
-    return value_at(high, SHIFT), number, value_at(low, SHIFT)
+    return float_at(high, SHIFT), number, float_at(low, SHIFT)
 
 
 @triton.jit
-def term(z, e, p, gamma):
-    """(p_k / p (1 - p_k))^gamma of classes below the maximum: e = 2^z = p_k / p, p being that at the pivot."""
-    return tl.exp2(gamma * (z + log2(tl.fma(e, -p, 1.0))))
+def term(z, e, p_pivot, gamma):
+    """(p_k / p_pivot (1 - p_k))^gamma of classes below the maximum: e = 2^z = p_k / p_pivot."""
+    return tl.exp2(gamma * (z + log2(tl.fma(e, -p_pivot, 1.0))))
 
 
 @triton.jit(do_not_specialize=["f_stride", "N"])
@@ -85,7 +85,7 @@ def gen(
     lane = tl.arange(0, W)[None, :]
     f = f_ptr + row * f_stride * S.vec
     scale, gamma = load_table(table_ptr), load_table(table_ptr + 1)
-    near_gamma = gamma.to(tl.float32)
+    gamma_32 = gamma.to(tl.float32)
     zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
 
     vs = ()
@@ -100,7 +100,7 @@ def gen(
     valid = tl.abs(f_max) < INF
     pivot = tl.where(second == -INF, f_max, second)  # no other class: any finite pivot does
 
-    # In halves, whose differences stay in float32.
+    # Logits are halved before they are subtracted: no difference leaves float32 then.
     double = (scale * 2.0).to(tl.float32)
     middle = pivot * -0.5
     es = ()
@@ -110,32 +110,32 @@ def gen(
         exps, slot = collected(exps, slot + es[i], i, TILES)
     rest = (row_total(exps, EACH) - 1.0).to(tl.float32)  # where the maximum stood in as the pivot: 0, or at least 1
     gap = (pivot.to(tl.float64) - f_max.to(tl.float64)) * scale
-    near = exp2_double(gap).to(tl.float32)
-    total = tl.fma(near, rest, 1.0)
-    p = tl.where(rest > 0.0, near / total, 0.0)
+    weight = exp2_double(gap).to(tl.float32)
+    total = tl.fma(weight, rest, 1.0)
+    p_pivot = tl.where(rest > 0.0, weight / total, 0.0)
     to_log2 = tl.full(gap.shape, 1.0 / LN2, tl.float64)
     log_total = log(total) * to_log2
-    # Of the maximum, rest 2^gap / total^2; below it they are in units of p^gamma.
-    log_top = tl.fma(log(tl.where(rest > 0.0, rest, 1.0)), to_log2, gap) - 2.0 * log_total
-    top = tl.where(rest > 0.0, exp2_double(gamma * log_top), 0.0)
+    # Of the maximum, rest 2^gap / total^2; below it they are in units of p_pivot^gamma.
+    log_of_max = tl.fma(log(tl.where(rest > 0.0, rest, 1.0)), to_log2, gap) - 2.0 * log_total
+    of_max = tl.where(rest > 0.0, exp2_double(gamma * log_of_max), 0.0)
     unit = exp2_double(gamma * (gap - log_total))
 
     if SELECT:
         M = load_table(table_ptr + 2).to(tl.int32)
         threshold, number, next = selected(vs, f_max, valid, M, SHIFT)
-    below, slot = zero, zero
+    sum_below, slot = zero, zero
     for i in tl.static_range(TILES):
         wanted = vs[i] < f_max
         if SELECT:
             wanted &= vs[i] >= threshold
-        slot += tl.where(wanted, term(tl.fma(vs[i], 0.5, middle) * double, es[i], p, near_gamma), 0.0)
-        below, slot = collected(below, slot, i, TILES)
-    below = row_total(below, EACH)
+        slot += tl.where(wanted, term(tl.fma(vs[i], 0.5, middle) * double, es[i], p_pivot, gamma_32), 0.0)
+        sum_below, slot = collected(sum_below, slot, i, TILES)
+    sum_below = row_total(sum_below, EACH)
     maxima = number_from(vs, f_max)
     if SELECT:
         z = tl.fma(next, 0.5, middle) * double
-        equal = tl.where(next < f_max, (M - number).to(tl.float32) * term(z, tl.exp2(z), p, near_gamma), 0.0)
-        below += equal.to(tl.float64)
+        equal = tl.where(next < f_max, (M - number).to(tl.float32) * term(z, tl.exp2(z), p_pivot, gamma_32), 0.0)
+        sum_below += equal.to(tl.float64)
         maxima = tl.minimum(maxima, M)
-    value = tl.fma(maxima.to(tl.float64), top, below * unit)
+    value = tl.fma(maxima.to(tl.float64), of_max, sum_below * unit)
     tl.store(out_ptr + place, tl.where(valid, value, float("nan")), mask=place < N)

@@ -5,9 +5,9 @@ exponentials relative to the pivot; for the terms. Rows are HELD in registers me
 long ones are read again, from the cache. The maximum's term is worked out once a row, with float32's precision in the
 range of float64, since 1 - p keeps its relative precision there. All other classes have p <= 1/2, and nothing cancels.
 
-The maximum is kept out of their sums in one of two ways. Given labels, of which it may have any part, are taken from it
-and its logit masked. Otherwise it stands in as if it were the pivot, and what that adds, at most half of a sum, is
-subtracted once a row.
+Their sums must leave the maximum out. Inside, with given labels, its logit is masked. Else its logit is replaced by the
+pivot's: then it adds to a sum what the pivot itself adds, no more than half of the sum, and that is subtracted once a
+row. A given label of the maximum's is set aside, with 0 in its place.
 
 Element k of a row is summed in slot k mod W. Which thread holds a slot depends on the alignment of rows, so slots are
 summed in float64, where the order disappears in the rounding to float32.
@@ -46,10 +46,9 @@ class Pivot(NamedTuple):
 class ClassNorm(NamedTuple):
     """What || e_y - p ||^power of all classes below the maximum have in common."""
 
-    p: Any  # at the pivot
-    s_r: Any  # sum p^r, of whole orders
-    near_r: Any  # of other orders: the pivot's p^r over the maximum's, and the sum of those ratios
-    all_r: Any
+    p_pivot: Any
+    power_sum: Any  # over all classes: of whole orders sum p_k^r, of others sum (p_k / p_max)^r
+    weight_r: Any  # of other orders (p_pivot / p_max)^r
     log_total: Any  # log2 of 1 + r1
     r: Any
     power: Any
@@ -72,14 +71,14 @@ def load_elements(ptr, k, FILL: tl.constexpr, WHOLE: tl.constexpr, S: tl.constex
 
 @triton.jit
 def relative(v, q, pivot, NORM: tl.constexpr):
-    """log2 of p_k over p at the pivot, that ratio, the label, and what is the maximum's of it."""
-    q_top = tl.where(v > pivot.second, q, 0.0)
+    """Of classes k: log2 (p_k / p_pivot), that ratio, and the label, in two parts: below the maximum, and at it."""
+    q_at_max = tl.where(v > pivot.second, q, 0.0)
     if NORM.labels == GIVEN and not NORM.outside:
         v = tl.where(v > pivot.second, -INF, v)
     else:
         v = tl.minimum(v, pivot.logit)
     z = (v - pivot.logit) * pivot.scale
-    return z, tl.exp2(z), q - q_top, q_top
+    return z, tl.exp2(z), q - q_at_max, q_at_max
 
 
 @triton.jit
@@ -152,24 +151,24 @@ def whole_power(x, N: tl.constexpr):
 
 @triton.jit
 def size(z, e, of, NORM: tl.constexpr):
-    """|| e_y - p ||^power of classes y below the maximum, e = 2^z being their p over p at the pivot; over 2^shift.
+    """|| e_y - p ||^power / 2^shift of classes y below the maximum, e = 2^z being p_y / p_pivot. `of`: their ClassNorm.
 
-    That of order 1 is || e_y - p || / 2. `of`: their ClassNorm.
+    Of order 1 it is that of || e_y - p || / 2.
     """
     ORDER: tl.constexpr = NORM.order
     if ORDER == 2:
-        x = tl.fma(e, -2.0 * of.p, 1.0 + of.s_r)
+        x = tl.fma(e, -2.0 * of.p_pivot, 1.0 + of.power_sum)
     elif ORDER > 2:
-        x = tl.fma(-whole_power(e * of.p, ORDER - 1), e * of.p, of.s_r)
-        not_p = tl.fma(e, -of.p, 1.0)
-        x = tl.fma(whole_power(not_p, ORDER - 1), not_p, x)
+        x = tl.fma(-whole_power(e * of.p_pivot, ORDER - 1), e * of.p_pivot, of.power_sum)
+        one_minus_p = tl.fma(e, -of.p_pivot, 1.0)
+        x = tl.fma(whole_power(one_minus_p, ORDER - 1), one_minus_p, x)
     else:
-        x = tl.fma(e, -of.p, 1.0)
+        x = tl.fma(e, -of.p_pivot, 1.0)
     if ORDER == GENERAL:
-        log_not_p = log2(x)
-        x = tl.fma(-of.near_r, tl.exp2(of.r * z), of.all_r)
-        x = tl.fma(x, tl.exp2(-of.r * (of.log_total + log_not_p)), 1.0)
-        return tl.exp2(tl.fma(log2(x), of.exponent, tl.fma(log_not_p, of.power, -of.shift)))
+        log_one_minus_p = log2(x)
+        x = tl.fma(-of.weight_r, tl.exp2(of.r * z), of.power_sum)
+        x = tl.fma(x, tl.exp2(-of.r * (of.log_total + log_one_minus_p)), 1.0)
+        return tl.exp2(tl.fma(log2(x), of.exponent, tl.fma(log_one_minus_p, of.power, -of.shift)))
     elif NORM.exponent == 0:
         return tl.exp2(tl.fma(log2(x), of.exponent, -of.shift))
     elif NORM.exponent == 0.5:
@@ -181,11 +180,11 @@ def size(z, e, of, NORM: tl.constexpr):
 
 
 @triton.jit
-def away(e, q, k, p, WHOLE: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr):
+def away(e, q, k, p_pivot, WHOLE: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr):
     """|q - p_k| of classes below the maximum."""
     if NORM.labels == UNIFORM:
         q = masked(tl.zeros_like(e) + 1.0 / S.columns, k, WHOLE, S)
-    return tl.abs(tl.fma(e, -p, q))
+    return tl.abs(tl.fma(e, -p_pivot, q))
 
 
 @triton.jit
@@ -198,8 +197,8 @@ def add_power(sum, d, ORDER: tl.constexpr):
 def gradient(
     f_ptr, f_stride, q_ptr, q_stride, table_ptr, out_ptr, N, S: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr
 ):
-    """[N] float64. Strides count groups of S.vec elements; table: log2(e) / T, order, 1 / order, power, and the unit
-    that terms below the maximum are summed in. S and NORM: Sweep and GradientNorm of shapes.py.
+    """[N] float64. Strides count groups of S.vec elements; table: log2(e) / T, order, 1 / order, power, and what
+    the sum over the classes below the maximum is to be multiplied by. S and NORM: Sweep and GradientNorm of shapes.py.
     """
     C: tl.constexpr = S.columns
     W: tl.constexpr = S.w
@@ -255,13 +254,13 @@ def gradient(
             others = others + (relative(v, q, pivot, NORM),)
     exps, slot = none, zero
     powers, slot_r = none, zero
-    top = zero
+    q_max = zero
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
             k = first + i * W + lane
-            z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
+            z, e, q, q_at_max = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
             if LABELS == GIVEN:
-                top += q_top
+                q_max += q_at_max
             exps, slot = collected(exps, slot + e, i, TILES)
             if RATIOS:
                 slot_r = slot_r + tl.exp2(r * z) if ORDER == GENERAL else tl.fma(whole_power(e, ORDER - 1), e, slot_r)
@@ -270,123 +269,121 @@ def gradient(
     one = tl.where(second == f_max, 1.0, 0.0) if LABELS == GIVEN and not OUTSIDE else 1.0
     rest = (row_total(exps, EACH) - one).to(tl.float32)
     gap = (finite.to(tl.float64) - f_max.to(tl.float64)) * scale
-    near = exp2_double(gap)
-    r1_double = near * rest.to(tl.float64)
+    weight = exp2_double(gap)
+    r1_double = weight * rest.to(tl.float64)
     r1 = r1_double.to(tl.float32)
-    p_top = 1.0 / (1.0 + r1)
+    p_max = 1.0 / (1.0 + r1)
     label = 1.0 / C
     # p at the pivot; without another class one whose term, to be subtracted, is finite, and inside 0.
-    p = tl.where(rest > 0.0, near.to(tl.float32) * p_top, 0.0 if OUTSIDE else label)
+    p_pivot = tl.where(rest > 0.0, weight.to(tl.float32) * p_max, 0.0 if OUTSIDE else label)
     log_total = log2(1.0 + r1)
     if LABELS == GIVEN:
-        top = tl.sum(top, 1, keep_dims=True)  # of one class
+        q_max = tl.sum(q_max, 1, keep_dims=True)  # of one class
 
     if OUTSIDE:
         # ||e_y - p||^power = (1 - p_y)^power (1 + sum over the others of (p_k / (1 - p_y))^r)^(power / r), in which no
-        # high order underflows; all_r is that sum over all classes, of their ratios to the maximum. The sums s_r of
-        # p_k^r of whole orders are large enough as they are.
+        # high order underflows. That takes ratios of p: the power sum is of (p_k / p_max)^r then. Of whole orders,
+        # which are small, it is of p_k^r.
         log_norm = gap + (log2(rest) - log_total).to(tl.float64)  # of the maximum
-        s_r, near_r, all_r, shift, exponent = nothing, nothing, nothing, nothing, power.to(tl.float32)
-        weight = nothing.to(tl.float64) + load_table(
-            table_ptr + 4
-        )  # what the sum over the others is to be multiplied by
+        power_sum, weight_r, shift, exponent = nothing, nothing, nothing, power.to(tl.float32)
+        factor = nothing.to(tl.float64) + load_table(table_ptr + 4)
         if RATIOS:
             rest_r = (row_total(powers, EACH) - one).to(tl.float32)
             exponent = (power * inverse).to(tl.float32)
             if ORDER == GENERAL:
-                near_r = tl.exp2((order * gap).to(tl.float32))
-                all_r = tl.fma(near_r, rest_r, 1.0)
+                weight_r = tl.exp2((order * gap).to(tl.float32))
+                power_sum = tl.fma(weight_r, rest_r, 1.0)
                 ratios = tl.exp2(tl.fma(-r, log2(rest), log2(rest_r)))
                 # That of a class of no probability, the largest of all: no high power overflows, whatever its weight;
                 # the least is above 2^-MOST_POWER of it.
-                shift = exponent * log2(tl.fma(all_r, tl.exp2(-r * log_total), 1.0))
-                weight = exp2_double(shift.to(tl.float64))
+                shift = exponent * log2(tl.fma(power_sum, tl.exp2(-r * log_total), 1.0))
+                factor = exp2_double(shift.to(tl.float64))
             else:
-                all_r = tl.fma(whole_power(near.to(tl.float32), ORDER), rest_r, 1.0)
-                s_r = all_r * whole_power(p_top, ORDER)
+                ratio_sum = tl.fma(whole_power(weight.to(tl.float32), ORDER), rest_r, 1.0)
+                power_sum = ratio_sum * whole_power(p_max, ORDER)
                 ratios = rest_r * whole_power(1.0 / rest, ORDER)
                 shift = exponent
             log_norm = tl.fma(log2(1.0 + tl.where(rest > 0.0, ratios, 0.0)).to(tl.float64), inverse, log_norm)
-        kept = ClassNorm(p, s_r, near_r, all_r, log_total, r, power.to(tl.float32), exponent, shift)
-        below, slot = none, zero
-        log_top = (gap - log_total.to(tl.float64)).to(tl.float32)  # log2 p at the pivot
+        kept = ClassNorm(p_pivot, power_sum, weight_r, log_total, r, power.to(tl.float32), exponent, shift)
+        sum_below, slot = none, zero
+        log_p_pivot = (gap - log_total.to(tl.float64)).to(tl.float32)
         for first in range(0, C, TILES * W):
             for i in tl.static_range(TILES):
                 k = first + i * W + lane
-                z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
+                z, e, q, q_at_max = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
                 x = size(z, e, kept, NORM)
                 if LABELS == GIVEN:
                     slot = tl.fma(q, x, slot)
                 elif LABELS == PREDICTED:
                     slot = tl.fma(e, x, slot)
                 elif LABELS == LOG_PREDICTED:
-                    slot = tl.fma(masked(z + log_top, k, HELD and (i + 1) * W <= C, S), x, slot)
+                    slot = tl.fma(masked(z + log_p_pivot, k, HELD and (i + 1) * W <= C, S), x, slot)
                 else:
                     slot += masked(x, k, HELD and (i + 1) * W <= C, S)
-                below, slot = collected(below, slot, i, TILES)
-        below = row_total(below, EACH)
+                sum_below, slot = collected(sum_below, slot, i, TILES)
+        sum_below = row_total(sum_below, EACH)
         if LABELS != GIVEN:
             x = size(nothing, nothing + 1.0, kept, NORM)
-            below -= (x * log_top if LABELS == LOG_PREDICTED else x).to(tl.float64)
+            sum_below -= (x * log_p_pivot if LABELS == LOG_PREDICTED else x).to(tl.float64)
         if ORDER == 1:
             log_norm += 1.0
-        of_top = exp2_double(power * log_norm)  # what the maximum adds
+        of_max = exp2_double(power * log_norm)  # what the maximum adds
         if LABELS == GIVEN:
-            of_top *= top.to(tl.float64)
+            of_max *= q_max.to(tl.float64)
         elif LABELS == PREDICTED:
-            of_top *= p_top.to(tl.float64)
-            weight *= near * p_top.to(tl.float64)
+            of_max *= p_max.to(tl.float64)
+            factor *= weight * p_max.to(tl.float64)
         elif LABELS == LOG_PREDICTED:
-            of_top *= -tl.where(r1 < 2.0**-60, r1_double, log1p(r1).to(tl.float64))
-            weight *= LN2
+            of_max *= -tl.where(r1 < 2.0**-60, r1_double, log1p(r1).to(tl.float64))
+            factor *= LN2
         else:
-            of_top *= label
-            weight *= label
-        value = of_top + tl.where(below == 0.0, 0.0, below * weight)  # the weight may be infinite
+            of_max *= label
+            factor *= label
+        value = of_max + tl.where(sum_below == 0.0, 0.0, sum_below * factor)  # the factor may be infinite
     else:
         sure = r1 < 1.0  # of one class: q - p = (q - 1) + (1 - p) there keeps 1 - p when q = 1
-        q_rest = (top if LABELS == GIVEN else label) - tl.where(sure, 1.0, 0.0)
-        d_top = tl.abs(tl.fma(tl.where(sure, r1, -1.0), p_top, q_rest))
+        q_rest = (q_max if LABELS == GIVEN else label) - tl.where(sure, 1.0, 0.0)
+        d_max = tl.abs(tl.fma(tl.where(sure, r1, -1.0), p_max, q_rest))
         if LABELS == GIVEN:
-            d_top = tl.where(second == f_max, 0.0, d_top)
+            d_max = tl.where(second == f_max, 0.0, d_max)
         unit = nothing + 1.0
         if ORDER != 1:
             largest = zero
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
                     k = first + i * W + lane
-                    z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
-                    largest = tl.maximum(largest, away(e, q, k, p, HELD and (i + 1) * W <= C, S, NORM))
-            unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_top)
+                    z, e, q, q_at_max = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
+                    largest = tl.maximum(largest, away(e, q, k, p_pivot, HELD and (i + 1) * W <= C, S, NORM))
+            unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_max)
         if ORDER != INFINITE:
             unit = tl.maximum(unit, 2.0**-126)
         log_norm = log2_double(unit.to(tl.float64))
         if ORDER != INFINITE:
             per_unit = 1.0 / unit
-            log_pivot = (gap - log_total.to(tl.float64) - log_norm).to(tl.float32)  # log2 of p there per unit
+            log_p_per_unit = (gap - log_total.to(tl.float64) - log_norm).to(tl.float32)  # log2 of p_pivot / unit
             sums, slot = none, zero
             for first in range(0, C, TILES * W):
                 for i in tl.static_range(TILES):
                     k = first + i * W + lane
-                    z, e, q, q_top = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
-                    d = away(e, q, k, p, HELD and (i + 1) * W <= C, S, NORM)
+                    z, e, q, q_at_max = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
+                    d = away(e, q, k, p_pivot, HELD and (i + 1) * W <= C, S, NORM)
                     if ORDER == GENERAL:
                         log_d = log2(d * per_unit)
                         if LABELS == GIVEN:  # p below float32 counts in orders near 0
-                            log_d = tl.where(q == 0.0, z + log_pivot, log_d)
+                            log_d = tl.where(q == 0.0, z + log_p_per_unit, log_d)
                         slot += tl.exp2(r * log_d)
                     else:
                         slot = add_power(slot, d * per_unit, ORDER)
                     sums, slot = collected(sums, slot, i, TILES)
             if ORDER == GENERAL:
                 log_d = gap + (log2(rest) - log_total).to(tl.float64)  # of 1 - p
-                log_d = tl.where(sure & (q_rest == 0.0), log_d, log2_double(d_top.to(tl.float64)))
-                of_top = tl.exp2((order * (log_d - log_norm)).to(tl.float32))
-                of_pivot = tl.exp2(r * log2(tl.abs(label - p) * per_unit))
+                log_d = tl.where(sure & (q_rest == 0.0), log_d, log2_double(d_max.to(tl.float64)))
+                of_max = tl.exp2((order * (log_d - log_norm)).to(tl.float32))
+                of_pivot = tl.exp2(r * log2(tl.abs(label - p_pivot) * per_unit))
             else:
-                of_top = add_power(nothing, d_top * per_unit, ORDER)
-                of_pivot = add_power(nothing, tl.abs(label - p) * per_unit, ORDER)
-            sums = row_total(sums, EACH) + of_top.to(tl.float64)
+                of_max = add_power(nothing, d_max * per_unit, ORDER)
+                of_pivot = add_power(nothing, tl.abs(label - p_pivot) * per_unit, ORDER)
+            sums = row_total(sums, EACH) + of_max.to(tl.float64)
             if LABELS != GIVEN:
                 sums -= of_pivot.to(tl.float64)
             log_norm = tl.fma(log2_double(sums), inverse, log_norm)

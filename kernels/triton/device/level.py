@@ -4,11 +4,21 @@ Of x_k = (f_k - level) / T - shift, where the level is that of p = 1/C, and shif
 p_k - 1/C = expm1(x_k) / C and KL(u || p) = mean(e^x_k - 1 - x_k), in which nothing cancels.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from fastood.kernels.triton.device.formulas import FLAT_KL, FLAT_KL_SHARE, FLAT_TV
 from fastood.kernels.triton.device.words import LN2, elements, log, log2, within
+
+
+class LevelSums(NamedTuple):
+    """Of each row, with x = (f - level) / T - shift; what is not wanted stands for nothing."""
+
+    expm1: Any  # mean of e^x - 1
+    tail: Any  # mean of e^x - 1 - x
+    above: Any  # mean of max(e^x - 1, 0)
 
 
 @triton.jit
@@ -31,10 +41,11 @@ def of_flat_rows(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr, KL: tl.co
     per_T = scale * LN2
     level, shift = f_max, tl.zeros_like(f_max)
     tail, above = shift, shift
-    # From the maximum to the level; for what was rounded on the way; and the sums that are wanted.
+    # Once from the maximum to the level, once to mend what was rounded on the way, and once for the sums at that level.
     for _ in range(3):
-        rise, tail, above = level_sums(rows, level, shift, per_T, W, X, KL, TV)
-        off = log1p_near(rise)
+        sums = level_sums(rows, level, shift, per_T, W, X, KL, TV)
+        tail, above = sums.tail, sums.above
+        off = log1p_near(sums.expm1)
         before = level
         level += off / per_T
         shift = tl.fma(before - level, per_T, shift + off)
@@ -43,11 +54,11 @@ def of_flat_rows(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr, KL: tl.co
 
 @triton.jit
 def level_sums(rows, level, shift, per_T, W: tl.constexpr, X: tl.constexpr, KL: tl.constexpr, TV: tl.constexpr):
-    """mean expm1(x) and, as wanted, mean(e^x - 1 - x) and mean max(expm1(x), 0), x = (f - level) / T - shift."""
+    """The LevelSums, the last two as KL and TV say."""
     TILES: tl.constexpr = (X.columns + W * X.p - 1) // (W * X.p)
     w = tl.arange(0, W)[None, :]
     zero = tl.zeros([level.shape[0], W], tl.float64)
-    sum1, sum2, sum3 = zero, zero, zero
+    expm1, tail, above = zero, zero, zero
     for i in range(TILES):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
@@ -55,17 +66,17 @@ def level_sums(rows, level, shift, per_T, W: tl.constexpr, X: tl.constexpr, KL: 
             x = tl.fma(xs[j] - level[:, None], per_T, -shift[:, None])
             e = tl.exp2(x * (1 / LN2)) - 1.0
             near = tl.abs(x) < 1.0
-            tail = tl.where(near, exp_tail(x), e - x)
-            rise = tl.where(own, tl.where(near, x + tail, e), 0.0)
-            sum1 += rise.to(tl.float64)
+            beyond = tl.where(near, exp_tail(x), e - x)
+            rise = tl.where(own, tl.where(near, x + beyond, e), 0.0)
+            expm1 += rise.to(tl.float64)
             if KL:
-                sum2 += tl.where(own, tail, 0.0).to(tl.float64)
+                tail += tl.where(own, beyond, 0.0).to(tl.float64)
             if TV:
-                sum3 += tl.maximum(rise, 0.0).to(tl.float64)
-    sum1 = tl.sum(sum1, 1).to(tl.float32) / X.columns
-    sum2 = tl.sum(sum2, 1).to(tl.float32) / X.columns if KL else sum1
-    sum3 = tl.sum(sum3, 1).to(tl.float32) / X.columns if TV else sum1
-    return sum1, sum2, sum3
+                above += tl.maximum(rise, 0.0).to(tl.float64)
+    expm1 = tl.sum(expm1, 1).to(tl.float32) / X.columns
+    tail = tl.sum(tail, 1).to(tl.float32) / X.columns if KL else expm1
+    above = tl.sum(above, 1).to(tl.float32) / X.columns if TV else expm1
+    return LevelSums(expm1, tail, above)
 
 
 @triton.jit
@@ -95,10 +106,10 @@ def mean_z_again(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr):
     TILES: tl.constexpr = (X.columns + W * X.p - 1) // (W * X.p)
     w = tl.arange(0, W)[None, :]
     slot = tl.zeros([f_max.shape[0], W], tl.float64)
-    top, wide_scale = f_max[:, None].to(tl.float64), tl.zeros([1, 1], tl.float64) + scale
+    wide_max, wide_scale = f_max[:, None].to(tl.float64), tl.zeros([1, 1], tl.float64) + scale
     for i in range(TILES):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
             own = within(w + i * W, j, X)
-            slot += tl.where(own, (xs[j].to(tl.float64) - top) * wide_scale, 0.0)
+            slot += tl.where(own, (xs[j].to(tl.float64) - wide_max) * wide_scale, 0.0)
     return (tl.sum(slot, 1) * (LN2 / X.columns)).to(tl.float32)

@@ -39,10 +39,11 @@ class SlotSums(NamedTuple):
 
 
 class PowerSums(NamedTuple):
-    """Of each row, the sums of powers of |h| / unit, then as wanted how many elements are not 0, and the largest."""
+    """Of each row."""
 
-    sums: Any
+    sums: Any  # of powers of |h| / unit, then as wanted how many elements are not 0, and the largest |h|
     unit: Any
+    largest: Any  # the largest |h|, where that is wanted
 
 
 @triton.jit
@@ -236,7 +237,7 @@ def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, POWER
         again |= tl.max((subnormal > 0).to(tl.int32), 1) > 0
     if any_row(again):
         if POWERS.largest:
-            largest = sums[len(NORMS.ranges) - 1]
+            largest = sums[len(sums) - 1]
         else:
             MOST: tl.constexpr = Powers((), False, (), (), False, True, False)
             largest = row_powers(read_powers(rows, one, False, H, K, MOST), H, MOST, TYPE)[0]
@@ -251,4 +252,4 @@ def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, POWER
         for i in tl.static_range(len(NORMS.ranges)):
             picked = picked + (tl.where(again, more[i], sums[i]),)
         sums = picked
-    return PowerSums(sums, unit)
+    return PowerSums(sums, unit, sums[len(sums) - 1])

@@ -77,9 +77,9 @@ def row_of(sums, scale, T, APART: tl.constexpr):
             gap = tl.where(below, (sums.pivot.to(tl.float64) - sums.f_max.to(tl.float64)) * scale, 0.0)
             least = tl.maximum(gap, -16384.0)  # 2^-16384 is 0, and 0 times what may be infinite would be NaN
             weight = exp2_double(least)
-            near = weight.to(tl.float32)
-            r2 *= near * near
-            ratio *= near
+            narrow = weight.to(tl.float32)
+            r2 *= narrow * narrow
+            ratio *= narrow
             rest_t = tl.where(sums.rest > 0.0, tl.fma(least.to(tl.float32), sums.rest, rest_t), 0.0)
         return Row(
             sums.f_max, gap, weight, sums.any_again, sums.rest, ratio, r2, rest_t, sums.mean_z, sums.deviation,
@@ -96,10 +96,10 @@ def row_of(sums, scale, T, APART: tl.constexpr):
 def statistic(CODE: tl.constexpr, row, C: tl.constexpr, APART: tl.constexpr):
     """One statistic of kernels/statistics.py; those that vanish with the rest in units of its weight."""
     if APART:
-        near = row.weight.to(tl.float32)
-        r1 = row.rest * near
+        weight = row.weight.to(tl.float32)
+        r1 = row.rest * weight
         log_sum = log1p(r1)
-        rest_log = tl.where(near < 1.0, row.rest, log_sum)
+        rest_log = tl.where(weight < 1.0, row.rest, log_sum)
     else:
         r1 = row.rest
         log_sum = log2(1.0 + r1) * LN2
@@ -132,13 +132,13 @@ def v_term(i: tl.constexpr, V: tl.constexpr, table_ptr, row, C: tl.constexpr, AP
     if len(V.codes[i]) == 1:
         return statistic(V.codes[i][0], row, C, APART)
     else:
-        total = tl.zeros(row.f_max.shape, tl.float64)
+        v = tl.zeros(row.f_max.shape, tl.float64)
         for j in tl.static_range(len(V.codes[i])):
             one = statistic(V.codes[i][j], row, C, APART).to(tl.float64)
             if APART and VANISHING >> V.codes[i][j] & 1:
                 one *= row.weight
-            total += load_table(table_ptr + V.first[i] + j) * one
-        return total
+            v += load_table(table_ptr + V.first[i] + j) * one
+        return v
 
 
 @triton.jit
@@ -148,8 +148,7 @@ def with_bias(powers, i: tl.constexpr, NORMS: tl.constexpr, BIAS: tl.constexpr):
     sum = powers.sums[NORMS.slots[i]]
     if ORDER == 0.0:
         sum = sum + 1.0 if BIAS else sum
-        largest = powers.sums[len(NORMS.ranges) - 1]
-        return tl.where(largest == largest, sum, float("nan"))
+        return tl.where(powers.largest == powers.largest, sum, float("nan"))
     elif not BIAS:
         return sum
     elif ORDER == INF:

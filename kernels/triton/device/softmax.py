@@ -49,6 +49,15 @@ class RowSums(NamedTuple):
     any_again: Any  # whether the program has read any of its rows again: otherwise no pivot is below the maximum
 
 
+class ExpSums(NamedTuple):
+    """Sums of e = 2^t and of t, of each row."""
+
+    e: Any
+    squares: Any  # of e^2; this and the next two stand for nothing where they are not among SUMS
+    te: Any  # of t e
+    t: Any
+
+
 class SumsAgain(NamedTuple):
     """Of RowSums what is summed of rows that are read again."""
 
@@ -74,8 +83,8 @@ def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
         for i in tl.static_range(1, len(us)):
             top = larger_words(top, us[i], X.p, TYPE)
     tops = unpack(top, X.p, TYPE)
-    top = tops[0] if X.p == 1 else larger(tops[0], tops[1])
-    f_max = row_max(top)
+    high = tops[0] if X.p == 1 else larger(tops[0], tops[1])
+    f_max = row_max(high)
     rest = tl.zeros_like(f_max)
     rest_squares = rest
     rest_t = rest
@@ -89,7 +98,7 @@ def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
         for i in tl.static_range(len(us)):
             xs = xs + unpack(us[i], X.p, TYPE)
         if REST & SUMS and X.p == 2:
-            xs = (top, tl.minimum(xs[0], xs[1])) + xs[2:]
+            xs = (high, tl.minimum(xs[0], xs[1])) + xs[2:]
         ONCE: tl.constexpr = REST & SUMS and C > SHORT
         shift, t_max, again = shift_of(f_max, scale, ONCE)
         e_max = tl.exp2(t_max)
@@ -107,26 +116,24 @@ def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
                 sums = sums[: i % A] + (add_exp(sums[i % A], e, t, SUMS),) + sums[i % A + 1 :]
         if REST & SUMS:
             # The largest of a slot comes last, or is left out where it is the row's: the rest is not drowned in it.
-            at_max = top == f_max[:, None]
+            at_max = high == f_max[:, None]
             sums = (add_exp(sums[0], tl.where(at_max, 0.0, es[0]), ts[0], SUMS),) + sums[1:]
-            totals = row_sums(added(sums, len(sums)) + (tl.where(at_max, 1.0, 0.0),))
-            others, of_max = totals[len(totals) - 1] - 1.0, 0.0  # all that were left out but one belong to the rest
+            by_row = row_sums(added(sums, len(sums)) + (tl.where(at_max, 1.0, 0.0),))
+            others, of_max = by_row[len(by_row) - 1] - 1.0, 0.0  # all that were left out but one belong to the rest
         else:
-            totals = row_sums(added(sums, len(sums)))
+            by_row = row_sums(added(sums, len(sums)))
             others, of_max = tl.zeros_like(f_max), 1.0  # none was left out, and one does not belong
-        summed = (totals[0] - of_max) * per_e_max
-        rest = tl.fma(totals[0] - of_max, per_e_max, others)
-        totals = totals[1:]
+        totals = exp_sums(by_row, SUMS)
+        summed = (totals.e - of_max) * per_e_max
+        rest = tl.fma(totals.e - of_max, per_e_max, others)
         if REST & SUMS:
             rest = tl.where(tl.abs(f_max) < INF, rest, float("nan"))  # inf - inf was left out of it
         if SQUARES & SUMS:
-            rest_squares = tl.fma((totals[0] - of_max) * per_e_max, per_e_max, others)
-            totals = totals[1:]
+            rest_squares = tl.fma((totals.squares - of_max) * per_e_max, per_e_max, others)
         if PLOGP & SUMS:
-            rest_t = tl.fma(totals[0], per_e_max, -(t_max * summed))
-            totals = totals[1:]
+            rest_t = tl.fma(totals.te, per_e_max, -(t_max * summed))
         if SUMLOGP & SUMS:
-            mean_z = tl.fma(totals[0], LN2 / C, t_max * -LN2)
+            mean_z = tl.fma(totals.t, LN2 / C, t_max * -LN2)
         if TV & SUMS:
             u = (rest + 1.0) * e_max / C
             deviation = deviations(es, u) * per_e_max
@@ -202,6 +209,15 @@ def add_exp(sums, e, t, SUMS: tl.constexpr):
 
 
 @triton.jit
+def exp_sums(totals, SUMS: tl.constexpr):
+    """By name, what add_exp has put in a tuple."""
+    squares: tl.constexpr = 1 if SQUARES & SUMS else 0
+    te: tl.constexpr = squares + 1 if PLOGP & SUMS else squares
+    t: tl.constexpr = te + 1 if SUMLOGP & SUMS else te
+    return ExpSums(totals[0], totals[squares], totals[te], totals[t])
+
+
+@triton.jit
 def added(sums, A: tl.constexpr):
     """A tuples of sums, each added to the others."""
     out = sums[0]
@@ -242,7 +258,7 @@ def shift_of(f_max, scale, ONCE: tl.constexpr):
 
 @triton.jit
 def exponent(x, scale, shift, ONCE: tl.constexpr):
-    """t of logits; see shift_of. The difference of two may be beyond float32, that of their halves is not."""
+    """t of logits; see shift_of. Not ONCE, x and f_max are halved, so that their difference does not leave float32."""
     return fused(x, scale, -shift) if ONCE else tl.fma(x, 0.5, -shift) * (2.0 * scale)
 
 
@@ -278,13 +294,13 @@ def tree_sum(xs):
 
 @triton.jit
 def sums_again(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr):
-    """The rest's sums and mean z of rows that are read again: few are this certain, or this far from 0.
+    """The rest's sums and mean z of rows that are read again, by tiles of W words: rows whose rest is next to nothing
+    beside the maximum, and rows whose logits are far from 0.
 
-    The pivot is the largest logit below the maximum where that is far below. By tiles of W words.
+    Where the largest logit below the maximum is far below it, that is the pivot.
     """
     TILES: tl.constexpr = (X.columns + W * X.p - 1) // (W * X.p)
     w = tl.arange(0, W)[None, :]
-    top = f_max[:, None]
     second = tl.full([f_max.shape[0], W], -INF, tl.float32)
     zero = tl.zeros_like(second).to(tl.float64)  # in which the order of elements is lost
     ties = zero
@@ -292,26 +308,26 @@ def sums_again(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
             own = within(w + i * W, j, X)
-            ties += tl.where(own & (xs[j] == top), 1.0, 0.0)
-            second = tl.maximum(second, tl.where(own & (xs[j] < top), xs[j], -INF))
+            ties += tl.where(own & (xs[j] == f_max[:, None]), 1.0, 0.0)
+            second = tl.maximum(second, tl.where(own & (xs[j] < f_max[:, None]), xs[j], -INF))
     others = tl.sum(ties, 1) - 1.0
     second = tl.max(second, 1)
     # No lower pivot where it would be near, for `statistic` takes the rest for log(1 + rest) where a weight is below 1;
     # nor where there is no other class.
     pivot = tl.where((others > 0.0) | (second == -INF) | ((second - f_max) * scale > -60.0), f_max, second)
-    rest, rest_squares, rest_t, total = zero, zero, zero, zero
+    rest, rest_squares, rest_t, sum_t = zero, zero, zero, zero
     for i in range(TILES):
         xs = elements(rows, w + i * W, X)
         for j in tl.static_range(len(xs)):
             own = within(w + i * W, j, X)
-            t = tl.where(own & (xs[j] < top), (xs[j] - pivot[:, None]) * scale, -INF)
+            t = tl.where(own & (xs[j] < f_max[:, None]), (xs[j] - pivot[:, None]) * scale, -INF)
             e = tl.exp2(t).to(tl.float64)
             rest += e
             rest_squares = tl.fma(e, e, rest_squares)
             rest_t = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), rest_t)
-            total += tl.where(own, (xs[j].to(tl.float64) - top.to(tl.float64)) * scale, 0.0)
+            sum_t += tl.where(own, (xs[j].to(tl.float64) - f_max[:, None].to(tl.float64)) * scale, 0.0)
     rest, rest_squares = tl.sum(rest, 1) + others, tl.sum(rest_squares, 1) + others
-    narrow = in_float32((rest, rest_squares, tl.sum(rest_t, 1), tl.sum(total, 1) * (LN2 / X.columns)))
+    narrow = in_float32((rest, rest_squares, tl.sum(rest_t, 1), tl.sum(sum_t, 1) * (LN2 / X.columns)))
     return SumsAgain(pivot, narrow[0], narrow[1], narrow[2], narrow[3])
 
 

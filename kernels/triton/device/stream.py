@@ -19,6 +19,7 @@ from fastood.kernels.triton.device.softmax import (
     MOST_SHIFT,
     RowSums,
     deviations_again,
+    exp_sums,
     flat_again,
     has_flat_tv,
     kl_uniform,
@@ -105,19 +106,18 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
                     e = tl.where(at_max, 0.0, e)
                 sums = add_element(sums, e, t, SUMS)
         n = (X.tiles - 1 + own.to(tl.int32)) * X.vec
-        totals = row_sums((left_out.to(tl.float64),) + merged(sums, shift - row_shift[:, None], n, SUMS))
-        others = totals[0] - 1.0  # one maximum does not belong to the rest, whether it was left out or not
-        totals = totals[1:]
-        of_all = totals[0]
-        wide = of_all / e_max + others
+        by_row = row_sums((left_out.to(tl.float64),) + merged(sums, shift - row_shift[:, None], n, SUMS))
+        others = by_row[0] - 1.0  # one maximum does not belong to the rest, whether it was left out or not
+        totals = exp_sums(by_row[1:], SUMS)
+        wide = totals.e / e_max + others
         again = (tl.abs(f_max * scale) > MOST_SHIFT) & (tl.abs(f_max) < INF)
         rest = tl.where(tl.abs(f_max) < INF, wide, float("nan")).to(tl.float32)  # inf - inf was left out of it
         if SQUARES & SUMS:
-            rest_squares = (totals[1] / (e_max * e_max) + others).to(tl.float32)
+            rest_squares = (totals.squares / (e_max * e_max) + others).to(tl.float32)
         if PLOGP & SUMS:
-            rest_t = ((totals[2 if SQUARES & SUMS else 1] - t_max * of_all) / e_max).to(tl.float32)
+            rest_t = ((totals.te - t_max * totals.e) / e_max).to(tl.float32)
         if SUMLOGP & SUMS:
-            mean_z = ((totals[len(totals) - 1] / C - t_max) * LN2).to(tl.float32)
+            mean_z = ((totals.t / C - t_max) * LN2).to(tl.float32)
         if TV & SUMS:
             mean = ((wide + 1.0) * e_max / C).to(tl.float32)[:, None]
             slot = words_above(last, scale, row_shift, mean, X, TYPE)

@@ -9,10 +9,10 @@ def _built():
         pytest.skip(f"needs the C++ part: {MISSING}")
 
 
-@pytest.fixture(params=_native.levels() if _native else ["base"])
-def level(request):
+@pytest.fixture(params=_native.isas() if _native else ["base"])
+def isa(request):
     """Each instruction set that this machine has."""
-    before = _native.level()
-    _native.use_level(request.param)
+    before = _native.isa()
+    _native.use_isa(request.param)
     yield request.param
-    _native.use_level(before)
+    _native.use_isa(before)

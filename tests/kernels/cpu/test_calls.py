@@ -1,4 +1,4 @@
-"""A call of the C++ backend: the short way of plain tensors, levels, memory, threads and forks."""
+"""A call of the C++ backend: the short way of plain tensors, instruction sets, memory, threads and forks."""
 
 import math
 import threading
@@ -95,8 +95,8 @@ def test_without_the_extension_it_says_so_once(starts):
     assert said.startswith("fastood's C++ kernels were not built")
 
 
-def test_environment_forces_a_level(starts):
-    assert starts["levels"] == {level: level for level in _native.levels()}
+def test_environment_forces_an_isa(starts):
+    assert starts["isas"] == {isa: isa for isa in _native.isas()}
 
 
 def test_no_matrix_is_copied():

@@ -18,7 +18,7 @@ def of_vector(function, x):
     return out
 
 
-def test_exp2_error_bound(level):
+def test_exp2_error_bound(isa):
     """2^x within 2 units of 2^-24, over the normal exponents; 0 below."""
     x = np.concatenate([np.linspace(-126, 127, 400_001), np.linspace(-1, 1, 100_001)]).astype(np.float32)
     expected = np.exp2(x.astype(np.longdouble))
@@ -29,7 +29,7 @@ def test_exp2_error_bound(level):
     assert of_vector(_native.exp2f, special).tolist() == wanted
 
 
-def test_log2_error_bound(level):
+def test_log2_error_bound(isa):
     """log2 x within 2^-23.3 absolute beyond the rounding of the sum, subnormals included; exact at powers of two."""
     mantissas = np.linspace(0.5, 2, 200_001)
     x = np.concatenate([mantissas, mantissas * 1e30, mantissas * 1e-30, mantissas * 1e-41]).astype(np.float32)
@@ -40,7 +40,7 @@ def test_log2_error_bound(level):
     assert of_vector(_native.log2f, powers.astype(np.float32)).tolist() == list(range(-149, 128))
 
 
-def test_exponential_error_bound(level):
+def test_exponential_error_bound(isa):
     """exp(z) within 4 + 2 |z| units of 2^-24, from 1 - p_max of two classes."""
     z = np.linspace(0, 100, 100_001)
     f = torch.from_numpy(np.stack([np.zeros_like(z), -z], 1)).float()
@@ -53,7 +53,7 @@ def test_exponential_error_bound(level):
 
 
 @pytest.mark.parametrize("r", [0.05, 0.1, 0.3, 0.5, UNSCALED])
-def test_power_error_bound(level, r):
+def test_power_error_bound(isa, r):
     """|h|^r within 8 units of 2^-24 over the normal floats, of single features: nothing averages out."""
     rng = np.random.default_rng(0)
     h = np.concatenate(
@@ -66,7 +66,7 @@ def test_power_error_bound(level, r):
     assert (np.abs(got - expected) * r <= 8 * 2**-24 + r * np.abs(expected) * 2**-24).all()
 
 
-def test_products_of_powers_error_bound(level):
+def test_products_of_powers_error_bound(isa):
     """Orders that are sums of others: 0.8 = 0.3 + 0.5, 0.4 = 0.1 + 0.3."""
     rng = np.random.default_rng(1)
     h = torch.from_numpy(rng.uniform(1, 2, 20_000) * 2.0 ** rng.integers(-100, 100, 20_000)).float()[:, None]
@@ -78,7 +78,7 @@ def test_products_of_powers_error_bound(level):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_half_number_is_read_right(level, dtype):
+def test_every_half_number_is_read_right(isa, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = bits[:, None]
     got = fastood.row_stats(x, ["energy", "fmax"], backend="cpu")

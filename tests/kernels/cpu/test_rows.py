@@ -15,7 +15,7 @@ from fastood.kernels.statistics import FORMULAS
 # The chunk is 8192 columns, a block of it 512: around both, and a row of several chunks.
 @pytest.mark.parametrize("columns", [511, 512, 513, 8191, 8192, 8193, 16_390])
 @pytest.mark.parametrize("masked", [False, True])
-def test_chunk_edges(level, columns, masked):
+def test_chunk_edges(isa, columns, masked):
     rng = np.random.default_rng(columns)
     x = rng.standard_normal((2, columns)) * 4
     if masked:  # a first chunk with nothing in it, the maximum in the last
@@ -35,7 +35,7 @@ def test_chunk_edges(level, columns, masked):
 
 @pytest.mark.parametrize("columns", [511, 513, 8192, 8193, 16_390])
 @pytest.mark.parametrize(("order", "power"), [(1, 1), (2, 1), (2, 2 + 1e-9), (1.5, 0.5), (math.inf, 2)])
-def test_gradients_at_chunk_edges(level, columns, order, power):
+def test_gradients_at_chunk_edges(isa, columns, order, power):
     """Against the definition in long double; one row's maximum is in its last chunk."""
     rng = np.random.default_rng(columns)
     x = rng.standard_normal((2, columns)) * 4
@@ -64,7 +64,7 @@ def test_gradients_at_chunk_edges(level, columns, order, power):
 @pytest.mark.parametrize("gap", [1.0, 1e8, 1e16, 1e19, 1e30])
 @pytest.mark.parametrize("order", [0.3, 1.5, 3, 1e5, 1e9, 1e18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_of_far_rows_and_orders(level, gap, order, dtype):
+def test_gradients_of_far_rows_and_orders(isa, gap, order, dtype):
     """Logarithms of about gap times order, whose difference is at most log C; nearly equal rows, where it is near 0."""
     near = torch.tensor([[3.0, 2.99999, 0, 0], [2.0, 0, 0, -1], [1.0, 1, 1, 1]])
     f = torch.cat([gap * torch.tensor([[1.0, 0, -0.3, 0.1], [0, 1, 1, 0.5]]), near]).to(dtype)
@@ -77,7 +77,7 @@ def test_gradients_of_far_rows_and_orders(level, gap, order, dtype):
 
 
 @pytest.mark.parametrize("gap", [80.0, 600.0, 700.0, 709.0, 712.0])
-def test_the_rest_of_a_row_next_to_the_end_of_the_doubles(level, gap):
+def test_the_rest_of_a_row_next_to_the_end_of_the_doubles(isa, gap):
     h = torch.full((1, 1), 2.0**40, dtype=torch.float64)  # out of which it lifts the result
     for n in (0, 100):  # in a lane, and over several vectors
         x = torch.tensor([[0.0, -gap, -gap - 1, *[-gap] * n]])
@@ -90,7 +90,7 @@ def test_the_rest_of_a_row_next_to_the_end_of_the_doubles(level, gap):
             truth.assert_close(got, expected, allowed, order)
 
 
-def test_many_orders_and_power_sums_at_once(level):
+def test_many_orders_and_power_sums_at_once(isa):
     g = torch.Generator().manual_seed(0)
     h, f = torch.rand(3, 100, generator=g) + 0.1, torch.randn(3, 40, generator=g)
     orders = [0.05 * k for k in range(1, 100)]
@@ -108,7 +108,7 @@ def test_many_orders_and_power_sums_at_once(level):
 # A tile's norms come from one pass where its values allow that; each of these makes it take care instead.
 @pytest.mark.parametrize("odd", [math.inf, math.nan, 1e-40, 3e38, 1e-30])
 @pytest.mark.parametrize("where", [0, 2047, 2048, 4999])
-def test_tiles_that_need_care(level, odd, where):
+def test_tiles_that_need_care(isa, odd, where):
     h = torch.rand(2, 5000, generator=torch.Generator().manual_seed(0)) + 0.1
     h[0, where] = odd
     orders = [0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 6, math.inf]
@@ -121,7 +121,7 @@ def test_tiles_that_need_care(level, odd, where):
 
 @pytest.mark.parametrize("columns", [511, 8192, 16_390])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_of_one_value(level, columns, dtype):
+def test_rows_of_one_value(isa, columns, dtype):
     """Rounding errors of equal terms do not average out."""
     h = torch.tensor([0.1, 1 / 3, 0.7, 1.1, 5.3], dtype=dtype)[:, None].expand(5, columns).contiguous()
     orders = [0, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 4, 5, 6, math.inf]
@@ -137,7 +137,7 @@ def test_rows_of_one_value(level, columns, dtype):
         truth.assert_close(got, expected, truth.tolerance(name, expected, f, 1.0, eps_of(f)), name)
 
 
-def test_equal_terms_of_very_many_chunks(level):
+def test_equal_terms_of_very_many_chunks(isa):
     x = np.array([1e-3, 3.0])
     f = torch.from_numpy(x)[:, None] * (torch.arange(1_000_003) == 7)
     got = fastood.row_stats(f, ["s2"], backend="cpu")["s2"]
@@ -150,7 +150,7 @@ def test_equal_terms_of_very_many_chunks(level):
 @pytest.mark.parametrize("N", [1, 15, 16, 17, 33])
 @pytest.mark.parametrize("C", [1, 2, 10, 48, 49])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_classes(level, N, C, dtype):
+def test_few_classes(isa, N, C, dtype):
     rng = np.random.default_rng(C)
     f = torch.from_numpy(rng.standard_normal((N, C)) * 10.0 ** rng.uniform(-2, 2, (N, 1))).to(dtype)
     f[0, C // 2] = math.inf
