@@ -208,8 +208,8 @@ def _deep_norms(
         # subtract a p_y that has rounded to 1, and the parameters' type may not hold what is left.
         rows = reference.Softmax(logits.double()[None], T)
         p = rows.probabilities()[0][0]
-        top, log_not_p = rows.top, rows.log_r1[0] + rows.log_msp[0]
-        others = (-rows.e[0] / rows.total.clamp(min=1)).scatter(-1, top, 1.0)  # (e_top - p) / (1 - p_top)
+        top, log_not_p = rows.argmax, rows.log_r1[0] + rows.log_msp[0]
+        others = (-rows.e[0] / rows.rest.clamp(min=1)).scatter(-1, top, 1.0)  # (e_top - p) / (1 - p_top)
 
         def size(direction: Tensor, log_length: Tensor) -> Tensor:
             gradients = pull(direction.to(logits.dtype))[0]

@@ -488,8 +488,8 @@ class _Rows:
                 above[rows] = above_level(f, self.request.temperature, whole.f_max[rows], whole.level[rows])
             whole.above = self.ranks.gathered(above).sum(0)
         if self.predict:
-            before = torch.tensor([0, *accumulate(classes)], device=self.device)[whole.top]
-            within = others[0].gather(-1, whole.top[:, None])[:, 0].long()
+            before = torch.tensor([0, *accumulate(classes)], device=self.device)[whole.argmax]
+            within = others[0].gather(-1, whole.argmax[:, None])[:, 0].long()
             self.classes = (before + within).clamp(max=C - 1)  # where all are masked, any
         return {stat: whole.stat(stat) for stat in self.request.stats}, C, dtype
 

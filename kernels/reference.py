@@ -154,7 +154,7 @@ class Softmax:
         self.T = temperature
         self.f = working(logits)
         self.C = logits.shape[-1]
-        self.f_max, self.top = self.f.max(-1)
+        self.f_max, self.argmax = self.f.max(-1)
         self.finite = self.f_max.isfinite()
 
     def _or_nan(self, stat: Tensor) -> Tensor:
@@ -164,20 +164,21 @@ class Softmax:
     # ---- the pieces
 
     @lazy
-    def rest(self) -> Tensor:
+    def f_rest(self) -> Tensor:
+        """f, masked at the one maximum that does not belong to the rest."""
         # A tensor rather than a number: AOTInductor's C++ cannot spell -inf in a deterministic scatter.
-        return self.f.scatter(-1, self.top[:, None], self.f.new_full((self.f.shape[0], 1), -math.inf))
+        return self.f.scatter(-1, self.argmax[:, None], self.f.new_full((self.f.shape[0], 1), -math.inf))
 
     @lazy
     def pivot(self) -> Tensor:
-        second = self.rest.amax(-1)
+        second = self.f_rest.amax(-1)
         # With no second class (C = 1, all others masked) any finite pivot does.
         return torch.where(second == -math.inf, self.f_max, second).detach()
 
     @lazy
     def z(self) -> Tensor:
         """(f_k - pivot) / T of the rest."""
-        return relative(self.rest, self.pivot, self.T)
+        return relative(self.f_rest, self.pivot, self.T)
 
     @lazy
     def e(self) -> Tensor:
@@ -193,38 +194,38 @@ class Softmax:
         return exp_quotient(self.pivot.double(), self.f_max.double(), self.T)
 
     @lazy
-    def total(self) -> Tensor:
+    def rest(self) -> Tensor:
         """R_1, float64."""
         return row_sum(self.e).double()
 
     @lazy
     def r1(self) -> Tensor:
-        return self._or_nan(self.weight * self.total)
+        return self._or_nan(self.weight * self.rest)
 
     @lazy
     def log_r1(self) -> Tensor:
-        return self._log_scaled(self.total)
+        return self._log_scaled(self.rest)
 
     def _log_scaled(self, x: Tensor) -> Tensor:
         """log(e^gap x), finite where e^gap is 0; without another class log 0, but no slope of it: that would be NaN."""
-        alone = self.total == 0
+        alone = self.rest == 0
         return self._or_nan(torch.where(alone, -math.inf, self.gap + torch.where(alone, 1.0, x).log()))
 
     @lazy
-    def scaled_r2(self) -> Tensor:
-        """r2 / e^gap, as total is r1 / e^gap."""
+    def rest_squares(self) -> Tensor:
+        """r2 / e^gap, as the rest is r1 / e^gap."""
         return self.weight * row_sum(self.e.square()).double()
 
     @lazy
     def r2(self) -> Tensor:
-        return self.weight * self.scaled_r2
+        return self.weight * self.rest_squares
 
     @lazy
     def rest_z(self) -> Tensor:
         """r1's sum with each term times z relative to the maximum: all of one sign."""
         z = self.z.masked_fill(self.z == -math.inf, 0)  # 0 log 0 = 0
         gap = self.gap.clamp(min=-1e4)  # exp(-1e4) = 0, and 0 * -inf would be NaN
-        return self.weight * (row_sum(self.e * z).double() + gap * self.total)
+        return self.weight * (row_sum(self.e * z).double() + gap * self.rest)
 
     @lazy
     def log_sum(self) -> Tensor:
@@ -287,10 +288,11 @@ class Softmax:
         return power * row_sum((r * self.z).exp()).double()
 
     def gen(self, gamma: float, M: int) -> Tensor:
-        top = self.z.topk(min(M, self.C) - 1, -1).values
-        others = (1 - top.exp() * self._rows(self.p_pivot)).log()
-        rest = (gamma * (self.gap + self.log_msp)).exp() * row_sum((gamma * (top + others)).exp()).double()
-        return (gamma * (self.log_r1 + 2 * self.log_msp)).exp() + rest
+        z = self.z.topk(min(M, self.C) - 1, -1).values
+        log_one_minus_p = (1 - z.exp() * self._rows(self.p_pivot)).log()
+        unit = (gamma * (self.gap + self.log_msp)).exp()  # p_pivot^gamma
+        of_rest = unit * row_sum((gamma * (z + log_one_minus_p)).exp()).double()
+        return (gamma * (self.log_r1 + 2 * self.log_msp)).exp() + of_rest
 
     def _rows(self, stat: Tensor) -> Tensor:
         return stat.to(self.f.dtype)[:, None]
@@ -298,8 +300,8 @@ class Softmax:
     def probabilities(self) -> tuple[Tensor, Tensor]:
         """p and 1 - p, [N, C] in the arithmetic type, both to relative precision."""
         p = self.e * self._rows(self.p_pivot)
-        top = self.top[:, None]
-        return p.scatter(-1, top, self._rows(self.msp)), (1 - p).scatter(-1, top, self._rows(self.one_minus_msp))
+        k = self.argmax[:, None]
+        return p.scatter(-1, k, self._rows(self.msp)), (1 - p).scatter(-1, k, self._rows(self.one_minus_msp))
 
     # ---- last-layer gradients: grad_W log p_y = (1/T) (e_y - p) h^T, the factors that logits decide
 
@@ -308,12 +310,12 @@ class Softmax:
         if isinstance(q, str):
             if q == "predicted":
                 return 0 * self.msp  # E_p[e_Y - p] = 0, exactly
-            q, q_top = torch.full_like(self.f, 1 / self.C), torch.full_like(self.msp, 1 / self.C)
+            q, q_max = torch.full_like(self.f, 1 / self.C), torch.full_like(self.msp, 1 / self.C)
         else:
-            q_top = self._at_max(q)
+            q_max = self._at_max(q)
         # At that maximum q - p = (q - 1) + (1 - p) keeps 1 - p when q = 1, and q - p is 0 in a flat row.
-        top = torch.where(self.msp > 0.5, q_top - 1 + self.one_minus_msp, q_top - self.msp)
-        difference = (q - self.e * self._rows(self.p_pivot)).scatter(-1, self.top[:, None], self._rows(top))
+        at_max = torch.where(self.msp > 0.5, q_max - 1 + self.one_minus_msp, q_max - self.msp)
+        difference = (q - self.e * self._rows(self.p_pivot)).scatter(-1, self.argmax[:, None], self._rows(at_max))
         norm = norms_of(difference, (order,))[:, 0]
         return Powers(norm.masked_fill(norm == LARGEST, math.inf))(power)
 
@@ -324,33 +326,32 @@ class Softmax:
         # ||e_y - p||_r = (1 - p_y) (1 + sum over the other classes of (p_k / (1 - p_y))^r)^(1/r): no ratio is
         # above 1, so that a high order does not underflow as a whole.
         norm = Powers(1 - p)(power)
-        norm_top = (power * (self.log_r1 + self.log_msp)).exp()
+        norm_of_max = (power * (self.log_r1 + self.log_msp)).exp()
         if order != math.inf:
             relative = (z + self.gap[:, None]) * order  # log (p_k / p_max)^r
             others = 1 + row_sum(relative.exp())[:, None] - relative.exp()
             others = others * (order * (self.log_msp[:, None] - (-p).log1p())).exp()
             norm = norm * Powers(1 + others)(power / order)
-            total = self.total.clamp(min=1)  # 0 where there is one class alone
-            others_top = row_sum((order * (z - total.log()[:, None])).exp())
-            norm_top = norm_top * Powers(1 + others_top)(power / order)
-        norm = norm.scatter(-1, self.top[:, None], 0)
+            rest = self.rest.clamp(min=1)  # 0 where there is one class alone
+            others_of_max = row_sum((order * (z - rest.log()[:, None])).exp())
+            norm_of_max = norm_of_max * Powers(1 + others_of_max)(power / order)
+        norm = norm.scatter(-1, self.argmax[:, None], 0)
         if isinstance(q, Tensor):
-            return _weighed(self._at_max(q), norm_top) + row_sum(_weighed(q.double(), norm))
+            return _weighed(self._at_max(q), norm_of_max) + row_sum(_weighed(q.double(), norm))
         if q == "uniform":
-            return (norm_top + row_sum(norm)) / self.C
+            return (norm_of_max + row_sum(norm)) / self.C
         if q == "predicted":
-            return self.msp * norm_top + self.p_pivot * row_sum(_weighed(e, norm))
-        log_p = z.scatter(-1, self.top[:, None], 0) + (self.gap + self.log_msp)[:, None]
-        return self.log_msp * norm_top + row_sum(log_p * norm)
+            return self.msp * norm_of_max + self.p_pivot * row_sum(_weighed(e, norm))
+        log_p = z.scatter(-1, self.argmax[:, None], 0) + (self.gap + self.log_msp)[:, None]
+        return self.log_msp * norm_of_max + row_sum(log_p * norm)
 
     def _at_max(self, q: Tensor) -> Tensor:
         """q of the one maximum that is not in the rest, float64."""
-        return q.gather(-1, self.top[:, None])[:, 0].double()
+        return q.gather(-1, self.argmax[:, None])[:, 0].double()
 
 
-# Here nothing comes in units of a weight, but in a logarithm, e^gap.
+# Here the rest comes in units of its weight, e^gap, in a logarithm alone.
 _AS_IT_IS = {"rest": "r1", "rest_squares": "r2", "rest_log": "log_sum"}
-_SCALED = {"rest": "total", "rest_squares": "scaled_r2"}
 
 
 def closed_form(s: Statistic) -> lazy:
@@ -358,7 +359,7 @@ def closed_form(s: Statistic) -> lazy:
 
     def text(formula: str, names: dict[str, str]) -> str:
         return rendered(
-            formula, lambda name: f"self.{names.get(name, name)}", lambda x: f"self._log_scaled({text(x, _SCALED)})"
+            formula, lambda name: f"self.{names.get(name, name)}", lambda x: f"self._log_scaled({text(x, {})})"
         )
 
     value = text(s.formula, _AS_IT_IS)
@@ -451,12 +452,12 @@ def relative(f: Tensor, to: Tensor, T: float) -> Tensor:
 def exp_quotient(a: Tensor, b: Tensor, T: float) -> Tensor:
     """exp((a - b) / T) for a <= b in float64, its error not growing with the quotient.
 
-    The quotient is taken to a few bits, so that its product with each half of T is exact; what is left
+    The quotient is taken to a few bits, so that its products with T's two parts are exact; what is left
     over is small. exp of both.
     """
     d = a - b
-    back = d - a
-    lost = ((a - (d - back)) - (b + back)).nan_to_num(0, 0, 0)  # a - b = d + lost, exactly
+    minus_b = d - a  # as it was rounded
+    lost = ((a - (d - minus_b)) - (b + minus_b)).nan_to_num(0, 0, 0)  # a - b = d + lost, exactly
     quotient = (d / T).clamp(min=-1100).mul(8192).round() / 8192  # exp(-1100) = 0
     mantissa, exponent = math.frexp(T)
     T_high = math.ldexp(round(mantissa * 2**26), exponent - 26)
@@ -514,7 +515,7 @@ class Powers:
         # bits would depend on its batch. exp and log do not; the exponent, split off exactly, keeps
         # the error of r log x from growing with |log x|.
         high, low = _split_r_ln2(r, 12 if x.dtype == torch.float32 else 40)
-        root = (self.exponent * (high / 2)).exp()  # in two halves, neither of which leaves the range early
+        root = (self.exponent * (high / 2)).exp()  # multiplied in twice: the whole may leave the range early
         return root * (self.exponent * low + self.mantissa_log * r).exp() * root
 
     @lazy
@@ -564,14 +565,14 @@ def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, l
     )
     if not 2.0**-100 <= T <= 2.0**100:  # of which float32 may not hold the reciprocal, which is what CUDA multiplies by
         dtype = torch.float64
-    p, not_p = (x.to(dtype) for x in Softmax(logits, T).probabilities())
+    p, one_minus_p = (x.to(dtype) for x in Softmax(logits, T).probabilities())
     G, x = G.to(dtype), extended(feats.to(dtype), anchors.bias)
     # c does not depend on N, so that a row's sum does not depend on its batch.
     c = max(1, min(G.shape[0], _TILE // max(1, G.shape[1])))
     n = max(1, _TILE // max(1, c * G.shape[1]))
     sums = [p.new_zeros(0, dtype=torch.float64)]
-    for p_n, not_p_n, x_n in zip(p.split(n), not_p.split(n), x.split(n), strict=True):
-        tiles = zip(p_n.split(c, -1), not_p_n.split(c, -1), G.split(c), strict=True)
+    for p_n, one_minus_p_n, x_n in zip(p.split(n), one_minus_p.split(n), x.split(n), strict=True):
+        tiles = zip(p_n.split(c, -1), one_minus_p_n.split(c, -1), G.split(c), strict=True)
         nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
         sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
     out = torch.cat(sums)
@@ -582,12 +583,12 @@ def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, l
     return (anchors.sign * out).to(result_dtype(logits, feats, anchors.G))
 
 
-def _expected_l1(p: Tensor, not_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
-    """Two rank-one updates of each row of G, weighed: p, not_p [n, c], g [c, D], x [n, D] -> [n]."""
+def _expected_l1(p: Tensor, one_minus_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
+    """Two rank-one updates of each row of G, weighed: p, one_minus_p [n, c], g [c, D], x [n, D] -> [n]."""
     # Divided by T last: h / T alone may overflow where p h / T is small.
     away = (g - p[..., None] * x[:, None] / T).abs().sum(-1)
-    towards = (g + not_p[..., None] * x[:, None] / T).abs().sum(-1)
-    return row_sum(_weighed(not_p, away) + _weighed(p, towards))
+    towards = (g + one_minus_p[..., None] * x[:, None] / T).abs().sum(-1)
+    return row_sum(_weighed(one_minus_p, away) + _weighed(p, towards))
 
 
 def _weighed(p: Tensor, x: Tensor) -> Tensor:

@@ -105,13 +105,13 @@ def above_level(f: Tensor, T: float, f_max: Tensor, level: Tensor) -> Tensor:
     """Sum of max(C p_k - 1, 0) over a slice of the classes, float64 [N]: C times its share of TV."""
     sums = [level.new_zeros(0)]
     n = max(1, _TILE // f.shape[1])
-    for some, top, away in zip(f.split(n), f_max.split(n), level.split(n), strict=True):
+    for some, largest, away in zip(f.split(n), f_max.split(n), level.split(n), strict=True):
         x = working(some)
         # Relative to a number of x's type next to the level: no difference to that rounds to more than itself.
-        near = (top + T * away).to(x.dtype)
-        near = torch.where(near.isfinite(), near, top.to(x.dtype))  # of a T so large that any will do
-        beside = (near.double() - top) / T - away
-        x = relative(x, near, T).add_(beside.to(x.dtype)[:, None])
+        rounded = (largest + T * away).to(x.dtype)
+        rounded = torch.where(rounded.isfinite(), rounded, largest.to(x.dtype))  # of a T so large that any will do
+        beside = (rounded.double() - largest) / T - away
+        x = relative(x, rounded, T).add_(beside.to(x.dtype)[:, None])
         sums.append(row_sum(x.expm1_().relu_()).double())
     return torch.cat(sums)
 
@@ -139,12 +139,12 @@ class Whole(Softmax):
         self.C = sum(classes)
         self.share = self.f.new_tensor(classes) / self.C  # C_i / C
 
-    def _at_top(self, x: Tensor) -> Tensor:
+    def _at_max(self, x: Tensor) -> Tensor:
         """Of the slice with the maximum, the first of several."""
-        return x.gather(-1, self.top[:, None])[:, 0]
+        return x.gather(-1, self.argmax[:, None])[:, 0]
 
-    def _merged(self, at_top: Tensor, others: Tensor) -> Tensor:
-        return self._at_top(at_top) + row_sum(others.scatter(-1, self.top[:, None], 0))
+    def _merged(self, at_max: Tensor, others: Tensor) -> Tensor:
+        return self._at_max(at_max) + row_sum(others.scatter(-1, self.argmax[:, None], 0))
 
     @lazy
     def gaps(self) -> Tensor:
@@ -187,8 +187,8 @@ class Whole(Softmax):
 
     @lazy
     def gap(self) -> Tensor:
-        others = self.gaps.scatter(-1, self.top[:, None], -math.inf).amax(-1)
-        unit = torch.maximum(others, self._at_top(self.parts["log_rest"]))
+        others = self.gaps.scatter(-1, self.argmax[:, None], -math.inf).amax(-1)
+        unit = torch.maximum(others, self._at_max(self.parts["log_rest"]))
         return torch.where(unit == -math.inf, 0, unit)
 
     @lazy
@@ -196,12 +196,12 @@ class Whole(Softmax):
         return self.gap.exp()
 
     @lazy
-    def total(self) -> Tensor:
-        of_top = (self.parts["log_rest"] - self.gap[:, None]).exp()
-        return self._merged(of_top, (self.gaps - self.gap[:, None]).exp() * self.masses)
+    def rest(self) -> Tensor:
+        of_max = (self.parts["log_rest"] - self.gap[:, None]).exp()
+        return self._merged(of_max, (self.gaps - self.gap[:, None]).exp() * self.masses)
 
     @lazy
-    def scaled_r2(self) -> Tensor:
+    def rest_squares(self) -> Tensor:
         return torch.where(self.weight > 0, self.r2 / self.weight, 0)
 
     # ---- relative to the level, at which p_k = 1 / C: log (1 / C) = z - log_sum there

@@ -127,12 +127,12 @@ template <class T, bool COUNT, class In> static void read_tile(const In* h, int6
         if constexpr (COUNT) nonzero[u] += v == 0 ? V<T>{} : all<T>(T(1));
       },
       [] {});
-  V<T> top = most[0];
+  V<T> largest = most[0];
   UNROLL for (int u = 1; u < 4; u++) {
-    top = most[u] > top ? most[u] : top;
+    largest = most[u] > largest ? most[u] : largest;
     nan[0] |= nan[u];
   }
-  *max = max_of<T>(top);
+  *max = max_of<T>(largest);
   state->nan |= any<T>(nan[0]);
   if constexpr (COUNT) state->nonzero += take<4, T>(nonzero);
 }

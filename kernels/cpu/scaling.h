@@ -86,14 +86,14 @@ static void top_sums(const void* data, int64_t n, int64_t k, bool relu, void* ro
   // Where too many reach the threshold, what is equal to it is left out, and counted below.
   const V<T> from = all<T>(reach == k ? threshold : float_at<T>(place_of(threshold) + 1));
   V<T> largest[4] = {};
-  Total top;
+  Total of_largest;
   for_blocks<4, T>(
       h, n, minus_inf<T>(),
       [&](int u, V<T> v, int64_t, int64_t) __attribute__((always_inline)) {
         largest[u] = add_where(at_least(v, from), largest[u], v);
       },
-      [&] { top += take<4, T>(largest); });
-  *top_sum = reach == k ? top : top + double(k - count_at_least<T>(h, n, from[0])) * double(threshold);
+      [&] { of_largest += take<4, T>(largest); });
+  *top_sum = reach == k ? of_largest : of_largest + double(k - count_at_least<T>(h, n, from[0])) * double(threshold);
 }
 
 // r (f - bias) + bias, a masked class staying one, and the largest f; bias may be null for 0.

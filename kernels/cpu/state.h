@@ -17,7 +17,8 @@ inline double rest(const LogitsState& s) { return (s.ties - 1) + s.e_below; }
 inline double mean_z(const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
   return s.differences / double(classes) / (plan.temperature * DIFFERENCE);
 }
-// Whether a row, where `value` is not NaN, is so near the uniform distribution that its sums do not tell KL(u || p), or TV.
+// Whether a row is so near the uniform distribution that its sums do not tell KL(u || p), or TV; `value` is what they gave,
+// false for NaN.
 inline bool nearly_flat(Stat stat, double value, const LogitsPlan& plan, const LogitsState& s, int64_t classes) {
   if (stat == Stat::tv) return value < FLAT_TV;
   return value < FLAT_KL || value < -FLAT_KL_SHARE * mean_z(plan, s, classes);

@@ -43,7 +43,9 @@ def number_from(vs, threshold):
 
 @triton.jit
 def selected(vs, f_max, valid, M, SHIFT: tl.constexpr):
-    """A threshold that at most M < C logits reach, how many, and the one that makes up the M-th largest with these."""
+    """A threshold that M of a row's logits reach, or fewer where several are equal to the M-th largest; how many reach
+    it; and the next number below it, which is the M-th largest where they are fewer. M < C.
+    """
     low = tl.full(f_max.shape, MINUS_INF >> SHIFT, tl.int32)  # more than M from here on
     high = place_of(tl.where(valid, f_max, 0.0), SHIFT) + 1  # M or less
     low = tl.where(valid, low, high - 1)
@@ -101,12 +103,12 @@ def gen(
     pivot = tl.where(second == -INF, f_max, second)  # no other class: any finite pivot does
 
     # Logits are halved before they are subtracted: no difference leaves float32 then.
-    double = (scale * 2.0).to(tl.float32)
-    middle = pivot * -0.5
+    twice_scale = (scale * 2.0).to(tl.float32)
+    minus_half = pivot * -0.5
     es = ()
     exps, slot = zero, zero
     for i in tl.static_range(TILES):
-        es = es + (tl.exp2(tl.fma(tl.minimum(vs[i], pivot), 0.5, middle) * double),)
+        es = es + (tl.exp2(tl.fma(tl.minimum(vs[i], pivot), 0.5, minus_half) * twice_scale),)
         exps, slot = collected(exps, slot + es[i], i, TILES)
     rest = (row_total(exps, EACH) - 1.0).to(tl.float32)  # where the maximum stood in as the pivot: 0, or at least 1
     gap = (pivot.to(tl.float64) - f_max.to(tl.float64)) * scale
@@ -128,12 +130,12 @@ def gen(
         wanted = vs[i] < f_max
         if SELECT:
             wanted &= vs[i] >= threshold
-        slot += tl.where(wanted, term(tl.fma(vs[i], 0.5, middle) * double, es[i], p_pivot, gamma_32), 0.0)
+        slot += tl.where(wanted, term(tl.fma(vs[i], 0.5, minus_half) * twice_scale, es[i], p_pivot, gamma_32), 0.0)
         sum_below, slot = collected(sum_below, slot, i, TILES)
     sum_below = row_total(sum_below, EACH)
     maxima = number_from(vs, f_max)
     if SELECT:
-        z = tl.fma(next, 0.5, middle) * double
+        z = tl.fma(next, 0.5, minus_half) * twice_scale
         equal = tl.where(next < f_max, (M - number).to(tl.float32) * term(z, tl.exp2(z), p_pivot, gamma_32), 0.0)
         sum_below += equal.to(tl.float64)
         maxima = tl.minimum(maxima, M)

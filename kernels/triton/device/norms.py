@@ -86,7 +86,7 @@ def log2_ratio(a, b):
 
 @triton.jit
 def add_powers(sums, ys, POWERS: tl.constexpr):
-    """Adds what the powers ys of elements contribute to each sum; none are there yet of the first elements."""
+    """Adds what the powers ys of elements contribute to each sum; `sums` is () before the first."""
     out = ()
     for i in tl.static_range(len(POWERS.factors)):
         y = ys[POWERS.factors[i][0]]
@@ -124,8 +124,9 @@ def read_powers(rows, unit, SAFE: tl.constexpr, H: tl.constexpr, K: tl.constexpr
     nonzero = zero.to(tl.int32)
     most = zero.to(tl.uint32) if H.p == 2 else zero
     bits = zero.to(tl.uint32)
-    # An element counts by min(its bits, 1 << SHIFT): where subnormals are looked for, by the bits of the least normal
-    # number, which leaves theirs in `bits`; else by 1.
+    # Elements are counted by adding min(bits, 1 << SHIFT) of each, which is 0 of 0. Where subnormals are looked for,
+    # 1 << SHIFT are the bits of the least normal number: those of a subnormal stay as they are, and so show in `bits`.
+    # It counts for less, but then its row is read again. Else SHIFT is 0.
     SHIFT: tl.constexpr = (7 if H.p == 2 else 23) if POWERS.subnormals and not SAFE else 0
     for first in range(0, SPAN, MANY * H.w * K):
         sums = none

@@ -53,9 +53,9 @@ class Row(NamedTuple):
     f_max: Any
     gap: Any  # of the pivot and the maximum, times log2(e) / T
     weight: Any
-    any_again: Any  # whether any weight of the program's is not 1
+    any_again: Any  # whether the weight may be below 1 in any row of the program
     rest: Any
-    ratio: Any  # of rest_squares to the rest, without a unit; rest_squares where the rest is not wanted apart
+    ratio: Any  # rest_squares / rest, which is in no unit; without REST nothing asks for it
     r2: Any
     rest_t: Any
     mean_z: Any

@@ -109,9 +109,9 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
         by_row = row_sums((left_out.to(tl.float64),) + merged(sums, shift - row_shift[:, None], n, SUMS))
         others = by_row[0] - 1.0  # one maximum does not belong to the rest, whether it was left out or not
         totals = exp_sums(by_row[1:], SUMS)
-        wide = totals.e / e_max + others
+        wide_rest = totals.e / e_max + others
         again = (tl.abs(f_max * scale) > MOST_SHIFT) & (tl.abs(f_max) < INF)
-        rest = tl.where(tl.abs(f_max) < INF, wide, float("nan")).to(tl.float32)  # inf - inf was left out of it
+        rest = tl.where(tl.abs(f_max) < INF, wide_rest, float("nan")).to(tl.float32)  # inf - inf was left out of it
         if SQUARES & SUMS:
             rest_squares = (totals.squares / (e_max * e_max) + others).to(tl.float32)
         if PLOGP & SUMS:
@@ -119,7 +119,7 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
         if SUMLOGP & SUMS:
             mean_z = ((totals.t / C - t_max) * LN2).to(tl.float32)
         if TV & SUMS:
-            mean = ((wide + 1.0) * e_max / C).to(tl.float32)[:, None]
+            mean = ((wide_rest + 1.0) * e_max / C).to(tl.float32)[:, None]
             slot = words_above(last, scale, row_shift, mean, X, TYPE)
             for group in range(GROUPS - 1):
                 first = (GROUPS - 2 - group) * (X.w * K)
@@ -127,7 +127,7 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
                 slot += words_above(us, scale, row_shift, mean, X, TYPE)
             deviation = (tl.sum(slot.to(tl.float64), 1) * 2.0 / e_max).to(tl.float32)
         if REST & SUMS:
-            again |= wide < LEAST_REST
+            again |= wide_rest < LEAST_REST
         if SUMLOGP & SUMS:
             again |= mean_z == -INF  # of a sum beyond float32, or a masked class
         doubtful = again
