@@ -8,8 +8,8 @@ of their own, which write a line for each figure: a run that is cut leaves what 
 
 --only PHASES       some of them, separated by commas: compile, kernels, calls, rivals, tests
 --commit HASH       where there is no .git to ask; or the environment variable FASTOOD_COMMIT
---rivals-path PATH  PYTHONPATH of the processes that run rivals: torch.compile needs the Triton that torch came with,
-                    which another one, in front of it on PYTHONPATH, hides
+--rivals-path PATH  PYTHONPATH of the processes that run rivals, or tests of compiled models: torch.compile needs the
+                    Triton that torch came with, which another one, in front of it on PYTHONPATH, hides
 --rehearse          without a GPU: tiny shapes in Triton's interpreter, eager in place of torch.compile, a few tests.
                     That measures nothing, and its tables hold no figures.
 """
@@ -45,7 +45,7 @@ from fastood.kernels import Request, Stat, prepared, select
 IN_ALL = 350  # seconds; the tests have what the others leave of it
 LIMITS = {"compile": 70, "kernels": 60, "calls": 45, "rivals": 90, "tests": IN_ALL}
 REHEARSAL = {"TRITON_INTERPRET": "1", "FASTOOD_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
-REHEARSED = os.environ.get("TRITON_INTERPRET") == "1"
+REHEARSED = "--rehearse" in sys.argv or os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if REHEARSED else "cuda"
 PROCESSES = 2 if REHEARSED else max(2, (os.cpu_count() or 2) - 2)
 ROOT = Path(__file__).parent.parent
@@ -136,7 +136,7 @@ def every_work(part: slice) -> Iterator[tuple[str, Work, str]]:
         pairs = [pair for i, pair in enumerate(pairs) if i % 4 in (0, 3)]
     for work, dtype in pairs[part]:
         sizes = " ".join(f"{name}={size}" for name, size in zip("NCD", work[1:4], strict=True) if size)
-        here = work._replace(N=3, C=min(work.C, 40), D=min(work.D, 48)) if REHEARSED else work
+        here = work._replace(N=3, C=min(work.C, 9), D=min(work.D, 20)) if REHEARSED else work
         yield f"{work.what}, {sizes}", here, dtype
 
 
@@ -267,7 +267,7 @@ def time_kernels(lines: Lines, part: slice) -> None:
 
 
 def time_calls(lines: Lines, part: slice) -> None:
-    one = Work("", 1, *((40, 48) if REHEARSED else (1000, 2048)), batchgrad, rivals.batchgrad, "G")
+    one = Work("", 1, *((9, 20) if REHEARSED else (1000, 2048)), batchgrad, rivals.batchgrad, "G")
     f, h, G = tensors(one, "float32").values()
     of = {
         "energy × norm 0.3": partial(fastood.score, f, h),
@@ -295,20 +295,29 @@ def time_calls(lines: Lines, part: slice) -> None:
         lines(what, partial(measure, call))
 
 
-def run_tests(out: Path, limit: float) -> None:
+def run_tests(out: Path, limit: float, rivals_path: str | None) -> None:
     """Interrupted at the limit, so that pytest still prints what failed."""
-    files = ("tests/kernels/triton", "tests/kernels/test_contract.py", "tests/test_linear.py")
-    chosen = "triton and not compiles"  # for GPUs that are not there
-    if REHEARSED:
-        chosen = "triton and (one_class or equal_logits or (norms_on_every_branch and 64))"
-    command = [sys.executable, "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short", "-k", chosen]
-    command += ["--hypothesis-profile=interpreter"]  # few examples: each may compile kernels
+    kernels = ["tests/kernels/triton", "tests/kernels/test_contract.py", "tests/test_linear.py"]
+    graphs = ["tests/kernels/test_operator.py", "tests/test_cuda.py"]  # for which torch compiles too
+    if importlib.util.find_spec("pytest_benchmark") is not None:
+        graphs += ["benchmarks/test_compiled.py", "--benchmark-disable"]  # whether they are right: nothing is timed
     xdist = importlib.util.find_spec("xdist") is not None
+    chosen = "triton and not compiles"  # for GPUs that are not there
+    of_kernels = [["-n", str(PROCESSES), *kernels]] if xdist else [[file] for file in kernels]
+    runs = [(None, ["-k", chosen, *some]) for some in of_kernels] + [(rivals_path, ["-k", "cuda", *graphs])]
+    if REHEARSED:  # in which those of graphs are skipped, and one process reads torch once
+        some = "triton and (one_class or equal_logits or (norms_on_every_branch and 64)) or cuda"
+        runs = [(rivals_path, ["-k", some, *kernels, *graphs])]
+    command = [sys.executable, "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--hypothesis-profile=interpreter"]  # few examples: each may compile kernels
     logs, processes = [], []
-    for some in [["-n", str(PROCESSES), *files]] if xdist else [[file] for file in files]:
+    for path, some in runs:
         logs.append(out / f"tests-{len(logs)}.log")
+        environment = os.environ | ({} if path is None else {"PYTHONPATH": path})
         with logs[-1].open("w") as file:
-            processes.append(subprocess.Popen([*command, *some], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
+            processes.append(
+                subprocess.Popen([*command, *some], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            )
     finish(processes, limit, signal.SIGINT)
     for log in logs:
         text = [line.strip("= ") for line in log.read_text().splitlines()] or ["no output"]
@@ -329,29 +338,43 @@ def finish(processes: list[subprocess.Popen[Any]], limit: float, how: signal.Sig
                 process.send_signal(tell)
 
 
-def run_phase(phase: str, out: Path, limit: float, rivals_path: str | None) -> None:
-    if phase == "tests":
-        return run_tests(out, limit)
-    end, todo = time.time() + limit, [(phase, 0, 1)]
-    if phase == "compile":
-        half = max(1, PROCESSES // 2)
-        todo = [(name, i, half) for name in ("compile", "compile_rivals") for i in range(half)]
+def run_phases(phases: list[str], out: Path, limit: float, rivals_path: str | None) -> None:
+    """One, or in a rehearsal all that measure: in one process, which takes longer to begin than for a phase."""
+    if phases == ["tests"]:
+        return run_tests(out, limit, rivals_path)
+    end, todo = time.time() + limit, [part for phase in phases for part in parts_of(phase)]
+    if REHEARSED:
+        todo = [",".join(todo)]
     while todo and time.time() < end:
         started = []
-        for name, i, n in todo:
+        for part in todo:
             # One thread of torch.compile a process: its own pools, one each, would be too many.
             environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-            if rivals_path is not None and "rivals" in name:
+            if rivals_path is not None and "rivals" in part:
                 environment["PYTHONPATH"] = rivals_path
-            command = [sys.executable, "-m", "benchmarks.gpu_day", str(out), "--part", f"{name}/{i}/{n}"]
+            command = [sys.executable, "-m", "benchmarks.gpu_day", str(out), "--part", part]
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment))
         finish(started, end - time.time(), signal.SIGTERM)
-        ended = [(*part, process.returncode) for part, process in zip(todo, started, strict=True)]
-        todo = [(name, i, n) for name, i, n, status in ended if status == 3]
-        for name, i, _, status in ended:
+        ended = [(part, process.returncode) for part, process in zip(todo, started, strict=True)]
+        todo = [part for part, status in ended if status == 3]
+        for part, status in ended:
             if status not in (0, 3):
-                Lines(out / f"{name}-{i}.jsonl")("the rest", dict, error=f"exit status {status}, limit {limit:.0f} s")
+                error = f"exit status {status}, limit {limit:.0f} s"
+                Lines(file_of(out, part.split(",")[-1]))("the rest", dict, error=error)
     return None
+
+
+def parts_of(phase: str) -> list[str]:
+    """PHASE/i/n: the i-th of n processes."""
+    if phase != "compile":
+        return [f"{phase}/0/1"]
+    half = max(1, PROCESSES // 2)
+    return [f"{name}/{i}/{half}" for name in ("compile", "compile_rivals") for i in range(half)]
+
+
+def file_of(out: Path, part: str) -> Path:
+    phase, i, _ = part.split("/")
+    return out / f"{phase}-{i}.jsonl"
 
 
 PHASES: dict[str, Callable[[Lines, slice], None]] = {
@@ -370,16 +393,21 @@ def main() -> int:
     parser.add_argument("--commit")
     parser.add_argument("--rivals-path")
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # PHASE/i/n, of a process that this one starts
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # what a process that this one starts does
     given = parser.parse_args()
     out = given.out.resolve()
     if given.part:
-        phase, i, n = given.part.split("/")
         gc.freeze()  # or every collection goes through all of torch
-        PHASES[phase](Lines(out / f"{phase}-{i}.jsonl"), slice(int(i), None, int(n)))
+        if REHEARSED:
+            from tests.approximate import hasten  # which loads Triton
+
+            hasten()
+        for part in given.part.split(","):
+            phase, i, n = part.split("/")
+            PHASES[phase](Lines(file_of(out, part)), slice(int(i), None, int(n)))
         return 0
-    if given.rehearse and not REHEARSED:
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpu_day", *sys.argv[1:]], os.environ | REHEARSAL)
+    if REHEARSED:
+        os.environ.update(REHEARSAL)  # of the processes that measure; this one only starts them
     if not REHEARSED and not torch.cuda.is_available():
         parser.error("it needs a GPU; --rehearse runs without")
     out.mkdir(parents=True, exist_ok=True)
@@ -388,12 +416,16 @@ def main() -> int:
     known, phases = gpu_report.machine(given.commit, REHEARSED), {}
     say(", ".join(f"{name} {value}" for name, value in known.items()))
     whole = gpu_report.write(out, known, phases, REHEARSED)
-    for phase in given.only.split(","):
-        before = time.time()
-        run_phase(phase, out, min(LIMITS[phase], IN_ALL - (before - START)), given.rivals_path)
-        phases[phase] = time.time() - before
+    groups = [[phase] for phase in given.only.split(",")]
+    if REHEARSED:
+        measured = [phase for (phase,) in groups if phase != "tests"]
+        groups = [group for group in (measured, ["tests"] * (["tests"] in groups)) if group]
+    for group in groups:
+        before, name = time.time(), ", ".join(group)
+        run_phases(group, out, min(sum(LIMITS[phase] for phase in group), IN_ALL - (before - START)), given.rivals_path)
+        phases[name] = time.time() - before
         whole = gpu_report.write(out, known, phases, REHEARSED)
-        say(f"{phase} took {phases[phase]:.0f} s")
+        say(f"{name} took {phases[name]:.0f} s")
     print((out / "gpu_day.md").read_text())
     return 1 if gpu_report.wrong(whole) else 0
 

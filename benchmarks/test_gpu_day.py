@@ -32,7 +32,10 @@ def test_rehearsal(tmp_path):
     assert {(row["what"], row["candidate"]) for row in figures["rivals"]} == {
         (what, candidate) for what in whats for candidate in ("eager", "torch.compile")
     }
-    assert all("passed" in row["summary"] for row in figures["tests"])
+    (tests,) = figures["tests"]
+    passed, skipped = (int(re.search(rf"(\d+) {what}", tests["summary"])[1]) for what in ("passed", "skipped"))
+    assert passed > 3
+    assert skipped > 50  # those of graphs, which need a GPU
     # Nothing in it can be taken for a GPU's.
     assert not any(name in row for rows in figures.values() for row in rows for name in ("seconds", "read"))
     table = (tmp_path / "gpu_day.md").read_text()
