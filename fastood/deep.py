@@ -208,8 +208,8 @@ def _deep_norms(
         # subtract a p_y that has rounded to 1, and the parameters' type may not hold what is left.
         rows = reference.Softmax(logits.double()[None], T)
         p = rows.probabilities()[0][0]
-        top, log_not_p = rows.argmax, rows.log_r1[0] + rows.log_msp[0]
-        others = (-rows.e[0] / rows.rest.clamp(min=1)).scatter(-1, top, 1.0)  # (e_top - p) / (1 - p_top)
+        argmax, log_one_minus_p = rows.argmax, rows.log_r1[0] + rows.log_msp[0]
+        others = (-rows.e[0] / rows.rest.clamp(min=1)).scatter(-1, argmax, 1.0)  # (e_top - p) / (1 - p_top)
 
         def size(direction: Tensor, log_length: Tensor) -> Tensor:
             gradients = pull(direction.to(logits.dtype))[0]
@@ -220,19 +220,19 @@ def _deep_norms(
 
         w = torch.full_like(p, 1 / len(p)) if q is None else q
         if expectation == "inside":
-            difference = (w - p).scatter(-1, top, w.gather(-1, top) - 1 + rows.one_minus_msp)
+            difference = (w - p).scatter(-1, argmax, w.gather(-1, argmax) - 1 + rows.one_minus_msp)
             direction, length = _unit(0 * p if kind == "predicted" else difference)  # E_p[e_Y - p] = 0, exactly
             return size(direction, length.log())
 
         def size_of_class(y: Tensor) -> Tensor:
-            at_top = y == top[0]
+            at_top = y == argmax[0]
             off = torch.where(at_top, others, label_minus_p(rows, y[None])[0])
-            return size(off, torch.where(at_top, log_not_p, 0.0))
+            return size(off, torch.where(at_top, log_one_minus_p, 0.0))
 
         if kind == "predicted":
             w = p
         elif kind == "log_predicted":
-            w = (rows.z[0] + rows.gap + rows.log_msp).scatter(-1, top, rows.log_msp)
+            w = (rows.z[0] + rows.gap + rows.log_msp).scatter(-1, argmax, rows.log_msp)
         classes = torch.arange(len(p), device=x.device)
         return (w * torch.func.vmap(size_of_class, chunk_size=at_a_time)(classes)).sum()
 

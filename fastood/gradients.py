@@ -124,9 +124,9 @@ def arguments(labels: Any, order: Any, power: Any, expectation: Any, temperature
 
 def label_minus_p(rows: reference.Softmax, y: Tensor) -> Tensor:
     """e_y - p of the class y of each row, every entry to relative precision: the 1 - p_y of a sure row, too."""
-    p, not_p = rows.probabilities()
+    p, one_minus_p = rows.probabilities()
     y = y[:, None]
-    return (-p).scatter(-1, y, not_p.gather(-1, y))
+    return (-p).scatter(-1, y, one_minus_p.gather(-1, y))
 
 
 def required(name: str, x: Any) -> Any:

@@ -108,8 +108,8 @@ def _sharper(request: Request) -> Request:
 
 def _power_sum(softer: Run, sharper: Run, r: float, logits: Tensor | None, *_: Tensor | None) -> Tensor:
     """S_r = sum_k e^(r z_k) / (sum_k e^z_k)^r, z relative to the maximum: two sums, at T / r and at T."""
-    (p, not_p), (p_r, not_p_r) = softer(logits, None), sharper(logits, None)
-    return ((1 + not_p_r / p_r) * (-r * (not_p / p).log1p()).exp())[None]
+    (p, one_minus_p), (p_r, one_minus_p_r) = softer(logits, None), sharper(logits, None)
+    return ((1 + one_minus_p_r / p_r) * (-r * (one_minus_p / p).log1p()).exp())[None]
 
 
 def batchgrad(anchors: Anchors) -> Run:

@@ -95,11 +95,11 @@ def energies(
     largest, f_max = row_max(high)[:, None], row_max(most)[:, None]
     good = (tl.abs(f_max) < INF) & (r == r)
     pivot = tl.where(tl.abs(largest) < INF, largest, 0.0)
-    near = load_table(table_ptr).to(tl.float32)
+    narrow = load_table(table_ptr).to(tl.float32)
     sums, slot = zero, zero
     for i in tl.static_range(TILES):
-        # In halves, whose differences stay in float32.
-        slot += tl.exp2(tl.fma(vs[i], 0.5, pivot * -0.5) * (near * 2.0))
+        # Half of each, so that differences stay in float32.
+        slot += tl.exp2(tl.fma(vs[i], 0.5, pivot * -0.5) * (narrow * 2.0))
         sums, slot = collected(sums, slot, i, TILES)
     log_sum = log(row_total(sums, S.each).to(tl.float32))
     energy = formula(ENERGY, fmax=largest.to(tl.float64), T=load_table(table_ptr + 1), log_sum=log_sum)
