@@ -53,7 +53,7 @@ def test_info_and_version():
     if not facts["cuda"]:
         assert "cuda: none" in text
     native = importlib.import_module("fastood.kernels.cpu")._native
-    assert facts.get("C++_kernels") == (native and native.level())
+    assert facts.get("C++_kernels") == (native and native.isa())
     assert f"instruction set: {facts['instruction_set']}\n" in text
     assert run("--version").stdout == f"fastood {fastood.__version__}\n"
 
