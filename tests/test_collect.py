@@ -120,6 +120,8 @@ def test_bfloat16_to_a_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"])
 def test_fp8_to_a_file(tmp_path, kind):
+    if "fnuz" in kind:
+        pytest.importorskip("safetensors", "0.8", reason="needs a safetensors that reads them")
     model, x, y = data()
     labels = y.to(getattr(torch, f"float8_{kind}"))
     fastood.collect(model, [(x, labels)], tmp_path / "a.safetensors")

@@ -54,9 +54,10 @@ def test_compiled_whole(form):
 def test_a_graph_cannot_check():
     model, x = made(ResNet)
     attached = fastood.attach(model)
-    with pytest.raises(Exception, match=r"not checked yet.*example=inputs"):
+    words = r"not checked yet.*example=inputs"
+    with pytest.raises(Exception, match=words if torch.__version__ >= "2.9" else "Observed exception"):
         torch.compile(attached, backend="eager", fullgraph=True)(x)
-    with pytest.raises(RuntimeError, match=r"not checked yet.*example=inputs"):
+    with pytest.raises(RuntimeError, match=words):
         torch.export.export(attached, (x,))
     torch._dynamo.reset()
     torch.testing.assert_close(call(torch.compile(attached, backend="eager"), x), truth(model, x))
