@@ -183,7 +183,7 @@ def test_power_sums(backend, f, T, r):
     with np.errstate(all="ignore"):
         p = [truth.softmax_row(row, T)[0] for row in truth.widen(f)]
         expected = np.array([np.sum(x[x > 0] ** truth.LD(r)) for x in p])
-    # p^r is r times as far off as p may be: of equal terms the errors of the sum that p is divided by do not average out.
+    # p^r is r times as far off as p may be: the rounding errors of a sum of equal terms do not average out.
     relative = (32 * max(1, r) + 4 * r * np.minimum(truth.span(f) / T, 104)) * eps_of(f)
     truth.assert_close(got, expected, relative * expected, f"S_{r}")
 
