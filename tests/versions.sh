@@ -21,8 +21,7 @@ for stack; do
   "$folder/venv/bin/pip" install -q "torch==$torch" "numpy==$numpy" "scikit-learn==$sklearn" $others \
     -e "$folder[cli,scale,monitor]" pytest pytest-benchmark hypothesis
   # Triton's part goes by Triton's version, which tests/kernels/triton and the kernels' report look after.
-  (cd "$folder" && venv/bin/pytest $tests -k "not triton" \
-    -W "ignore:Guards may run slower:RuntimeWarning" -W "ignore:.torch.jit:FutureWarning") || failed=1  # of Python 3.13.0 and torch 2.14
+  (cd "$folder" && venv/bin/pytest $tests -k "not triton" -W "ignore:Guards may run slower:RuntimeWarning") || failed=1  # Python 3.13.0's
   rm -rf "$folder"
 done
 exit $failed

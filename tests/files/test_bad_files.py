@@ -284,6 +284,7 @@ def test_a_tensor_of_any_kind_beside_the_logits_in_safetensors(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch 2.14
 def test_tensors_in_a_pt_file_that_hold_less_than_their_shape(tmp_path):
     one = torch.zeros(1, 1)
     cases = {
