@@ -155,9 +155,10 @@ def _scaled_energy(plan: Any, scaling: Scaling, logits: Any, feats: Any, labels:
     b = None if scaling.bias is None else scaling.bias.to(dtype).contiguous()
     out = logits.new_empty(len(logits), dtype=dtype)
     options = scaling.k(feats.shape[1]), scaling.relu, scaling.square, out.data_ptr()
-    _native.scaled(plan, len(out), *f_arguments, *h_arguments, 0 if b is None else b.data_ptr(), *options)
+    finite = _native.scaled(plan, len(out), *f_arguments, *h_arguments, 0 if b is None else b.data_ptr(), *options)
     del f, h, b
-    _again(out, reference.scaled(scaling), logits, feats)
+    if not finite:
+        _again(out, reference.scaled(scaling), logits, feats)
     return out
 
 

@@ -56,6 +56,15 @@ static PyObject* run_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run_without_lock(call);
 }
 
+// Whether all results are finite.
+template <class Work> static PyObject* run_and_tell(const Work& work) {
+  bool finite = true;
+  PyObject* done = without_lock([&] { finite = !work.rows || run(work); });
+  if (!done) return nullptr;
+  Py_DECREF(done);
+  return PyBool_FromLong(finite);
+}
+
 // batchgrad(plan, rows, logits (4), feats (4), bias, address of G, its columns, address of its rows' norms, their sum,
 // address of [rows] double): whether all of these came out finite
 static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -68,15 +77,11 @@ static PyObject* batchgrad(PyObject*, PyObject* const* args, Py_ssize_t count) {
                     static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 3])), PyFloat_AsDouble(args[COMMON + 4]),
                     static_cast<double*>(PyLong_AsVoidPtr(args[COMMON + 5]))};
   if (PyErr_Occurred()) return nullptr;
-  bool finite = true;
-  PyObject* done = without_lock([&] { finite = !b.rows || run(b); });
-  if (!done) return nullptr;
-  Py_DECREF(done);
-  return PyBool_FromLong(finite);
+  return run_and_tell(b);
 }
 
 // scaled(plan of the energy, rows, logits (4), feats (4), address of the bias or 0, k, relu, square,
-// address of the result)
+// address of the result): the same
 static PyObject* scaled(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, COMMON + 5);
   if (!plan) return nullptr;
@@ -86,7 +91,7 @@ static PyObject* scaled(PyObject*, PyObject* const* args, Py_ssize_t count) {
                   bool(PyObject_IsTrue(args[COMMON + 2])), bool(PyObject_IsTrue(args[COMMON + 3])),
                   PyLong_AsVoidPtr(args[COMMON + 4])};
   if (PyErr_Occurred()) return nullptr;
-  return without_lock([&] { if (s.rows) run(s); });
+  return run_and_tell(s);
 }
 
 // batchgrad_peak(steps): its arithmetic on registers, `steps` vectors of floats; gives their width.

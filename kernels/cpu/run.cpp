@@ -66,13 +66,16 @@ static GradientState gradient_chunk(const Call& call, int64_t row, int64_t chunk
   return state;
 }
 
+template <class Read> static void add_gradients(const Call& call, int64_t count, GradientState* out, Read read) {
+  add_chunks(count, out, read, [&](GradientState* a, const GradientState& b) { merge(call, a, b); });
+}
+
 static double gradient_of(const Call& call, int64_t row, const LogitsState& s, const void* kept) {
   const GradientRow about = gradient_row(call, s);
   GradientState state;
-  add_chunks(
-      chunks(call.logits.columns), &state,
-      [&](int64_t c, GradientState* out) { *out = gradient_chunk(call, row, c, about, c ? nullptr : kept); },
-      [&](GradientState* a, const GradientState& b) { merge(call, a, b); });
+  add_gradients(call, chunks(call.logits.columns), &state, [&](int64_t c, GradientState* out) {
+    *out = gradient_chunk(call, row, c, about, c ? nullptr : kept);
+  });
   return gradient(call, row, s, about, state);
 }
 
@@ -349,9 +352,8 @@ static void run_split(const Call& call) {
                    add_double);
       if (!split.gradient.empty() && has_softmax(split.merged[row])) {
         GradientState state;
-        add_chunks(
-            split.logit_chunks, &state, [&](int64_t c, GradientState* out) { *out = split.gradient[first + c]; },
-            [&](GradientState* a, const GradientState& b) { merge(call, a, b); });
+        add_gradients(call, split.logit_chunks, &state,
+                      [&](int64_t c, GradientState* out) { *out = split.gradient[first + c]; });
         batch.swept[row] = gradient(call, row, split.merged[row], gradient_row(call, split.merged[row]), state);
       }
     }

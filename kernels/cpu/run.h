@@ -95,7 +95,7 @@ extern ParallelFor parallel_for;
 void run(const Call& call);
 void run_here(const Call& call);  // on this thread
 bool run(const BatchGrad& b);  // whether all results are finite
-void run(const Scaling& s);
+bool run(const Scaling& s);    // the same
 
 // task(begin, end, context) over 0..tasks, `grain` of them or more to a thread.
 void share(int64_t tasks, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);

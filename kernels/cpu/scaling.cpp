@@ -52,9 +52,15 @@ static void scaling_task(int64_t begin, int64_t end, void* context) {
   }
 }
 
-void run(const Scaling& s) {
+template <class T> static bool finite(const void* out, int64_t rows) {
+  const T* scores = static_cast<const T*>(out);
+  return std::all_of(scores, scores + rows, [](T x) { return std::isfinite(x); });
+}
+
+bool run(const Scaling& s) {
   const int64_t width = s.logits.columns + s.feats.columns;
   share(s.rows, std::max<int64_t>(1, 32768 / width), scaling_task, const_cast<Scaling*>(&s));
+  return s.logits.type == FLOAT64 ? finite<double>(s.out, s.rows) : finite<float>(s.out, s.rows);
 }
 
 }  // namespace fastood
