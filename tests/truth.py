@@ -301,6 +301,16 @@ def norm_tolerance(h, r, eps, bias=False):
     return 16 * eps * max(1, 1 / r) + (eps * logs if r < 1 else 0)
 
 
+def norm_and_error(h, r, eps, bias=False, log=False):
+    """||h||_r or its logarithm, [N], and the absolute error allowed on it."""
+    expected, relative = norm(h, r, bias), norm_tolerance(h, r, eps, bias)
+    if not log:
+        return expected, relative * expected
+    with np.errstate(all="ignore"):
+        logs = np.log(expected)
+    return logs, relative + 2 * eps * np.where(np.isfinite(logs), np.abs(logs), 0)
+
+
 def assert_close(got, truth, allowed, label=""):
     """|got - truth| <= allowed for every element; NaN, infinities and float32's own limits included."""
     got_type = np.asarray(got.detach() if hasattr(got, "detach") else got).dtype

@@ -10,7 +10,7 @@ import truth
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import skip_where_interpreted
-from samples import DTYPES, GRADIENTS, V_TERMS, eps_of, feats, logits, temperatures
+from samples import DTYPES, GRADIENTS, KINDS, V_TERMS, eps_of, feats, logits, rows_of, temperatures
 
 import fastood
 from fastood.kernels import STATISTICS, reference
@@ -229,14 +229,7 @@ def test_norms(backend, h, bias, log, data):
     assert got.shape == (len(h), len(orders))
     assert got.dtype == result_type(h)
     for j, r in enumerate(orders):
-        expected, relative = truth.norm(h, r, bias), truth.norm_tolerance(h, r, eps_of(h), bias)
-        if log:
-            with np.errstate(all="ignore"):
-                logs = np.log(expected)
-            rounding = 2 * eps_of(h) * np.where(np.isfinite(logs), np.abs(logs), 0)
-            truth.assert_close(got[:, j], logs, relative + rounding, f"log ||h||_{r}")
-        else:
-            truth.assert_close(got[:, j], expected, relative * expected, f"||h||_{r}")
+        truth.assert_close(got[:, j], *truth.norm_and_error(h, r, eps_of(h), bias, log), f"||h||_{r}, log={log}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -424,7 +417,7 @@ def test_bad_rows_are_nan_alone(backend, dtype):
     seed=st.integers(0, 2**32 - 1),
     C=st.sampled_from([1, 2, 5, 20, 130]),
     D=st.sampled_from([1, 3, 40, 1025]),
-    kind=st.sampled_from(["any", "certain", "one class is not masked", "flat"]),
+    kind=st.sampled_from(KINDS),
     T=st.sampled_from([1e-10, 0.1, 1.0, 1e10]),
     norm=st.sampled_from([0.3, 0.5, 1, 2, 3, math.inf]),
     bad=st.sampled_from([math.nan, math.inf, -math.inf]),
@@ -433,13 +426,7 @@ def test_bad_rows_are_nan_alone(backend, dtype):
 def test_no_weight_of_0_hides_a_feature(backend, seed, C, D, kind, T, norm, bad, dtype):
     """A V of 0 makes no number of a norm that is NaN or infinite."""
     g = torch.Generator().manual_seed(seed)
-    f, h = torch.randn(3, C, generator=g), torch.randn(3, D, generator=g)
-    if kind == "certain":
-        f[:, 0] += 1e3
-    elif kind == "one class is not masked":
-        f[:, 1:] = -math.inf
-    elif kind == "flat":
-        f.zero_()
+    f, h = rows_of(kind, g, 3, C), torch.randn(3, D, generator=g)
     f, h = f.to(dtype), h.to(dtype)
     names = list(fastood.SCORES)
     good = fastood.scores(f, h, names, norm=norm, temperature=T, backend=backend)
