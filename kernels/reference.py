@@ -108,7 +108,8 @@ def times_norm(v: Tensor | float, u: Tensor, power: int, divisor: float, wide: b
     if not wide:
         return raw
     # What comes out next to 0 is formed again from a larger v, for a product on the way may have vanished.
-    raw = torch.where(raw.abs() < 2.0**-900, product(v * 2.0**600) * 2.0**-600, raw)
+    again = product(v * 2.0**600) * 2.0**-600
+    raw = torch.where((raw.abs() < 2.0**-900) & again.isfinite(), again, raw)
     return torch.where(u == LARGEST, raw * LARGEST, raw)
 
 

@@ -51,12 +51,16 @@ static void few_level_sums(const void* data, int64_t stride, int64_t rows, int64
       levels[row] = T(level[i]), shifts[row] = T(shift[i]);
     }
     for (int64_t k = 0; k < n; k += lanes) load_columns<T>(f + k, stride, count, n - k < lanes ? n - k : lanes, x + k);
-    for (int64_t k = 0; k < n; k++) {
-      V<T> rise, beyond;
-      exp_beside_1<T>((x[k] - levels) * per_T - shifts, &rise, &beyond);
-      expm1 += rise;
-      tail += beyond;
-      above += rise > 0 ? rise : V<T>{};
+    for (int64_t start_of_part = 0; start_of_part < n; start_of_part += PART) {
+      V<T> part_expm1 = {}, part_tail = {}, part_above = {};
+      for (int64_t k = start_of_part; k < n && k < start_of_part + PART; k++) {
+        V<T> rise, beyond;
+        exp_beside_1<T>((x[k] - levels) * per_T - shifts, &rise, &beyond);
+        part_expm1 += rise;
+        part_tail += beyond;
+        part_above += rise > 0 ? rise : V<T>{};
+      }
+      expm1 += part_expm1, tail += part_tail, above += part_above;
     }
     for (int64_t row = 0; row < count; row++) out[start + row] = {double(expm1[row]), double(tail[row]), double(above[row])};
   }

@@ -57,7 +57,8 @@ void plan_norms(const double* orders, int count, bool float32, NormsPlan* plan, 
   plan->scaled_integers = !float32;
   for (int p = 1; p <= 6; p++) plan->order[p] = p, plan->scaled[p] = true;
   for (int j = 0; j < count; j++) {
-    const double r = orders[j] > (float32 ? 1e9 : 1e18) ? INF : orders[j];  // from which no sum can tell it
+    // Beyond these no sum tells an order from INF, and rounding may take the power of the largest itself for 0.
+    const double r = orders[j] > (float32 ? 0x1p28 : 1e18) ? INF : orders[j];
     const int same = int(std::find(orders, orders + j, orders[j]) - orders);
     if (same < j) {
       out[j] = out[same];

@@ -84,6 +84,19 @@ def test_nearly_flat_rows(backend, seed, C, exponent, offset, kind, T, dtype):
     truth.assert_close(got, u * tv, u * (truth.tolerance("tv", tv, f, T, eps) + 16 * eps * tv), "gradnorm")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("C", [2, 31, 100])
+def test_flat_rows_of_logits_next_to_0(backend, dtype, C):
+    """Which are apart by far less than log C is off by."""
+    g = torch.Generator().manual_seed(C)
+    scales = torch.tensor([[1e-20], [1e-30], [1e-36 if dtype == torch.float32 else 1e-100]], dtype=dtype)
+    f = torch.randn(3, C, generator=g, dtype=dtype) * scales
+    for T in (1.0, 0.3):
+        got = fastood.row_stats(f, ["tv"], temperature=T, backend=backend)["tv"]
+        expected = truth.stat("tv", f, T)
+        truth.assert_close(got, expected, truth.tolerance("tv", expected, f, T, eps_of(f)), f"T = {T}")
+
+
 def test_a_temperature_keeps_the_order_of_rows(backend):
     """At T far above the logits KL(u || p) is half their variance over T^2, and TV half their mean deviation over T."""
     f = torch.randn(10, 300, generator=torch.Generator().manual_seed(0)) * 3
@@ -483,6 +496,15 @@ def test_0_times_an_overflow_is_0(backend, dtype, T):
             assert torch.equal(alone.nan_to_num(7), got[name].nan_to_num(7)), name
 
 
+def test_0_times_what_is_next_to_the_end_of_the_doubles_is_0(backend):
+    if backend == "triton":
+        pytest.skip("triton leaves float64 to the reference")
+    f, h = (torch.tensor(x, dtype=torch.float64) for x in ([[1e300, -1e300]] * 2, [[0.0], [1e-305]]))
+    for name in ("energy", "max_logit", "kl_uniform"):
+        got = fastood.score(f, h, name, norm=1, backend=backend)
+        assert got.tolist() == pytest.approx([0, 1e-5]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [1.0, math.inf, math.nan])
 def test_0_times_a_norm_beyond_the_doubles_is_0(backend, dtype, bad):
@@ -601,6 +623,16 @@ def test_offsets_beyond_32_bits(backend):
     got = fastood.score(f, method="msp", backend=backend)
     expected = truth.stat("msp", f)
     truth.assert_close(got, expected, 32 * truth.EPS["float32"] * expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("r", [1e8, 2.6e8, 1e9])
+def test_high_orders_do_not_take_the_largest_for_nothing(backend, r, dtype):
+    """The logarithm of the largest over itself is a rounding error, of which they are a multiple."""
+    h = torch.randn(400, 49, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for log in (False, True):
+        got = fastood.norms(h, [r], log=log, backend=backend)[:, 0]
+        truth.assert_close(got, *truth.norm_and_error(h, r, 2**-24, log=log), f"log={log}")
 
 
 @pytest.mark.parametrize("r", [4e9, 1e20, 1e39, 1e300])

@@ -146,6 +146,16 @@ def test_equal_terms_of_very_many_chunks(isa):
     truth.assert_close(got, expected, 32 * 2**-53 * expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_terms_of_nearly_flat_rows_of_few_classes(isa, dtype):
+    """Half the bound, for one after the other 47 equal terms took up all of it."""
+    x = -(10.0 ** np.random.default_rng(0).uniform(-4, 0, 200))
+    f = torch.from_numpy(x).to(dtype)[:, None] * (torch.arange(48) == 24)
+    got = fastood.row_stats(f, ["kl_uniform"], backend="cpu")["kl_uniform"]
+    expected = truth.stat("kl_uniform", f)
+    truth.assert_close(got, expected, truth.tolerance("kl_uniform", expected, f, 1.0, eps_of(f)) / 2)
+
+
 # Around the 16 rows that are finished together, and the 48 classes up to which a row lies in a lane.
 @pytest.mark.parametrize("N", [1, 15, 16, 17, 33])
 @pytest.mark.parametrize("C", [1, 2, 10, 48, 49])
