@@ -92,7 +92,8 @@ def multiplied(values: Sequence[Tensor], request: Request, dtype: torch.dtype) -
             u = values[len(request.stats) + order]
             v = times_norm(v, u, power, divisor, wide=dtype == torch.float64)
         columns.append(v)
-    out = torch.stack(columns, -1 if request.by_row else 0)
+    by_row = request.shape[0] < 0  # the property is beyond torch 2.8's compiler where the temperature is a symbol
+    out = torch.stack(columns, -1 if by_row else 0)
     return out.reshape(request.sized(columns[0].shape[0])).to(dtype)
 
 

@@ -27,11 +27,13 @@ def test_every_score_compiles_whole_for_any_shape(name):
         torch.testing.assert_close(compiled(f, h), fastood.score(f, h, name), rtol=1e-5, atol=1e-6)
 
 
-def test_numbers_may_be_inputs_of_a_graph():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_numbers_may_be_inputs_of_a_graph(backend):
     f, h = batch(2)
 
     def grid(norm, temperature, gamma, M):
-        return fastood.sweep(f, h, ["gen", "msp"], [None, norm], temperature=temperature, gamma=gamma, M=M)
+        of_v = {"temperature": temperature, "gamma": gamma, "M": M, "backend": backend}
+        return fastood.sweep(f, h, ["gen", "msp"], [None, norm], **of_v)
 
     compiled = torch.compile(grid, fullgraph=True, dynamic=True, backend="eager")
     for numbers in ((2, 1.0, 0.1, 100), (0.3, 0.7, 0.5, 2)):
