@@ -16,7 +16,7 @@ Nearly flat rows are read again, for what is a difference to the uniform distrib
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any
@@ -421,16 +421,25 @@ def gradient(
     logits: Tensor, labels: Tensor | None, T: float, q: str, order: float, power: float, expectation: str
 ) -> Tensor:
     """|| E_q[e_Y - p] ||_order^power or E_q[ || e_Y - p ||_order^power ], [N] float64, some rows at a time."""
-    n = max(1, _TILE // (16 * logits.shape[1]))
-    out = [logits.new_zeros(0, dtype=torch.float64)]
-    for i in range(0, len(logits), n):
-        rows = Softmax(logits[i : i + n], T)
-        q_n: Tensor | str = q
-        if q == "given":
-            assert labels is not None
-            q_n = distribution(labels[i : i + n]).to(rows.f.dtype)
+    given = q == "given"
+    assert labels is not None or not given
+    out = []
+    for f, *of_labels in _some_rows(16 * logits.shape[1], logits, *((labels,) if given else ())):
+        rows = Softmax(f, T)
+        q_n = distribution(of_labels[0]).to(rows.f.dtype) if given else q
         out.append((rows.gradient_inside if expectation == "inside" else rows.gradient_outside)(q_n, order, power))
     return torch.cat(out)
+
+
+def _some_rows(size: int, *tensors: Any) -> Iterable[tuple[Tensor, ...]]:
+    """These tensors some rows at a time, where a row takes `size` elements of memory.
+
+    All rows for a tracer, which may know no number of them: a loop would give it one.
+    """
+    if traced(*tensors):
+        return [tensors]
+    n = max(1, _TILE // size)
+    return zip(*(x.split(n) for x in tensors), strict=True)
 
 
 def distribution(labels: Tensor) -> Tensor:
@@ -571,11 +580,10 @@ def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, l
     G, x = G.to(dtype), extended(feats.to(dtype), anchors.bias)
     # c does not depend on N, so that a row's sum does not depend on its batch.
     c = max(1, min(G.shape[0], _TILE // max(1, G.shape[1])))
-    n = max(1, _TILE // max(1, c * G.shape[1]))
-    sums = [p.new_zeros(0, dtype=torch.float64)]
-    for p_n, one_minus_p_n, x_n in zip(p.split(n), one_minus_p.split(n), x.split(n), strict=True):
+    sums = []
+    for p_n, one_minus_p_n, x_n in _some_rows(max(1, c * G.shape[1]), p, one_minus_p, x):
         tiles = zip(p_n.split(c, -1), one_minus_p_n.split(c, -1), G.split(c), strict=True)
-        nothing = x_n.new_zeros(len(x_n), dtype=torch.float64)
+        nothing = x_n.new_zeros(x_n.shape[0], dtype=torch.float64)
         sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
     out = torch.cat(sums)
     if x.shape[1] > 0:
@@ -614,11 +622,8 @@ def _scaled_energy(scaling: Scaling, logits: Tensor | None, feats: Tensor | None
         odd = ~(f.amax(1).abs() < math.inf) | ~h.isfinite().all(1)
         return rows.energy.to(dtype).masked_fill(odd, math.nan)
 
-    if traced(logits, feats):  # which no number of rows may be known to
-        return energy(logits, feats)
-    n = max(1, _TILE // (logits.shape[1] + feats.shape[1]))
-    parts = zip(logits.split(n), feats.split(n), strict=True)
-    return torch.cat([logits.new_zeros(0, dtype=dtype), *(energy(f, h) for f, h in parts)])
+    parts = _some_rows(logits.shape[1] + feats.shape[1], logits, feats)
+    return torch.cat([energy(f, h) for f, h in parts])
 
 
 def factor(scaling: Scaling, feats: Tensor) -> Tensor:

@@ -73,6 +73,28 @@ def test_export_holds_plain_operations(strict):
     assert "fastood" not in str(program.graph)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, h: fastood.gradient_norm(f, h, "predicted", 3, expectation="outside"),
+        lambda f, h: fastood.gradient_norm(f, h, f.softmax(-1), 2, 2, "outside"),
+        fastood.BatchGrad(torch.ones(12, 9)).score,
+        lambda f, h: fastood.score(f, h, "scale", head=(torch.ones(12, 9), torch.ones(12))),
+    ],
+    ids=["gradient_norm", "gradient_norm given", "BatchGrad", "scale"],
+)
+def test_what_goes_some_rows_at_a_time_is_exported_for_any_batch(call):
+    class Module(torch.nn.Module):
+        def forward(self, f, h):
+            return call(f, h)
+
+    whole = torch.export.export(Module(), batch(5), dynamic_shapes={"f": {0: N}, "h": {0: N}})
+    assert "fastood" not in str(whole.graph)
+    for n in (1, 17):
+        f, h = batch(n)
+        torch.testing.assert_close(whole.module()(f, h), call(f, h), rtol=1e-5, atol=1e-5)
+
+
 def test_onnx_in_onnxruntime(tmp_path):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"needs {name}")
