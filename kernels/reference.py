@@ -595,10 +595,11 @@ def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, l
 
 def _expected_l1(p: Tensor, one_minus_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:
     """Two rank-one updates of each row of G, weighed: p, one_minus_p [n, c], g [c, D], x [n, D] -> [n]."""
-    # Divided by T last: h / T alone may overflow where p h / T is small.
-    away = (g - p[..., None] * x[:, None] / T).abs().sum(-1)
-    towards = (g + one_minus_p[..., None] * x[:, None] / T).abs().sum(-1)
-    return row_sum(_weighed(one_minus_p, away) + _weighed(p, towards))
+    # Weighed before they are added, and divided by T last: what is small as a whole has no part that overflows.
+    move = (p * one_minus_p)[..., None] * x[:, None] / T
+    away = (one_minus_p[..., None] * g - move).abs()
+    towards = (p[..., None] * g + move).abs()
+    return row_sum((away + towards).sum(-1))
 
 
 def _weighed(p: Tensor, x: Tensor) -> Tensor:

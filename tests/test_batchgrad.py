@@ -190,6 +190,15 @@ def test_batchgrad_of_rows_that_are_not_finite(backend):
     assert fastood.BatchGrad(torch.ones(2, 1)).score(confident, torch.tensor([[5.0]]), backend=backend).item() == -2
 
 
+@pytest.mark.parametrize("T", [0.01, 1.0])
+def test_batchgrad_of_features_whose_sums_overflow(backend, T):
+    """Those of a class that has hardly any probability: what is left of them is well within float32."""
+    f, h, G = torch.tensor([[0.0, -40, -45]]) * T, torch.full((1, 40), 3e38), torch.ones(3, 40)
+    got = fastood.BatchGrad(G, temperature=T).score(f, h, oriented=False, backend=backend)
+    expected, _ = truth.batchgrad(f, h, G, T, False, 2**-24)
+    truth.assert_close(got, expected, (64 + 4 * 45) * 2**-24 * expected)
+
+
 @given(
     seed=st.integers(0, 2**32 - 1),
     C=st.sampled_from([1, 2, 5, 17, 130]),
