@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastood._data import label_of
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import Array, ArrayT, Order, class_labels, flag, number, widened
+from fastood._inputs import Array, ArrayT, Order, class_labels, flag, logits_and_feats, number, widened
 from fastood._plan import Plan
 from fastood._version import __version__
 from fastood.api import _entry, refuse_factors, rows_along, score
@@ -295,9 +295,11 @@ class Detector:
             (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
             if isinstance(labels, (Tensor, np.ndarray)) and tuple(labels.shape) == shape:
                 labels = labels.reshape(-1)
+        f, h, _ = logits_and_feats(logits, feats)  # or what is wrong with the whole of them
+        if labels is not None:
+            known = 1 << 62 if f is None else f.shape[1]
+            labels = class_labels("labels", labels, len(h if f is None else f), known)  # type: ignore[arg-type]
         given = logits, feats, labels
-        if labels is not None and len(labels) != (n := len(feats if logits is None else logits)):
-            raise ValueError(f"labels must be [{n}], one class per row, got {len(labels)}")
         self.successor.fit(*(None if x is None else x[::2] for x in given))
         logits, feats, labels = (None if x is None else x[1::2] for x in given)
         return logits, feats, labels

@@ -203,7 +203,7 @@ class Fitted:
         """How many classes labels speak of, where nothing else says it."""
         if self.classes is not None:
             return self.classes
-        top = labels.max() if isinstance(labels, Tensor | np.ndarray) and labels.size and len(labels) else 0
+        top = labels.max() if isinstance(labels, Tensor | np.ndarray) and labels.ndim and len(labels) else 0
         return 1 + max(int(top), 0)
 
     def _add(self, rows: Rows, K: int) -> None:

@@ -67,7 +67,7 @@ _register(
 def _cosines(rows: Rows, state: State) -> Tensor:
     """The largest cosine of h with a class's weights, from the logits."""
     products = (rows.z - wide(state["bias"])).masked_fill(rows.z == -math.inf, -math.inf)
-    norms = wide(state["weight"]).norm(dim=1)
+    norms = wide(state["weight"]).norm(dim=1).clamp(min=1e-12)  # a row of zeros is at a right angle to all
     return (products / norms).amax(1) / rows.h.norm(dim=1).clamp(min=1e-12)
 
 
@@ -230,7 +230,8 @@ def _nci_finish(totals: State, state: State, alpha: float) -> dict[str, Tensor]:
 
 def _nci(rows: Rows, state: State, alpha: float) -> Tensor:
     along = rows.z.amax(1) - state["offset"][rows.predicted]
-    return along / (rows.h - state["mean"]).norm(dim=1) + alpha * rows.h.abs().sum(1)
+    away = (rows.h - state["mean"]).norm(dim=1)
+    return torch.where(away > 0, along / away, 0) + alpha * rows.h.abs().sum(1)
 
 
 _register(
@@ -437,12 +438,16 @@ def _vim_finish(totals: State, state: State, dim: int | None) -> dict[str, Tenso
         dim = 1000 if D >= 2048 else 512 if D >= 768 else D // 2
     if dim >= D:
         raise ValueError(f"dim must be below the {D} features, got {dim}")
+    if not state["bias"].isfinite().all():
+        raise ValueError("head: bias must be finite, for u = -W^+ b is the origin of vim")
     origin = -torch.linalg.pinv(wide(state["weight"])) @ wide(state["bias"])
     crossed = torch.outer(total, origin)
     about = totals["second"] - crossed - crossed.T + n * torch.outer(origin, origin)
     residual = torch.linalg.eigh(about).eigenvectors[:, : D - dim].contiguous()  # of the smallest eigenvalues
     # Of norms there is no sum before the space is known: the bank is gone through once more.
     norms = sum(((wide(x) - origin) @ residual).norm(dim=1).sum() for x in totals["bank"].split(4096))
+    if not norms**2 > 1e-14 * n * about.trace():  # what rounding leaves of float32 is no residual
+        raise ValueError(f"dim={dim} directions leave nothing of {int(n)} rows: fit on more of them, or take fewer")
     return {"origin": origin, "residual": residual, "alpha": totals["top"] / norms}
 
 

@@ -48,6 +48,16 @@ def test_scores_of_both_kinds_from_one_call():
     assert {name: x.shape for name, x in stacked.items()} == {"scale": (4, 60), "msp": (4, 60)}
 
 
+@pytest.mark.parametrize(
+    ("labels", "error"),
+    [(torch.tensor(3), ValueError), (np.array(3), ValueError), (3, TypeError), ([0] * N, TypeError)],
+)
+def test_labels_that_are_no_vector(labels, error):
+    for made in (Fitted("mahalanobis"), fastood.Detector("mahalanobis")):
+        with pytest.raises(error, match=r"^labels must be"):
+            made.fit(None, rows()[1], labels)
+
+
 def test_classes_without_rows_are_left_out():
     z, h, y, _ = rows()
     some = y != 2

@@ -265,6 +265,28 @@ def test_rows_of_zeros_and_of_one_class():
     assert np.isfinite(got).all()
 
 
+def test_a_class_without_weights_and_a_row_at_the_mean():
+    _, h, _, (w, b) = rows()
+    none = w.copy()
+    none[2] = 0
+    got = fastood.score(h @ none.T + b, h, "dml", head=(none, b))
+    np.testing.assert_allclose(got, np.maximum(cosines(h, np.delete(w, 2, 0)).max(1), 0) + np.linalg.norm(h, axis=1))
+    same = np.full((4, D), 0.5)
+    made = Fitted("nci", head=(w, b)).fit(same @ w.T + b, same)
+    np.testing.assert_allclose(made.score(same @ w.T + b, same), 1e-4 * same.sum(1))
+
+
+def test_vim_refuses_what_leaves_no_residual():
+    z, h, _, (w, b) = rows()
+    few, dead = h[: D // 2], h * (np.arange(D) < D // 2)
+    for x, bias in ((few, b), (dead, None)):
+        for dtype in (np.float32, np.float64):
+            with pytest.raises(ValueError, match=rf"dim={D // 2} directions leave nothing of {len(x)} rows"):
+                Fitted("vim", head=(w, bias)).fit((x @ w.T).astype(dtype), x.astype(dtype))
+    with pytest.raises(ValueError, match="head: bias must be finite"):
+        Fitted("vim", head=(w, np.where(np.arange(C) == 1, -np.inf, b))).fit(z, h)
+
+
 def test_ash_s_is_scale_where_the_rest_is_zero():
     h = np.zeros((5, D))
     h[:, :4] = np.abs(np.random.default_rng(0).normal(size=(5, 4)))
