@@ -334,6 +334,24 @@ def test_operator_of_tensors_on_a_gpu_that_is_not_there(monkeypatch):
             assert compiled(f, h).device.type == "cuda"
 
 
+def test_operator_runs_the_kernels_of_triton(triton_device):
+    """On a GPU, or interpreted."""
+    (f, h), by_name = batch(5, triton_device), {"backend": "triton"}
+    detector = fastood.BatchGrad(torch.randn(12, 9, device=triton_device))
+    for call in (
+        lambda f, h: fastood.score(f.bfloat16(), h.half(), **by_name),
+        lambda f, h: fastood.score(f, h, "msp", norm=2, log=True, **by_name),
+        lambda f, h: fastood.score(f, method="gen", **by_name),
+        lambda f, h: fastood.sweep(f, h, **by_name),
+        lambda f, h: fastood.gradient_norm(f, h, f.softmax(-1), 2, 2, "outside", **by_name),
+        lambda f, h: detector.score(f, h, **by_name),
+    ):
+        ours, _, compiled = traced(call, f, h, dynamic=True)
+        assert len(ours) == 1
+        others = batch(3, triton_device)
+        assert torch.equal(compiled(*others), call(*others))
+
+
 def test_operator_beside_cuda_graphs():
     """The compiler makes graphs of all but BatchGrad, which keeps what it makes of a G, and a graph has copies."""
     for name in ("default", "no_grad"):
