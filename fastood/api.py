@@ -354,7 +354,8 @@ def warm_up(
     """Compile and load ahead what ``score(logits [N, C], feats [N, D], method)`` needs of a GPU, for any N.
 
     The first call of a kind compiles for some seconds. Compiled kernels stay in Triton's cache directory
-    (``TRITON_CACHE_DIR``), which can be shipped with a container that was warmed up on a GPU of the same kind.
+    (``TRITON_CACHE_DIR``), which can be shipped with a container that was warmed up on a GPU of the same kind: at the
+    same path, for Triton keeps absolute ones in it and elsewhere compiles anew, as for another Triton or fastood.
 
     Parameters
     ----------

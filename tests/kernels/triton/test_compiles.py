@@ -1,5 +1,7 @@
 """Programs that compile the kernels ahead of time, for GPUs that are not there; benchmarks/gpu_static.py does more."""
 
+import shutil
+
 import program
 import pytest
 from interpreter import needs_triton, only_compiled
@@ -25,3 +27,13 @@ def test_no_helper_needs_its_tuples_told_apart(which):
 def test_reductions_have_one_layout_wherever_rows_begin():
     """The order of a sum is that of the layout which the compiler gives a tile, and it hangs on the width of loads."""
     program.run("layouts")
+
+
+def test_a_cache_that_was_shipped_serves_at_its_old_path(tmp_path):
+    """There alone: what Triton keeps there says where it lies."""
+    there = tmp_path / "cache"
+    assert program.run("shipped_cache", TRITON_CACHE_DIR=str(there)) == "compiled\n"
+    shutil.move(there, tmp_path / "shipped")
+    shutil.copytree(tmp_path / "shipped", there)
+    shutil.rmtree(tmp_path / "shipped")
+    assert program.run("shipped_cache", TRITON_CACHE_DIR=str(there)) == "found\n"
