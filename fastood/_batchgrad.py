@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastood._fork import one_thread_if_forked
 from fastood._inputs import (
@@ -103,7 +104,7 @@ class BatchGrad:
         g = g.clone(memory_format=torch.contiguous_format)
         self.anchors = Anchors(g, temperature_of(temperature), bias)
         self._runs: dict[Any, Run] = {}  # as backends carry it out, by backend and sign
-        self._quick: dict[Any, Any] = {}  # their short ways, by the backend asked for and sign
+        self._quick: dict[Any, Any] = {}  # their short ways, by the backend asked for and `oriented`
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runs": {}, "_quick": {}}  # copies and pickles make their own
@@ -139,12 +140,13 @@ class BatchGrad:
         oriented, backend
             As in ``fastood.score``. float64 where an input or G is, else float32.
         """
-        sign = -1 if flag("oriented", oriented) else 1
-        if isinstance(backend, str) and not torch.compiler.is_compiling():
-            quick = self._quick.get((backend, sign))
+        if isinstance(backend, str) and isinstance(oriented, bool) and not is_compiling():
+            quick = self._quick.get((backend, oriented))
             out = quick and quick(logits, feats, None)
             if out is not None:
                 return out
+        oriented = flag("oriented", oriented)
+        sign = -1 if oriented else 1
         f, h, as_numpy = logits_and_feats(logits, feats)
         f, h = required("logits", f), required("feats", h)
         G, T, bias, _ = self.anchors
@@ -155,14 +157,14 @@ class BatchGrad:
         if G.device != f.device:
             raise ValueError(f"G must be on the device of logits, {f.device}, got {G.device}: BatchGrad.to moves it")
         chosen = select(backend, f.device, result_dtype(f, h, G), f, h, G)
-        if torch.compiler.is_compiling():  # what a graph may hold supports all of it
+        if is_compiling():  # what a graph may hold supports all of it
             return give(chosen.batchgrad(anchors)(f, h), as_numpy)
         run = self._runs.get((chosen, sign))
         if run is None:
             by = supporting(chosen, anchors, f.shape[1], h.shape[1])
             run = self._runs[chosen, sign] = by.batchgrad(anchors)
         out = run(f, h)
-        self._quick[backend, sign] = None if G.requires_grad else run.quick  # which knows of no gradient for G
+        self._quick[backend, oriented] = None if G.requires_grad else run.quick  # which knows of no gradient for G
         return give(out, as_numpy)
 
     def to(self, *args: Any, **kwargs: Any) -> BatchGrad:

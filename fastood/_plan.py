@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastood._inputs import (
     did_you_mean,
@@ -19,7 +20,7 @@ from fastood._inputs import (
     temperature_of,
 )
 from fastood.kernels import NO_NORM, ONE, Column, Request, Stat, prepared, reference, select
-from fastood.registry import RowStats, Score
+from fastood.registry import SCORES, RowStats, Score
 
 
 class Plan:
@@ -50,6 +51,7 @@ class Plan:
             columns = tuple(self._column(e, r, places, T) for e, r in scores)
         as_they_are = (len(self.stats) + len(self.orders), -1)
         self.request = Request(self.stats, self.orders, columns, shape if columns else as_they_are, T, bias, log)
+        self.named: list[Score] = []
         self.quick: tuple[Callable[[Any, Any, Any], Any], ...] = ()  # short ways, once a longer one was gone
 
     def _column(self, entry: Score, order: float | None, places: Mapping[Stat, int], T: float) -> Column:
@@ -136,14 +138,15 @@ def key_of(
     return (key, *params, typed(params.values())) if params else key
 
 
-def typed(values: Collection[Any]) -> tuple[Any, ...]:
+def typed(values: Collection[Any]) -> tuple[tuple[Any, ...], tuple[type, ...]]:
     """More numbers or flags of a key."""
-    return (*values, *map(type, values))
+    return (*values,), (*map(type, values),)
 
 
-def known_plan(key: Any) -> Plan | None:
-    """The plan kept under `key`. A plan costs more than scoring one row."""
-    return None if torch.compiler.is_compiling() else kept(key)
+def known_plan(key: Any, names: tuple[Any, ...] = ()) -> Plan | None:
+    """The plan kept under `key`, unless one of the scores `names` was registered anew. It costs more than a row."""
+    plan = None if is_compiling() else kept(key)
+    return plan if plan is None or plan.named == [*map(SCORES.get, names)] else None
 
 
 def kept(key: Any) -> Plan | None:
@@ -154,8 +157,10 @@ def kept(key: Any) -> Plan | None:
         return None
 
 
-def keep(key: Any, plan: Plan) -> Plan:
-    if not torch.compiler.is_compiling():
+def keep(key: Any, plan: Plan, named: Sequence[Score] = ()) -> Plan:
+    """Keeps `plan` under `key`; `named` are the scores that names in the key stand for."""
+    plan.named = [*named]
+    if not is_compiling():
         if len(_PLANS) >= 256:
             _PLANS.clear()
         with suppress(TypeError):  # no hash

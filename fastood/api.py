@@ -35,6 +35,7 @@ from fastood.successors.fitted import Head, successor_of
 
 PAPER_V = ("energy", "tv", "msp", "varsum")  # Figure 2
 PAPER_NORMS = (0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, math.inf)
+TYPED_NORMS = typed(PAPER_NORMS)  # once: it takes a tenth of the time of a call
 BEST_NORM = 0.3  # Section 4.3: ||h||_0.3 x energy, chosen on the paper's own test set
 
 
@@ -191,33 +192,34 @@ def scores(
     """
     if dim is not None:
         (f, h), shape = rows_along(dim, logits=logits, feats=feats)
-        asked: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
-        found: dict[str, Any] = scores(f, h, methods, **asked, backend=backend, head=head, **params)
+        options: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
+        found: dict[str, Any] = scores(f, h, methods, **options, backend=backend, head=head, **params)
         return {name: x.reshape(shape) for name, x in found.items()}
     if methods is not None:
         methods = _names("methods", methods)
-        if any(isinstance(m, Fitted) or (isinstance(m, str) and m in SUCCESSORS) for m in methods):
+    asked = "scores", methods, logits is not None
+    key = key_of(asked, feats is not None, norm, backend, temperature, bias, log, oriented, params)
+    plan = known_plan(key, (*SCORES,) if methods is None else methods)
+    if plan is None:
+        if methods is None:
+            named = [*SCORES.values()]
+            given = {name for name, x in (("logits", logits), ("feats", feats)) if x is not None}
+            entries = [e for e in named if given.issuperset(e.needs) and (e.positive or not log)]
+            if norm is None:
+                entries = [e for e in entries if e.stats]
+        elif any(isinstance(m, Fitted) or (isinstance(m, str) and m in SUCCESSORS) for m in methods):
             of_all: Any = {"temperature": temperature, "log": log, "oriented": oriented, "backend": backend}
             return _scores_of_both_kinds(logits, feats, methods, {"norm": norm, "bias": bias}, of_all, head, params)
-    entries: list[Score]
-    if methods is None:
-        given = {name for name, x in (("logits", logits), ("feats", feats)) if x is not None}
-        entries = [e for e in SCORES.values() if given.issuperset(e.needs) and (e.positive or not log)]
-        if norm is None:
-            entries = [e for e in entries if e.stats]
-    else:
-        entries = _entries("methods", methods)
-    options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = key_of((*entries,), feats is not None, norm, backend, *options, params)
-    plan = known_plan(key)
-    if plan is None:
+        else:
+            named = entries = _entries("methods", methods)
         columns = [(e, _order(e, "auto" if e.gradient else norm, feats is not None)) for e in entries]
-        plan = keep(key, Plan(columns, (len(entries), -1), *options, params))
-    if not entries:
+        plan = keep(key, Plan(columns, (len(columns), -1), temperature, bias, log, oriented, params), named)
+    if not plan.scores:
         logits_and_feats(logits, feats)
         return {}
     out = plan.run(logits, feats, backend)
-    return {e.name: x for e, x in zip(entries, out, strict=True)}
+    rows = out.unbind() if isinstance(out, Tensor) else out  # to iterate over a tensor takes longer
+    return {e.name: x for (e, _), x in zip(plan.scores, rows, strict=True)}
 
 
 def sweep(
@@ -253,21 +255,22 @@ def sweep(
     >>> fastood.sweep(torch.randn(5, 10), torch.randn(5, 32)).shape
     torch.Size([5, 4, 12])
     """
-    entries: list[Score] = _entries("v", v)
-    orders: list[Any] = _names("norms", norms)
-    options: tuple[float, bool, bool, bool] = (temperature, bias, log, oriented)
-    key = key_of(("sweep", *entries), feats is not None, typed(orders), backend, *options, params)
-    plan = known_plan(key)
+    v, with_types = _names("v", v), TYPED_NORMS if norms is PAPER_NORMS else typed(_names("norms", norms))
+    asked = "sweep", v, with_types
+    key = key_of(asked, feats is not None, None, backend, temperature, bias, log, oriented, params)
+    plan = known_plan(key, v)
     if plan is None:
+        entries = _entries("v", v)
         for entry in entries:
             if entry.gradient or not entry.stats:
                 raise ValueError(f"v must name V terms, which take any norm, got {entry.name!r}")
-        orders = [None if r is None else order_of("norms", r) for r in orders]
+        orders = [None if r is None else order_of("norms", r) for r in with_types[0]]
         for argument, given in (("v", entries), ("norms", orders)):
             if not given:
                 raise ValueError(f"{argument} must not be empty")
         columns = [(e, r) for e in entries for r in orders]
-        plan = keep(key, Plan(columns, (-1, len(entries), len(orders)), *options, params))
+        shape = (-1, len(entries), len(orders))
+        plan = keep(key, Plan(columns, shape, temperature, bias, log, oriented, params), entries)
     return plan.run(logits, feats, backend)
 
 
@@ -427,7 +430,7 @@ def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _scores_of_both_kinds(
-    logits: Any, feats: Any, methods: list[Any], factors: Any, of_all: Any, head: Any, params: dict[str, Any]
+    logits: Any, feats: Any, methods: Sequence[Any], factors: Any, of_all: Any, head: Any, params: dict[str, Any]
 ) -> dict[str, Any]:
     """``scores`` where some of the methods are successors: those one by one, the others from one read."""
     paper = [m for m in methods if not isinstance(m, Fitted) and m not in SUCCESSORS]
@@ -472,10 +475,10 @@ def _entries(argument: str, methods: Any) -> list[Score]:
     return [_entry(name, argument) for name in names]
 
 
-def _names(argument: str, names: Any) -> list[Any]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
+def _names(argument: str, names: Any) -> tuple[Any, ...]:
+    if not isinstance(names, (tuple, list)) and (isinstance(names, str) or not isinstance(names, Iterable)):
         raise TypeError(f"{argument} must be a list, got {names!r}")
-    return list(names)
+    return tuple(names)
 
 
 def _order(entry: Score, norm: Order, with_feats: bool) -> float | None:

@@ -128,13 +128,13 @@ def score_linear(
     """
     asked = "linear", method, *typed((predict,))
     key = key_of(asked, True, norm, backend, temperature, log=log, oriented=oriented, params=params)
-    plan = known_plan(key)
-    if plan is None or plan.scores[0][0] is not SCORES.get(method):
+    plan = known_plan(key, (method,))
+    if plan is None:
         entry = _entry(method)
         columns: list[tuple[Score, float | None]] = [(entry, _order(entry, norm, True))]
         if flag("predict", predict):
             columns.append((PROBABILITY, None))
-        plan = keep(key, Plan(columns, (len(columns), -1), temperature, False, log, oriented, params))
+        plan = keep(key, Plan(columns, (len(columns), -1), temperature, False, log, oriented, params), [entry])
     h, w, b, as_numpy = _layer(feats, weight, bias)
     if w.shape[0] == 0:
         raise ValueError(f"weight must have at least one class, got shape {list(w.shape)}")

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <climits>
 #include <memory>
-#include <new>
 #include <vector>
 
 namespace fastood {
@@ -15,9 +14,9 @@ static int (*current_context)(void** context) = nullptr;
 static int (*push_context)(void* context) = nullptr;
 static int (*pop_context)(void** context) = nullptr;
 
-constexpr int OUT_OF_MEMORY = 2;  // as the driver numbers its errors
 constexpr int INPUTS = 3;                     // logits, feats, labels
 enum Base { NUMBER, INPUT = 1, OUT = INPUT + INPUTS, BUFFER };  // BUFFER + i: the i-th
+constexpr size_t MOST_ARGUMENTS = 32, MOST_BUFFERS = 8;       // of a kernel; of a program
 
 // Of a kernel: base + at + per_row rows + per_block blocks.
 struct Argument {
@@ -48,7 +47,7 @@ struct Program {
   Input inputs[INPUTS];
   int32_t device_type, device_id;
   void* context;
-  int64_t block, group, most;  // rows of a block; rows that share the buffers, or all; most rows, or any
+  int64_t block, group, most;  // rows of a block; rows that share the buffers, or all; most rows
   std::vector<Buffer> buffers;
   std::vector<Launch> launches;
   PyObject* kept;  // the kernels, and tensors whose addresses are constants
@@ -84,6 +83,15 @@ template <class Read> static bool each(PyObject* tuple, Read read) {
   return !PyErr_Occurred();
 }
 
+// For so many rows all numbers that depend on them fit: the grid, and arguments of 4 bytes.
+static int64_t rows_that_fit(const Launch& l, int64_t block) {
+  int64_t rows = INT_MAX / l.grid_x * l.rows;
+  for (const Argument& a : l.arguments)
+    if (const int64_t of_block = a.per_row * block + a.per_block; a.base == NUMBER && a.bytes == 4 && of_block)
+      rows = std::min(rows, (INT_MAX - a.at) / of_block * block);
+  return rows;
+}
+
 PyObject* add_program(PyObject*, PyObject* args) {
   PyObject *capsule, *inputs, *buffers, *launches, *kept;
   long long block, group, most;
@@ -93,7 +101,7 @@ PyObject* add_program(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "OO!iiLLLO!O!O", &capsule, &PyTuple_Type, &inputs, &p.device_type, &p.device_id, &block,
                         &group, &most, &PyTuple_Type, &buffers, &PyTuple_Type, &launches, &kept))
     return nullptr;
-  p.block = block, p.group = group, p.most = most;
+  p.block = block, p.group = group, p.most = most ? most : INT64_MAX;
   auto* r = static_cast<Route*>(PyCapsule_GetPointer(capsule, ROUTE));
   if (!r) return nullptr;
   Input* input = p.inputs;
@@ -130,6 +138,12 @@ PyObject* add_program(PyObject*, PyObject* args) {
     return true;
   });
   if (!read) return nullptr;
+  if (p.buffers.size() > MOST_BUFFERS) return PyErr_Format(PyExc_ValueError, "at most %zu buffers", MOST_BUFFERS);
+  for (const Launch& l : p.launches) {
+    if (l.arguments.size() > MOST_ARGUMENTS) return PyErr_Format(PyExc_ValueError, "at most %zu arguments", MOST_ARGUMENTS);
+    const int64_t fit = rows_that_fit(l, p.block);
+    if (!p.group || p.group > fit) p.most = std::min(p.most, fit);
+  }
   p.context = nullptr;
   current_context(&p.context);  // the one that the kernels were loaded in
   Py_INCREF(p.kept = kept);
@@ -138,7 +152,7 @@ PyObject* add_program(PyObject*, PyObject* args) {
 }
 
 static bool fits(const Program& p, const Plain* given, const bool* there, int64_t rows) {
-  if (p.most && rows > p.most) return false;
+  if (rows > p.most) return false;
   for (int i = 0; i < INPUTS; i++) {
     const Input& in = p.inputs[i];
     if (in.wanted && !there[i]) return false;
@@ -152,29 +166,19 @@ static bool fits(const Program& p, const Plain* given, const bool* there, int64_
   return true;
 }
 
-static int64_t value_of(const Argument& a, const int64_t* bases, int64_t rows, int64_t blocks) {
-  return (a.base == NUMBER ? 0 : bases[a.base]) + a.at + a.per_row * rows + a.per_block * blocks;
-}
-
-// The launches of `rows` rows; an error of the driver, 0 for none, -1 where a number does not fit.
-static int launch_all(const Program& p, const int64_t* bases, int64_t rows, void* stream, bool only_check) {
+// The launches of `rows` rows; an error of the driver, 0 for none.
+static int launch_all(const Program& p, const int64_t* bases, int64_t rows, void* stream) {
   const int64_t blocks = (rows + p.block - 1) / p.block;
-  std::vector<int64_t> values;
-  std::vector<void*> addresses;
+  int64_t values[MOST_ARGUMENTS];
+  void* addresses[MOST_ARGUMENTS];
+  for (int64_t i = 0; i < int64_t(MOST_ARGUMENTS); i++) addresses[i] = &values[i];
   for (const Launch& l : p.launches) {
+    int64_t* value = values;
+    for (const Argument& a : l.arguments) *value++ = bases[a.base] + a.at + a.per_row * rows + a.per_block * blocks;
     const int64_t grid = (rows + l.rows - 1) / l.rows * l.grid_x;
-    if (grid > INT_MAX) return -1;
-    values.resize(l.arguments.size()), addresses.resize(l.arguments.size());
-    for (size_t i = 0; i < l.arguments.size(); i++) {
-      const Argument& a = l.arguments[i];
-      values[i] = value_of(a, bases, rows, blocks);
-      if (a.base == NUMBER && a.bytes == 4 && (a.per_row || a.per_block) && values[i] > INT_MAX) return -1;
-      addresses[i] = &values[i];
-    }
-    if (only_check) continue;
-    const int error = launch_kernel(l.function, unsigned(grid), unsigned(l.grid_y), 1, l.threads, 1, 1, l.shared, stream,
-                                    addresses.data(), nullptr);
-    if (error) return error;
+    if (const int error = launch_kernel(l.function, unsigned(grid), unsigned(l.grid_y), 1, l.threads, 1, 1, l.shared, stream,
+                                        addresses, nullptr))
+      return error;
   }
   return 0;
 }
@@ -188,7 +192,7 @@ static int launch_on(const Program& p, const Plain* given, int64_t rows, char* o
   static constexpr int64_t size[TYPES] = {2, 2, 4, 8};
   int error = 0;
   const int64_t group = p.group ? p.group : rows;
-  std::vector<int64_t> bases(BUFFER + p.buffers.size());
+  int64_t bases[BUFFER + MOST_BUFFERS] = {};  // 0 of a number
   for (int64_t first = 0; first < rows && !error; first += group) {
     const int64_t n = std::min(group, rows - first);
     for (int i = 0; i < INPUTS; i++)
@@ -200,7 +204,7 @@ static int launch_on(const Program& p, const Plain* given, int64_t rows, char* o
       bases[BUFFER + i] = next;
       next += p.buffers[i].bytes(n, (n + p.block - 1) / p.block);
     }
-    error = launch_all(p, bases.data(), n, stream, false);
+    error = launch_all(p, bases, n, stream);
   }
   if (elsewhere) pop_context(&before);
   return error;
@@ -235,9 +239,7 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
       break;
     }
   void* stream = nullptr;
-  const std::vector<int64_t> nowhere(BUFFER + (found ? found->buffers.size() : 0));
-  if (!found || launch_all(*found, nowhere.data(), found->group ? std::min(found->group, rows) : rows, nullptr, true) ||
-      !current_stream(found->device_type, found->device_id, &stream)) {
+  if (!found || !current_stream(found->device_type, found->device_id, &stream)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
@@ -249,9 +251,8 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const int64_t n = found->group ? std::min(found->group, rows) : rows, blocks = (n + found->block - 1) / found->block;
     int64_t bytes = 0;
     for (const Buffer& b : found->buffers) bytes += b.bytes(n, blocks);
-    PyObject* size = Py_BuildValue("(L)", (long long)bytes);
-    if (size) scratch = empty_beside(x, given[first].type, OF_BYTES, size, 0, &memory);
-    Py_XDECREF(size);
+    static PyObject* const flat = Py_BuildValue("(i)", -1);
+    scratch = empty_beside(x, given[first].type, OF_FLOAT32, flat, bytes / 4, &memory);
     if (!scratch) {
       Py_DECREF(out);
       return nullptr;
@@ -259,11 +260,7 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const int64_t out_row = r->kind == OF_FLOAT64 ? 8 : 4;  // of what is done in groups, which has one column
   PyThreadState* held = PyEval_SaveThread();
-  int error = OUT_OF_MEMORY;
-  try {
-    error = launch_on(*found, given, rows, static_cast<char*>(out_data), out_row, static_cast<char*>(memory), stream);
-  } catch (const std::bad_alloc&) {
-  }
+  const int error = launch_on(*found, given, rows, static_cast<char*>(out_data), out_row, static_cast<char*>(memory), stream);
   PyEval_RestoreThread(held);
   found.reset();
   Py_XDECREF(scratch);  // the stream is done with it before it hands it on
