@@ -3,7 +3,10 @@
 import enum
 import inspect
 import math
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import truth
@@ -156,6 +159,50 @@ def test_logs_where_the_score_itself_underflows():
         assert got.item() == pytest.approx(expected, rel=1e-6)
         got = fastood.score(sure / 100, ones, "eg_p_l2sq", temperature=0.01, log=True, backend=backend)
         assert got.item() == pytest.approx(-(expected - math.log(2) - 2 * math.log(0.01)), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_what_a_call_was_given_before_changes_no_later_one(backend):
+    """A plan is kept for the same arguments: lists may change between two calls, and True equals 1."""
+    b = {"backend": backend}
+    v, orders, methods = ["tv", "msp"], [1, 2], ["energy", "msp"]
+    for _ in range(2):
+        fastood.sweep(F, H, v, orders, **b), fastood.norms(H, orders, **b), fastood.scores(F, H, methods, **b)
+    v[0], orders[1], methods[0] = "energy", math.inf, "tv"
+    assert torch.equal(fastood.sweep(F, H, v, orders, **b), fastood.sweep(F, H, ("energy", "msp"), (1, math.inf), **b))
+    assert torch.equal(fastood.norms(H, orders, **b), fastood.norms(H, (1.0, math.inf), **b))
+    assert list(fastood.scores(F, H, methods, **b)) == ["tv", "msp"]
+    for one in (1, 1.0, np.float32(1), Fraction(1), np.int8(1)):
+        norms = truth.norm(H, 1)
+        truth.assert_close(fastood.norms(H, [one], **b)[:, 0], norms, 1e-6)
+        truth.assert_close(fastood.sweep(F, H, ["msp"], [one], **b)[:, 0, 0], truth.stat("msp", F) * norms, 1e-6)
+        fastood.sweep(F, H, temperature=one, **b)
+        fastood.scores(F, H, ["msp"], norm=one, **b)
+    for wrong in (True, np.True_, Decimal(1), 1 + 0j):
+        for call in (
+            lambda x: fastood.norms(H, [x], **b),
+            lambda x: fastood.sweep(F, H, ["msp"], [x], **b),
+            lambda x: fastood.sweep(F, H, temperature=x, **b),
+            lambda x: fastood.scores(F, H, ["msp"], norm=x, **b),
+        ):
+            with pytest.raises(TypeError, match="must be a number, got"):
+                call(wrong)
+    detector = fastood.BatchGrad(torch.ones(F.shape[1], H.shape[1]))
+    for call in (fastood.score, fastood.scores, fastood.sweep, detector.score):
+        for one in (True, np.True_):
+            call(F, H, oriented=one, **b)
+        for wrong in (1, 1.0, [True]):
+            with pytest.raises(TypeError, match="oriented must be True or False"):
+                call(F, H, oriented=wrong, **b)
+    for wrong in ("e", b"e", 3):  # no names beside each other
+        with pytest.raises((TypeError, ValueError), match="v must be"):
+            fastood.sweep(F, H, wrong, **b)
+    for wrong in ([["msp"]], [np.array([1])], [None]):
+        for call in (lambda x: fastood.sweep(F, H, x, **b), lambda x: fastood.scores(F, H, x, **b)):
+            with pytest.raises(ValueError, match="must be one of"):
+                call(wrong)
+    once = (name for name in ("msp", "tv"))
+    assert list(fastood.scores(F, methods=once, **b)) == ["msp", "tv"]
 
 
 def test_names_may_be_members_of_an_enum():

@@ -41,6 +41,36 @@ def test_every_entry_says_what_it_is():
     assert fastood.SCORES["gradnorm"].needs == ("logits", "feats")
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_score_registered_anew_is_seen_by_every_call(backend):
+    def margin(coefficient):
+        v = (coefficient, -coefficient)
+        return fastood.Score("margin", "c (T lse - max f)", "mine", "in", stats=("energy", "fmax"), v=v)
+
+    weight = torch.eye(3)
+    calls = (
+        lambda: fastood.score(F, method="margin", backend=backend),
+        lambda: fastood.scores(F, methods=["margin"], backend=backend)["margin"],
+        lambda: fastood.scores(F, backend=backend)["margin"],
+        lambda: fastood.sweep(F, H, ["margin"], [None], backend=backend)[:, 0, 0],
+        lambda: fastood.score_linear(F, weight, method="margin", norm=None, backend=backend),
+    )
+    expected = truth.stat("energy", F) - truth.stat("fmax", F)
+    try:
+        for coefficient in (1, 2, 3):
+            fastood.register(margin(coefficient))
+            for call in calls:
+                for _ in range(2):
+                    truth.assert_close(call(), coefficient * expected, 1e-6)
+            del fastood.SCORES["margin"]
+            for call in calls[:2]:
+                with pytest.raises(ValueError, match=r"must be one of .*got 'margin'"):
+                    call()
+            assert "margin" not in fastood.scores(F, backend=backend)
+    finally:
+        fastood.SCORES.pop("margin", None)
+
+
 def test_a_score_of_ones_own():
     own = fastood.Score(
         "margin", formula="T lse - max f", source="mine", higher="out",

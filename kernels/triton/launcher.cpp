@@ -252,7 +252,7 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
     int64_t bytes = 0;
     for (const Buffer& b : found->buffers) bytes += b.bytes(n, blocks);
     static PyObject* const flat = Py_BuildValue("(i)", -1);
-    scratch = empty_beside(x, given[first].type, OF_FLOAT32, flat, bytes / 4, &memory);
+    scratch = empty_beside(x, given[first].type, OF_BYTES, flat, bytes, &memory);
     if (!scratch) {
       Py_DECREF(out);
       return nullptr;

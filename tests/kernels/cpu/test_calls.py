@@ -39,6 +39,30 @@ def test_short_way_gives_the_same_bits(dtype):
         assert torch.equal(short, long)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_arrays_give_the_bits_of_tensors(dtype):
+    f, h = (torch.randn(5, n).numpy().astype(dtype) for n in (30, 70))
+    for call in (
+        lambda f, h: fastood.score(f),
+        lambda f, h: fastood.score(f, h),
+        lambda f, h: fastood.sweep(f, h),
+        lambda f, h: fastood.norms(h, [0.5, 2]),
+        lambda f, h: fastood.gradient_norm(f, h),
+    ):
+        expected = call(torch.from_numpy(f), torch.from_numpy(h)).numpy()
+        for x, y in ((f, h), (f, h), (f[::-1], h[::-1]), (np.asfortranarray(f), np.asfortranarray(h))):
+            got = call(x, y)
+            assert isinstance(got, np.ndarray)
+            assert got.dtype == expected.dtype
+            np.testing.assert_array_equal(got[::-1] if x.strides[0] < 0 else got, expected)
+    f.flags.writeable = False
+    np.testing.assert_array_equal(fastood.score(f), fastood.score(torch.tensor(f)).numpy())
+    with pytest.raises(ValueError, match="feats must have the 5 rows"):
+        fastood.score(f, h[:4])
+    with pytest.raises(TypeError, match="mixed inputs"):
+        fastood.score(f, torch.from_numpy(h))
+
+
 def test_what_is_not_plain_goes_the_long_way():
     f, h = torch.randn(5, 30), torch.randn(5, 70)
     expected, alone = fastood.score(f, h), fastood.score(f)

@@ -10,6 +10,7 @@ from interpreter import needs_triton
 
 import fastood
 from fastood.kernels import Request
+from fastood.kernels.cpu import _native
 from fastood.kernels.triton import shapes
 
 
@@ -87,6 +88,37 @@ def driver(triton_device, monkeypatch, new_programs):
     _native.use_driver(*stands_in.addresses)
     yield stands_in
     _native.use_driver(0, 0, 0, 0)
+
+
+@pytest.mark.skipif(_native is None, reason="needs the C++ part")
+@pytest.mark.parametrize(
+    ("grid", "number"),
+    [((1, 1 << 30), (0, 0, 0)), ((1, 1), (5, 1 << 30, 0)), ((1, 1), (5, 0, 1 << 30))],
+    ids=["grid", "a row", "a block"],
+)
+def test_rows_of_which_a_number_does_not_fit_are_left_to_triton(grid, number):
+    """Of numbers of 32 bits: two rows make 2^31 of this grid or argument, which one row does not."""
+    launched = []
+
+    def launch_kernel(function, x, *others):
+        launched.append(x)
+        return 0
+
+    no_context = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda _: 0)
+    kernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)(
+        launch_kernel
+    )
+    addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in (kernel, *[no_context] * 3)]
+    _native.use_driver(*addresses)
+    try:
+        route, f = _native.route((-1,), False), torch.zeros(3, 4)
+        launches = ((1, 32, 0, 1, grid[1], 1, ((0, 4, *number),)),)
+        _native.add_program(route, ((2, 4, 4, f.data_ptr() % 16), None, None), 1, 0, 1, 0, 0, (), launches, None)
+        assert _native.launch(route, f[:1], None, None).shape == (1,)
+        assert launched == [grid[1]]
+        assert _native.launch(route, f[:2], None, None) is None
+    finally:
+        _native.use_driver(0, 0, 0, 0)
 
 
 def calls_of(C, D):
