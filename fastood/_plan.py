@@ -143,15 +143,15 @@ def key_of(
     return (key, *params, typed(params.values())) if params else key
 
 
-def typed(values: Collection[Any]) -> tuple[tuple[Any, ...], tuple[type, ...]]:
+def typed(values: Collection[Any]) -> tuple[Any, ...]:
     """More numbers or flags of a key."""
-    return (*values,), (*map(type, values),)
+    return (*values, *map(type, values))
 
 
 def known_plan(key: Any, names: tuple[Any, ...] = ()) -> Plan | None:
     """The plan kept under `key`, unless one of the scores `names` was registered anew. It costs more than a row."""
     plan = None if is_compiling() else kept(key)
-    return plan if plan is None or plan.named == [*map(SCORES.get, names)] else None
+    return plan if plan is None or not names or plan.named == [*map(SCORES.get, names)] else None
 
 
 def kept(key: Any) -> Plan | None:

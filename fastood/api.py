@@ -255,8 +255,8 @@ def sweep(
     >>> fastood.sweep(torch.randn(5, 10), torch.randn(5, 32)).shape
     torch.Size([5, 4, 12])
     """
-    v, with_types = _names("v", v), TYPED_NORMS if norms is PAPER_NORMS else typed(_names("norms", norms))
-    asked = "sweep", v, with_types
+    v, norms = _names("v", v), _names("norms", norms)
+    asked = "sweep", v, TYPED_NORMS if norms is PAPER_NORMS else typed(norms)
     key = key_of(asked, feats is not None, None, backend, temperature, bias, log, oriented, params)
     plan = known_plan(key, v)
     if plan is None:
@@ -264,7 +264,7 @@ def sweep(
         for entry in entries:
             if entry.gradient or not entry.stats:
                 raise ValueError(f"v must name V terms, which take any norm, got {entry.name!r}")
-        orders = [None if r is None else order_of("norms", r) for r in with_types[0]]
+        orders = [None if r is None else order_of("norms", r) for r in norms]
         for argument, given in (("v", entries), ("norms", orders)):
             if not given:
                 raise ValueError(f"{argument} must not be empty")

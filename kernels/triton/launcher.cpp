@@ -47,7 +47,7 @@ struct Program {
   Input inputs[INPUTS];
   int32_t device_type, device_id;
   void* context;
-  int64_t block, group, most;  // rows of a block; rows that share the buffers, or all; most rows
+  int64_t block, group, most;  // rows of a block; rows that share the buffers, or all; most rows that it can do
   std::vector<Buffer> buffers;
   std::vector<Launch> launches;
   PyObject* kept;  // the kernels, and tensors whose addresses are constants
