@@ -255,8 +255,13 @@ def sweep(
     >>> fastood.sweep(torch.randn(5, 10), torch.randn(5, 32)).shape
     torch.Size([5, 4, 12])
     """
-    v, norms = _names("v", v), _names("norms", norms)
-    asked = "sweep", v, TYPED_NORMS if norms is PAPER_NORMS else typed(norms)
+    v = _names("v", v)
+    if not is_compiling() and norms is PAPER_NORMS:  # the second is beyond a compiler
+        with_types = TYPED_NORMS
+    else:
+        norms = _names("norms", norms)
+        with_types = typed(norms)
+    asked = "sweep", v, with_types
     key = key_of(asked, feats is not None, None, backend, temperature, bias, log, oriented, params)
     plan = known_plan(key, v)
     if plan is None:
