@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastood._compiled import short_way
+from fastood._compiled import short_way, short_when_compiled
 from fastood._fork import one_thread_if_forked
 from fastood._inputs import (
     ArrayT,
@@ -39,6 +39,7 @@ TYPED_NORMS = typed(PAPER_NORMS)  # once: it takes a tenth of the time of a call
 BEST_NORM = 0.3  # Section 4.3: ||h||_0.3 x energy, chosen on the paper's own test set
 
 
+@short_when_compiled
 def score(
     logits: ArrayT | None,
     feats: ArrayT | None = None,
@@ -141,8 +142,9 @@ def score(
         options: Any = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
         return score(f, h, method, **options, backend=backend, head=head, **params).reshape(shape)
     compiling = is_compiling()
-    if compiling and head is None and not params:
-        found = short_way(logits, feats, method, norm, temperature, bias, log, oriented, backend)
+    if compiling and head is None and not params:  # of `score` itself
+        options = {"norm": norm, "temperature": temperature, "bias": bias, "log": log, "oriented": oriented}
+        found = short_way(logits, feats, method, **options, backend=backend)
         if found is not None:
             return found  # type: ignore[return-value]
     key = key_of(method, feats is not None, norm, backend, temperature, bias, log, oriented, params)

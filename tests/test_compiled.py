@@ -104,18 +104,19 @@ def test_what_is_wrong_is_said_of_a_whole_graph_too(wrong):
 
 def test_a_score_registered_anew_is_seen():
     f, h = batch(5)
-    compiled = torch.compile(lambda f, h: fastood.score(f, h, "anew"), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda f, h: fastood.score(f, h, "a:new"), backend="eager", fullgraph=True)
     for factor in (2.0, 3.0):
-        fastood.register(fastood.Score("anew", "factor T lse", "mine", "in", stats=("energy",), v=(factor,)))
+        fastood.register(fastood.Score("a:new", "factor T lse", "mine", "in", stats=("energy",), v=(factor,)))
         try:
             torch.testing.assert_close(compiled(f, h), factor * fastood.score(f, h))
         finally:
-            del fastood.SCORES["anew"]
+            del fastood.SCORES["a:new"]
 
 
-def test_a_compiled_score_sees_forward_mode():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_score_sees_forward_mode(backend):
     f, h = batch(5)
-    compiled = torch.compile(lambda f, h: fastood.score(f, h), backend="eager")  # torch 2.14 refuses the whole there
+    compiled = torch.compile(lambda f, h: fastood.score(f, h), backend=backend)  # torch 2.14 refuses the whole there
     compiled(f, h)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(f, torch.ones_like(f))
@@ -123,9 +124,16 @@ def test_a_compiled_score_sees_forward_mode():
     torch.testing.assert_close(got, expected)
 
 
+def test_a_torch_that_traces_no_other_function_in_the_place_of_score(monkeypatch):
+    monkeypatch.delattr(fastood.score, "_torchdynamo_inline", raising=False)
+    f, h = batch(5)
+    for compiled in (torch.compile(lambda f, h: fastood.score(f, h), fullgraph=True), torch.compile(fastood.score)):
+        torch.testing.assert_close(compiled(f, h), fastood.score(f, h))
+
+
 @pytest.mark.skipif(not fastood.backends("cpu")["cpu"].usable, reason="needs the C++ part")
 def test_little_is_checked_before_a_compiled_score_is_called():
-    """Each check of torch's compiler takes some 0.1 us: a few dozen are the arguments of score and where it is."""
+    """Each check of torch's compiler takes some 0.1 us: a dozen say that the functions are the same."""
     f, h = batch(5)
     checks = {}
     for name, call in (("score", lambda f, h: fastood.score(f, h)), ("none", lambda f, h: f[:, 0] * h[:, 0])):
@@ -133,4 +141,5 @@ def test_little_is_checked_before_a_compiled_score_is_called():
             torch.compile(call, backend="eager", fullgraph=True)(f, h)
         (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(call.__code__)
         checks[name] = str(entry.guard_manager).count("+- ") - str(entry.guard_manager).count("+- GuardManager")
-    assert 0 < checks["score"] - checks["none"] < 50, checks
+    most = 20 if hasattr(fastood.score, "_torchdynamo_inline") else 50
+    assert 0 < checks["score"] - checks["none"] < most, checks
