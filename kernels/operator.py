@@ -156,12 +156,23 @@ def _first(*tensors: Tensor | None) -> Tensor:
 
 
 def _scores(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
-    asked = _asked(work)
     if forward_mode():
         return _scores_by_reference(logits, feats, labels, work)[0]
-    if asked.quick is not None and (out := asked.quick(logits, feats, labels)) is not None:
-        return out
-    return asked(logits, feats, labels)
+    return _asked(work)(logits, feats, labels)
+
+
+def _past_the_dispatcher(dispatched: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The short way of eager calls, which sees for itself whether anything looks into these tensors.
+
+    For where nothing does, torch's dispatcher takes as long as a few rows of a score.
+    """
+
+    def call(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None, work: str) -> Tensor:
+        quick = _asked(work).quick
+        out = None if quick is None else quick(logits, feats, labels)
+        return dispatched(logits, feats, labels, work) if out is None else out
+
+    return call
 
 
 def _scores_by_reference(
@@ -287,6 +298,9 @@ def _define(
 _library = torch.library.Library("fastood", "DEF")
 _matrices = "Tensor? logits, Tensor? feats, Tensor? labels"
 _define("scores", _matrices, _scores, _scores_fake, _scores_by_reference, _over_rows)
+_no_grad = torch.ops.fastood.scores.no_grad
+if hasattr(_no_grad, "_op"):  # what calling it calls: torch 2.14 itself may put another function there
+    _no_grad._op = _past_the_dispatcher(_no_grad._op)
 _define(
     "batchgrad",
     "Tensor logits, Tensor feats, Tensor G",

@@ -9,6 +9,7 @@ import program
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastood
 from fastood.kernels import Anchors, Column, Request, cpu, triton
@@ -102,6 +103,39 @@ def test_operator_equals_the_kernel_to_the_bit(device):
                 assert torch.equal(got, expected), of
             else:  # formulas over several statistics are rounded to float64 by turns there
                 torch.testing.assert_close(got, expected, rtol=1e-6, atol=0, msg=lambda words, of=of: f"{of}: {words}")
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+def test_operator_goes_to_the_dispatcher_where_something_looks_at_operations(device):
+    """Else it goes past it, which takes less time."""
+    f, h = batch(5, device)
+    work = work_of(kernels_of(device), Request(("msp",), (2.0,), (Column(((0, 1.0),), 0),), (-1,)), torch.float32)
+    expected = fastood.score(f, h, "msp", norm=2)
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            assert torch.equal(ops.scores.no_grad(f, h, None, work), expected)
+    dispatched = sum(x.count for x in profile.key_averages() if x.key == "fastood::scores")
+    # Of the first call alone. Before torch 2.10 no tensor is read in C++, and all go the long way.
+    assert dispatched == (1 if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else 3)
+    with Seen() as seen:
+        assert torch.equal(ops.scores.no_grad(f, h, None, work), expected)
+    assert "fastood.scores.no_grad" in seen.operators
+    with FakeTensorMode() as fake:
+        out = ops.scores.no_grad(fake.from_tensor(f), fake.from_tensor(h), None, work)
+    assert (out.shape, out.device) == (expected.shape, f.device)
+    of_each = torch.vmap(lambda f, h: ops.scores.default(f, h, None, work))(f[None], h[None])
+    assert torch.equal(of_each, expected[None])
+    with pytest.raises((TypeError, RuntimeError)):
+        ops.scores.no_grad(f, h, None)
 
 
 class Served(torch.nn.Module):
