@@ -629,7 +629,8 @@ def _scaled_energy(scaling: Scaling, logits: Tensor | None, feats: Tensor | None
 
 def factor(scaling: Scaling, feats: Tensor) -> Tensor:
     """r of each row, float64."""
-    h = feats.double().relu() if scaling.relu else feats.double()
+    h = feats.double() * 2.0**-64  # whose sums stay within the doubles
+    h = h.relu() if scaling.relu else h
     total, largest = row_sum(h), row_sum(h.topk(scaling.k(h.shape[1]), 1, sorted=False).values)
     t = (total / largest).masked_fill((total == 0) & (largest == 0), 1)
     return t.square() if scaling.square else t.exp()

@@ -21,8 +21,9 @@ struct Scaled {
     kernels->top_sums[s.feats.type](s.feats.at(row, 0), s.feats.columns, s.k, s.relu, features.get(), &guess, &all, &largest);
     const double ratio = all == 0 && largest == 0 ? 1 : all / largest, r = s.square ? ratio * ratio : std::exp(ratio);
     const double max = kernels->scaled[s.logits.type](s.logits.at(row, 0), s.logits.columns, r, s.bias, to);
-    if (std::isfinite(max)) return;
-    if (size() == 8) *static_cast<double*>(to) = NAN;  // a row without a softmax has no score
+    if (std::isfinite(max) && std::isfinite(all) && std::isfinite(largest)) return;
+    // A row without a softmax has no score; one whose sums are beyond the type is left to the definition.
+    if (size() == 8) *static_cast<double*>(to) = NAN;
     else *static_cast<float*>(to) = NAN;
   }
 };

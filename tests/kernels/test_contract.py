@@ -736,3 +736,20 @@ def test_scaled_by_features_at_the_ends_of_float32(backend, dtype, method):
         r = np.exp(t) if method == "scale" else t**2
         expected = truth.stat("energy", r * truth.widen(f[i])[None])
         truth.assert_close(got[i : i + 1], expected, 1e-5 * np.abs(expected), f"row {i}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaled_by_a_sum_whose_parts_overflow(backend, dtype):
+    """That of the largest, while in the sum of all every lane's features cancel."""
+    if dtype == torch.float64 and backend == "triton":
+        pytest.skip("triton leaves float64 to the reference")
+    most = torch.finfo(dtype).max / 2
+    h = most * (1 - torch.arange(2048) // 64 % 2 * 2).to(dtype).repeat(2, 1)
+    h[1, :8] = most / 64
+    f = torch.linspace(-0.5, 0.5, 10, dtype=dtype).repeat(2, 1)
+    head = torch.zeros(10, 2048, dtype=dtype), torch.zeros(10, dtype=dtype)
+    got = fastood.score(f, h, "scale", head=head, percentile=0.5, backend=backend)
+    for i, x in enumerate(truth.widen(h)):
+        r = np.exp(x.sum() / np.sort(x)[::-1][:1024].sum())
+        expected = truth.stat("energy", r * truth.widen(f[i])[None])
+        truth.assert_close(got[i : i + 1], expected, 1e-5 * np.abs(expected), f"row {i}")
