@@ -437,3 +437,10 @@ def test_operator_asked_for_by_name_stays_in_an_artefact(device, form, tmp_path)
     else:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
     program.run("artefact_by_name", form, tmp_path / "model.pt2", tmp_path / "rows.pt")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which torch's compiler compiles with")
+def test_operator_is_found_in_what_the_compiler_keeps_on_disk(tmp_path):
+    first, second = (program.run("cached_graph", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).split() for _ in range(2))
+    assert first == ["0", "0"]
+    assert "0" not in second
