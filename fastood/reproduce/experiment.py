@@ -146,15 +146,19 @@ class Network:
 
     @cached_property
     def successors(self) -> dict[str, Fitted]:
-        """Those that can be had: fitted where there are training images."""
+        """Those that can be had: fitted where there are training images, which have to leave ``vim`` a residual."""
         head, found = self.attached.head, {}
         for name, entry in SUCCESSORS.items():
             if entry.fitted_on and self.spec:
                 continue
-            found[name] = Fitted(name, head=head) if entry.head else Fitted(name)
+            fitted = Fitted(name, head=head) if entry.head else Fitted(name)
             if entry.fitted_on:
                 rows = stored(self.outputs_of(self.learned))
-                found[name].fit(rows["logits"].double(), rows["feats"].double(), self.learned.test_labels)
+                try:
+                    fitted.fit(rows["logits"].double(), rows["feats"].double(), self.learned.test_labels)
+                except ValueError:
+                    continue
+            found[name] = fitted
         return found
 
     def files(self, kind: str, images: Images, rows: int, each: int) -> dict[Path, slice]:
