@@ -1,4 +1,4 @@
-"""The operators that a compiled graph holds in place of a kernel: torch.ops.fastood.scores and batchgrad.
+"""The operators that a compiled graph holds in place of a kernel: torch.ops.fastood.scores, batchgrad and scaled.
 
 A compiler cannot look into a kernel of ours, and plain operations in its place take several times as long. So under
 ``torch.compile`` ``select`` gives ``Operator(name)``, a backend whose functions are one operator each; it calls the
@@ -57,7 +57,12 @@ class Operator(NamedTuple):
         return put(torch.ops.fastood.batchgrad, (logits, feats, anchors.G), work)
 
     def scaled(self, scaling: Scaling) -> Run:
-        return reference.scaled(scaling)
+        return Run(partial(self._scaled, scaling))
+
+    def _scaled(self, scaling: Scaling, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
+        numbers = f"{text(scaling.percentile)};{text(scaling.temperature)}"
+        work = f"{self.name};{int(scaling.relu)};{int(scaling.square)};{numbers}"
+        return put(torch.ops.fastood.scaled, (logits, feats, scaling.bias), work)
 
 
 def is_light(request: Request) -> bool:
@@ -187,24 +192,36 @@ def _scores_fake(logits: Tensor | None, feats: Tensor | None, labels: Tensor | N
     return x.new_empty(asked.request.sized(x.shape[0]), dtype=asked.dtype)
 
 
-# ---- BatchGrad
+# ---- BatchGrad and SCALE, of a constant: G, or the bias of the last layer
 
 
-_anchors: MutableMapping[Tensor, tuple[Any, Run]] = WeakTensorKeyDictionary()
+_runs: MutableMapping[Tensor, dict[Any, tuple[int, Run]]] = WeakTensorKeyDictionary()
+_NO_BIAS = torch.empty(0)
+
+
+def _kept(constant: Tensor, of: Any, make: Callable[[Tensor], Run]) -> Run:
+    """What is made of a constant, until it changes or goes. `make` has to keep another tensor of the same memory."""
+    runs = _runs.get(constant)
+    if runs is None:
+        runs = _runs[constant] = {}
+    version = 0 if constant.is_inference() else constant._version
+    known = runs.get(of)
+    if known is None or known[0] != version:
+        known = runs[of] = version, make(constant.detach())
+    return known[1]
 
 
 def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tensor:
-    one_thread_if_forked()
-    of = work, 0 if G.is_inference() else G._version
-    known = _anchors.get(G)
-    if known is None or known[0] != of or not logits.device == feats.device == G.device:
-        from fastood.kernels import supporting
+    from fastood.kernels import supporting
 
-        backend = _serving(work.split(";")[0], result_dtype(logits, feats, G), logits, feats, G)
-        anchors = _anchors_of(G.detach(), work)  # which is not G, or G would live for ever
-        by = supporting(backend, anchors, logits.shape[1], feats.shape[1])
-        known = _anchors[G] = of, by.batchgrad(anchors)
-    return known[1](logits, feats)
+    one_thread_if_forked()
+    backend = _serving(work.split(";")[0], result_dtype(logits, feats, G), logits, feats, G)
+
+    def make(G: Tensor) -> Run:
+        anchors = _anchors_of(G, work)
+        return supporting(backend, anchors, logits.shape[1], feats.shape[1]).batchgrad(anchors)
+
+    return _kept(G, (work, backend), make)(logits, feats)
 
 
 def _anchors_of(G: Tensor, work: str) -> Anchors:
@@ -220,14 +237,46 @@ def _batchgrad_fake(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tens
     return logits.new_empty(logits.shape[0], dtype=result_dtype(logits, feats, G))
 
 
-def _batchgrad_of_each(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-    """The vmap rule: G may be another one each time."""
+def _scaled(logits: Tensor, feats: Tensor, bias: Tensor | None, work: str) -> Tensor:
+    from fastood.kernels import supporting
+
+    one_thread_if_forked()
+    dtype = result_dtype(logits, feats)
+    backend = _serving(work.split(";")[0], dtype, logits, feats, bias)
+    C, D = logits.shape[1], feats.shape[1]
+
+    def make(b: Tensor) -> Run:
+        scaling = _scaling_of(None if bias is None else b, work)
+        return supporting(backend, scaling, C, D).scaled(scaling)
+
+    return _kept(_NO_BIAS if bias is None else bias, (work, backend, C, D), make)(logits, feats).to(dtype)
+
+
+def _scaling_of(bias: Tensor | None, work: str) -> Scaling:
+    _, relu, square, percentile, T = work.split(";")
+    return Scaling(float.fromhex(percentile), bias, relu == "1", square == "1", float.fromhex(T))
+
+
+def _scaled_by_reference(logits: Tensor, feats: Tensor, bias: Tensor | None, work: str) -> tuple[Tensor]:
+    return (reference.scaled(_scaling_of(bias, work))(logits, feats),)
+
+
+def _scaled_fake(logits: Tensor, feats: Tensor, bias: Tensor | None, work: str) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=result_dtype(logits, feats))
+
+
+def _one_by_one(operator: str, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+    """The vmap rule: the constant may be another one each time."""
     each = [
-        x.expand(info.batch_size, *x.shape) if at is None else x.movedim(at, 0)
+        [None] * info.batch_size
+        if x is None
+        else x.expand(info.batch_size, *x.shape)
+        if at is None
+        else x.movedim(at, 0)
         for x, at in zip(inputs[:3], in_dims, strict=False)
     ]
-    out = [torch.ops.fastood.batchgrad.default(*some, *inputs[3:]) for some in zip(*each, strict=True)]
-    return torch.stack(out), 0
+    call = getattr(torch.ops.fastood, operator).default
+    return torch.stack([call(*some, *inputs[3:]) for some in zip(*each, strict=True)]), 0
 
 
 # ---- what torch is told of them
@@ -301,13 +350,22 @@ _define("scores", _matrices, _scores, _scores_fake, _scores_by_reference, _over_
 _no_grad = torch.ops.fastood.scores.no_grad
 if hasattr(_no_grad, "_op"):  # what calling it calls: torch 2.14 itself may put another function there
     _no_grad._op = _past_the_dispatcher(_no_grad._op)
+# Called between two CUDA graphs: both keep what they make of a constant, and to a graph the compiler gives copies.
 _define(
     "batchgrad",
     "Tensor logits, Tensor feats, Tensor G",
     _batchgrad,
     _batchgrad_fake,
     _batchgrad_by_reference,
-    _batchgrad_of_each,
-    # It keeps what it makes of a G. To a CUDA graph the compiler gives copies: so it is called between two of them.
+    partial(_one_by_one, "batchgrad"),
+    torch.Tag.cudagraph_unsafe,
+)
+_define(
+    "scaled",
+    "Tensor logits, Tensor feats, Tensor? bias",
+    _scaled,
+    _scaled_fake,
+    _scaled_by_reference,
+    partial(_one_by_one, "scaled"),
     torch.Tag.cudagraph_unsafe,
 )

@@ -279,8 +279,8 @@ def tolerance(name, truth, f, T, eps):
             "log_msp": lambda: relative_tail * np.abs(truth),
             "log_one_minus_s2": lambda: np.where(np.isinf(truth), 0, relative_tail + 8 * eps * np.abs(truth)),
             "fmax": lambda: 0 * truth,
-            # The contract names no bound for these: that of a sum of terms of one sign, down to the normal numbers of the
-            # doubles that all are summed in.
+            # The contract names no bound for these: that of a sum of terms of one sign, down to the normal numbers of
+            # the doubles that all are summed in.
             "plogp": lambda: relative_tail * np.abs(truth) + 1e-319,
             "sumlogp": lambda: 32 * eps * np.abs(truth),
             "s2_sumlogp": lambda: 32 * eps * np.abs(truth),

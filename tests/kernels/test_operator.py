@@ -258,14 +258,49 @@ def test_operator_of_batchgrad(dtype):
 
 
 def test_operator_forgets_a_g_that_is_gone():
-    from fastood.kernels.operator import _anchors
+    from fastood.kernels.operator import _runs
 
     G, (f, h) = torch.randn(12, 9), batch(5)
-    before = len(_anchors)
+    before = len(_runs)
     ops.batchgrad.no_grad(f, h, G, f"cpu;0;1;{(1.0).hex()}")
-    assert len(_anchors) == before + 1
+    assert len(_runs) == before + 1
     del G
-    assert len(_anchors) == before
+    assert len(_runs) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["scale", "lts"])
+def test_operator_of_scale_and_its_kin(method, dtype):
+    f, h = batch(5, dtype=dtype)
+    weight, bias = torch.randn(12, 9), torch.randn(12)
+    scaled = fastood.Fitted(method, temperature=1.5, head=(weight, bias) if method == "scale" else None)
+    for oriented in (True, False):
+        ours, _, compiled = traced(lambda f, h, o=oriented: scaled.score(f, h, oriented=o), f, h, dynamic=True)
+        assert ours == ["fastood.scaled.no_grad"]
+        for n in (5, 8, 0):
+            f, h = batch(n, dtype=dtype)
+            assert torch.equal(compiled(f, h), scaled.score(f, h, oriented=oriented))
+
+
+def test_operator_of_scale_is_one_of_torchs():
+    f, h = batch(5)
+    bias, raw = torch.randn(12), f"cpu;0;0;{(0.85).hex()};{(1.0).hex()}"
+    for b in (bias, None):
+        inputs = [x if x is None else x.clone().requires_grad_() for x in (f, h, b)]
+        torch.library.opcheck(ops.scaled.default, (*inputs, raw))
+        torch.library.opcheck(ops.scaled.no_grad, (f, h, b, raw))
+
+    def of(b):
+        return fastood.Fitted("scale", head=(torch.zeros(12, 9), b)).score(f, h)
+
+    many = torch.stack([bias, 2 * bias])
+    assert torch.equal(torch.vmap(lambda b: ops.scaled.default(f, h, b, raw))(many), torch.stack([*map(of, many)]))
+    three = torch.vmap(lambda f, h: ops.scaled.default(f, h, None, raw))(f[:, None], h[:, None])
+    assert torch.equal(three[:, 0], ops.scaled.no_grad(f, h, None, raw))
+    with torch.no_grad():  # what was made of the bias serves as long as that is what it was
+        ops.scaled.no_grad(f, h, bias, raw)
+        bias.mul_(2)
+        assert torch.equal(ops.scaled.no_grad(f, h, bias, raw), of(bias))
 
 
 def test_operator_says_why_its_backend_cannot_serve_here(monkeypatch):
@@ -372,6 +407,8 @@ def test_operator_runs_the_kernels_of_triton(triton_device):
     """On a GPU, or interpreted."""
     (f, h), by_name = batch(5, triton_device), {"backend": "triton"}
     detector = fastood.BatchGrad(torch.randn(12, 9, device=triton_device))
+    head = torch.randn(12, 9, device=triton_device), torch.randn(12, device=triton_device)
+    scaled = fastood.Fitted("scale", head=head)
     for call in (
         lambda f, h: fastood.score(f.bfloat16(), h.half(), **by_name),
         lambda f, h: fastood.score(f, h, "msp", norm=2, log=True, **by_name),
@@ -379,6 +416,7 @@ def test_operator_runs_the_kernels_of_triton(triton_device):
         lambda f, h: fastood.sweep(f, h, **by_name),
         lambda f, h: fastood.gradient_norm(f, h, f.softmax(-1), 2, 2, "outside", **by_name),
         lambda f, h: detector.score(f, h, **by_name),
+        lambda f, h: scaled.score(f, h, **by_name),
     ):
         ours, _, compiled = traced(call, f, h, dynamic=True)
         assert len(ours) == 1
@@ -387,10 +425,11 @@ def test_operator_runs_the_kernels_of_triton(triton_device):
 
 
 def test_operator_beside_cuda_graphs():
-    """The compiler makes graphs of all but BatchGrad, which keeps what it makes of a G, and a graph has copies."""
+    """The compiler makes graphs of all but what keeps what it makes of a constant, of which a graph has copies."""
     for name in ("default", "no_grad"):
         assert torch.Tag.cudagraph_unsafe not in getattr(ops.scores, name).tags
         assert torch.Tag.cudagraph_unsafe in getattr(ops.batchgrad, name).tags
+        assert torch.Tag.cudagraph_unsafe in getattr(ops.scaled, name).tags
 
 
 @needs_gpu
