@@ -73,10 +73,7 @@ class Plan:
                 return out
         f, h, as_numpy = logits_and_feats(logits, feats)
         if as_numpy and labels is None:  # the short ways read no arrays, but their memory as tensors
-            for quick in self.quick:
-                out = quick(f, h, None)
-                if out is not None:
-                    return out.numpy()
+            return give(self.run(f, h, backend), as_numpy)
         x = f if f is not None else h
         assert x is not None
         if f is None or h is None:

@@ -199,29 +199,36 @@ _runs: MutableMapping[Tensor, dict[Any, tuple[int, Run]]] = WeakTensorKeyDiction
 _NO_BIAS = torch.empty(0)
 
 
-def _kept(constant: Tensor, of: Any, make: Callable[[Tensor], Run]) -> Run:
-    """What is made of a constant, until it changes or goes. `make` has to keep another tensor of the same memory."""
-    runs = _runs.get(constant)
-    if runs is None:
-        runs = _runs[constant] = {}
-    version = 0 if constant.is_inference() else constant._version
+def _run_of(
+    kind: str,
+    read: Callable[[Any, str], Any],
+    logits: Tensor,
+    feats: Tensor,
+    constant: Tensor | None,
+    work: str,
+    dtype: torch.dtype,
+) -> Run:
+    """What a backend's function `kind` makes of a constant, until that changes or goes; `read` reads `work`."""
+    one_thread_if_forked()
+    C, D = logits.shape[1], feats.shape[1]
+    tensors = logits, feats, constant
+    of = work, C, D, *((x.dtype, x.device) for x in tensors if x is not None)
+    key = _NO_BIAS if constant is None else constant
+    runs = _runs.setdefault(key, {})
+    version = 0 if key.is_inference() else key._version
     known = runs.get(of)
     if known is None or known[0] != version:
-        known = runs[of] = version, make(constant.detach())
+        from fastood.kernels import supporting
+
+        backend = _serving(work.split(";")[0], dtype, *tensors)
+        asked = read(None if constant is None else constant.detach(), work)  # not itself, or it would live for ever
+        known = runs[of] = version, getattr(supporting(backend, asked, C, D), kind)(asked)
     return known[1]
 
 
 def _batchgrad(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tensor:
-    from fastood.kernels import supporting
-
-    one_thread_if_forked()
-    backend = _serving(work.split(";")[0], result_dtype(logits, feats, G), logits, feats, G)
-
-    def make(G: Tensor) -> Run:
-        anchors = _anchors_of(G, work)
-        return supporting(backend, anchors, logits.shape[1], feats.shape[1]).batchgrad(anchors)
-
-    return _kept(G, (work, backend), make)(logits, feats)
+    dtype = result_dtype(logits, feats, G)
+    return _run_of("batchgrad", _anchors_of, logits, feats, G, work, dtype)(logits, feats)
 
 
 def _anchors_of(G: Tensor, work: str) -> Anchors:
@@ -238,18 +245,8 @@ def _batchgrad_fake(logits: Tensor, feats: Tensor, G: Tensor, work: str) -> Tens
 
 
 def _scaled(logits: Tensor, feats: Tensor, bias: Tensor | None, work: str) -> Tensor:
-    from fastood.kernels import supporting
-
-    one_thread_if_forked()
     dtype = result_dtype(logits, feats)
-    backend = _serving(work.split(";")[0], dtype, logits, feats, bias)
-    C, D = logits.shape[1], feats.shape[1]
-
-    def make(b: Tensor) -> Run:
-        scaling = _scaling_of(None if bias is None else b, work)
-        return supporting(backend, scaling, C, D).scaled(scaling)
-
-    return _kept(_NO_BIAS if bias is None else bias, (work, backend, C, D), make)(logits, feats).to(dtype)
+    return _run_of("scaled", _scaling_of, logits, feats, bias, work, dtype)(logits, feats).to(dtype)
 
 
 def _scaling_of(bias: Tensor | None, work: str) -> Scaling:
