@@ -38,6 +38,14 @@ class Warp(NamedTuple):
     special: float
     warps: int
 
+    def units(self, bytes_per_clock: float) -> tuple[float, float, float]:
+        """Clocks that memory, issue and special functions take, each by itself."""
+        return (self.read + self.written) / bytes_per_clock, self.instructions / 4, 2 * self.special
+
+    def bound(self, bytes_per_clock: float) -> float:
+        """The share of the read ceiling that the busiest of them allows: no order of the same instructions has more."""
+        return self.read / bytes_per_clock / max(self.units(bytes_per_clock))
+
 
 class Model(NamedTuple):
     step: float  # clocks
@@ -45,9 +53,8 @@ class Model(NamedTuple):
 
     def share(self, warp: Warp, bytes_per_clock: float) -> float:
         """Of the read ceiling, in which the bytes of the rows count once and nothing else does."""
-        memory = (warp.read + warp.written) / bytes_per_clock
         waiting = self.step * warp.instructions / warp.warps
-        work = (memory, warp.instructions / 4, 2 * warp.special, waiting)
+        work = (*warp.units(bytes_per_clock), waiting)
         return warp.read / bytes_per_clock / sum(t**self.overlap for t in work) ** (1 / self.overlap)
 
 

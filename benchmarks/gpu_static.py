@@ -5,7 +5,8 @@ sm_90 would run. Printed per kernel: registers, shared memory, how many warps a 
 kilobytes they have loaded before they use any; the width of the loads of logits and features; special-function, FP32
 and total instructions for each element read; and the share of the read ceiling that gpu_model.py predicts from all
 that, for an H200, fitted to what other kernels measured there. A prediction is no measurement; there is none for
-kernels that are made of several launches or programs.
+kernels that are made of several launches or programs. "bound" is the share that is left where nothing waits, and the
+busiest of memory, issue and special functions works all the time.
 
 Branches are counted as not taken. They serve few rows (device/ says which): those that float32 cannot sum at first,
 which are read again, and for entropies rows with masked classes. "again" is what the code behind branches would add,
@@ -340,6 +341,7 @@ class Report(NamedTuple):
     again: float  # instructions behind branches, for each element
     warp: gpu_model.Warp
     share: float  # of the read ceiling, predicted
+    bound: float  # and what no order of these instructions exceeds
 
 
 def analyse(compiled: Compiled, case: Case) -> Report:
@@ -396,6 +398,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
         warps,
     )
     known = case.kernel in ("scores", "gradient") and not sweeps
+    bytes_per_clock = gpu_model.measured().bytes_per_clock
     return Report(
         registers,
         sum(x.base in ("LDL", "STL") for x in code),
@@ -408,7 +411,8 @@ def analyse(compiled: Compiled, case: Case) -> Report:
         each(FP32),
         sum(1 for _ in flow.instructions(behind)) * threads / compiled.elements,
         warp,
-        gpu_model.FITTED.share(warp, gpu_model.measured().bytes_per_clock) if known else math.nan,
+        gpu_model.FITTED.share(warp, bytes_per_clock) if known else math.nan,
+        math.nan if batchgrad else warp.bound(bytes_per_clock),
     )
 
 
@@ -618,18 +622,19 @@ def main() -> int:
     jobs = [(90, case) for case in cases]
     pinned = triton.__version__ == "3.7.1"
     jobs += [((80, 100)[(i + pinned) % 2], case) for i, case in enumerate(cases[:: 2 if given.quick else 1])]
-    print(" " * 57, "regs  smem warps  KB        loads special  FP32  total budget again  share budget")
+    print(" " * 57, "regs  smem warps  KB        loads special  FP32  total budget again bound  share budget")
     failed = []
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         for (architecture, case), (report, wrong) in zip(jobs, pool.imap(examined, jobs), strict=True):
             name = f"{case.what}, C={case.C} D={case.D} {str(case.dtype).removeprefix('torch.')}"
             if report:
                 widths = " ".join(f"{n}x{bits}" for bits, n in sorted(report.widths.items()))
+                bound = " " * 5 if math.isnan(report.bound) else f"{report.bound:5.0%}"
                 share = "" if math.isnan(report.share) else f"{report.share:6.0%} {least_share(case):5d}%"
                 print(
                     f"{name:57s} {report.registers:4d} {report.shared:5d} {report.warps:5d} {report.in_flight >> 10:3d}"
                     f" {widths:>12s} {report.special:7.2f} {report.fp32:5.1f} {report.total:6.2f} {case.total:6.1f}"
-                    f" {report.again:5.1f} {share}",
+                    f" {report.again:5.1f} {bound} {share}",
                     *wrong,
                     flush=True,
                 )

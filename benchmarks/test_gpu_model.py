@@ -34,6 +34,17 @@ def test_limits_of_the_model():
     assert few[0] == pytest.approx(1 / gpu_model.FITTED.step, rel=0.01)
 
 
+def test_the_bound_is_the_busiest_units():
+    warp = gpu_model.Warp(read=512, written=0, in_flight=512, instructions=128, special=8, warps=64)
+    assert warp.bound(16.0) == 1
+    assert warp._replace(written=512).bound(16.0) == 1 / 2
+    assert warp._replace(instructions=512).bound(16.0) == 1 / 4  # 128 clocks where 32 read
+    assert warp._replace(special=64).bound(16.0) == 1 / 4
+    measured = gpu_model.measured()
+    for k in measured.kernels:
+        assert gpu_model.Warp(**k["warp"]).bound(measured.bytes_per_clock) > 0.97 * min(1, k["share"] / 100), k
+
+
 @pytest.fixture
 def gpu_static(monkeypatch):
     pytest.importorskip("triton")
