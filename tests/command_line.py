@@ -41,15 +41,6 @@ def warnings(*arguments):
     return lines
 
 
-def logsumexp(f):
-    top = f.max(-1, keepdims=True)
-    return top[:, 0] + np.log(np.exp(f - top).sum(-1))
-
-
-def norm(h, r):
-    return (np.abs(h) ** r).sum(-1) ** (1 / r)
-
-
 def metadata_of(path):
     if path.endswith(".parquet"):
         return {k.decode(): json.loads(v) for k, v in pq.read_schema(path).metadata.items()}

@@ -1,18 +1,15 @@
 """fastood.distributed on real processes, gloo's: against truth in long double, and the same bits on every rank.
 
-Three processes live as long as the tests here; a test sends them a function of this file. Those of two ranks run on the
-first two. The numbers themselves are test_slices.py's, in one process.
+A test sends a function of this file to the three of processes.py. The numbers are test_slices.py's, in one process.
 """
 
-import datetime
 import functools
 import math
 import re
-import traceback
-import warnings
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,57 +31,16 @@ MARGIN = fastood.Score(
 )
 
 
-# ---- the processes
-
-
-def serve(rank, world, rendezvous, pipe):
-    """One rank: it runs what comes through the pipe until None does."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    timeout = datetime.timedelta(seconds=60)  # of a hang, which is then an error
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=timeout)
-    groups = {2: dist.new_group([0, 1], timeout=timeout), 3: None}
-    fastood.register(MARGIN)
-    while (job := pipe.recv()) is not None:
-        name, ranks, args = job
-        try:
-            pipe.send((True, globals()[name](rank, groups[ranks], *args) if rank < ranks else None))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """run(function, ranks, *args): what function(rank, group, *args) returns on each rank."""
-    from test_distributed import serve  # by which name other processes find it
+    """See processes.started, whose processes know a score of one's own too."""
+    with processes.started(tmp_path_factory.mktemp("ranks")) as call:
+        call(register_margin, processes.RANKS)
+        yield call
 
-    context = torch.multiprocessing.get_context("forkserver")  # which imports once for all three
-    context.set_forkserver_preload(["torch", "fastood.distributed", "truth"])
-    rendezvous = (tmp_path_factory.mktemp("ranks") / "store").as_uri()
-    pipes, processes = [], []
-    for rank in range(3):
-        pipe, theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(rank, 3, rendezvous, theirs), daemon=True))
-        processes[-1].start()
-        pipes.append(pipe)
 
-    def call(function, ranks, *args):
-        for pipe in pipes:
-            pipe.send((function.__name__, ranks, args))
-        answers = [pipe.recv() if pipe.poll(100) else (False, "no answer: it hangs") for pipe in pipes]
-        for rank, (good, answer) in enumerate(answers):
-            assert good, f"rank {rank}: {answer}"
-        return [answer for _, answer in answers[:ranks]]
-
-    yield call
-    for pipe in pipes:
-        pipe.send(None)
-    for process in processes:
-        process.join(10)
-        process.kill()
+def register_margin(rank, group):
+    fastood.register(MARGIN)
 
 
 def same_on_all(results):

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from formulas import lse, norm, softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import fastood
@@ -29,23 +30,15 @@ def chunked(logits, feats, n=150):
     return list(zip(logits.split(n), feats.split(n), strict=True))
 
 
-def softmax(f):
-    f = f.double().numpy()
-    e = np.exp(f - f.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
 TRUTH = {
     "msp": lambda f, h: softmax(f).max(1),
-    "energy": lambda f, h: np.log(np.exp(f.double().numpy()).sum(1)),
+    "energy": lambda f, h: lse(f),
     "varsum": lambda f, h: (softmax(f) ** 2).sum(1),
     "tv": lambda f, h: np.abs(softmax(f) - 1 / f.shape[1]).sum(1) / 2,
-    "energy*||h||_0.3": lambda f, h: (
-        np.log(np.exp(f.double().numpy()).sum(1)) * (h.double().numpy() ** 0.3).sum(1) ** (1 / 0.3)
-    ),
-    "gradnorm": lambda f, h: h.double().numpy().sum(1) * np.abs(softmax(f) - 1 / f.shape[1]).sum(1),
-    "exgrad": lambda f, h: -2 * h.double().numpy().sum(1) * (softmax(f) * (1 - softmax(f))).sum(1),
-    "||h||_0.3": lambda f, h: (h.double().numpy() ** 0.3).sum(1) ** (1 / 0.3),
+    "energy*||h||_0.3": lambda f, h: lse(f) * norm(h, 0.3),
+    "gradnorm": lambda f, h: norm(h, 1) * np.abs(softmax(f) - 1 / f.shape[1]).sum(1),
+    "exgrad": lambda f, h: -2 * norm(h, 1) * (softmax(f) * (1 - softmax(f))).sum(1),
+    "||h||_0.3": lambda f, h: norm(h, 0.3),
 }
 
 

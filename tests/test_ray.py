@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from formulas import lse
 from typer.testing import CliRunner
 
 import fastood
@@ -55,11 +56,6 @@ def shards(tmp_path):
 def tensors(x):
     storage = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float32(), [x.shape[1]]), storage)
-
-
-def lse(x):
-    top = x.max(-1, keepdims=True)
-    return top[:, 0] + np.log(np.exp(x - top).sum(-1))
 
 
 def environment(folder):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from formats import fixed_shape
+from formulas import lse, norm
 
 import fastood
 
@@ -41,10 +42,9 @@ def check(folder):
     scored = pa.concat_tables(parts).sort_by("id")
     assert scored.column_names == ["id", "energy*||h||_2", "accept", "p_value"]
     assert scored["id"].to_pylist() == [*range(N)]
-    f, h = folder.logits.astype(float), folder.feats.astype(float)
-    energy = np.log(np.exp(f).sum(-1))
-    np.testing.assert_allclose(scored["energy*||h||_2"].to_numpy(), energy * np.sqrt((h * h).sum(-1)), rtol=1e-5)
     rows = folder.logits, folder.feats
+    expected = lse(folder.logits) * norm(folder.feats, 2)
+    np.testing.assert_allclose(scored["energy*||h||_2"].to_numpy(), expected, rtol=1e-5)
     np.testing.assert_array_equal(scored["accept"].to_numpy(), folder.detector.accept(*rows))
     np.testing.assert_array_equal(scored["p_value"].to_numpy(), folder.detector.p_value(*rows))
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from command_line import N, logsumexp, norm, run, save
+from command_line import N, run, save
+from formulas import lse, norm
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def det(data):
     """det.safetensors, fitted on val.npz with tpr 0.9: its scores and its threshold, the fourth lowest of 40."""
     f, h = data
     run("fit", "val.npz", "--out", "det.safetensors", "--norm", "2", "--tpr", "0.9", "--temperature", "2")
-    s = 2 * logsumexp(f / 2) * norm(h, 2)
+    s = 2 * lse(f / 2) * norm(h, 2)
     return s, np.sort(s)[3]
 
 

@@ -11,25 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors
 import torch
-from command_line import (
-    C,
-    D,
-    N,
-    complaint,
-    logsumexp,
-    metadata_of,
-    norm,
-    run,
-    save,
-    warnings,
-)
+from command_line import C, D, N, complaint, metadata_of, run, save, warnings
+from formulas import lse, norm
 
 import fastood
 
 
 def expected_decisions(det, f, h):
     calibration, limit = det
-    s = 2 * logsumexp(f / 2) * norm(h, 2)
+    s = 2 * lse(f / 2) * norm(h, 2)
     return s, s >= limit, (1 + (calibration <= s[:, None]).sum(-1)) / (N + 1)
 
 

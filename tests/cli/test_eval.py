@@ -8,16 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import (
-    C,
-    D,
-    N,
-    complaint,
-    logsumexp,
-    norm,
-    run,
-    save,
-)
+from command_line import C, D, N, complaint, run, save
+from formulas import lse, norm
 
 
 def auroc(inside, outside):
@@ -39,8 +31,8 @@ def test_eval_writes_the_table_it_prints(data):
     assert "<html" in html
     assert "Figure 2 of the paper" in html
     for label, score_of in {
-        "energy": lambda f, h: logsumexp(f),
-        "energy*||h||_2": lambda f, h: logsumexp(f) * norm(h, 2),
+        "energy": lambda f, h: lse(f),
+        "energy*||h||_2": lambda f, h: lse(f) * norm(h, 2),
     }.items():
         truth = {name: auroc(score_of(f, h), score_of(*x)) for name, x in ood.items()}
         truth["average"] = np.mean(list(truth.values()))
@@ -199,7 +191,7 @@ def test_eval_drops_nan_rows_keeps_them_as_the_lowest_or_fails(data, monkeypatch
     k[7] = np.nan
     np.savez("near.npz", logits=g, feats=k)
     command = ["eval", "--id", "val.npz", "--ood", "near.npz", "--method", "energy", "--csv", "t.csv"]
-    e, d = (logsumexp(x) for x in (f, g))
+    e, d = lse(f), lse(g)
     whole = np.arange(N) != 7
     result = run(*command)
     assert f"val.npz: 3 of {N} rows have a NaN score (energy, energy*||h||_0.3) and are left out" in result.stdout

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import C, D, N, complaint, logsumexp, run, save, warnings
+from command_line import C, D, N, complaint, run, save, warnings
+from formulas import lse
 
 import fastood
 
@@ -77,7 +78,7 @@ def test_fit_drops_rows_that_are_not_finite_or_fails(holes):
     result = run(*command, "--nan", "drop", "--chunk-rows", "6", "--labels-key", "y")
     assert f"fitted on {N - 4} of {N} rows" in result.stdout
     assert f"holes.npz: 4 of {N} rows have a score that is not finite and are left out" in result.stdout
-    s = np.sort(logsumexp(np.delete(holes, [3, 4, 6, 7], 0)))
+    s = np.sort(lse(np.delete(holes, [3, 4, 6, 7], 0)))
     assert fastood.Detector.load("det.safetensors").threshold == pytest.approx(s[int(0.1 * (N - 4 + 1)) - 1], rel=1e-12)
 
 
@@ -86,7 +87,7 @@ def test_fit_warns_of_the_data(data):
     np.savez("val.npz", logits=f - 60, feats=h)
     (line,) = warnings("fit", "val.npz", "--out", "det.safetensors")
     assert f"val.npz: negative energy*||h||_0.3 in {N} of {N} rows" in line
-    np.savez("val.npz", logits=f - logsumexp(f)[:, None], feats=h)
+    np.savez("val.npz", logits=f - lse(f)[:, None], feats=h)
     (line,) = warnings("fit", "val.npz", "--out", "det.safetensors", "--method", "msp")
     assert line.startswith("warning: val.npz: 'logits' looks like log-probabilities")
 

@@ -8,16 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from command_line import (
-    C,
-    D,
-    N,
-    complaint,
-    logsumexp,
-    metadata_of,
-    norm,
-    run,
-)
+from command_line import C, D, N, complaint, metadata_of, run
+from formulas import lse, norm
 
 import fastood
 
@@ -27,10 +19,10 @@ def test_score_is_energy_times_the_norm(data):
     result = run("score", "val.npz", "out.npz")
     said = f"val.npz: logits [{N}, {C}], feats [{N}, {D}]\n"
     assert result.stdout == f"out.npz: {N} rows of energy*||h||_0.3\n" + said
-    assert f"negative energy*||h||_0.3 in {(logsumexp(f) < 0).sum()} of {N} rows" in result.stderr
+    assert f"negative energy*||h||_0.3 in {(lse(f) < 0).sum()} of {N} rows" in result.stderr
     with np.load("out.npz") as out:
         assert list(out) == ["energy*||h||_0.3"]
-        np.testing.assert_allclose(out["energy*||h||_0.3"], logsumexp(f) * norm(h, 0.3), rtol=1e-12)
+        np.testing.assert_allclose(out["energy*||h||_0.3"], lse(f) * norm(h, 0.3), rtol=1e-12)
 
 
 def test_without_features_the_name_and_the_summary_say_so(data):
@@ -41,7 +33,7 @@ def test_without_features_the_name_and_the_summary_say_so(data):
         f"out.npz: {N} rows of energy\nown.npz: logits [{N}, {C}], no feats (--feats-key names them), {holds}\n"
     )
     with np.load("out.npz") as out:
-        np.testing.assert_allclose(out["energy"], logsumexp(f), rtol=1e-12)
+        np.testing.assert_allclose(out["energy"], lse(f), rtol=1e-12)
     stdout = run("score", "own.npz", "out.npz", "--feats-key", "penultimate").stdout
     assert f"feats 'penultimate' [{N}, {D}], also holds 'labels', 'split', 'fold'\n" in stdout
     assert f"feats [{N}, {D}] (not used)\n" in run("score", "val.npz", "out.npz", "--norm", "none").stdout
@@ -88,20 +80,20 @@ def test_options_reach_the_scores_whatever_the_chunks(data, rows):
     options = ["--method", "energy", "--method", "msp", "--norm", "2", "--temperature", "3", "--bias", "--log"]
     run("score", "val.npz", "out.npz", *options, "--chunk-rows", rows, "--backend", "reference")
     log_u = np.log(norm(np.hstack([h, np.ones((N, 1))]), 2))
-    lse = logsumexp(f / 3)
+    normaliser = lse(f / 3)
     with np.load("out.npz") as out, np.errstate(invalid="ignore"):
-        np.testing.assert_allclose(out["log energy*||h||_2"], np.log(3 * lse) + log_u, rtol=1e-10)
-        np.testing.assert_allclose(out["log msp*||h||_2"], f.max(-1) / 3 - lse + log_u, rtol=1e-10)
+        np.testing.assert_allclose(out["log energy*||h||_2"], np.log(3 * normaliser) + log_u, rtol=1e-10)
+        np.testing.assert_allclose(out["log msp*||h||_2"], f.max(-1) / 3 - normaliser + log_u, rtol=1e-10)
 
 
 def test_norm_none_and_inf_and_raw(data):
     f, h = data
     run("score", "val.npz", "a.npy", "--norm", "none")
-    np.testing.assert_allclose(np.load("a.npy"), logsumexp(f), rtol=1e-12)
+    np.testing.assert_allclose(np.load("a.npy"), lse(f), rtol=1e-12)
     run("score", "val.npz", "b.npy", "--norm", "inf")
-    np.testing.assert_allclose(np.load("b.npy"), logsumexp(f) * np.abs(h).max(-1), rtol=1e-12)
+    np.testing.assert_allclose(np.load("b.npy"), lse(f) * np.abs(h).max(-1), rtol=1e-12)
     run("score", "val.npz", "c.npy", "--method", "exgrad", "--raw")
-    p = np.exp(f - logsumexp(f)[:, None])
+    p = np.exp(f - lse(f)[:, None])
     np.testing.assert_allclose(np.load("c.npy"), 2 * norm(h, 1) * (p * (1 - p)).sum(-1), rtol=1e-9)
 
 
@@ -127,7 +119,7 @@ def test_keys_of_ones_own(data):
     f, h = data
     np.savez("own.npz", f=f, h=h)
     run("score", "own.npz", "out.npy", "--logits-key", "f", "--feats-key", "h", "--norm", "1")
-    np.testing.assert_allclose(np.load("out.npy"), logsumexp(f) * norm(h, 1), rtol=1e-12)
+    np.testing.assert_allclose(np.load("out.npy"), lse(f) * norm(h, 1), rtol=1e-12)
 
 
 def test_nan_is_counted_and_explained(holes):
@@ -151,7 +143,7 @@ def test_nan_rows_can_be_dropped_with_their_ids_or_refused(holes):
     with np.load("out.npz") as out:
         assert list(out) == ["key", "msp", "energy"]
         np.testing.assert_array_equal(out["key"], whole * 10)
-        np.testing.assert_allclose(out["energy"], logsumexp(holes[whole]), rtol=1e-12)
+        np.testing.assert_allclose(out["energy"], lse(holes[whole]), rtol=1e-12)
         assert len(out["msp"]) == len(whole)
     before = sorted(os.listdir())
     text = complaint("score", "holes.npz", "new.npz", "--chunk-rows", "2", "--nan", "fail")
@@ -171,7 +163,7 @@ def test_ids_stand_beside_the_scores(data):
     table = pq.read_table("out.parquet").to_pydict()
     assert list(table) == ["image", "energy*||h||_0.3"]
     assert table["image"] == names
-    np.testing.assert_allclose(table["energy*||h||_0.3"], logsumexp(f) * norm(h, 0.3), rtol=1e-12)
+    np.testing.assert_allclose(table["energy*||h||_0.3"], lse(f) * norm(h, 0.3), rtol=1e-12)
     # eval reads such tables, too.
     wide = run("eval", "--id", "val.parquet", "--ood", "val.parquet", *keys, "--method", "energy").stdout
     assert "0.500000" in wide

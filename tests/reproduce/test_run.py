@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from formulas import lse, softmax
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
@@ -107,17 +108,13 @@ def test_cells_are_of_float64_truth(digits):
     table = {(c["table"], c["id"], c["ood"], c["score"]): c for c in cells(digits)}
     seeds = json.loads((digits / "results.json").read_text())["suites"][0]
 
-    def p(f):
-        e = np.exp(f - f.max(1, keepdims=True))
-        return e / e.sum(1, keepdims=True)
-
     formulas = {
-        "energy": lambda f, h: np.log(np.exp(f).sum(1)),
-        "msp*||h||_1": lambda f, h: p(f).max(1) * np.abs(h).sum(1),
-        "gradnorm": lambda f, h: np.abs(p(f) - 1 / f.shape[1]).sum(1) * np.abs(h).sum(1),
-        "exgrad": lambda f, h: -(p(f) * (1 - p(f))).sum(1) * np.abs(h).sum(1),
-        "tv": lambda f, h: np.abs(p(f) - 1 / f.shape[1]).sum(1),
-        "energy*||h||_inf": lambda f, h: np.log(np.exp(f).sum(1)) * np.abs(h).max(1),
+        "energy": lambda f, h: lse(f),
+        "msp*||h||_1": lambda f, h: softmax(f).max(1) * np.abs(h).sum(1),
+        "gradnorm": lambda f, h: np.abs(softmax(f) - 1 / f.shape[1]).sum(1) * np.abs(h).sum(1),
+        "exgrad": lambda f, h: -(softmax(f) * (1 - softmax(f))).sum(1) * np.abs(h).sum(1),
+        "tv": lambda f, h: np.abs(softmax(f) - 1 / f.shape[1]).sum(1),
+        "energy*||h||_inf": lambda f, h: lse(f) * np.abs(h).max(1),
     }
     for i, (inside, outside) in enumerate(seeds["pairs"]):
         x, y = (outputs(digits, inside, name) for name in (inside, outside))

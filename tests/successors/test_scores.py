@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from formulas import lse, softmax
 from hypothesis import given
 from hypothesis import strategies as st
 from six_classes import C, D, N, fitted, rows
@@ -10,16 +11,6 @@ from sklearn.covariance import oas
 
 import fastood
 from fastood import SUCCESSORS, Fitted
-
-
-def lse(x):
-    top = x.max(1, keepdims=True)
-    return top[:, 0] + np.log(np.exp(x - top).sum(1))
-
-
-def softmax(x):
-    e = np.exp(x - x.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
 
 
 def unit(x):
