@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from samples import V_TERMS
 
 import fastood
+from fastood import _plan
 
 F = torch.tensor([[4.0, 0.0, 1.0], [0.2, 0.1, 0.0]])
 H = torch.tensor([[3.0, -4.0], [1.0, 0.0]])
@@ -125,6 +126,7 @@ def test_scores_without_names_are_all_that_the_inputs_allow():
     assert list(fastood.scores(F)) == V_TERMS
     assert list(fastood.scores(F, H)) == list(fastood.SCORES)
     assert list(fastood.scores(None, H)) == ["norm"]
+    assert list(fastood.scores(F, H, norm=None)) == [name for name in fastood.SCORES if name != "norm"]
     positive = [name for name in fastood.SCORES if name not in ("neg_entropy", "gen", "eg_p_logp_l2sq")]
     assert list(fastood.scores(F, H, log=True)) == positive
 
@@ -178,12 +180,15 @@ def test_what_a_call_was_given_before_changes_no_later_one(backend):
         truth.assert_close(fastood.sweep(F, H, ["msp"], [one], **b)[:, 0, 0], truth.stat("msp", F) * norms, 1e-6)
         fastood.sweep(F, H, temperature=one, **b)
         fastood.scores(F, H, ["msp"], norm=one, **b)
+        fastood.gradient_norm(F, H, "uniform", one, one, **b)
     for wrong in (True, np.True_, Decimal(1), 1 + 0j):
         for call in (
             lambda x: fastood.norms(H, [x], **b),
             lambda x: fastood.sweep(F, H, ["msp"], [x], **b),
             lambda x: fastood.sweep(F, H, temperature=x, **b),
             lambda x: fastood.scores(F, H, ["msp"], norm=x, **b),
+            lambda x: fastood.gradient_norm(F, H, "uniform", x, 1, **b),
+            lambda x: fastood.gradient_norm(F, H, "uniform", 1, x, **b),
         ):
             with pytest.raises(TypeError, match="must be a number, got"):
                 call(wrong)
@@ -203,6 +208,13 @@ def test_what_a_call_was_given_before_changes_no_later_one(backend):
                 call(wrong)
     once = (name for name in ("msp", "tv"))
     assert list(fastood.scores(F, methods=once, **b)) == ["msp", "tv"]
+
+
+def test_plans_that_are_kept_are_few():
+    """However many kinds of calls a process makes."""
+    for i in range(300):
+        fastood.score(F, temperature=1 + i / 300)
+    assert len(_plan._PLANS) <= 256
 
 
 def test_names_may_be_members_of_an_enum():

@@ -57,6 +57,13 @@ def test_batchgrad_in_tiles(monkeypatch):
         assert torch.equal(fastood.batchgrad(f[2:3], h[2:3], G), got[2:3])
 
 
+def test_the_gradient_of_a_sure_anchor_is_not_0():
+    """1 - p of its label to relative precision, as p of the other one."""
+    f, h = torch.tensor([[80.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0], [0.0]])
+    G = fastood.anchor_gradient(f, h, torch.tensor([0, 1]))
+    assert G[:, 0].tolist() == pytest.approx([2 * math.exp(-80), -2 * math.exp(-80)], rel=1e-5, abs=0)
+
+
 def test_batchgrad_where_features_over_T_overflow():
     f, h = torch.tensor([[1e3, 0.0]]), torch.full((1, 2), 1e30)
     assert fastood.batchgrad(f, h, torch.ones(2, 2), temperature=1e-10, oriented=False).item() == 4

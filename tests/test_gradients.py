@@ -183,6 +183,7 @@ def test_a_row_that_is_no_distribution_is_nan_alone(backend, C, order):
         ({"power": -1}, ValueError, "power must be a finite number > 0"),
         ({"expectation": "middle"}, ValueError, "expectation must be one of"),
         ({"feats": None}, TypeError, "feats must be a torch tensor"),
+        ({"labels": None}, TypeError, "labels must be a torch tensor or a numpy array, got None"),
     ],
 )
 def test_bad_arguments(change, error, words):

@@ -120,6 +120,7 @@ FIELDS = {"name": "x", "formula": "", "source": "", "higher": "in", "stats": ("m
         ({"stats": (("msp", 2),)}, ValueError, r"msp takes no parameters, got \('msp', 2\)"),
         ({"log_stats": ("log_mps",), "log_v": lambda s: s["log_mps"]}, ValueError, "did you mean 'log_msp'?"),
         ({"stats": "msp"}, TypeError, "stats must be a tuple of names, got 'msp'"),
+        ({"stats": ("msp", "s2"), "v": (1,)}, ValueError, r"v must have 2 coefficients, .* got \(1,\)"),
     ],
 )
 def test_a_bad_score_cannot_be_made(change, error, words):
