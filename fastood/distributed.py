@@ -124,8 +124,8 @@ def scores(
 ) -> dict[str, ArrayT]:
     """``fastood.scores`` of rows whose classes are split: name -> [N], from as many collectives as one score takes.
 
-    The arguments are those of ``fastood.distributed.score``; `methods` left out are all that logits, and feats where
-    they are given, allow.
+    The arguments are those of ``fastood.distributed.score``, and so are its errors; `methods` left out are all that
+    logits, and feats where they are given, allow.
 
     Examples
     --------
@@ -158,7 +158,9 @@ def row_stats(
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> dict[Stat, ArrayT]:
-    """``fastood.row_stats`` of rows whose classes are split: name -> [N]. See ``fastood.distributed.score``.
+    """``fastood.row_stats`` of rows whose classes are split: name -> [N].
+
+    Logits, group and errors are as in ``fastood.distributed.score``, the rest as in ``fastood.row_stats``.
 
     Examples
     --------

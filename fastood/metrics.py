@@ -49,7 +49,9 @@ def auroc(id_scores: Any, ood_scores: Any) -> float:
 
 
 def aupr_in(id_scores: Any, ood_scores: Any) -> float:
-    """Area under precision-recall (average precision) with in-distribution as the positive class.
+    """Area under precision-recall (average precision) with in-distribution as the positive class. 1 is perfect.
+
+    The arguments are those of ``auroc``, and so are its errors.
 
     Examples
     --------
@@ -61,7 +63,16 @@ def aupr_in(id_scores: Any, ood_scores: Any) -> float:
 
 
 def aupr_out(id_scores: Any, ood_scores: Any) -> float:
-    """Area under precision-recall (average precision) with OOD as the positive class."""
+    """Area under precision-recall (average precision) with OOD as the positive class. 1 is perfect.
+
+    The arguments are those of ``auroc``, and so are its errors.
+
+    Examples
+    --------
+    >>> from fastood import metrics
+    >>> metrics.aupr_out([3.0, 2.0, 0.0], [1.0])
+    0.5
+    """
     is_id, ranks = _ranks(id_scores, ood_scores)
     return float(average_precision_score(~is_id, -ranks))
 
@@ -69,7 +80,7 @@ def aupr_out(id_scores: Any, ood_scores: Any) -> float:
 def fpr95_in(id_scores: Any, ood_scores: Any) -> float:
     """Share of OOD inputs accepted where at least 95% of ID inputs are (in-distribution positive). Lower is better.
 
-    The convention of most OOD papers.
+    The convention of most OOD papers. The arguments are those of ``auroc``, and so are its errors.
 
     Examples
     --------
@@ -81,7 +92,16 @@ def fpr95_in(id_scores: Any, ood_scores: Any) -> float:
 
 
 def fpr95_out(id_scores: Any, ood_scores: Any) -> float:
-    """Share of ID inputs rejected where at least 95% of OOD inputs are (OOD positive). Lower is better."""
+    """Share of ID inputs rejected where at least 95% of OOD inputs are (OOD positive). Lower is better.
+
+    The arguments are those of ``auroc``, and so are its errors.
+
+    Examples
+    --------
+    >>> from fastood import metrics
+    >>> metrics.fpr95_out([5.0, 4.0, 3.0], [3.5, 1.0])
+    0.3333333333333333
+    """
     is_id, ranks = _ranks(id_scores, ood_scores)
     return _fpr95(~is_id, -ranks)
 
@@ -101,7 +121,7 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 
 
 def evaluate(id_scores: Any, ood_scores: Any) -> dict[str, float]:
-    """All metrics of this module by name.
+    """All metrics of this module by name. The arguments are those of ``auroc``, and so are its errors.
 
     Examples
     --------

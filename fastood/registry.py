@@ -185,6 +185,7 @@ class Score:
         return -1 if oriented and self.higher == "out" else 1
 
     def stats_for(self, params: Mapping[str, Any], log: bool = False) -> tuple[Stat, ...]:
+        """What V, or with `log` its logarithm, is made of where the score has these parameters."""
         if log and self.log_v:
             return self.log_stats
         return tuple(map(stat_of, self.stats(**params))) if callable(self.stats) else self.stats
@@ -229,6 +230,8 @@ def register(score: Score) -> Score:
 
     Raises
     ------
+    TypeError
+        Where it is no ``fastood.Score``, whose page has an example.
     ValueError
         Where the name is taken, or the power of ``gradient`` is one that fastood has no formula for.
     """

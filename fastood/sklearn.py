@@ -112,17 +112,20 @@ class OODDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc] # scikit-l
         return self
 
     def score_samples(self, X: ArrayLike) -> NDArray[Any]:
-        """``fastood.score``: [N], higher = more in-distribution."""
+        """``fastood.score`` of X [N, n_features_in_]: [N] of its type, higher = more in-distribution.
+
+        As the other methods here, NotFittedError before ``fit``, ValueError of what scikit-learn does not take for X.
+        """
         check_is_fitted(self)
         return self.detector_.score(*self._split(self._checked(X, reset=False)))
 
     def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """``score_samples(X) - offset_``: [N], below 0 for OOD rows. -inf where the score is not finite."""
+        """``score_samples(X) - offset_``: float64 [N], below 0 for OOD rows. -inf where the score is not finite."""
         s = self.score_samples(X).astype(np.float64)
         return np.where(np.isfinite(s), s - self.offset_, -np.inf)
 
     def predict(self, X: ArrayLike) -> NDArray[np.intp]:
-        """+1 for rows to treat as in-distribution, -1 for the others: [N]."""
+        """+1 for rows of X [N, n_features_in_] to treat as in-distribution, -1 for the others: [N]."""
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def _checked(self, X: ArrayLike, reset: bool) -> NDArray[Any]:

@@ -113,6 +113,7 @@ class Fitted:
 
     @property
     def entry(self) -> Successor:
+        """What ``fastood.SUCCESSORS`` declares of the method."""
         return SUCCESSORS[self.method]
 
     # ---- fitting
@@ -153,7 +154,9 @@ class Fitted:
         return self
 
     def partial_fit(self, logits: ArrayT | None, feats: ArrayT | None = None, labels: Array | None = None) -> Fitted:
-        """Add rows to those of earlier calls. The arguments are those of ``fit``; what is lacking shows once it scores.
+        """Add rows to those of earlier calls. What is lacking shows once it scores.
+
+        The arguments are those of ``fit``, and so are its errors.
 
         Examples
         --------
@@ -217,7 +220,7 @@ class Fitted:
     def fit_loader(self, model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> Fitted:
         """``fit`` on all that a DataLoader gives, run through a model, with labels where it has them.
 
-        The arguments are those of ``fastood.collect``.
+        The arguments are those of ``fastood.collect``, errors also those of ``fit``.
 
         Examples
         --------
@@ -237,6 +240,8 @@ class Fitted:
 
     def merge(self, other: Fitted) -> Fitted:
         """Add the rows that another one of the same settings and head was fitted on: shards, fitted in parallel.
+
+        TypeError or ValueError where `other` is not such a one.
 
         Examples
         --------
@@ -334,10 +339,25 @@ class Fitted:
             Of the kind and on the device of the inputs; float32, or float64 where an input is float64. NaN for a row
             with NaN, with infinite features, or with logits that have no softmax.
 
+        Raises
+        ------
+        RuntimeError
+            Where it is still to be fitted.
+        TypeError, ValueError
+            Naming the argument, what came and what was wanted.
+
         Notes
         -----
         Rows are taken a tile at a time, in float64 inside but for the energy. The bits of a row may depend on how many
         rows it comes with, where a product of matrices is in the formula.
+
+        Examples
+        --------
+        >>> import torch, fastood
+        >>> feats = torch.eye(4)[torch.arange(40) % 4] * torch.linspace(1, 2, 40)[:, None]
+        >>> fitted = fastood.Fitted("class_cosine").fit(None, feats, torch.arange(40) % 4)
+        >>> fitted.score(None, torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]]))
+        tensor([1.0000, 0.7071])
         """
         if dim is not None:
             from fastood.api import rows_along
@@ -415,7 +435,7 @@ class Fitted:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fitted:
-        """What ``save`` wrote, on the CPU. Nothing in the file is run, and all of it is checked.
+        """What ``save`` wrote, on the CPU. Nothing in the file is run, and all of it is checked: else a FileError.
 
         Examples
         --------
