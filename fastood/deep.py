@@ -187,18 +187,6 @@ def _deep_norms(
     max_bytes = int(number("max_bytes", max_bytes, above=0))
     kind = labels if isinstance(labels, str) else "given"
 
-    def norm_of(gradients: dict[str, Tensor]) -> Tensor:
-        flat = [g.to(_wide(g)) for g in gradients.values() if g.numel()]
-        if order == 1:
-            return torch.stack([g.abs().sum().double() for g in flat]).sum()
-        largest = torch.stack([g.abs().amax().double() for g in flat]).amax()
-        if order == math.inf:
-            return largest
-        # As in norms_of.
-        scale = torch.where((largest > 0) & largest.isfinite() & (order > UNSCALED), largest, 1.0)
-        powers = [((g / scale.to(g.dtype)).abs() ** order).sum().double() for g in flat]
-        return scale * torch.stack(powers).sum() ** (1 / order)
-
     def of_one(x: Tensor, q: Tensor | None, at_a_time: int) -> Tensor:
         def forward(params: dict[str, Tensor]) -> Tensor:
             return _logits(model, params, fixed, x[None])[0]
@@ -214,9 +202,10 @@ def _deep_norms(
         def size(direction: Tensor, log_length: Tensor) -> Tensor:
             gradients = pull(direction.to(logits.dtype))[0]
             if constant is None:
-                return (power * (norm_of(gradients).log() + log_length - math.log(T))).exp()
+                return (power * (_norm_of(gradients, order).log() + log_length - math.log(T))).exp()
             length = log_length.exp() / T
-            return norm_of({name: g * length.to(_wide(g)) + constant[name] for name, g in gradients.items()})
+            added = {name: g * length.to(_wide(g)) + constant[name] for name, g in gradients.items()}
+            return _norm_of(added, order)
 
         w = torch.full_like(p, 1 / len(p)) if q is None else q
         if expectation == "inside":
@@ -254,6 +243,20 @@ def _deep_norms(
     norms = [batched(inputs[c], None if q is None else q[c]) for c in chunks]
     dtype = result_dtype(*params.values())
     return torch.cat(norms).to(dtype) if norms else inputs.new_zeros(0, dtype=dtype)
+
+
+def _norm_of(gradients: dict[str, Tensor], order: float) -> Tensor:
+    """The entrywise norm of all of them together, float64."""
+    flat = [g.to(_wide(g)) for g in gradients.values() if g.numel()]
+    if order == 1:
+        return torch.stack([g.abs().sum().double() for g in flat]).sum()
+    largest = torch.stack([g.abs().amax().double() for g in flat]).amax()
+    if order == math.inf:
+        return largest
+    # As in norms_of.
+    scale = torch.where((largest > 0) & largest.isfinite() & (order > UNSCALED), largest, 1.0)
+    powers = [((g / scale.to(g.dtype)).abs() ** order).sum().double() for g in flat]
+    return scale * torch.stack(powers).sum() ** (1 / order)
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,19 @@ def from_files(
     made = [Fitted(name, head=layer if SUCCESSORS[name].head else None, temperature=temperature) for name in names]
     learning = [fitted for fitted in made if fitted.needs_fit]
     left_out: dict[str, str] = {}
+
+    def each(step: Callable[[Fitted], object]) -> None:
+        """Of all that are still in. What is wrong with rows is an error about their file, or why one is left out."""
+        for fitted in learning:
+            if fitted.method in left_out:
+                continue
+            try:
+                step(fitted)
+            except ValueError as error:
+                if not whatever:
+                    raise ValueError(f"{train}: {fitted.method}: {error}") from error
+                left_out[fitted.method] = f"{fitted.method} is left out: {error}"
+
     if learning and train:
         with open_rows(train, rows.logits_key, rows.feats_key, labels_key) as known:
             if (known.classes, known.dim) != (rows.classes, rows.dim):
@@ -127,26 +140,9 @@ def from_files(
                 if ids is not None and ids.dtype.kind not in "iu":
                     raise FileError(f"{train}: {labels_key!r} must hold integers, the true classes, got strings")
                 labels = None if ids is None else torch.from_numpy(ids.astype(int))
-                for fitted in learning:
-                    if fitted.method not in left_out:
-                        with _failing(fitted, train, left_out, whatever):
-                            fitted.partial_fit(logits, feats, labels)
-        for fitted in learning:
-            if fitted.method not in left_out:
-                with _failing(fitted, train, left_out, whatever):
-                    _ = fitted.state  # works it out
+                each(partial(Fitted.partial_fit, logits=logits, feats=feats, labels=labels))
+        each(Fitted._state)  # or what is lacking
     return [fitted for fitted in made if fitted.method not in left_out], [*left_out.values()]
-
-
-@contextmanager
-def _failing(fitted: Fitted, path: Path, left_out: dict[str, str], whatever: bool) -> Iterator[None]:
-    """What a fit says of its rows becomes an error about the file, or why the score is left out."""
-    try:
-        yield
-    except ValueError as error:
-        if not whatever:
-            raise ValueError(f"{path}: {fitted.method}: {error}") from error
-        left_out[fitted.method] = f"{fitted.method} is left out: {error}"
 
 
 def _check_head(path: Path, head: Head, rows: Rows) -> None:
