@@ -152,30 +152,42 @@ def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
         if (REST | SUMLOGP | TV) & SUMS:
             any_again = any_row(doubtful)
             if any_again:
-                if PLOGP & SUMS:
-                    if any_row(rest_t != rest_t):
-                        rest_t = tl.where(rest_t != rest_t, masked_rest_t(es, e_max, t_max) * per_e_max, rest_t)
-                # In tiles of a word or a few a thread, so that this is not what takes the most registers.
-                if REST & SUMS:
-                    if any_row(again):
-                        SOME: tl.constexpr = X.w // X.p if C % 8 == 0 and X.w >= X.p else X.w
-                        more = sums_again(rows, f_max, scale, SOME, X)
-                        pivot = tl.where(again, more.pivot, f_max)
-                        rest = tl.where(again, more.rest, rest)
-                        rest_squares = tl.where(again, more.rest_squares, rest_squares)
-                        rest_t = tl.where(again, more.rest_t, rest_t)
-                        mean_z = tl.where(again, more.mean_z, mean_z)
-                        if TV & SUMS:
-                            u = tl.fma(rest, tl.exp2((pivot - f_max) * scale), 1.0) / C
-                            deviation = tl.where(again, deviations_again(rows, f_max, scale, u, SOME, X), deviation)
-                FEW: tl.constexpr = X.w // 4 if X.w >= 4 and C % 4 == 0 else X.w
-                if SUMLOGP & SUMS and not REST & SUMS:
-                    if any_row(again):
-                        mean_z = tl.where(again, mean_z_again(rows, f_max, scale, FEW, X), mean_z)
-                if (TV | KL) & SUMS:
-                    so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
-                    kl, deviation = flat_again(rows, so_far, scale, FEW, X, SUMS)
+                so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
+                mended = mend(rows, so_far, again, es, e_max, t_max, per_e_max, scale, X, SUMS)
+                pivot, rest, rest_squares, rest_t = mended.pivot, mended.rest, mended.rest_squares, mended.rest_t
+                mean_z, deviation, kl = mended.mean_z, mended.deviation, mended.kl
     return RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
+
+
+@triton.jit
+def mend(rows, sums, again, es, e_max, t_max, per_e_max, scale, X: tl.constexpr, SUMS: tl.constexpr):
+    """The sums with what reading rows `again`, and the flat among them, gives; of masked classes from the es held."""
+    f_max, pivot, rest, rest_squares, rest_t = sums.f_max, sums.pivot, sums.rest, sums.rest_squares, sums.rest_t
+    mean_z, deviation, kl = sums.mean_z, sums.deviation, sums.kl
+    if PLOGP & SUMS:
+        if any_row(rest_t != rest_t):
+            rest_t = tl.where(rest_t != rest_t, masked_rest_t(es, e_max, t_max) * per_e_max, rest_t)
+    # In tiles of a word or a few a thread, so that this is not what takes the most registers.
+    if REST & SUMS:
+        if any_row(again):
+            SOME: tl.constexpr = X.w // X.p if X.columns % 8 == 0 and X.w >= X.p else X.w
+            more = sums_again(rows, f_max, scale, SOME, X)
+            pivot = tl.where(again, more.pivot, f_max)
+            rest = tl.where(again, more.rest, rest)
+            rest_squares = tl.where(again, more.rest_squares, rest_squares)
+            rest_t = tl.where(again, more.rest_t, rest_t)
+            mean_z = tl.where(again, more.mean_z, mean_z)
+            if TV & SUMS:
+                u = tl.fma(rest, tl.exp2((pivot - f_max) * scale), 1.0) / X.columns
+                deviation = tl.where(again, deviations_again(rows, f_max, scale, u, SOME, X), deviation)
+    FEW: tl.constexpr = X.w // 4 if X.w >= 4 and X.columns % 4 == 0 else X.w
+    if SUMLOGP & SUMS and not REST & SUMS:
+        if any_row(again):
+            mean_z = tl.where(again, mean_z_again(rows, f_max, scale, FEW, X), mean_z)
+    if (TV | KL) & SUMS:
+        so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, sums.any_again)
+        kl, deviation = flat_again(rows, so_far, scale, FEW, X, SUMS)
+    return RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, sums.any_again)
 
 
 @triton.jit
