@@ -6,7 +6,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,7 @@ class Detector:
             entry = _entry(method)
             name, needs = entry.name, entry.needs
             Plan([(entry, order_of_norm(entry, norm, True))], (-1,), temperature, bias, False, True, params)
-        if number("tpr", tpr, above=0) >= 1:
+        if not 0 < 1 - number("tpr", tpr, above=0) < 1:  # nor so near to 0 that float64 has 1 for the rest
             raise ValueError(f"tpr must be a number between 0 and 1, got {tpr!r}")
         self.method, self.norm, self.temperature, self.bias = name, norm, float(temperature), bool(bias)
         self.tpr, self.per_class = float(tpr), flag("per_class", per_class)
@@ -196,8 +197,8 @@ class Detector:
         Raises
         ------
         ValueError
-            Where a score is NaN or infinite (the message says how many are), or where the rows are too few
-            for `tpr` (it says how many it takes).
+            Where a score is NaN or infinite (the message says how many are; the detector is then not fitted), or where
+            the rows are too few for `tpr` (it says how many it takes).
 
         Warns
         -----
@@ -239,7 +240,7 @@ class Detector:
     ) -> Detector:
         """Add in-distribution rows to those of earlier calls; too few of them is an error only once it decides.
 
-        The arguments are those of ``fit``.
+        The arguments are those of ``fit``. Where it raises an error, no row of the call counts.
 
         Examples
         --------
@@ -256,16 +257,39 @@ class Detector:
                 labels = labels.reshape(-1)  # of another shape they are refused below
         if self.rows == 0:
             self._forget()  # what an empty batch may have left
-            self._decide_norm(
-                None if self.successor else order_of_norm(_entry(self.method), self.norm, feats is not None)
-            )
-        one_thread_if_forked()
-        with torch.no_grad():
-            s, c = self._scored(logits, feats, backend)
-        if self.rows == 0:
+            with self._all_or_none():
+                self._decide_norm(
+                    None if self.successor else order_of_norm(_entry(self.method), self.norm, feats is not None)
+                )
+                x, c = self._calibration(logits, feats, labels, backend)
             self.classes = logits.shape[1] if logits is not None and (self._by_logits or self.per_class) else None
             reads_feats = self._by_feats or self._order is not None
             self.dim = feats.shape[1] if feats is not None and reads_feats else None
+        else:
+            x, c = self._calibration(logits, feats, labels, backend)
+        self._all.add(x)
+        if self.per_class:
+            order = np.argsort(c, kind="stable")
+            present, starts = np.unique(c[order], return_index=True)
+            for k, part in zip(present.tolist(), np.split(x[order], starts[1:]), strict=False):
+                self._of_class.setdefault(k, _Sample()).add(part)
+        self._limits = self._none()
+        return self
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """A fit that breaks off leaves a detector that is not fitted, rather than one that decides by some rows."""
+        try:
+            yield
+        except BaseException:
+            self._forget()
+            raise
+
+    def _calibration(self, logits: Any, feats: Any, labels: Any, backend: str) -> tuple[Floats, Any]:
+        """The scores of rows to calibrate on; with `labels` or `per_class` also the predicted classes."""
+        one_thread_if_forked()
+        with torch.no_grad():
+            s, c = self._scored(logits, feats, backend)
         x = _numpy(s).astype(np.float64)
         if odd := np.flatnonzero(~np.isfinite(x)).tolist():
             raise ValueError(
@@ -279,14 +303,7 @@ class Detector:
             if labels is not None:
                 right = c == _numpy(class_labels("labels", labels, *logits.shape))
                 x, c = x[right], c[right]
-        self._all.add(x)
-        if self.per_class:
-            order = np.argsort(c, kind="stable")
-            present, starts = np.unique(c[order], return_index=True)
-            for k, part in zip(present.tolist(), np.split(x[order], starts[1:]), strict=False):
-                self._of_class.setdefault(k, _Sample()).add(part)
-        self._limits = self._none()
-        return self
+        return x, c
 
     def _learned(self, logits: Any, feats: Any, labels: Any, dim: int | None) -> tuple[Any, Any, Any]:
         """Fit the successor on every other row; the rows in between, to calibrate on."""
@@ -334,8 +351,9 @@ class Detector:
         from fastood._collect import run
 
         self._forget()
-        for logits, feats, _ in run(model, loader, progress):
-            self.partial_fit(logits, feats)
+        with self._all_or_none():
+            for logits, feats, _ in run(model, loader, progress):
+                self.partial_fit(logits, feats)
         self._calibrate()
         self._warn_if_inverted()
         return self
@@ -682,7 +700,8 @@ class Detector:
 
         safetensors = library("safetensors")
         if not os.path.isfile(path):
-            raise FileError(f"{os.fspath(path)}: no such file")
+            found = "is a folder, not a file" if os.path.isdir(path) else "no such file"
+            raise FileError(f"{os.fspath(path)}: {found}")
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 header = (file.metadata() or {}).get("fastood", "")
@@ -818,15 +837,14 @@ class _Sample:
         self.n += len(scores)
 
     def merge(self, other: _Sample) -> None:
-        exact = list(other._exact)
+        exact = np.concatenate([np.empty(0), *other._exact])
+        self.add(exact)  # at once and before the rest: where it takes a library that is not there, nothing is merged
         if other._sketch is not None:
             sketch = self._sketch or _new_sketch()
             sketch.merge(other._sketch)
             self._sketch = sketch
         self._kept = [*self._kept, *other._kept]
-        self.n += other.n - sum(map(len, exact))
-        for part in exact:
-            self.add(part)
+        self.n += other.n - len(exact)
         self._ranked = None
 
     def ranked(self) -> tuple[Floats, Ints]:

@@ -86,6 +86,13 @@ def test_too_few_rows_are_an_error_that_says_how_many_it_takes(tpr, least):
         assert short.partial_fit(rows[:1]).accept(rows).all()
 
 
+def test_the_least_tpr_there_is():
+    rows = torch.arange(30.0)[:, None]
+    assert Detector("max_logit", tpr=2**-53).fit(rows).threshold == 29
+    with pytest.raises(ValueError, match="tpr must be a number between 0 and 1, got 1e-17"):  # 1 - tpr is 1
+        Detector("max_logit", tpr=1e-17)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("n", "tpr"), [(19, 0.95), (60, 0.9), (500, 0.5)])
 def test_the_share_of_accepted_rows_is_as_promised(n, tpr, ties):

@@ -140,6 +140,8 @@ def test_bytes_changed_at_random_give_a_detector_or_a_clear_error(saved):
 def test_other_files(tmp_path):
     with pytest.raises(FileError, match="nowhere: no such file"):
         Detector.load(tmp_path / "nowhere")
+    with pytest.raises(FileError, match="is a folder, not a file"):
+        Detector.load(tmp_path)
     pickled = tmp_path / "p.safetensors"
     pickled.write_bytes(pickle.dumps({"scores": [1.0]}))
     with pytest.raises(FileError, match="cannot be read as a detector"):

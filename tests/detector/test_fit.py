@@ -57,6 +57,24 @@ def test_fit_forgets_and_partial_fit_does_not():
     assert fitted.threshold == Detector().fit(logits).threshold
 
 
+def test_a_fit_that_fails_adds_no_row():
+    logits, feats = data()
+    bad = logits.clone()
+    bad[7] = math.nan
+    fitted = Detector(tpr=0.9)
+    for use in (fitted.partial_fit, fitted.fit):
+        with pytest.raises(ValueError, match="1 of 300 rows are not finite"):
+            use(bad)
+        assert repr(fitted) == "Detector('energy', tpr=0.9; not fitted)"
+        assert torch.equal(fitted.score(logits, feats), fastood.score(logits, feats))  # nor is the norm decided
+    fitted.fit(logits, feats)
+    before = repr(fitted)
+    for rows in ((bad, feats), (logits[:, :2], feats), (logits, feats, torch.full((300,), 5))):
+        with pytest.raises(ValueError, match=r"^(logits|labels)"):
+            fitted.partial_fit(*rows)
+        assert repr(fitted) == before
+
+
 def test_merge_says_what_differs():
     logits, feats = data()
     fitted = Detector().fit(logits, feats)

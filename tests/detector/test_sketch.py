@@ -75,5 +75,10 @@ def test_without_the_library_the_error_says_so_and_changes_nothing(monkeypatch):
     fitted = Detector("max_logit").fit(np.arange(100.0)[:, None])
     with pytest.raises(RuntimeError, match="datasketches is needed for more than 100 calibration rows: pip install"):
         fitted.partial_fit(np.arange(5.0)[:, None])
+    shard = Detector("max_logit").fit(np.full((40, 1), 7.0)).partial_fit(np.full((40, 1), 8.0))
+    small = Detector("max_logit").fit(np.arange(50.0)[:, None])
+    with pytest.raises(RuntimeError, match="datasketches is needed"):
+        small.merge(shard)  # of whose two parts one would fit
+    assert (small.rows, small.threshold) == (50, 1)
     assert fitted.rows == 100
     assert fitted.threshold == 4
