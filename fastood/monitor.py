@@ -9,7 +9,6 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import gammaln  # type: ignore[import-untyped]
 from torch import Tensor
@@ -23,6 +22,7 @@ __all__ = ["Monitor"]
 STATE_VERSION = 1
 
 _LENGTHS = 3  # of windows, each a tenth of the one before
+_MOST = 2**53  # rows, of which no sum is past what int64 holds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -113,8 +113,8 @@ class Monitor:
         if alpha >= 1:
             raise ValueError(f"alpha must be a number between 0 and 1, got {alpha!r}")
         self.window = int(number("window", window, at_least=1))
-        if self.window != window:
-            raise ValueError(f"window must be a whole number of rows, got {window!r}")
+        if self.window != window or self.window > _MOST:
+            raise ValueError(f"window must be a whole number of rows, at most 2**53, got {window!r}")
         self._threshold = None if isinstance(limit, Tensor) else limit
 
         n, sample = detector.rows, detector._all
@@ -178,12 +178,14 @@ class Monitor:
         if not finite.all():
             x = x[finite]
         place = self._fine.searchsorted(x)
+        with np.errstate(over="ignore"):
+            total = float(x.sum())
         with self._lock:
             self.rows += rows
             self.accepted += int(np.count_nonzero(accepted))
             self.not_finite += rows - len(x)
             if len(x):
-                self._sum += float(x.sum())
+                self._sum += total
                 self._least, self._most = min(self._least, float(x.min())), max(self._most, float(x.max()))
                 self._histogram += np.bincount(place, minlength=len(self._histogram))
                 self._test(self._ties_broken(x, self._bin_of[place]))
@@ -388,8 +390,10 @@ class Monitor:
         ValueError
             Where it is no such state, or one of another detector or window; nothing has changed then.
         """
-        for name, x in self._checked("state", state).items():
-            setattr(self, name, x)
+        checked = self._checked("state", state)
+        with self._lock:
+            for name, x in checked.items():
+                setattr(self, name, x)
         return self
 
     def _checked(self, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -505,7 +509,7 @@ def _vector(name: str, x: Any, what: str, kind: str) -> NDArray[Any]:
     one_thread_if_forked()
     if isinstance(x, Tensor):
         x = x.detach().cpu()
-        x = (x.double() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+        x = (x.double() if x.is_floating_point() else x).numpy()
     elif not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a torch tensor or a numpy array, got {type(x).__name__}")
     if x.dtype.kind != kind:
@@ -516,8 +520,8 @@ def _vector(name: str, x: Any, what: str, kind: str) -> NDArray[Any]:
 
 
 def _count(name: str, x: Any) -> int:
-    if type(x) is not int or x < 0:
-        raise ValueError(f"{name} must be whole numbers >= 0, got {x!r}")
+    if type(x) is not int or not 0 <= x <= _MOST:
+        raise ValueError(f"{name} must be whole numbers from 0 to 2**53, got {x!r}")
     return x
 
 

@@ -257,6 +257,14 @@ def test_threads_lose_no_row():
     )
 
 
+def test_a_sum_that_overflows_loses_no_row():
+    monitor = Monitor(fitted(normal(100)))
+    for scores in (np.full(10, 1.7e308), np.full(10, -1.7e308)):
+        monitor.update(scores)
+    assert (monitor.rows, monitor.accepted, monitor.quantile(0)) == (20, 10, -1.7e308)
+    assert Monitor(fitted(normal(100))).load_state_dict(monitor.state_dict()).rows == 20
+
+
 def test_no_rows():
     monitor = Monitor(fitted(normal(100)))
     for _ in range(2):
@@ -351,7 +359,7 @@ def test_a_state_goes_through_json_and_goes_on():
         ({"version": 2}, "state must be of version 1, got 2"),
         ({"window": 99}, "state must be of window=10000, got 99"),
         ({"edges": [0.0]}, "the calibration scores are others"),
-        ({"rows": -1}, "damaged: rows must be whole numbers >= 0, got -1"),
+        ({"rows": -1}, "damaged: rows must be whole numbers from 0 to .*, got -1"),
         ({"rows": 101}, "damaged: its counts contradict each other"),
         ({"accepted": 101}, "damaged: its counts"),
         ({"accepted": True}, "damaged: accepted must be"),
@@ -365,6 +373,10 @@ def test_a_state_goes_through_json_and_goes_on():
         ({"least": 99.0}, "damaged: its counts"),
         ({"shards": 0}, "damaged: its counts"),
         ({"sum": "much"}, "damaged"),
+        (
+            {"windows": [[1, *[2**62] * 11]] * 3},
+            "damaged: windows must be whole numbers from 0",
+        ),  # whose sum wraps round
     ],
 )
 def test_damaged_states_are_refused_whole(change, message):
@@ -395,7 +407,7 @@ def test_mistakes():
     for alpha in (0, 1, -1, math.nan):
         with pytest.raises(ValueError, match="alpha must be"):
             Monitor(found, alpha=alpha)
-    for window in (0, 1.5, math.inf):
+    for window in (0, 1.5, math.inf, 1e30):
         with pytest.raises(ValueError, match="window must be"):
             Monitor(found, window=window)
     monitor = Monitor(found)
