@@ -133,8 +133,15 @@ def vector(name: str, x: Any) -> NDArray[np.float64]:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array: leave masked rows out, knowingly, by its compressed()")
     if isinstance(x, Tensor):
-        x = x.detach().cpu().double().numpy()
-    a = np.asarray(x, dtype=np.float64)
+        x = x.detach().cpu()
+        x = (x.double() if x.is_floating_point() else x).numpy()
+    try:
+        a = np.asarray(x)
+    except ValueError:  # rows of several lengths
+        raise ValueError(f"{name} must be a non-empty vector, got a ragged one") from None
+    if a.size and a.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must hold real numbers, got {a.dtype}")
+    a = a.astype(np.float64, copy=False)
     if a.ndim != 1 or a.size == 0:
         raise ValueError(f"{name} must be a non-empty vector, got shape {list(a.shape)}")
     if bad := int(np.isnan(a).sum()):

@@ -65,6 +65,12 @@ def test_bad_scores(metric):
         metric([1.0], [])
     with pytest.raises(ValueError, match=r"id_scores must be a non-empty vector, got shape \[1, 2\]"):
         metric([[1.0, 2.0]], [0.0])
+    text, time = ["1", "2"], np.array(["2024"], "M8[Y]")
+    for odd in (text, time, np.array([1 + 2j]), torch.tensor([1 + 2j]), np.array([1, None])):
+        with pytest.raises(TypeError, match="ood_scores must hold real numbers, got "):
+            metric([1.0], odd)
+    with pytest.raises(ValueError, match="id_scores must be a non-empty vector, got a ragged one"):
+        metric([[1.0], [2.0, 3.0]], [0.0])
     hidden = np.ma.masked_array([1.0, 9.0], [False, True])
     for scores_of_sets, name in (((hidden, [0.0]), "id_scores"), (([1.0], hidden), "ood_scores")):
         with pytest.raises(TypeError, match=f"{name} must not be a masked array: leave masked rows out"):
