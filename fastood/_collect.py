@@ -112,7 +112,10 @@ def run(model: nn.Module, loader: Iterable[Any], progress: bool) -> Iterator[Col
         with torch.inference_mode():
             logits, feats = model(*arguments, **named)[:2]
         if labels is not None:
-            labels = torch.as_tensor(labels)
+            try:
+                labels = torch.as_tensor(labels)
+            except (TypeError, ValueError, RuntimeError) as error:  # text, say
+                raise TypeError(f"labels must be numbers, one per row, got {type(labels).__name__}: {error}") from None
             if labels.shape != logits.shape[:1]:
                 raise ValueError(f"labels must be [{len(logits)}], one per row, got shape {list(labels.shape)}")
         if labelled not in (None, labels is not None):
@@ -157,7 +160,7 @@ def _moved(x: Any, device: torch.device) -> Any:
 
 def shown(loader: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
     """`loader`, with a bar on the terminal where there is one."""
-    if not sys.stderr.isatty() or find_spec("rich") is None:
+    if not (sys.stderr and sys.stderr.isatty()) or find_spec("rich") is None:
         return loader
     from rich.console import Console
     from rich.progress import track
@@ -214,7 +217,9 @@ class _Spool:
                     f"{name} must be {before.dtype} [n{''.join(f', {n}' for n in before.shape[1:])}] in every batch, "
                     f"got {x.dtype} {list(x.shape)}"
                 )
-            self.files[name].write(x.cpu().contiguous().view(torch.uint8).numpy().data)
+            # A copy, for the stride of an axis of length 1 may be anything, and view would have it 1.
+            rows = x.cpu().clone(memory_format=torch.contiguous_format)
+            self.files[name].write(rows.view(torch.uint8).numpy().data)
             self.arrays[name] = before._replace(shape=(before.shape[0] + len(x), *x.shape[1:]))
 
 
@@ -238,9 +243,13 @@ def _write_npz(path: Path, temporary: Path, arrays: Arrays) -> None:
 
 def _write_safetensors(path: Path, temporary: Path, arrays: Arrays) -> None:
     # By hand, for the library takes whole tensors: the length of the header, the header, the rows.
+    from fastood.files import FileError
+
     header, end = {}, 0
     ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)  # every one aligned
     for name, x in ordered:
+        if x.dtype not in _SAFETENSORS:
+            raise FileError(f"{path}: safetensors has no {x.dtype}, as {name} are")
         begin, end = end, end + x.path.stat().st_size
         header[name] = {"dtype": _SAFETENSORS[x.dtype], "shape": x.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -262,6 +271,9 @@ _SAFETENSORS = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }

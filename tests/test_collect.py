@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastood
-from fastood.files import FileError, open_rows
+from fastood.files import FileError, arrays_of, open_rows
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,25 @@ def test_bfloat16_to_a_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_one_column_of_any_stride_to_a_file(tmp_path):
+    x = torch.arange(3.0)
+    odd = x.as_strided((3, 1), (1, 0))
+    model = fastood.attach(nn.Flatten(), (nn.Identity(), nn.Identity())).eval()
+    fastood.collect(model, [odd], tmp_path / "x.npz")
+    assert np.load(tmp_path / "x.npz")["logits"].tolist() == [[0], [1], [2]]
+
+
+def test_labels_of_any_numbers_to_a_file(tmp_path):
+    model, x, y = data()
+    for kind in (torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.bool):
+        for name in ("x.safetensors", "x.npz"):
+            fastood.collect(model, [(x, y.to(kind))], tmp_path / name)
+            with arrays_of(tmp_path / name) as arrays:
+                assert arrays["labels"]().dtype.lower() == str(kind).removeprefix("torch.")
+    with pytest.raises(FileError, match=r"safetensors has no torch\.complex64, as labels are"):
+        fastood.collect(model, [(x, y.to(torch.complex64))], tmp_path / "y.safetensors")
+
+
 @pytest.mark.parametrize("kind", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz"])
 def test_fp8_to_a_file(tmp_path, kind):
     if "fnuz" in kind:
@@ -163,6 +182,8 @@ def test_what_collect_refuses():
         fastood.collect(model, [(x, y[:7])])
     with pytest.raises(ValueError, match="labels with every batch or with none"):
         fastood.collect(model, [(x, y), x])
+    with pytest.raises(TypeError, match="labels must be numbers, one per row, got list: "):
+        fastood.collect(model, [(x, ["cat"] * 50)])
     with pytest.raises(TypeError, match="progress must be True or False"):
         fastood.collect(model, [x], progress=3)
 
@@ -189,6 +210,8 @@ def test_progress_on_a_terminal_alone(monkeypatch, capsys):
     monkeypatch.setattr("fastood._collect.find_spec", lambda name: None)
     fastood.collect(model, x.split(7))
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr", None)  # where it is closed
+    fastood.collect(model, x.split(7))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -202,6 +225,14 @@ def test_fit_loader_is_fit(options):
     torch.testing.assert_close(torch.as_tensor(detector.threshold), torch.as_tensor(expected.threshold))
     with pytest.raises(ValueError, match="takes at least 99 in-distribution rows, got 50"):
         fastood.Detector(tpr=0.99).fit_loader(model, x.split(16))
+
+    def broken():
+        yield x
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        detector.fit_loader(model, broken())
+    assert "not fitted" in repr(detector)  # rather than on what had come
 
 
 def test_fit_loader_holds_one_batch():
