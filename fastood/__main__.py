@@ -1,11 +1,14 @@
 """``fastood`` and ``python -m fastood``."""
 
+import os
 import signal
 import sys
 
 
 def main() -> None:
     """Run the command line, or say what it needs."""
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
     try:
         from fastood.cli import app
     except ModuleNotFoundError as error:

@@ -93,7 +93,7 @@ class Scorer:
             raise ValueError(f"detector has settings of its own: leave out {', '.join(given)}")
         self.detector = detector if isinstance(detector, Detector | None) else Detector.load(detector)
         self._options = {"norm": "auto", "temperature": 1.0, "bias": False, "log": False, "oriented": True, **options}
-        self._keys, self._inputs_key = {"logits": logits_key, "feats": feats_key}, inputs_key
+        self._keys, self._inputs_key = _two_columns(logits_key, feats_key), inputs_key
         self.device, self._backend = torch.device(device), backend
         self._make_model, self._model = model, None
         self._works: dict[tuple[bool, bool], _columns.Work] = {}
@@ -283,6 +283,12 @@ def _digest(detector: Detector) -> str:
 
 
 # ---- from Arrow to tensors
+
+
+def _two_columns(logits_key: str, feats_key: str) -> dict[str, str]:
+    if logits_key == feats_key:
+        raise ValueError(f"logits_key and feats_key must name two columns, got {logits_key!r} for both")
+    return {"logits": logits_key, "feats": feats_key}
 
 
 def _is_list(pa: Any, kind: Any) -> bool:
@@ -502,7 +508,7 @@ def fit_file(
     >>> detector = functools.reduce(fastood.Detector.merge, parts)  # doctest: +SKIP
     """
     choice("nan", nan, ("fail", "drop"))
-    keys = {"logits": logits_key, "feats": feats_key}
+    keys = _two_columns(logits_key, feats_key)
     own = copy.deepcopy(fitted)
     lost = row = 0
     with ExitStack() as stack, blaming(source):
@@ -620,7 +626,7 @@ def batches(file: Any, names: list[str], rows: int | None) -> Iterator[Any]:
     if rows is None:
         bytes_of_all = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
         rows = max(CHUNK_BYTES * metadata.num_rows // max(bytes_of_all, 1), 1)
-    yield from file.iter_batches(batch_size=rows, columns=names)
+    yield from file.iter_batches(batch_size=min(rows, metadata.num_rows), columns=names)
 
 
 @contextmanager

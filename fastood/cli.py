@@ -756,7 +756,7 @@ def _heatmap(sets: list[Rows], names: list[str], device: torch.device, **options
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("fastood-demo"),
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random numbers.")] = 0,
 ) -> None:
     """Train a small classifier, score in- and out-of-distribution data, and show what comes out.
 

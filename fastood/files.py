@@ -150,7 +150,7 @@ class Rows:
             return max(CHUNK_BYTES // max(row_bytes, 1), 1)
         if asked < 1:
             raise ValueError(f"rows_per_chunk must be at least 1, got {asked}")
-        return asked
+        return min(asked, max(self.rows, 1))  # beyond that Parquet's reader would count in int64
 
     def close(self) -> None:
         self._resources.close()
@@ -177,7 +177,8 @@ def open_rows(
         .parquet (columns of tensors or of lists, or a column of numbers per class and per feature).
         Objects are never unpickled.
     logits_key, feats_key : str, optional
-        What the file calls them. Left out: "logits" and "feats", of which one may be absent.
+        What the file calls them. Left out: "logits" and "feats", of which one may be absent, as it is where that name
+        was given for the other.
 
         In a .pt file "a.b" is ["a"]["b"], and "0.b" is [0]["b"]. In a .parquet file without a column of that
         name, "logit" is the columns "logit_0", "logit_1" and so on, and "logits" those or "logits_0", ...;
@@ -208,6 +209,9 @@ def open_rows(
             logits = _matrix(path, contents, logits_key, "logits")
             feats = _matrix(path, contents, feats_key, "feats")
             ids = _vector_of_ids(path, contents, id_key)
+        if logits and feats and logits.key == feats.key and None in (logits_key, feats_key):
+            # What was named as the one is not the other by default, too.
+            logits, feats = (None, feats) if logits_key is None else (logits, None)
         if logits is None and feats is None:
             raise FileError(f"{path}: must hold 'logits' or 'feats', {_found(contents)}")
         if logits and logits.shape[1] == 0:
@@ -692,12 +696,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = _target(path)
     before = target.stat() if target.exists() else None
     temporary = target.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-    try:
-        # Until it has the old file's mode, nobody else may look into it.
-        temporary.touch(0o666 if before is None else 0o600, exist_ok=False)
-    except OSError as error:
-        raise FileError(f"{path}: no file can be made in {target.parent}: {error.strerror}") from error
-    try:
+    try:  # which begins before there is the file: a signal may come in between
+        try:
+            # Until it has the old file's mode, nobody else may look into it.
+            temporary.touch(0o666 if before is None else 0o600, exist_ok=False)
+        except OSError as error:
+            raise FileError(f"{path}: no file can be made in {target.parent}: {error.strerror}") from error
         yield temporary
         if before is not None:
             for uid, gid in ((-1, before.st_gid), (before.st_uid, -1)):

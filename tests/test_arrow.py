@@ -186,6 +186,7 @@ def test_what_is_wrong_with_a_table(given, message):
         ({"methods": "enery"}, "did you mean 'energy'"),
         ({"temperature": 0}, "temperature"),
         ({"nrm": 2}, "nrm"),
+        ({"logits_key": "feats"}, "logits_key and feats_key must name two columns, got 'feats' for both"),
         ({"detector": fastood.Detector(norm=2)}, "not fitted"),
         ({"detector": fastood.Detector().fit(LOGITS), "norm": 2}, "detector has settings of its own: leave out norm"),
     ],
@@ -409,6 +410,8 @@ def test_rows_that_cannot_be_fitted_on_fail_or_are_counted(tmp_path):
     np.testing.assert_array_equal(
         fitted.p_value(LOGITS), fastood.Detector().fit(np.delete(LOGITS, [2, 4, 9], 0)).p_value(LOGITS)
     )
+    with pytest.raises(ValueError, match="logits_key and feats_key must name two columns"):
+        arrow.fit_file(path, fastood.Detector(), feats_key="logits")
     with pytest.raises(FileError, match="must hold 'y', found 'logits'"):
         arrow.fit_file(path, fastood.Detector(), labels_key="y")
     with pytest.raises(FileError, match="must hold 'f' or 'feats', found 'logits'"):

@@ -37,6 +37,11 @@ def test_demo_prints_the_table_and_the_files(data, monkeypatch):
     assert result.stderr == "working\n"
 
 
+def test_demo_wants_a_seed_that_all_its_libraries_take():
+    for seed in ("-1", str(2**32)):
+        assert "--seed" in run("demo", f"--seed={seed}", code=2).stderr
+
+
 def test_demo_wants_a_folder(data):
     assert complaint("demo", "--out", "val.npz") == "error: val.npz: is a file; a folder is wanted to write to\n"
 

@@ -57,6 +57,16 @@ def handlers():
         signal.signal(number, handler)
 
 
+def test_it_runs_where_standard_error_is_closed(data, handlers, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fastood", "score", "val.npz", "out.npy"])
+    monkeypatch.setattr(sys, "stderr", None)  # so Python has it
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stderr.close()
+    assert end.value.code == 0
+    assert os.path.exists("out.npy")
+
+
 def test_a_bar_on_a_terminal_ends_before_the_complaint(data, handlers, monkeypatch):
     pty = pytest.importorskip("pty", reason="needs a POSIX terminal")
     terminal, stderr = pty.openpty()

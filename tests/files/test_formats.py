@@ -46,6 +46,17 @@ def test_every_format_with_keys_of_ones_own(save):
     np.testing.assert_array_equal(feats, FEATS)
 
 
+@pytest.mark.parametrize("name", ["logits", "feats"])
+def test_what_is_named_as_the_one_is_not_taken_as_the_other_too(tmp_path, name):
+    path = tmp_path / "x.npz"
+    np.savez(path, **{name: FEATS})
+    other = {"logits": "feats", "feats": "logits"}[name]
+    with open_rows(path, **{f"{other}_key": name}) as rows:
+        assert (rows.logits_key, rows.feats_key) == (None, name)[:: 1 if other == "feats" else -1]
+    with open_rows(path, logits_key=name, feats_key=name) as rows:  # of which one must be sure
+        assert rows.classes == rows.dim == FEATS.shape[1]
+
+
 def test_every_format_of_no_rows_still_names_its_scores(save, tmp_path):
     path = save(logits=LOGITS[:0], feats=FEATS[:0])
     out = tmp_path / "out.npz"
@@ -105,6 +116,12 @@ def test_fp8_comes_as_float16(tmp_path, dtype):
         got = read(tmp_path / name, 5)[0]
         assert got.dtype == torch.float16
         assert torch.equal(got.float(), x[:n].float())
+
+
+def test_chunks_of_more_rows_than_int64_counts(save):
+    path = save(logits=LOGITS, feats=FEATS)
+    with open_rows(path) as rows:
+        assert [len(logits) for logits, _ in rows.chunks(10**20)] == [len(LOGITS)]
 
 
 def test_chunks_start_over_and_stay_in_the_byte_budget(save, monkeypatch):

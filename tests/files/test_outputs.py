@@ -178,6 +178,19 @@ def test_an_interrupted_output_leaves_nothing_and_changes_nothing(tmp_path, suff
         assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
 
 
+def test_a_signal_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
+    touch = Path.touch
+
+    def interrupted(*arguments, **options):
+        touch(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "x.csv"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_must_not_change_and_there_must_be_some(tmp_path):
     with save_scores(tmp_path / "a.npz") as writer:
         writer.write(SCORES)
