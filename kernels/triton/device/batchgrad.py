@@ -22,7 +22,7 @@ a row's bits would then depend.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.words import INF
+from fastood.kernels.triton.device.words import INF, in_full
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -38,7 +38,7 @@ def turned(h_ptr, h_stride, x_ptr, sum_ptr, N, D, feat_blocks, BIAS: tl.constexp
     block = tl.program_id(1)
     d = block * FEATS + tl.arange(0, FEATS)[None, :]
     row = n.to(tl.int64)[:, None]
-    h = tl.load(h_ptr + row * h_stride + d, mask=(n < N)[:, None] & (d < D), other=0.0).to(tl.float32)
+    h = in_full(tl.load(h_ptr + row * h_stride + d, mask=(n < N)[:, None] & (d < D), other=0.0))
     if BIAS:
         h = tl.where(d == D, 1.0, h)
     tl.store(x_ptr + ((row // ROWS) * feat_blocks * FEATS + d) * ROWS + row % ROWS, h)
@@ -157,7 +157,7 @@ def partial_sums(
         linear = tl.zeros_like(f_max)
         for k in tl.static_range(OWN):
             inside = (class_block * CLASSES + own + k < C)[:, None]
-            f = tl.load(logits + k, mask=given & inside, other=-INF).to(tl.float32)
+            f = in_full(tl.load(logits + k, mask=given & inside, other=-INF))
             e = tl.exp2((f - f_max) * scale)
             p = e * p_max
             one_minus_p = tl.where(e == 1.0, one_minus_p_max, tl.fma(-e, p_max, 1.0))

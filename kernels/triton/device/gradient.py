@@ -23,6 +23,7 @@ from fastood.kernels.triton.device.words import (
     INTERPRETED,
     LN2,
     exp2_double,
+    in_full,
     larger,
     load_table,
     log1p,
@@ -66,7 +67,7 @@ def read(f, q, k, WHOLE: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr):
 @triton.jit
 def load_elements(ptr, k, FILL: tl.constexpr, WHOLE: tl.constexpr, S: tl.constexpr):
     x = tl.load(ptr + k) if WHOLE else tl.load(ptr + k, mask=k // S.vec < S.columns // S.vec, other=FILL)
-    return x.to(tl.float32)
+    return in_full(x)
 
 
 @triton.jit

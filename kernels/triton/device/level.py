@@ -24,9 +24,8 @@ class LevelSums(NamedTuple):
 @triton.jit
 def kl_uniform(rest, mean_z, C):
     """log mean e^z - mean z, and which rows are so flat that this loses too much."""
-    mean = mean_z.to(tl.float64)
-    kl = log(1.0 + rest) - log(tl.zeros_like(rest) + C) - mean
-    return kl.to(tl.float32), (kl < FLAT_KL) | (kl < mean * -FLAT_KL_SHARE)
+    kl = log(1.0 + rest) - log(tl.zeros_like(rest) + C) - mean_z
+    return kl, (kl < FLAT_KL) | (kl < mean_z * -FLAT_KL_SHARE)
 
 
 @triton.jit
@@ -112,4 +111,4 @@ def mean_z_again(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr):
         for j in tl.static_range(len(xs)):
             own = within(w + i * W, j, X)
             slot += tl.where(own, (xs[j].to(tl.float64) - wide_max) * wide_scale, 0.0)
-    return (tl.sum(slot, 1) * (LN2 / X.columns)).to(tl.float32)
+    return tl.sum(slot, 1) * (LN2 / X.columns)

@@ -43,7 +43,7 @@ class RowSums(NamedTuple):
     rest: Any  # sum 2^t
     rest_squares: Any  # sum 2^2t
     rest_t: Any  # sum t 2^t
-    mean_z: Any
+    mean_z: Any  # in float64, as KL(u || p): a score may be finite that multiplies what is beyond float32
     deviation: Any  # sum over all of |2^t - u|, u = (sum 2^t) / C
     kl: Any  # KL(u || p)
     any_again: Any  # whether the program has read any of its rows again: otherwise no pivot is below the maximum
@@ -88,9 +88,9 @@ def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
     rest = tl.zeros_like(f_max)
     rest_squares = rest
     rest_t = rest
-    mean_z = rest
+    mean_z = rest.to(tl.float64)
     deviation = rest
-    kl = rest
+    kl = mean_z
     pivot = f_max
     any_again = False
     if EXP & SUMS:
@@ -133,7 +133,7 @@ def softmax_sums(rows, scale, X: tl.constexpr, SUMS: tl.constexpr):
         if PLOGP & SUMS:
             rest_t = tl.fma(totals.te, per_e_max, -(t_max * summed))
         if SUMLOGP & SUMS:
-            mean_z = tl.fma(totals.t, LN2 / C, t_max * -LN2)
+            mean_z = tl.fma(totals.t, LN2 / C, t_max * -LN2).to(tl.float64)
         if TV & SUMS:
             u = (rest + 1.0) * e_max / C
             deviation = deviations(es, u) * per_e_max
@@ -194,7 +194,7 @@ def mend(rows, sums, again, es, e_max, t_max, per_e_max, scale, X: tl.constexpr,
 def flat_again(rows, sums, scale, W: tl.constexpr, X: tl.constexpr, SUMS: tl.constexpr):
     """KL(u || p) and the deviation; of nearly flat rows from reading them again, by tiles of W words."""
     rest = tl.where(sums.pivot == sums.f_max, sums.rest, 0.0)
-    kl, deviation, flat = rest, sums.deviation, sums.f_max != sums.f_max
+    kl, deviation, flat = sums.kl, sums.deviation, sums.f_max != sums.f_max
     if KL & SUMS:
         kl, flat = kl_uniform(rest, sums.mean_z, X.columns)
     if TV & SUMS:
@@ -263,7 +263,8 @@ def shift_of(f_max, scale, ONCE: tl.constexpr):
     if ONCE:
         shift = f_max * scale
         shift = tl.fma(tl.abs(shift), 2.0**-23, shift)  # so that no t is above 0
-        return shift[:, None], fused(f_max, scale, -shift), (tl.abs(shift) > MOST_SHIFT) & (tl.abs(f_max) < INF)
+        near = tl.abs(shift) <= MOST_SHIFT  # not of NaN either, which comes of what is beyond float32
+        return shift[:, None], fused(f_max, scale, -shift), (tl.abs(f_max) < INF) & ~near
     else:
         return 0.5 * f_max[:, None], tl.zeros_like(f_max), f_max < f_max
 
@@ -339,8 +340,8 @@ def sums_again(rows, f_max, scale, W: tl.constexpr, X: tl.constexpr):
             rest_t = tl.fma(e, tl.maximum(t, -1e30).to(tl.float64), rest_t)
             sum_t += tl.where(own, (xs[j].to(tl.float64) - f_max[:, None].to(tl.float64)) * scale, 0.0)
     rest, rest_squares = tl.sum(rest, 1) + others, tl.sum(rest_squares, 1) + others
-    narrow = in_float32((rest, rest_squares, tl.sum(rest_t, 1), tl.sum(sum_t, 1) * (LN2 / X.columns)))
-    return SumsAgain(pivot, narrow[0], narrow[1], narrow[2], narrow[3])
+    narrow = in_float32((rest, rest_squares, tl.sum(rest_t, 1)))
+    return SumsAgain(pivot, narrow[0], narrow[1], narrow[2], tl.sum(sum_t, 1) * (LN2 / X.columns))
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from fastood.kernels.triton.device.words import (
     any_row,
     filler,
     fused,
+    in_full,
     larger,
     larger_words,
     row_max,
@@ -84,9 +85,9 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
     rest = tl.zeros_like(f_max)
     rest_squares = rest
     rest_t = rest
-    mean_z = rest
+    mean_z = rest.to(tl.float64)
     deviation = rest
-    kl = rest
+    kl = mean_z
     pivot = f_max
     any_again = False
     if EXP & SUMS:
@@ -117,7 +118,7 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
         if PLOGP & SUMS:
             rest_t = ((totals.te - t_max * totals.e) / e_max).to(tl.float32)
         if SUMLOGP & SUMS:
-            mean_z = ((totals.t / C - t_max) * LN2).to(tl.float32)
+            mean_z = (totals.t / C - t_max) * LN2
         if TV & SUMS:
             mean = ((wide_rest + 1.0) * e_max / C).to(tl.float32)[:, None]
             slot = words_above(last, scale, row_shift, mean, X, TYPE)
@@ -183,7 +184,7 @@ def read_tiles(rows, first, X: tl.constexpr, K: tl.constexpr, LAST: tl.constexpr
             raw = raw + (tl.load(here + i * X.w, eviction_policy=POLICY),)
     us = ()
     for i in tl.static_range(K):
-        us = us + of_threads(raw[i] if X.p == 2 else raw[i].to(tl.float32), X.words)
+        us = us + of_threads(raw[i] if X.p == 2 else in_full(raw[i]), X.words)
     return us
 
 

@@ -228,8 +228,8 @@ def filler(FILL, P, TYPE):
 
 @triton.jit
 def in_full(x):
-    """float32 of any type; of bfloat16 by its bits, since the interpreter's conversion makes subnormals 0."""
-    if x.dtype == tl.bfloat16:
+    """float32 of any type; of bfloat16 by its bits where the interpreter's conversion would make subnormals 0."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
@@ -350,7 +350,7 @@ def load_row(rows, w, X: tl.constexpr):
         INSIDE = LEFT > 0 or (LEFT == 0 and not X.shifted)
         u = load_slots(rows, i * X.w, INSIDE, X)
         if X.p == 1:
-            u = u.to(tl.float32)
+            u = in_full(u)
         else:
             FILL = filler(-INF, X.p, rows.ptr.dtype.element_ty)
             if X.shifted:

@@ -71,6 +71,36 @@ def test_statistics_far_from_zero(triton_device, C, dtype, temperature):
         assert torch.equal(near[name], got[name][:1]), name
 
 
+# Logits that are divided by T before the maximum is subtracted (129), after it (101, a thread a row: 5), by a long row.
+@pytest.mark.parametrize(
+    ("C", "dtype"),
+    [(5, torch.bfloat16), (101, torch.float32), (129, torch.float32), (261, torch.bfloat16), (24577, torch.float32)],
+    ids=str,
+)
+def test_statistics_at_the_ends_of_float32(triton_device, C, dtype):
+    """Logits that leave float32 when they are divided by T; subnormal ones; mean z and KL(u || p) beyond it."""
+    limit = torch.finfo(dtype).max
+    f = torch.full((8, C), -limit, dtype=dtype)
+    f[1, 0], f[2], f[3] = -math.inf, limit, -1e30
+    f[3, 1:], f[4, 0], f[5, 1] = -2e30, limit, 0
+    f[6], f[7, 1:], f[7, 0] = 1e-40, -math.inf, 1e-40
+    h = torch.full((8, 2), 1e-30, dtype=dtype)
+    for T in (1.0, 1e-10):
+        got = fastood.row_stats(f.to(triton_device), STATS[1:] if T == 1 else STATS, temperature=T, backend="triton")
+        for name in got:
+            expected = truth.stat(name, f, T)
+            allowed = truth.tolerance(name, expected, f, T, truth.EPS["float32"])
+            truth.assert_close(got[name].cpu(), expected, allowed, (name, T))
+    kl, log = (
+        fastood.score(f.to(triton_device), *x, temperature=T, log=log, backend="triton").cpu()
+        for x, log in (((h.to(triton_device), "kl_uniform"), False), ((None, "kl_uniform"), True))
+    )
+    expected, u = truth.stat("kl_uniform", f, T), truth.norm(h, 0.3)
+    truth.assert_close(kl, expected * u, 1e-4 * expected * u)
+    with np.errstate(divide="ignore"):
+        truth.assert_close(log, np.log(expected), 1e-4)
+
+
 @pytest.mark.parametrize("C", [100, 261, 264, 24584])
 def test_bad_rows_on_every_branch(triton_device, C):
     f = torch.zeros(4, C)
