@@ -71,12 +71,8 @@ def test_statistics_far_from_zero(triton_device, C, dtype, temperature):
         assert torch.equal(near[name], got[name][:1]), name
 
 
-# Logits that are divided by T before the maximum is subtracted (129), after it (101, a thread a row: 5), by a long row.
-@pytest.mark.parametrize(
-    ("C", "dtype"),
-    [(5, torch.bfloat16), (101, torch.float32), (129, torch.float32), (261, torch.bfloat16), (24577, torch.float32)],
-    ids=str,
-)
+# Logits that are divided by T after the maximum is subtracted, a thread a row or several, and before (129).
+@pytest.mark.parametrize(("C", "dtype"), [(5, torch.bfloat16), (101, torch.float32), (129, torch.float32)], ids=str)
 def test_statistics_at_the_ends_of_float32(triton_device, C, dtype):
     """Logits that leave float32 when they are divided by T; subnormal ones; mean z and KL(u || p) beyond it."""
     limit = torch.finfo(dtype).max

@@ -65,6 +65,18 @@ def test_a_row_read_tile_by_tile(triton_device, C, dtype):
 
 
 @pytest.mark.usefixtures("short_rows_as_long_ones")
+def test_kl_of_a_long_row_beyond_float32(triton_device):
+    """It is finite times a small norm, and its logarithm is."""
+    f, h = torch.full((2, 801), -3e38), torch.full((2, 2), 1e-30)
+    f[0, 3] = f[1, 1:] = 3e38
+    expected, u = truth.stat("kl_uniform", f, 0.1), truth.norm(h, 1)
+    options = {"method": "kl_uniform", "temperature": 0.1, "backend": "triton"}
+    got = fastood.score(f.to(triton_device), h.to(triton_device), norm=1, **options)
+    truth.assert_close(got.cpu(), expected * u, 1e-5 * expected * u)
+    truth.assert_close(fastood.score(f.to(triton_device), log=True, **options).cpu(), np.log(expected), 1e-5)
+
+
+@pytest.mark.usefixtures("short_rows_as_long_ones")
 def test_a_score_of_a_long_row_alone_has_the_same_bits(triton_device):
     torch.manual_seed(0)
     f, h = (3 * torch.randn(5, 801)).bfloat16().to(triton_device), torch.randn(5, 3).bfloat16().to(triton_device)
