@@ -214,7 +214,8 @@ class OODHead(nn.Module):
     ----------
     threshold : Tensor
         The least score that is accepted, a number or with ``per_class`` [C]; float32, float64 for a head in float64.
-        It stays so when the module is cast to a shorter type. Infinity accepts nothing.
+        It stays so when the module is cast to a shorter type. Infinity accepts nothing, minus infinity every row, those
+        with NaN, too.
 
     Raises
     ------

@@ -89,6 +89,8 @@ def choose(
         raise ValueError("candidates must not be empty")
     if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
     generator = torch.Generator("cpu").manual_seed(int(seed))
     choosing, judging = _halves((logits, feats), int(seed))
     if outside is None:
@@ -168,6 +170,8 @@ def _listed(candidates: Iterable[Any] | None, with_feats: bool) -> list[dict[str
     for x in listed:
         if not isinstance(x, Mapping):
             raise TypeError(f"candidates must be dicts of settings of a Detector, or names, got {x!r}")
+        if own := {"tpr", "per_class"}.intersection(x):
+            raise ValueError(f"candidates must leave {' and '.join(sorted(own))} to choose itself, got {x!r}")
     return [dict(x) for x in listed]
 
 

@@ -293,6 +293,7 @@ def score(
     if given := _given(ctx, ("workers", "bad_files", "model", "inputs_key")):
         raise ValueError(f"{', '.join(given)}: only with --engine ray")
     place = _device(device)
+    inputs = [source, *filter(None, (detector_file, head, train))]
 
     odd: _Odd = {}
     nans, below_0, accepted = _Nans(), Counter[str](), 0
@@ -304,7 +305,7 @@ def score(
             fitted = _successors(later, rows, head, train, train_labels_key, temperature, place, method)
             work = _columns.of_scores(rows.classes, rows.dim, methods, order, fitted, backend=backend, **options)
         with (
-            save_scores(writable(out, source), metadata=_columns.as_json(work.metadata), id_key=rows.id_key) as writer,
+            save_scores(writable(out, *inputs), metadata=_columns.as_json(work.metadata), id_key=rows.id_key) as writer,
             _bars() as chunks_of,
         ):
             chunks = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
@@ -474,7 +475,7 @@ def fit(
     number("--temperature", temperature, above=0)
     if not 0 < tpr < 1:
         raise ValueError(f"--tpr must be between 0 and 1, got {tpr}")
-    writable(out, source, suffixes=(".safetensors",))
+    writable(out, source, *filter(None, (head, train)), suffixes=(".safetensors",))
     order: Order = "auto" if norm is None else _order(norm)
     settings: Any = {"norm": order, "temperature": temperature, "bias": bias, "tpr": tpr, "per_class": per_class}
     if engine is not None:
@@ -638,7 +639,7 @@ def evaluate(
     files = _named_files(ood)
     for output, suffixes in ((json_file, (".json",)), (csv_file, (".csv",)), (html_file, (".html", ".htm"))):
         if output:
-            writable(output, id_file, *files.values(), suffixes=suffixes)
+            writable(output, id_file, *files.values(), *filter(None, (detector_file,)), suffixes=suffixes)
     methods, later = _methods(method or ["all"], bool(norm), head, train)
     norms: Any = tuple(map(_order, norm)) if norm else "auto"
     number("--temperature", temperature, above=0)
@@ -1091,6 +1092,8 @@ def _device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError:
         raise ValueError(f"--device must be a torch device such as cpu or cuda:0, got {text!r}") from None
+    if device.type == "meta":
+        raise ValueError(f"--device must be one that holds numbers, got {text!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: torch finds no GPU here for {text!r}")
     return device
@@ -1180,4 +1183,6 @@ def _named_files(texts: list[str]) -> dict[str, Path]:
         if name in files:
             raise ValueError(f"--ood: {name!r} names two sets; give one another name with --ood NAME={path}")
         files[name] = Path(path)
+    if len(files) > 1 and "average" in files:
+        raise ValueError("--ood: 'average' is the mean over the sets; give this one another name with --ood NAME=FILE")
     return files

@@ -168,7 +168,9 @@ def simplex() -> Figure:
 
 def _bin_edges(sets: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Of every set's own percentiles, so that a large set does not squeeze a small one into a bin."""
-    spans = [np.percentile(x[np.isfinite(x)], [0.5, 99.5]) for x in sets if np.isfinite(x).any()]
+    # Within what an axis can span: from -1.7e308 to 1.7e308 is further than float64 counts.
+    finite = [x[np.isfinite(x)].clip(-1e300, 1e300) for x in sets]
+    spans = [np.percentile(x, [0.5, 99.5]) for x in finite if len(x)]
     low, high = (min(a for a, _ in spans), max(b for _, b in spans)) if spans else (0.0, 0.0)
     size = max(abs(low), abs(high))
     # Scores that are all but equal, for which float64 has no room for bins, go to the middle of a wider axis.

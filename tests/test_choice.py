@@ -191,7 +191,9 @@ def test_outliers_without_a_finite_score_count_as_refused():
         ({"id": (rows()[0].log(), rows()[1])}, ValueError, "rows hold NaN, infinite features, or logits without a"),
         ({"id": (rows()[0], rows()[1] / 0)}, ValueError, "the first of them row"),
         ({"candidates": [{"method": "norm", "norm": 0.001}]}, ValueError, "candidates: none has a finite"),
+        ({"candidates": [{"tpr": 0.5}]}, ValueError, "candidates must leave tpr to choose itself, got {'tpr': 0.5}"),
         ({"seed": "a"}, TypeError, "seed must be an integer, got str"),
+        ({"seed": 2**64}, ValueError, "seed must be an integer of 64 bits, got 18446744073709551616"),
         ({"ood": [rows()]}, TypeError, "ood must be None or a dict of name -> (logits, feats), got list"),
     ],
 )  # fmt: skip

@@ -105,6 +105,12 @@ def test_constant_scores_are_one_bar(value):
         assert np.isfinite(edges).all()
 
 
+def test_scores_further_apart_than_float64_counts_have_an_axis():
+    far = np.array([-1.7e308, 1.7e308])
+    shown = bars(drawn(plots.histograms(far, {"far": far}, "s")))
+    assert [heights.sum() for heights, _ in shown.values()] == [1, 1]
+
+
 def test_scores_a_rounding_apart_have_an_axis():
     shown = bars(drawn(plots.histograms([1.0, 1 - 2**-53], {"o": [1.0, 1 - 2**-52]}, "msp")))
     assert all(heights.sum() == pytest.approx(1) for heights, _ in shown.values())

@@ -108,6 +108,8 @@ def test_score_by_detector_mistakes(det, arguments, message):
     before = sorted(os.listdir())
     assert message in complaint("score", "near.npz", "out.csv", "--detector", "det.safetensors", *arguments)
     assert "a .npy file holds one score" in complaint("score", "near.npz", "o.npy", "--detector", "det.safetensors")
+    text = complaint("score", "near.npz", "det.safetensors", "--detector", "det.safetensors")
+    assert text == "error: det.safetensors: is an input; the output must be another file\n"
     assert sorted(os.listdir()) == before
 
 

@@ -63,6 +63,7 @@ def test_eval_takes_a_file_whose_name_holds_an_equals_sign(data):
     ("arguments", "message"),
     [
         (["--ood", "near.npz", "--ood", "near=far.npz"], "--ood: 'near' names two sets"),
+        (["--ood", "average=near.npz", "--ood", "far.npz"], "--ood: 'average' is the mean over the sets"),
         (["--ood", "x=nope.npz"], "nope.npz: no such file"),
         (["--ood", "near.npz", "--json", "nowhere/t.json"], "nowhere"),
         (["--ood", "near.npz", "--csv", "val.csv"], "val.csv: is an input"),

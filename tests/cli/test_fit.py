@@ -104,6 +104,10 @@ def test_fit_warns_of_the_data(data):
         (["--nan", "keep"], "--nan must be one of 'drop', 'fail', got 'keep'"),
         (["--out", "det.pkl"], "det.pkl: the file's name must end with .safetensors"),
         (["--out", "nowhere/det.safetensors"], "nowhere"),
+        (
+            ["--out", "train.safetensors", "--train", "train.safetensors", "--method", "knn"],
+            "train.safetensors: is an input",
+        ),
         (["--labels-key", "y"], "val.npz: must hold 'y', found 'logits', 'feats', 'names', 'wrong'"),
         (["--labels-key", "names"], "val.npz: 'names' must hold integers, the true classes, got strings"),
         (["--labels-key", "wrong"], "labels must be classes 0..5, got 9..9"),
@@ -113,6 +117,7 @@ def test_fit_warns_of_the_data(data):
 )
 def test_fit_mistakes(data, arguments, message):
     save("val.npz", 5, 0, names=np.array(["a"] * N), wrong=np.full(N, 9))
+    os.symlink("val.npz", "train.safetensors")
     before = sorted(os.listdir())
     out = [] if "--out" in arguments else ["--out", "det.safetensors"]
     assert message in complaint("fit", "val.npz", *out, *arguments)

@@ -193,6 +193,7 @@ def test_no_rows(data):
         (["val.npz", "out.npz", "--temperature", "0"], "--temperature must be a finite number > 0, got 0.0"),
         (["val.npz", "out.npz", "--backend", "abacus"], "must be 'auto' or one of ['"),
         (["val.npz", "out.npz", "--device", "abacus"], "--device must be a torch device"),
+        (["val.npz", "out.npz", "--device", "meta"], "--device must be one that holds numbers, got 'meta'"),
         (["val.npz", "out.npz", "--nan", "omit"], "--nan must be one of 'keep', 'drop', 'fail', got 'omit'"),
         (["val.npz", "out.npz", "--id-key", "image"], "val.npz: must hold 'image', found 'logits', 'feats'"),
         (["val.npz", "out.npz", "--log", "--method", "gen"], "log: gen is never above 0"),
