@@ -1,4 +1,4 @@
-"""Everything that a GPU is asked, in one command of at most 6 minutes: python -m benchmarks.gpu_day OUT
+"""Everything that a GPU is asked, in one command of at most 6 minutes, or 9: python -m benchmarks.gpu_day OUT [--all]
 
 It fills the compile cache in parallel, times kernels (GPU time, by replays of a CUDA graph) and calls of one row (the
 clock, with no waiting between calls), then plain PyTorch and torch.compile of the same formulas, and runs the GPU tests
@@ -6,7 +6,8 @@ in parallel in what time is left. A result that disagrees with float64 is a line
 OUT/gpu_day.json holds all figures, OUT/gpu_day.md the README's tables. A phase is one process or several with a limit
 of their own, which write a line for each figure: a run that is cut leaves what it has measured.
 
---only PHASES       some of them, separated by commas: compile, kernels, calls, rivals, tests
+--all               then gpu_linear.py and gpu_tune.py too, to OUT/linear.txt and OUT/tune.txt: 9 minutes in all
+--only PHASES       some of them, separated by commas: compile, kernels, calls, rivals, tests, linear, tune
 --commit HASH       where there is no .git to ask; or the environment variable FASTOOD_COMMIT
 --rivals-path PATH  PYTHONPATH of the processes that run rivals, or tests of compiled models: torch.compile needs the
                     Triton that torch came with, which another one, in front of it on PYTHONPATH, hides
@@ -42,11 +43,14 @@ from benchmarks.harness import OURS, check, clock, gpu_seconds
 from fastood.api import PAPER_NORMS, PAPER_V
 from fastood.kernels import Request, Stat, prepared, select
 
-IN_ALL = 350  # seconds; the tests have what the others leave of it
-LIMITS = {"compile": 70, "kernels": 60, "calls": 45, "rivals": 90, "tests": IN_ALL}
+# Seconds of each phase, and of all: what one leaves those after it have, up to their own.
+LIMITS = {"compile": 70, "kernels": 60, "calls": 45, "rivals": 90, "tests": 200, "linear": 60, "tune": 120}
+USUAL, MORE = ("compile", "kernels", "calls", "rivals", "tests"), ("linear", "tune")
+IN_ALL, WITH_MORE = 350, 540
 REHEARSAL = {"TRITON_INTERPRET": "1", "FASTOOD_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
 REHEARSED = "--rehearse" in sys.argv or os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if REHEARSED else "cuda"
+ONE_THREAD = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of each process that compiles: pools of their own are too many
 PROCESSES = 2 if REHEARSED else max(2, (os.cpu_count() or 2) - 2)
 ROOT = Path(__file__).parent.parent
 START = float(os.environ.setdefault("GPU_DAY_START", str(time.time())))
@@ -86,6 +90,15 @@ def batchgrad(f: Tensor, h: Tensor, G: Tensor) -> Tensor:
     return detector(G).score(f, h, oriented=False)
 
 
+@cache
+def scaled(C: int, D: int) -> fastood.Fitted:
+    return fastood.Fitted("scale", head=(torch.zeros(C, D), None))
+
+
+def scale(f: Tensor, h: Tensor) -> Tensor:
+    return scaled(f.shape[1], h.shape[1]).score(f, h)
+
+
 def of_layer(formula: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """The formula of the product, which has float32 logits as fastood.score_linear has, and by tensor cores."""
 
@@ -121,6 +134,8 @@ def works() -> Iterator[Work]:
     l2, l3 = (("gradient", q, r, 1.0, "outside") for q, r in (("given", 2.0), ("predicted", 3.0)))
     yield Work("E_q of L2, q given", 131072, 1000, 0, of_statistics(l2), rivals.expected_norm, "q")
     yield Work("E_p of L3", 131072, 1000, 0, of_statistics(l3), partial(rivals.expected_norm, order=3))
+    yield Work("SCALE", 65536, 1000, 2048, scale, lambda f, h: rivals.scale(f, h, f.new_zeros(f.shape[1])))
+    yield Work("GEN", 65536, 1000, 0, partial(fastood.score, method="gen"), rivals.gen)
     for what, method, formula in (("energy", "energy", rivals.energy), ("TV", "tv", rivals.tv)):
         for C in (1000, 128256):
             ours = partial(fastood.score_linear, method=method, norm=None)
@@ -303,8 +318,10 @@ def run_tests(out: Path, limit: float, rivals_path: str | None) -> None:
         graphs += ["benchmarks/test_compiled.py", "--benchmark-disable"]  # whether they are right: nothing is timed
     xdist = importlib.util.find_spec("xdist") is not None
     chosen = "triton and not compiles"  # for GPUs that are not there
-    of_kernels = [["-n", str(PROCESSES), *kernels]] if xdist else [[file] for file in kernels]
-    runs = [(None, ["-k", chosen, *some]) for some in of_kernels] + [(rivals_path, ["-k", "cuda", *graphs])]
+    third = max(1, PROCESSES // 3)
+    of_kernels = [["-n", str(PROCESSES - third), *kernels]] if xdist else [[file] for file in kernels]
+    runs = [(None, ["-k", chosen, *some]) for some in of_kernels]
+    runs += [(rivals_path, ["-k", "cuda or kernels_of_triton", *(["-n", str(third)] if xdist else []), *graphs])]
     if REHEARSED:  # in which those of graphs are skipped, and one process reads torch once
         some = "triton and (one_class or equal_logits or (norms_on_every_branch and 64)) or cuda"
         runs = [(rivals_path, ["-k", some, *kernels, *graphs])]
@@ -313,7 +330,7 @@ def run_tests(out: Path, limit: float, rivals_path: str | None) -> None:
     logs, processes = [], []
     for path, some in runs:
         logs.append(out / f"tests-{len(logs)}.log")
-        environment = os.environ | ({} if path is None else {"PYTHONPATH": path})
+        environment = os.environ | ONE_THREAD | ({} if path is None else {"PYTHONPATH": path})
         with logs[-1].open("w") as file:
             processes.append(
                 subprocess.Popen([*command, *some], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -324,6 +341,22 @@ def run_tests(out: Path, limit: float, rivals_path: str | None) -> None:
         failed = [line[:300] for line in text if line.startswith(("FAILED", "ERROR"))]
         Lines(out / "tests.jsonl")(log.name, dict, summary=text[-1], failed=failed)
         say(text[-1])
+
+
+def run_command(phase: str, out: Path, limit: float) -> None:
+    """gpu_linear.py or gpu_tune.py: what it prints to a file of its own, and that it failed among the figures."""
+    command = [sys.executable, "-m", f"benchmarks.gpu_{phase}", *([str(out)] if phase == "tune" else [])]
+    log = out / f"{phase}.log" if phase == "tune" else out / f"{phase}.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(limit)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # with those that it started
+        process.wait()
+    if process.returncode:
+        error = f"exit status {process.returncode}, limit {limit:.0f} s: see {log.name}"
+        Lines(out / f"{phase}.jsonl")(f"gpu_{phase}", dict, error=error)
 
 
 def finish(processes: list[subprocess.Popen[Any]], limit: float, how: signal.Signals) -> None:
@@ -342,14 +375,15 @@ def run_phases(phases: list[str], out: Path, limit: float, rivals_path: str | No
     """One, or in a rehearsal all that measure: in one process, which takes longer to begin than for a phase."""
     if phases == ["tests"]:
         return run_tests(out, limit, rivals_path)
+    if phases[0] in MORE:
+        return run_command(phases[0], out, limit)
     end, todo = time.time() + limit, [part for phase in phases for part in parts_of(phase)]
     if REHEARSED:
         todo = [",".join(todo)]
     while todo and time.time() < end:
         started = []
         for part in todo:
-            # One thread of torch.compile a process: its own pools, one each, would be too many.
-            environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            environment = os.environ | ONE_THREAD
             if rivals_path is not None and "rivals" in part:
                 environment["PYTHONPATH"] = rivals_path
             command = [sys.executable, "-m", "benchmarks.gpu_day", str(out), "--part", part]
@@ -389,7 +423,8 @@ PHASES: dict[str, Callable[[Lines, slice], None]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", default="compile,kernels,calls,rivals,tests")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--only", default=",".join(USUAL))
     parser.add_argument("--commit")
     parser.add_argument("--rivals-path")
     parser.add_argument("--rehearse", action="store_true")
@@ -406,23 +441,30 @@ def main() -> int:
             phase, i, n = part.split("/")
             PHASES[phase](Lines(file_of(out, part)), slice(int(i), None, int(n)))
         return 0
+    groups = [[phase] for phase in (*given.only.split(","), *(MORE if given.all else ()))]
+    for (phase,) in groups:
+        if phase not in LIMITS:
+            parser.error(f"--only must name some of {', '.join(LIMITS)}, got {phase!r}")
     if REHEARSED:
         os.environ.update(REHEARSAL)  # of the processes that measure; this one only starts them
     if not REHEARSED and not torch.cuda.is_available():
         parser.error("it needs a GPU; --rehearse runs without")
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("*.jsonl"), *out.glob("tests-*.log")):
+    for old in (*out.glob("*.jsonl"), *out.glob("tests-*.log"), *out.glob("*.txt")):
         old.unlink()
     known, phases = gpu_report.machine(given.commit, REHEARSED), {}
     say(", ".join(f"{name} {value}" for name, value in known.items()))
     whole = gpu_report.write(out, known, phases, REHEARSED)
-    groups = [[phase] for phase in given.only.split(",")]
+    whole_time = WITH_MORE if any(phase in MORE for (phase,) in groups) else IN_ALL
     if REHEARSED:
-        measured = [phase for (phase,) in groups if phase != "tests"]
-        groups = [group for group in (measured, ["tests"] * (["tests"] in groups)) if group]
+        measured = [phase for (phase,) in groups if phase in PHASES]  # tune does nothing else than measure
+        groups = [
+            group for group in (measured, *([phase] for phase in ("tests", "linear") if [phase] in groups)) if group
+        ]
     for group in groups:
         before, name = time.time(), ", ".join(group)
-        run_phases(group, out, min(sum(LIMITS[phase] for phase in group), IN_ALL - (before - START)), given.rivals_path)
+        limit = min(sum(LIMITS[phase] for phase in group), whole_time - (before - START))
+        run_phases(group, out, limit, given.rivals_path)
         phases[name] = time.time() - before
         whole = gpu_report.write(out, known, phases, REHEARSED)
         say(f"{name} took {phases[name]:.0f} s")

@@ -1,12 +1,13 @@
 """Launch shapes beside those of shapes.py, timed on a GPU: python -m benchmarks.gpu_tune OUT
 
 Each candidate replaces numbers of fastood/kernels/triton/shapes.py for one kernel of gpu_day.py: rows a program, warps,
-most registers a thread; tiles in flight. They are compiled in parallel, then
-checked against float64 and timed one after the other. OUT/tune.txt has a line each: its share of the read ceiling.
+most registers a thread; tiles in flight. They are compiled in parallel, then checked against float64 and timed one
+after the other. OUT/tune.txt has a line each: its share of the read ceiling, or why there is none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -65,13 +66,16 @@ def label(work: gpu_day.Work, dtype: str, changes: dict[str, Any]) -> str:
     if isinstance(value, dict):
         new = {k: x for k, x in value.items() if x != AS_THEY_ARE[name][k]}
         value = new or "as it is"
+    elif value == AS_THEY_ARE[name]:
+        value = f"{value}, as it is"
     return f"{work.what}, C={work.C} D={work.D} {dtype}, {name} {value}"
 
 
 def compile_some(part: slice) -> None:
     for work, dtype, changes in list(candidates())[part]:
         put(changes)
-        work.ours(*gpu_day.tensors(work._replace(N=3), dtype).values())
+        with contextlib.suppress(Exception):  # time_all says which
+            work.ours(*gpu_day.tensors(work._replace(N=3), dtype).values())
 
 
 def time_all(out: Path) -> None:
@@ -83,10 +87,13 @@ def time_all(out: Path) -> None:
             put(changes)
             given = gpu_day.tensors(work, dtype)
             call = functools.partial(work.ours, *given.values())
-            gpu_day.checked(OURS, call, work, given)
-            t = gpu_seconds(call)
-            share = sum(x.nbytes for x in given.values()) / t / ceiling
-            print(f"{share:6.1%} {t * 1e6:7.0f} µs  {label(work, dtype, changes)}", file=file, flush=True)
+            try:
+                gpu_day.checked(OURS, call, work, given)
+                t = gpu_seconds(call)
+                found = f"{sum(x.nbytes for x in given.values()) / t / ceiling:6.1%} {t * 1e6:7.0f} µs"
+            except Exception as failed:  # one of the others may do
+                found = f"{type(failed).__name__}: {' '.join(str(failed).split())[:100]}"
+            print(f"{found}  {label(work, dtype, changes)}", file=file, flush=True)
 
 
 def main() -> None:

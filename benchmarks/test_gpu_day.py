@@ -16,7 +16,7 @@ PHASES = {"compile", "compile_rivals", "kernels", "calls", "rivals", "tests"}
 
 def test_rehearsal(tmp_path):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "benchmarks.gpu_day", str(tmp_path), "--rehearse", "--commit", "abc1234"]
+    command = [sys.executable, "-m", "benchmarks.gpu_day", str(tmp_path), "--rehearse", "--all", "--commit", "abc1234"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "FASTOOD"))}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
@@ -38,10 +38,42 @@ def test_rehearsal(tmp_path):
     assert skipped > 50  # those of graphs, which need a GPU
     # Nothing in it can be taken for a GPU's.
     assert not any(name in row for rows in figures.values() for row in rows for name in ("seconds", "read"))
+    assert (tmp_path / "linear.txt").read_text().strip().endswith("all is right")
     table = (tmp_path / "gpu_day.md").read_text()
     assert table.startswith("# A rehearsal without a GPU: nothing here is measured")
     assert f"| {max(whats)} | rehearsed | rehearsed |" in table
     assert not re.search(r"\d%|\d T op/s|GB/s|\| [\d.]+ \|", table)
+
+
+def test_each_launch_shape_to_try_is_another(monkeypatch):
+    """Or gpu_tune.py would time the same kernel twice."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import gpu_day, gpu_tune
+    from fastood import kernels
+    from fastood.kernels import triton
+    from fastood.kernels.triton import launch
+
+    programs = []
+    monkeypatch.setattr(gpu_day, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels, "DEFAULT", "triton")
+    monkeypatch.setattr(triton, "unusable", lambda device, dtype: None)
+    monkeypatch.setattr(launch, "_launched_by_triton", lambda program, tensors, out: programs.append(program))
+
+    def launched(work, dtype, changes):
+        gpu_tune.put(changes)
+        programs.clear()
+        work.ours(*gpu_day.tensors(work._replace(N=1), dtype).values())
+        return [(x.constants, x.shape) for program in programs for x in program.launches]
+
+    try:
+        found = [(gpu_tune.label(*x), launched(*x)) for x in gpu_tune.candidates()]
+    finally:
+        gpu_tune.put({})
+    as_they_are = {name.rpartition(", ")[0]: of for name, of in found if name.endswith("as it is")}
+    for name, of in found:
+        assert of
+        assert name.endswith("as it is") or of != as_they_are.get(name.rpartition(", ")[0]), name
 
 
 def test_table_of_a_gpu():

@@ -341,6 +341,8 @@ class Route(Run):
                 launches, kept = zip(*(x for x in loaded if x), strict=True)
                 buffers = tuple((b.per_row * b.dtype.itemsize, b.per_block * b.dtype.itemsize) for b in program.buffers)
                 sizes = (program.block, program.group, program.most)
+                if on.type == "cuda":
+                    _bind_context(on)
                 _native.add_program(self.native, inputs, *dlpack_device(on), *sizes, buffers, launches, kept)
         return True
 
@@ -483,6 +485,15 @@ def _driver() -> Any:
     names = ("cuLaunchKernel", "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2")
     _native.use_driver(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names))
     return library
+
+
+def _bind_context(on: torch.device) -> None:
+    """A thread in which nothing ran yet has no context, and where all its kernels are loaded already it gets none."""
+    context = ctypes.c_void_p()
+    _driver().cuCtxGetCurrent(ctypes.byref(context))
+    if not context:
+        _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), on.index)
+        _driver().cuCtxSetCurrent(context)
 
 
 def has_driver(on: torch.device) -> bool:

@@ -17,7 +17,7 @@ ENERGY = tl.constexpr(STATS["energy"])
 HUGE = tl.constexpr(2.0**64)  # rows of features from here on are divided by it
 
 
-@triton.jit(do_not_specialize=["h_stride", "N"])
+@triton.jit(do_not_specialize=["h_stride", "N", "K"])
 def factors(
     h_ptr, h_stride, out_ptr, N, K, RELU: tl.constexpr, SQUARE: tl.constexpr, S: tl.constexpr, SELECT: tl.constexpr,
     SHIFT: tl.constexpr, ROWS: tl.constexpr,

@@ -121,6 +121,31 @@ def test_rows_of_which_a_number_does_not_fit_are_left_to_triton(grid, number):
         _native.use_driver(0, 0, 0, 0)
 
 
+@needs_triton
+def test_a_thread_without_a_context_is_given_the_devices_own(monkeypatch):
+    """With none a program would be kept that no thread can launch."""
+    from fastood.kernels.triton import launch
+
+    class Library:
+        current, retained = None, []
+
+        def cuCtxGetCurrent(self, out):
+            out._obj.value = self.current
+
+        def cuDevicePrimaryCtxRetain(self, out, device):
+            self.retained.append(device)
+            out._obj.value = 100 + device
+
+        def cuCtxSetCurrent(self, context):
+            self.current = context.value
+
+    library = Library()
+    monkeypatch.setattr(launch, "_driver", lambda: library)
+    for device in (3, 5):  # the second finds the context of the first, in which its kernels were loaded
+        launch._bind_context(torch.device("cuda", device))
+        assert (library.current, library.retained) == (103, [3])
+
+
 def calls_of(C, D):
     q = torch.softmax(torch.randn(300, C), -1)
     anchors = fastood.BatchGrad(torch.randn(C, D))

@@ -6,6 +6,8 @@ import program
 import pytest
 from interpreter import needs_triton, only_compiled
 
+from fastood.kernels.cpu import _native
+
 pytestmark = [needs_triton, only_compiled]
 
 
@@ -22,6 +24,11 @@ def test_no_helper_needs_its_tuples_told_apart(which):
     called with ((x, y),) and with ((x,), (y,)) a helper has one body, and the second call's sums are wrong.
     """
     program.run("tuples", which, TRITON_ALWAYS_COMPILE="1")
+
+
+@pytest.mark.skipif(_native is None, reason="needs the C++ part")
+def test_arguments_are_packed_as_the_compiled_kernels_take_them():
+    program.run("packed")
 
 
 def test_reductions_have_one_layout_wherever_rows_begin():

@@ -10,7 +10,7 @@ import fastood
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_in_a_cuda_graph():
     f, h = torch.randn(64, 1000, device="cuda"), torch.randn(64, 512, device="cuda")
     detector = fastood.BatchGrad(torch.randn(1000, 512, device="cuda"))
@@ -57,6 +57,19 @@ def test_on_streams_and_threads():
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(32)))
+
+
+@needs_gpu
+def test_of_a_new_layout_in_a_new_thread():
+    """Its kernels are loaded; all else is made where the driver has no context yet."""
+    f, h = torch.randn(64, 1000, device="cuda"), torch.randn(64, 512, device="cuda")
+    expected = fastood.score(f, h)
+    wide = torch.zeros(64, 2000, device="cuda")
+    wide[:, :1000] = f
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(fastood.score, wide[:, :1000], h).result(), expected)
+    assert torch.equal(fastood.score(wide[:, :1000], h), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
