@@ -323,7 +323,7 @@ def run_tests(out: Path, limit: float, rivals_path: str | None) -> None:
     runs = [(None, ["-k", chosen, *some]) for some in of_kernels]
     runs += [(rivals_path, ["-k", "cuda or kernels_of_triton", *(["-n", str(third)] if xdist else []), *graphs])]
     if REHEARSED:  # in which those of graphs are skipped, and one process reads torch once
-        some = "triton and (one_class or equal_logits or (norms_on_every_branch and 64)) or cuda"
+        some = "triton and (one_class or equal_logits or (norms_on_every_branch and 64)) or (cuda and not test_cuda)"
         runs = [(rivals_path, ["-k", some, *kernels, *graphs])]
     command = [sys.executable, "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider", "--tb=short"]
     command += ["--hypothesis-profile=interpreter"]  # few examples: each may compile kernels
