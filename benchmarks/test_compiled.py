@@ -100,7 +100,8 @@ def test_what_a_score_adds(compare, made, N, device):
         calls[AFTER] = lambda: fastood.score(*models[AFTER](x))
         truth = fastood.score(logits.double(), feats.double())
         for name in (OURS, BARE, REFERENCE):
-            torch.testing.assert_close(calls[name]()[1].double(), truth, rtol=1e-3, atol=1e-3)
+            off = 1e-3 if device == "cpu" else 5e-3  # by TF32 of convolutions there
+            torch.testing.assert_close(calls[name]()[1].double(), truth, rtol=off, atol=off)
         if compare.disabled:
             return
         timers, rounds = stopwatches(calls, x.device, *((0, 3) if compare.quick else (30, 100)))
