@@ -294,10 +294,10 @@ class _Ranks(NamedTuple):
             return cls(group.get_group())
         if group is None:
             group = dist.group.WORLD
+        if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives ranks that are not in it
+            raise ValueError("group must have this rank in it, got one that has not")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group must be a torch.distributed process group or a DeviceMesh, got {group!r}")
-        if dist.get_rank(group) < 0:
-            raise ValueError("group must have this rank in it, got one that has not")
         return cls(group)
 
     @contextmanager

@@ -286,6 +286,7 @@ def of_dtensors(rank, group, f, h, w, b):
         "split rows": lambda: fastood.distributed.score(distribute_tensor(f, mesh, [Shard(0)])),
         "group": lambda: fastood.distributed.score(split, group=mesh["tp"]),
         "feats": lambda: fastood.distributed.score(split, distribute_tensor(h, mesh, [Shard(1)])),
+        "bias": lambda: fastood.distributed.score_linear(h, weight, distribute_tensor(b, mesh, [Replicate()])),
     }.items():
         errors[name] = error_of(call)
     return as_numpy({name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in found.items()}), errors
@@ -312,6 +313,7 @@ def test_dtensors(run):
         assert "logits must have its classes, dimension 1, as Shard" in errors["split rows"]
         assert "group must be left out where logits is a DTensor" in errors["group"]
         assert "feats must be whole on every rank" in errors["feats"]
+        assert "bias must be split as weight is" in errors["bias"]
 
 
 def of_two_dimensions(rank, group, f, h):
@@ -490,10 +492,10 @@ def test_bad_arguments_on_one_rank(run, case):
 
 
 def group_errors(rank, group):
-    f = torch.zeros(2, 3)
+    f, of_two = torch.zeros(2, 3), torch.distributed.new_group([0, 1])
     return {
         "kind": error_of(lambda: fastood.distributed.score(f, group="tp")),
-        "absent": error_of(lambda: fastood.distributed.score(f, group=group)),
+        "absent": error_of(lambda: fastood.distributed.score(f, group=of_two)),
     }
 
 
@@ -502,3 +504,4 @@ def test_bad_groups(run):
         fastood.distributed.score(torch.zeros(2, 3))
     errors = run(group_errors, 3)
     assert all("group must be a torch.distributed process group" in x["kind"] for x in errors)
+    assert ["group must have this rank in it" in x["absent"] for x in errors] == [False, False, True]
