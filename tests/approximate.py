@@ -9,6 +9,8 @@ The models err up to that by a hash of the operands: the same operands give the 
 else in the kernels' PTX, but a ceil, is exactly rounded and keeps subnormals: add, mul, fma, sqrt.rn, min, max.
 """
 
+import functools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,12 +82,33 @@ def hasten():
     # It puts its functions in the place of Triton's at each call of each helper.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+    # It makes a table to look up what numpy calls a type, and works out anew what types of blocks have in common.
+    of_scalar, words = functools.cache(interpreter._get_np_dtype), np.dtype(np.uint64)
+    interpreter._get_np_dtype = lambda of: words if isinstance(of.scalar, tl.pointer_type) else of_scalar(of.scalar)
+    make, made, shapes, of_name = tl.block_type.__init__, {}, {}, {}
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, *(getattr(n, "value", n) for n in shape)
+        if key not in made or isinstance(element_ty, tl.pointer_type):  # of which a name does not say all
+            make(self, element_ty, shape)
+            self.shape = shapes.setdefault(key[1:], self.shape)
+            made[key] = vars(self).copy()
+        vars(self).update(made[key])
+
+    def tensor(self, handle, type):
+        if type.name not in of_name:
+            shape = type.shape if type.is_block() else ()
+            of_name[type.name] = tl.tuple(list(map(tl.constexpr, shape))), tl.constexpr(math.prod(shape))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_name[type.name]
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
     # It broadcasts operands that have one shape.
     otherwise = TritonSemantic.broadcast_impl_value
 
     def broadcast(self, lhs, rhs):
         x, y = lhs.type, rhs.type
-        alike = x.is_block() and y.is_block() and x.get_block_shapes() == y.get_block_shapes()
+        alike = x.is_block() and y.is_block() and x.shape is y.shape
         return (lhs, rhs) if alike else otherwise(self, lhs, rhs)
 
     TritonSemantic.broadcast_impl_value = broadcast
