@@ -244,3 +244,30 @@ def test_small_orders_outside_are_beyond_float32(backend):
     norms, _ = truth.gradient(f, "predicted", 0.1, 3, "outside", 1.0, truth.EPS["float32"])
     got = fastood.gradient_norm(f, h, "predicted", 0.1, 3, "outside", backend=backend)
     np.testing.assert_allclose(got.numpy(), (norms * 1e-60).astype(float), rtol=1e-4)
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+def test_a_norm_beyond_float64_makes_it_infinite(backend, power):
+    """However small a power of the largest double would be."""
+    f, h = torch.tensor([[1.0, 0.0]]).double(), torch.ones(1, 2000).double()
+    assert fastood.gradient_norm(f, h, "uniform", 0.01, power, backend=backend).item() == math.inf
+
+
+def test_0_times_a_power_that_overflows_is_0(backend):
+    f, h = torch.randn(1, 3).double(), torch.full((1, 2), 1e200, dtype=torch.float64)
+    assert fastood.gradient_norm(f, h, "predicted", 2, 3, backend=backend).item() == 0
+
+
+def test_a_label_without_probability_counts_for_nothing(backend):
+    """Nor where the norm that it would weigh is beyond float64."""
+    f, h, q = torch.zeros(1, 2000), torch.ones(1, 1), torch.zeros(1, 2000)
+    q[0, 7] = 1
+    assert fastood.gradient_norm(f, h, q, 0.01, 1, "outside", backend=backend).item() == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_label_of_a_sure_row_leaves_what_p_lacks(backend, dtype):
+    f, h, q = torch.tensor([[60.0, 0.0]], dtype=dtype), torch.ones(1, 1, dtype=dtype), torch.tensor([[1.0, 0.0]])
+    for order, expected in ((1, 2 * math.exp(-60)), (math.inf, math.exp(-60))):
+        got = fastood.gradient_norm(f, h, q.to(dtype), order, backend=backend)
+        assert got.item() == pytest.approx(expected, rel=1e-5, abs=0)

@@ -58,6 +58,9 @@ static double norm_of_max(const Call& call, int64_t row, const LogitsState& s, c
   return std::exp2(g.power * log_one_minus_p_max + g.power / g.order * std::log2(1 + std::exp2(log_ratio)));
 }
 
+// x y, where what has no weight does not count even if it has overflowed.
+static double weighed(double x, double y) { return x == 0 ? 0 : x * y; }
+
 double gradient(const Call& call, int64_t row, const LogitsState& s, const GradientRow& about,
                 const GradientState& state) {
   const GradientPlan& g = call.plan.gradient;
@@ -72,8 +75,9 @@ double gradient(const Call& call, int64_t row, const LogitsState& s, const Gradi
   const double q_max = g.labels == PREDICTED       ? s.ties / about.total
                        : g.labels == LOG_PREDICTED ? -s.ties * std::log1p(about.total - 1)
                                                    : state.q_max;
-  const double sum_below = state.sum_below * std::exp2(about.shift) * (g.labels == LOG_PREDICTED ? 0.6931471805599453 : 1);
-  return (sum_below + q_max * norm_of_max(call, row, s, about)) * (g.order == 1 ? std::exp2(g.power) : 1);
+  const double unit = g.labels == LOG_PREDICTED ? 0.6931471805599453 : 1;
+  const double sum_below = weighed(state.sum_below, std::exp2(about.shift)) * unit;
+  return (sum_below + weighed(q_max, norm_of_max(call, row, s, about))) * (g.order == 1 ? std::exp2(g.power) : 1);
 }
 
 }  // namespace fastood
