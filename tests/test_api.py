@@ -161,6 +161,8 @@ def test_logs_where_the_score_itself_underflows():
         assert got.item() == pytest.approx(expected, rel=1e-6)
         got = fastood.score(sure / 100, ones, "eg_p_l2sq", temperature=0.01, log=True, backend=backend)
         assert got.item() == pytest.approx(-(expected - math.log(2) - 2 * math.log(0.01)), rel=1e-6)
+        got = fastood.score(sure / 10, method="varsum", log=True, backend=backend)  # log S_2, next to 0
+        assert got.item() == pytest.approx(-2 * math.exp(-80) * (1 + math.exp(-1)), rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

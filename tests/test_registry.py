@@ -1,5 +1,6 @@
 """The registry of scores: what it holds, and scores of one's own."""
 
+import math
 import typing
 
 import pytest
@@ -82,6 +83,8 @@ def test_a_score_of_ones_own():
         truth.assert_close(fastood.score(F, method="margin"), -expected, 1e-6)
         truth.assert_close(fastood.score(F, method="margin", oriented=False), expected, 1e-6)
         truth.assert_close(fastood.score(F, H, "margin", norm=2), -expected * truth.norm(H, 2), 1e-5)
+        beyond = torch.ones(2, 2000).double()  # what float64 holds, where r is 0.01
+        assert (fastood.score(F.double(), beyond, "margin", norm=0.01) == -math.inf).all()
         assert "margin" in fastood.scores(F)
         with pytest.raises(ValueError, match="name: a score called 'margin' is registered already"):
             fastood.register(own)

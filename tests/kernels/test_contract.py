@@ -173,6 +173,11 @@ def test_statistics_at_any_temperature_and_magnitude(backend, seed, C, exponent,
         truth.assert_close(got[name], value, allowed, name)
 
 
+def test_the_entropy_of_logits_whose_difference_overflows_is_0(backend):
+    f = torch.tensor([[1e308, -1e308]], dtype=torch.float64)
+    assert fastood.row_stats(f, ["plogp"], backend=backend)["plogp"].item() == 0
+
+
 def test_the_log_weighted_row_is_minus_infinite_where_its_sum_is(backend):
     f, h = torch.tensor([[1e30, -1e30, 5.0]]), torch.ones(1, 2)
     got = fastood.scores(f, h, ["eg_p_logp_l2sq", "neg_entropy"], temperature=1e-10, oriented=False, backend=backend)

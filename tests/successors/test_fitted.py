@@ -90,6 +90,33 @@ def test_no_rows_and_none_that_is_right():
     assert np.isnan(Fitted("she").fit(z, h, wrong).score(z, h)).all()
 
 
+@pytest.mark.parametrize("merging", [False, True])
+def test_rows_that_come_after_a_score_count(merging):
+    _, h, y, _ = rows()
+    made = Fitted("mahalanobis").fit(None, h[:100], y[:100])
+    made.score(None, h)
+    if merging:
+        made.merge(Fitted("mahalanobis").partial_fit(None, h[100:], y[100:]))
+    else:
+        made.partial_fit(None, h[100:], y[100:])
+    np.testing.assert_allclose(made.score(None, h), fitted("mahalanobis").score(None, h), rtol=1e-9)
+
+
+def test_a_bank_is_no_view_of_what_it_was_fitted_on():
+    z, h, _, head = rows()
+    made, x = Fitted("vim", head=head), torch.from_numpy(h[:100].copy())
+    made.partial_fit(z[:100], x.numpy())
+    x.zero_()
+    made.partial_fit(z[100:], h[100:])
+    np.testing.assert_allclose(made.score(z, h), fitted("vim").score(z, h), rtol=1e-9)
+
+
+def test_features_that_a_fit_has_no_use_for_may_be_nan():
+    z, h, _, _ = rows()
+    made = Fitted("kl_matching").fit(z, np.full_like(h, np.nan))
+    np.testing.assert_array_equal(made.score(z), fitted("kl_matching").score(z))
+
+
 def test_what_is_refused():
     z, h, _, head = rows()
     linear = torch.nn.Linear(D, C)

@@ -236,9 +236,20 @@ def test_a_masked_class_counts_for_nothing(name):
     if name == "scale":
         others = np.arange(C) != k
         np.testing.assert_allclose(got, scaled(z[:, others], h, b[others]), rtol=1e-10)
+    if name in ("scale", "dml"):
         both = b.copy()
         both[k] = -np.inf  # as a head that masks it has it
-        np.testing.assert_array_equal(fastood.score(masked, h, "scale", head=(w, both)), got)
+        np.testing.assert_array_equal(fastood.score(masked, h, name, head=(w, both)), got)
+
+
+def test_a_class_that_was_masked_in_the_fit():
+    """Its weight of 0 counts for nothing where a row gives it none, and is far from a row that does."""
+    z = rows()[0].copy()
+    z[:, 2] = -np.inf
+    made = Fitted("kl_matching").fit(z)
+    others = np.arange(C) != 2
+    np.testing.assert_allclose(made.score(z), Fitted("kl_matching").fit(z[:, others]).score(z[:, others]), rtol=1e-9)
+    assert (made.score(np.zeros((3, C))) < -1e30).all()
 
 
 def test_rows_of_zeros_and_of_one_class():
@@ -247,6 +258,7 @@ def test_rows_of_zeros_and_of_one_class():
     at_zero = fastood.score(zero @ w.T + b, zero, "scale", head=(w, b))
     np.testing.assert_allclose(at_zero, lse(b[None])[0], rtol=1e-12)
     np.testing.assert_allclose(fastood.score(zero @ w.T + b, zero, "lts"), lse(b[None])[0], rtol=1e-12)
+    assert (fastood.score(zero @ w.T + b, zero, "dml", head=(w, b)) == 0).all()
     one = fitted("fdbd", (z[:, :1], h, 0 * y, (w[:1], b[:1])))
     assert (one.score(z[:, :1], h) == 0).all()
     twins = np.concatenate([w, w[:1]])  # equal rows of a head have no boundary
@@ -331,12 +343,30 @@ def test_the_clip_is_the_percentile(values, percentile):
     assert low - abs(low) * 2**-11 - 1e-37 <= clip <= high + abs(high) * 2**-11 + 1e-37
 
 
+def test_the_clip_lies_between_two_activations():
+    """As numpy.percentile of them has it."""
+    x = np.array([[1.0], [2.0], [4.0]])
+    for percentile in (0.25, 0.6):
+        made = Fitted("react", head=(np.ones((2, 1)), np.zeros(2)), percentile=percentile).fit(None, x)
+        assert made.state["clip"].item() == pytest.approx(np.percentile(x, 100 * percentile), rel=2**-10)
+
+
 def test_a_neighbour_that_is_the_row_itself():
     h = rows()[1]
     got = fitted("knn", k=1).score(None, h)
     assert np.abs(got).max() < 1e-6
     with pytest.raises(ValueError, match="k=300 takes at least as many in-distribution rows, got 240"):
         fitted("knn", k=300)
+
+
+def test_neighbours_that_are_nearly_the_same():
+    """Nearer to each other than float32 has their lengths."""
+    g = np.random.default_rng(0)
+    bank, x = (g.normal(size=D) + 1e-5 * g.normal(size=(n, D)) for n in (200, 5))
+    bank = (bank - bank.mean(0) + x.mean(0)).astype(np.float32)
+    made = Fitted("knn", k=50).fit(None, bank)
+    apart = np.linalg.norm(unit(x)[:, None] - made.state["bank"].double().numpy(), axis=2)
+    np.testing.assert_allclose(-made.score(None, x), np.sort(apart, 1)[:, 49], rtol=1e-9)
 
 
 def test_heads_of_every_kind():
