@@ -207,6 +207,13 @@ def test_power_sums(backend, f, T, r):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_orders_of_probabilities_that_vanish(backend, dtype):
+    f = torch.tensor([[3000.0, 0.0, -100.0]], dtype=dtype)
+    (got,) = fastood.row_stats(f, [("power_sum", 1e-3)], backend=backend).values()
+    assert got.item() == pytest.approx(1 + math.exp(-3) + math.exp(-3.1), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [1.0, 17.0, 69.1, 87.0, 95.0, 103.0, 300.0])
 def test_complements_keep_relative_precision(backend, dtype, gap):
     f = torch.tensor([[gap, 0.0, -1.0], [0.0, gap, 0.0]], dtype=dtype)
