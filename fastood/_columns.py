@@ -70,6 +70,7 @@ def of_detector(detector: Detector, backend: str) -> Work:
     named = detector._label()
 
     def columns(logits: Any, feats: Any) -> Columns:
+        logits, feats = _as_fitted(logits, detector.classes), _as_fitted(feats, detector.dim)
         s, c = detector._scored(logits, feats, backend)
         p = detector._p_values(s, c)
         return {k: x.cpu().numpy() for k, x in {named: s, "accept": p > 1 - detector.tpr, "p_value": p}.items()}
@@ -87,6 +88,11 @@ def of_detector(detector: Detector, backend: str) -> Work:
     }
     used = {name for name, width in (("logits", detector.classes), ("feats", detector.dim)) if width is not None}
     return Work([named], used, metadata, columns)
+
+
+def _as_fitted(x: Tensor | None, width: int | None) -> Tensor | None:
+    """`x`; of no rows, whose lists in a table have no length, in the width that the detector was fitted on."""
+    return x if x is None or len(x) or width is None else x.new_empty(0, width)
 
 
 def used_by(columns: Iterable[tuple[Score, Order]]) -> set[str]:

@@ -215,21 +215,15 @@ class Scorer:
     def _tensors(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
         if self._make_model is not None:
             return self._through_model(batch.column(0))
-        found = {name: self._as_fitted(name, x) for name, x in _matrices(batch, self._keys).items()}
+        found = _matrices(batch, self._keys)
         logits, feats = (x if x is None else x.to(self.device) for x in map(found.get, ("logits", "feats")))
         return logits, feats
-
-    def _as_fitted(self, name: str, x: Tensor) -> Tensor:
-        """`x`; of no rows, whose lists have no length, in the width that the detector asks for."""
-        width = getattr(self.detector, {"logits": "classes", "feats": "dim"}[name], None)
-        return x if len(x) or width is None else x.new_empty(0, width)
 
     def _through_model(self, column: Any) -> tuple[Tensor | None, Tensor | None]:
         pa = library("pyarrow")
         storage = column.type.storage_type if isinstance(column.type, pa.BaseExtensionType) else column.type
         if len(column) == 0:  # few models take no rows
-            width = (self.detector and self.detector.classes) or 1, (self.detector and self.detector.dim) or 1
-            return torch.empty(0, width[0]), torch.empty(0, width[1])
+            return torch.empty(0, 1), torch.empty(0, 1)
         number_lists = _is_list(pa, storage)
         inputs = _tensor(self._inputs_key, column).to(self.device) if number_lists else column.to_pylist()
         with torch.inference_mode():
@@ -523,7 +517,8 @@ def fit_file(
             held, good = _without_nulls(library("pyarrow"), batch)
             logits, feats = (x if x is None else x.to(device) for x in map(_matrices(held, keys).get, keys))
             labels = None if labels_key is None else _labels(labels_key, held.column(labels_key))
-            usable = _usable(own, logits, feats)
+            # The lists of no rows, as where all of a chunk are null, have no width to be asked about.
+            usable = _usable(own, logits, feats) if len(held) else torch.ones(0, dtype=torch.bool)
             good[good] = usable.cpu().numpy()
             if not good.all():
                 if nan == "fail":

@@ -990,7 +990,8 @@ def _check_fits(rows: Rows, detector: Detector) -> set[str]:
 
     used = set()
     for name, width, wanted in (("logits", rows.classes, detector.classes), ("feats", rows.dim, detector.dim)):
-        if wanted is not None and width != wanted:
+        # Lists of no rows, in a table, have no width.
+        if wanted is not None and width != wanted and (width is None or rows.rows):
             key = {"logits": rows.logits_key, "feats": rows.feats_key}[name] or name
             got = "none of them" if width is None else f"{width}"
             raise FileError(

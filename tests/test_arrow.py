@@ -410,6 +410,11 @@ def test_rows_that_cannot_be_fitted_on_fail_or_are_counted(tmp_path):
     np.testing.assert_array_equal(
         fitted.p_value(LOGITS), fastood.Detector().fit(np.delete(LOGITS, [2, 4, 9], 0)).p_value(LOGITS)
     )
+    pq.write_table(
+        pa.table({"logits": pa.array([*LOGITS, None, None], pa.list_(pa.float32()))}), tmp_path / "b.parquet"
+    )
+    fitted, lost = arrow.fit_file(tmp_path / "b.parquet", fastood.Detector(), nan="drop", chunk_rows=N)
+    assert (fitted.rows, lost) == (N, 2)
     with pytest.raises(ValueError, match="logits_key and feats_key must name two columns"):
         arrow.fit_file(path, fastood.Detector(), feats_key="logits")
     with pytest.raises(FileError, match="must hold 'y', found 'logits'"):

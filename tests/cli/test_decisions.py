@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors
@@ -89,6 +90,16 @@ def test_decisions_about_no_rows_and_warnings_about_some(det):
     np.savez("low.npz", logits=np.full((4, C), -60.0), feats=np.ones((4, D)))
     (line,) = warnings("score", "low.npz", "out.csv", "--detector", "det.safetensors")
     assert "low.npz: negative energy*||h||_2 in 4 of 4 rows" in line
+
+
+def test_a_table_of_no_rows_whose_lists_have_no_width(det):
+    lists = pa.array([], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"logits": lists, "feats": lists}), "none.parquet")
+    run("score", "none.parquet", "out.csv", "--detector", "det.safetensors")
+    assert Path("out.csv").read_text() == "energy*||h||_2,accept,p_value\n"
+    pq.write_table(pa.table({"logits": lists}), "none.parquet")
+    text = complaint("score", "none.parquet", "out.csv", "--detector", "det.safetensors")
+    assert "'feats' must have the 9 columns that the detector was fitted on, got none of them" in text
 
 
 @pytest.mark.parametrize(
