@@ -531,14 +531,15 @@ class Detector:
 
     def _p_values(self, s: Any, c: Any) -> Any:
         """Of scores, and with `per_class` the predicted classes."""
-        self._calibrate()
+        if not self._limits[0]:
+            self._calibrate()
         x = _numpy(s).astype(np.float64)
-        p: Any = np.full(len(x), np.nan)
         finite = np.isfinite(x)
         if c is None:
-            p[finite] = self._all.p_value(x[finite])
+            p: Any = self._all.p_value(x)
+            p[~finite] = np.nan
         else:
-            c = _numpy(c)
+            p, c = np.full(len(x), np.nan), _numpy(c)
             for k in np.unique(c[finite]).tolist():
                 rows = finite & (c == k)
                 p[rows] = self._deciding(k).p_value(x[rows])
@@ -873,10 +874,11 @@ class _Sample:
 
     def p_value(self, scores: Floats) -> Floats:
         values, upto = self.ranked()
-        last = np.searchsorted(values, scores, side="right")
-        count = np.where(last > 0, upto[last - 1], 0)
+        count = last = values.searchsorted(scores, side="right")
+        if self.sketched:  # else a row for each score
+            count = np.minimum(np.where(last > 0, upto[last - 1], 0) + self.slack, self.n)
         # As float64 first: torch.compile, which makes torch's operations of numpy's, divides integers in float32.
-        return (1 + np.minimum(count + self.slack, self.n)).astype(np.float64) / (self.n + 1)
+        return (1 + count).astype(np.float64) / (self.n + 1)
 
     def too_few(self, tpr: float) -> str:
         if self.sketched:

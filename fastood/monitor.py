@@ -122,6 +122,7 @@ class Monitor:
         ranks = np.unique([k, *_share(n, np.arange(1, 10) / 10)])
         self._flag = int(ranks.searchsorted(k))  # the edge that is the threshold
         self._edges, self._ties = _edges(sample, ranks)
+        self._edge_above = np.append(self._edges, math.nan)  # of each bin
         # Percentiles beside them, for quantiles; a score goes from among these to its bin by a table.
         fine, _ = _edges(sample, np.unique(_share(n, np.arange(1, 100) / 100)))
         self._fine = np.unique([*fine, *self._edges])
@@ -192,7 +193,7 @@ class Monitor:
 
     def _ties_broken(self, x: Floats, bins: Ints) -> Ints:
         """The bin of every score: how many edges lie below it, where one that equals it may or may not."""
-        tied = np.flatnonzero(x == np.append(self._edges, math.nan)[bins])
+        tied = np.flatnonzero(x == self._edge_above[bins])
         if len(tied):
             below = self._ties < self._random.random((len(tied), 1))
             bins[tied] += (below & (self._edges == x[tied, None])).sum(1)
@@ -201,7 +202,7 @@ class Monitor:
     def _test(self, bins: Ints) -> None:
         numbers, counts = map(np.concatenate, zip(*(window.add(bins) for window in self._windows), strict=True))
         below = counts[:, : self._flag + 1].sum(1)
-        flags = np.stack([below, counts.sum(1) - below], 1)
+        flags = np.array([below, counts.sum(1) - below]).T
         log_e = np.logaddexp(self._bins.log_e(counts), self._flags.log_e(flags)) - math.log(2)
         log_p = float((np.log(_LENGTHS * numbers * (numbers + 1.0)) - log_e).min())
         self._lowest = min(self._lowest, math.exp(min(log_p, 0)))
@@ -455,6 +456,9 @@ class _Window:
     def add(self, bins: Ints) -> tuple[Ints, Ints]:
         """Every window that these rows fall into: its number [W], and its counts up to now [W, bins]."""
         before, K = int(self.counts.sum()), len(self.counts)
+        if before + len(bins) < self.length:  # the same as below, in less time than a request takes
+            self.counts = self.counts + np.bincount(bins, minlength=K)
+            return np.array([self.number]), self.counts[None]
         of_row = np.arange(before, before + len(bins)) // self.length
         W = int(of_row[-1]) + 1
         counts = np.bincount(of_row * K + bins, minlength=W * K).reshape(W, K)
@@ -470,14 +474,14 @@ class _Bet:
     """The martingale of a Pólya urn that begins with `a` balls of each colour, against any other rates."""
 
     def __init__(self, a: Ints) -> None:
-        self.a = a
-        self._gammas = gammaln(a).sum() - gammaln(a.sum()) + gammaln(0.5 * len(a)) - len(a) * gammaln(0.5)
+        self.a, self.total = a, float(a.sum())
+        self._gammas = gammaln(a).sum() - gammaln(self.total) + gammaln(0.5 * len(a)) - len(a) * gammaln(0.5)
 
     def log_e(self, c: Ints) -> Floats:
         """Of `c` [W, colours] balls drawn of each colour, in any order: [W]."""
         t, a = c.sum(1), self.a
-        bet: Floats = gammaln(c + 0.5).sum(1) - gammaln(t + 0.5 * len(a))
-        return bet - gammaln(c + a).sum(1) + gammaln(t + a.sum()) + self._gammas
+        bet: Floats = (gammaln(c + 0.5) - gammaln(c + a)).sum(1) - gammaln(t + 0.5 * len(a))
+        return bet + gammaln(t + self.total) + self._gammas
 
 
 def _share(n: int, shares: Floats) -> Ints:
