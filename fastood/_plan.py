@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastood._fork import one_thread_if_forked
 from fastood._inputs import (
     did_you_mean,
     flag,
@@ -70,9 +71,9 @@ class Plan:
         for quick in self.quick:
             out = quick(logits, feats, labels)
             if out is not None:
-                return out
+                return out if self.request.columns else self._made_of_all(out, logits, feats)
         f, h, as_numpy = logits_and_feats(logits, feats)
-        if as_numpy and labels is None:  # the short ways read no arrays, but their memory as tensors
+        if as_numpy and labels is None:  # of which the short ways read plain ones, and only to make columns
             return give(self.run(f, h, backend), as_numpy)
         x = f if f is not None else h
         assert x is not None
@@ -83,11 +84,13 @@ class Plan:
         C, D = (0 if matrix is None else matrix.shape[1] for matrix in (f, h))
         run = prepared(select(backend, x.device, dtype, f, h, q), self.request, C, D)
         out = run(f, h, q)
-        if not self.request.columns:
-            out = self.made_of(out.unbind(), C, dtype)
-        elif run.quick is not None and run.quick not in self.quick:
+        if run.quick is not None and run.quick not in self.quick:
             self.quick = (*self.quick, run.quick)  # a new one: another thread may be going through them
-        return give(out, as_numpy)
+        return give(out if self.request.columns else self._made_of_all(out, f, h), as_numpy)
+
+    def _made_of_all(self, values: Tensor, f: Tensor | None, h: Tensor | None) -> Tensor:
+        one_thread_if_forked()
+        return self.made_of(values.unbind(), 0 if f is None else f.shape[1], result_dtype(f, h))
 
     def made_of(self, values: Sequence[Tensor], C: int, dtype: torch.dtype) -> Tensor:
         """The scores, from the request's statistics and then norms, [N] each, where no backend made its columns."""
@@ -97,13 +100,19 @@ class Plan:
         found = dict(zip(self.stats, values[:n], strict=True))
         stats = RowStats(found, C, self.request.temperature, wide=dtype == torch.float64)
         norms = dict(zip(self.orders, values[n:], strict=True))
-        options: Any = {"log": self.request.log, "oriented": self.oriented}
-        columns = [
-            e.compose(stats, None if r is None else norms[r], params=self.params[e.name], **options)
-            for e, r in self.scores
-        ]
-        rows_last = torch.stack(columns, -1 if self.shape[0] < 0 else 0)
-        return rows_last.reshape([values[0].shape[0] if n < 0 else n for n in self.shape]).to(dtype)
+        vs: dict[str, Any] = {}
+        columns = []
+        for e, r in self.scores:
+            if e.name not in vs:  # once for all norms
+                vs[e.name] = e.value(stats, self.params[e.name], self.request.log)
+            u = None if r is None else norms[r]
+            columns.append(e.compose(stats, vs[e.name], u, log=self.request.log, oriented=self.oriented))
+        if len(self.shape) == 1:
+            return columns[0].to(dtype, copy=True)
+        out = torch.stack(columns, -1 if self.shape[0] < 0 else 0)
+        if len(self.shape) > 2:
+            out = out.reshape([values[0].shape[0] if n < 0 else n for n in self.shape])
+        return out.to(dtype)
 
     def _check_given(self, f: Tensor | None, h: Tensor | None) -> None:
         for entry, _ in self.scores:
@@ -142,21 +151,21 @@ def key_of(
 
 def typed(values: Collection[Any]) -> tuple[Any, ...]:
     """More numbers or flags of a key."""
-    return (*values, *map(type, values))
+    return (*values,), (*map(type, values),)
 
 
 def known_plan(key: Any, names: tuple[Any, ...] = ()) -> Plan | None:
     """The plan kept under `key`, unless one of the scores `names` was registered anew. It costs more than a row."""
-    plan = None if is_compiling() else kept(key)
-    return plan if plan is None or not names or plan.named == [*map(SCORES.get, names)] else None
+    return None if is_compiling() else kept(key, names)
 
 
-def kept(key: Any) -> Plan | None:
+def kept(key: Any, names: tuple[Any, ...] = ()) -> Plan | None:
     """The same, for who knows that no compiler is at work."""
     try:
-        return _PLANS.get(key)
+        plan = _PLANS.get(key)
     except TypeError:  # an argument that has no hash is also one that has no meaning: let it be refused
         return None
+    return plan if not names or plan is None or plan.named == [*map(SCORES.get, names)] else None
 
 
 def keep(key: Any, plan: Plan, named: Sequence[Score] = ()) -> Plan:

@@ -18,17 +18,14 @@ from fastood._inputs import (
     Order,
     choice,
     flag,
-    give,
     logits_and_feats,
     order_of,
-    result_dtype,
     take,
-    temperature_of,
 )
 from fastood._plan import Plan, keep, kept, key_of, known_plan, typed
-from fastood.kernels import Request, Stat, prepared, select
+from fastood.kernels import Stat
 from fastood.kernels.statistics import FORMULAS
-from fastood.registry import NORM, SCORES, Method, Score, stat_of
+from fastood.registry import NORM, SCORES, Method, Score
 from fastood.successors import SUCCESSORS, Fitted
 from fastood.successors.declaration import HeadMethod
 from fastood.successors.fitted import Head, successor_of
@@ -219,8 +216,7 @@ def scores(
     if not plan.scores:
         logits_and_feats(logits, feats)
         return {}
-    out = plan.run(logits, feats, backend)
-    rows = out.unbind() if isinstance(out, Tensor) else out  # to iterate over a tensor takes longer
+    rows = _rows(plan.run(logits, feats, backend))
     return {e.name: x for (e, _), x in zip(plan.scores, rows, strict=True)}
 
 
@@ -258,14 +254,15 @@ def sweep(
     torch.Size([5, 4, 12])
     """
     v = _names("v", v)
-    if not is_compiling() and norms is PAPER_NORMS:  # the second is beyond a compiler
+    compiling = is_compiling()
+    if not compiling and norms is PAPER_NORMS:  # the second is beyond a compiler
         with_types = TYPED_NORMS
     else:
         norms = _names("norms", norms)
         with_types = typed(norms)
     asked = "sweep", v, with_types
     key = key_of(asked, feats is not None, None, backend, temperature, bias, log, oriented, params)
-    plan = known_plan(key, v)
+    plan = None if compiling else kept(key, v)
     if plan is None:
         entries = _entries("v", v)
         for entry in entries:
@@ -340,14 +337,19 @@ def row_stats(
     >>> fastood.row_stats(torch.zeros(1, 4), [("power_sum", 3)])["power_sum", 3]
     tensor([0.0625])
     """
-    f, _, as_numpy = logits_and_feats(logits, None)
-    assert f is not None
-    if stats is None:
-        stats = FORMULAS
-    wanted = tuple(stat_of(s) for s in _names("stats", stats))
-    request = Request(wanted, (), (), (len(wanted), -1), temperature_of(temperature))
-    found = prepared(select(backend, f.device, f.dtype, f), request, f.shape[1], 0)(f, None)
-    return {s: give(x, as_numpy) for s, x in zip(wanted, found.to(result_dtype(f)), strict=True)}
+    wanted = _names("stats", FORMULAS if stats is None else stats)
+    asked = "row_stats", wanted, *(typed(s) for s in wanted if isinstance(s, tuple))
+    key = key_of(asked, False, None, backend, temperature)
+    plan = known_plan(key)
+    if plan is None:
+        columns = [(Score(str(s), str(s), "", "in", (s,)), None) for s in wanted]
+        shape = (len(columns), -1)
+        plan = keep(key, Plan(columns, shape, temperature, bias=False, log=False, oriented=True, params={}))
+    if not wanted:
+        logits_and_feats(logits, None)
+        return {}
+    rows = _rows(plan.run(logits, None, backend))
+    return {e.stats[0]: x for (e, _), x in zip(plan.scores, rows, strict=True)}  # type: ignore[index]
 
 
 def warm_up(
@@ -486,6 +488,10 @@ def _names(argument: str, names: Any) -> tuple[Any, ...]:
     if not isinstance(names, (tuple, list)) and (isinstance(names, str) or not isinstance(names, Iterable)):
         raise TypeError(f"{argument} must be a list, got {names!r}")
     return tuple(names)
+
+
+def _rows(out: Any) -> Any:
+    return out.unbind() if isinstance(out, Tensor) else out  # to iterate over a tensor takes longer
 
 
 def _order(entry: Score, norm: Order, with_feats: bool) -> float | None:

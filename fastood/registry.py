@@ -190,13 +190,13 @@ class Score:
             return self.log_stats
         return tuple(map(stat_of, self.stats(**params))) if callable(self.stats) else self.stats
 
-    def compose(self, s: RowStats, u: Tensor | None, *, params: Mapping[str, Any], log: bool, oriented: bool) -> Tensor:
-        """U * V, or log U + log V with `u` already a logarithm."""
-        v = self._v(s, params, log)
+    def compose(self, s: RowStats, v: Any, u: Tensor | None, *, log: bool, oriented: bool) -> Tensor:
+        """U * V, or log U + log V with `u` already a logarithm; `v` is the ``value`` of `s`."""
         if u is None:
             raw = v
         elif log:
-            raw = self.power * (u - math.log(self.divisor(s.T))) + v
+            of_norm = self.power * (u - math.log(self.divisor(s.T))) if self.gradient else u
+            raw = of_norm + v if self.stats else of_norm
         else:
             T = self.divisor(s.T)
             if self.power in (1, 2):
@@ -206,9 +206,10 @@ class Score:
                 raw = factor.masked_fill((v == 0) & factor.isinf() & u.isfinite(), 0) * v
                 if s.wide:
                     raw = torch.where(u == LARGEST, raw * LARGEST, raw)
-        return self.sign(oriented) * raw
+        return raw if self.sign(oriented) > 0 else -raw
 
-    def _v(self, s: RowStats, params: Mapping[str, Any], log: bool) -> Any:
+    def value(self, s: RowStats, params: Mapping[str, Any], log: bool) -> Any:
+        """V, or its logarithm."""
         if log and self.log_v:
             return self.log_v(s, **params)
         if not self.stats:
@@ -216,7 +217,8 @@ class Score:
         if callable(self.v):
             v = self.v(s, **params)
         else:
-            terms = [x * s[stat] for x, stat in zip(self.v, self.stats_for(params), strict=True)]
+            named = zip(self.v, self.stats_for(params), strict=True)
+            terms = [s[stat] if x == 1 else x * s[stat] for x, stat in named]
             v = sum(terms[1:], start=terms[0])
         return v.log() if log else v
 

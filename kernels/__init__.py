@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastood._fork import one_thread_if_forked
 from fastood.kernels import cpu, operator, reference, triton
 from fastood.kernels.contract import (
     NO_NORM,
@@ -64,40 +67,78 @@ def prepared(backend: Backend, request: Request, C: int, D: int) -> Run:
 def _prepared(backend: Backend, request: Request, C: int, D: int) -> Run:
     if backend.supports(request, C, D):
         return backend.compile(request)
-    return Run(_InParts(backend, request, C, D))
+    taken: list[bool] = []
+    whole: list[Column] = []
+    for column in request.columns:
+        some = request.only([*whole, column])
+        taken.append(backend.supports(some, *_read(some, C, D)))
+        if taken[-1]:
+            whole.append(column)
+    if whole and not all(taken):
+        return _of_columns(backend, request, taken, C, D)
+    return _of_parts(backend, request, C, D)
 
 
-class _InParts:
-    """A request that a backend does not support as a whole: statistics and norms from as few calls as it takes, the
-    reference's for those that the backend does not know, and the columns made of them in PyTorch."""
+def _of_columns(backend: Backend, request: Request, taken: list[bool], C: int, D: int) -> Run:
+    """The columns that a backend makes together, those that are `taken`, and then the others."""
+    of_each = [*zip(request.columns, taken, strict=True)]
+    some = [request.only([column for column, its in of_each if its is one]) for one in (True, False)]
+    neighbours = [(its, len([*group])) for its, group in groupby(taken)]
 
-    def __init__(self, backend: Backend, request: Request, C: int, D: int) -> None:
-        self.request = request
-        parts = [*((((s,), ())) for s in request.stats), *((((), (r,))) for r in request.orders)]
-        groups: list[tuple[Backend, Request]] = []
-        for stats, orders in parts:
-            alone = request.of(stats, orders)
-            by = supporting(backend, alone, *_read(alone, C, D))
-            for i, (other, group) in enumerate(groups):
-                both = request.of((*group.stats, *stats), (*group.orders, *orders))
-                if other is by and by.supports(both, *_read(both, C, D)):
-                    groups[i] = by, both
-                    break
-            else:
-                groups.append((by, alone))
-        self.runs = [(group, by.compile(group)) for by, group in groups]
+    def made(found: list[Tensor], dtype: torch.dtype) -> Tensor:
+        parts = {
+            one: iter(columns.split([n for its, n in neighbours if its is one]))
+            for one, columns in zip((True, False), found, strict=True)
+        }
+        out = torch.cat([next(parts[its]) for its, _ in neighbours])
+        return (out.T if request.by_row else out).reshape(request.sized(out.shape[1]))
 
-    def __call__(self, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
-        stats: dict[Stat, Tensor] = {}
-        norms: dict[float, Tensor] = {}
-        for group, run in self.runs:
-            found = run(logits, feats, labels)
-            stats |= zip(group.stats, found, strict=False)
-            norms |= zip(group.orders, found[len(group.stats) :], strict=True)
-        values = [*(stats[s] for s in self.request.stats), *(norms[r] for r in self.request.orders)]
-        if not self.request.columns:
-            return torch.stack(values)
-        return reference.multiplied(values, self.request, result_dtype(logits, feats))
+    return _of_several([_prepared(backend, x, *_read(x, C, D)) for x in some], made)
+
+
+def _of_parts(backend: Backend, request: Request, C: int, D: int) -> Run:
+    """Statistics and norms from as few calls as it takes, the reference's for those that the backend does not know, and
+    the columns made of them in PyTorch."""
+    parts = [*((((s,), ())) for s in request.stats), *((((), (r,))) for r in request.orders)]
+    groups: list[tuple[Backend, Request]] = []
+    for stats, orders in parts:
+        alone = request.of(stats, orders)
+        by = supporting(backend, alone, *_read(alone, C, D))
+        for i, (other, group) in enumerate(groups):
+            both = request.of((*group.stats, *stats), (*group.orders, *orders))
+            if other is by and by.supports(both, *_read(both, C, D)):
+                groups[i] = by, both
+                break
+        else:
+            groups.append((by, alone))
+    names = [name for _, group in groups for name in (*group.stats, *group.orders)]
+    places = [names.index(name) for name in (*request.stats, *request.orders)]
+
+    def made(found: list[Tensor], dtype: torch.dtype) -> Tensor:
+        columns = [column for some in found for column in some.unbind()]
+        values = [columns[i] for i in places]
+        return reference.multiplied(values, request, dtype) if request.columns else torch.stack(values)
+
+    return _of_several([by.compile(group) for by, group in groups], made)
+
+
+def _of_several(runs: list[Run], made: Callable[[list[Tensor], torch.dtype], Tensor]) -> Run:
+    """What is made of the results of several runs."""
+
+    def call(logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
+        return made([run(logits, feats, labels) for run in runs], result_dtype(logits, feats))
+
+    def quick(logits: Any, feats: Any, labels: Any) -> Tensor | None:
+        found: list[Tensor] = []
+        for run in runs:
+            out = run.quick and run.quick(logits, feats, labels)
+            if not isinstance(out, Tensor):
+                return None
+            found.append(out)
+        one_thread_if_forked()
+        return made(found, result_dtype(logits, feats))
+
+    return Run(call, quick if all(run.quick for run in runs) else None)
 
 
 def _read(request: Request, C: int, D: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ place (kernels/__init__.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,6 +58,21 @@ class Request(NamedTuple):
         """These statistics and norms as they are, in all else as here."""
         return self._replace(stats=stats, orders=orders, columns=(), shape=(len(stats) + len(orders), -1))
 
+    def only(self, columns: Sequence[Column]) -> Request:
+        """These of its columns, [columns, N]."""
+        stats = [*dict.fromkeys(i for c in columns for i, _ in c.terms if i != ONE)]
+        orders = [*dict.fromkeys(c.order for c in columns if c.order != NO_NORM)]
+        place_of = {ONE: ONE, **{old: i for i, old in enumerate(stats)}}
+        moved = tuple(
+            c._replace(
+                terms=tuple((place_of[i], x) for i, x in c.terms),
+                order=NO_NORM if c.order == NO_NORM else orders.index(c.order),
+            )
+            for c in columns
+        )
+        these = tuple(self.stats[i] for i in stats), tuple(self.orders[j] for j in orders)
+        return self.of(*these)._replace(columns=moved, shape=(len(moved), -1))
+
 
 class Anchors(NamedTuple):
     """The constant of BatchGrad: G = sum_i (1/T) (e_{y_i} - p(x_i)) h_i^T of its anchors."""
@@ -97,8 +112,8 @@ class Run:
     beyond it. `labels` is the q of a gradient whose q is "given", [N, C] of any float type: a row that is no
     distribution gives NaN.
 
-    ``quick(logits, feats, labels)`` is the short way, of anything: the result with columns in float32, or None where
-    the long way must be gone, which can tell what is wrong with the arguments.
+    ``quick(logits, feats, labels)`` is the short way, of anything: the result, of arrays an array, or None where the
+    long way must be gone, which can tell what is wrong with the arguments.
     """
 
     def __init__(self, call: Call, quick: Callable[[Any, Any, Any], Any] | None = None) -> None:

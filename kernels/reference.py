@@ -84,7 +84,8 @@ def multiplied(values: Sequence[Tensor], request: Request, dtype: torch.dtype) -
     """The columns of a request, from its statistics and norms."""
     columns: list[Any] = []
     for terms, order, power, divisor in request.columns:
-        parts = [coefficient if i == ONE else coefficient * values[i].double() for i, coefficient in terms]
+        parts: list[Any] = [x if i == ONE else values[i].double() for i, x in terms]
+        parts = [x if i == ONE or y == 1 else y * x for x, (i, y) in zip(parts, terms, strict=True)]
         v = parts[0]
         for part in parts[1:]:
             v = v + part
@@ -92,6 +93,8 @@ def multiplied(values: Sequence[Tensor], request: Request, dtype: torch.dtype) -
             u = values[len(request.stats) + order]
             v = times_norm(v, u, power, divisor, wide=dtype == torch.float64)
         columns.append(v)
+    if len(request.shape) == 1:
+        return columns[0].to(dtype, copy=True)  # of a statistic alone
     by_row = request.shape[0] < 0  # the property is beyond torch 2.8's compiler where the temperature is a symbol
     out = torch.stack(columns, -1 if by_row else 0)
     return out.reshape(request.sized(columns[0].shape[0])).to(dtype)

@@ -20,6 +20,7 @@ struct Exchange {
 constexpr uint8_t FLOAT_CODE = 2, BFLOAT_CODE = 4;
 
 static PyObject *tensor_type = nullptr, *as_kind[KINDS] = {};
+static PyObject *array_type = nullptr, *empty_array = nullptr;
 static const Exchange* exchange = nullptr;
 // Of no arguments: whether something looks into torch's operations.
 constexpr int WATCHERS = 3;
@@ -53,6 +54,7 @@ bool read_plain(PyObject* x, Plain* out) {
   Borrowed b;
   if (!borrow(x, &b) || b.ndim != 2 || b.shape[1] == 0 || b.lanes != 1) return false;
   if (b.code == FLOAT_CODE && b.bits == 32) out->type = FLOAT32;
+  else if (b.code == FLOAT_CODE && b.bits == 64) out->type = FLOAT64;
   else if (b.code == FLOAT_CODE && b.bits == 16) out->type = FLOAT16;
   else if (b.code == BFLOAT_CODE && b.bits == 16) out->type = BFLOAT16;
   else return false;
@@ -64,19 +66,55 @@ bool read_plain(PyObject* x, Plain* out) {
   return (b.strides[1] == 1 || out->columns == 1) && (b.data || out->rows == 0);  // a zero tensor has no memory
 }
 
+bool is_array(PyObject* x) { return reinterpret_cast<PyObject*>(Py_TYPE(x)) == array_type; }
+
+bool read_array(PyObject* x, Plain* out) {
+  Py_buffer b;
+  if (!is_array(x) || PyObject_GetBuffer(x, &b, PyBUF_RECORDS_RO) != 0) return false;
+  const char code = b.format[0] && !b.format[1] ? b.format[0] : 0;  // of another byte order it has two letters
+  out->type = code == 'f' ? FLOAT32 : code == 'd' ? FLOAT64 : FLOAT16;
+  bool plain = b.ndim == 2 && (code == 'f' || code == 'd' || code == 'e');
+  if (plain) {
+    const Py_ssize_t size = b.itemsize, step = b.shape[0] > 1 ? b.strides[0] : 0;
+    out->device_type = CPU_DEVICE, out->device_id = 0;
+    out->rows = b.shape[0], out->columns = b.shape[1], out->stride = step / size;
+    out->data = static_cast<char*>(b.buf);
+    plain = out->columns && (b.strides[1] == size || out->columns == 1) && step >= 0 && step % size == 0 &&
+            reinterpret_cast<uintptr_t>(b.buf) % size == 0;
+  }
+  PyBuffer_Release(&b);
+  return plain;
+}
+
+static PyObject* empty_tensor(PyObject* x, int type, Kind kind, PyObject* sizes, void** data) {
+  const bool alike = type == (kind == OF_FLOAT32 ? FLOAT32 : kind == OF_FLOAT64 ? FLOAT64 : TYPES);
+  PyObject* method = PyObject_GetAttr(x, names[NEW_EMPTY]);
+  PyObject* out = method ? PyObject_Call(method, sizes, alike ? nullptr : as_kind[kind]) : nullptr;
+  Py_XDECREF(method);
+  Borrowed b;
+  if (out && !borrow(out, &b)) Py_CLEAR(out);
+  if (out) *data = b.data;
+  return out;
+}
+
+static PyObject* new_array(Kind kind, PyObject* sizes, void** data) {
+  static PyObject* const codes[KINDS] = {PyUnicode_FromString("f"), PyUnicode_FromString("d"), PyUnicode_FromString("B")};
+  PyObject* out = PyObject_CallFunctionObjArgs(empty_array, sizes, codes[kind], nullptr);
+  Py_buffer b;
+  if (out && PyObject_GetBuffer(out, &b, PyBUF_WRITABLE) != 0) Py_CLEAR(out);
+  if (out) *data = b.buf, PyBuffer_Release(&b);
+  return out;
+}
+
 PyObject* empty_beside(PyObject* x, int type, Kind kind, PyObject* shape, int64_t rows, void** data) {
   const Py_ssize_t n = PyTuple_Size(shape);
-  PyObject *method = PyObject_GetAttr(x, names[NEW_EMPTY]), *sizes = PyTuple_New(n), *out = nullptr;
+  PyObject *sizes = PyTuple_New(n), *out = nullptr;
   for (Py_ssize_t i = 0; sizes && i < n; i++) {
     const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
     PyTuple_SetItem(sizes, i, PyLong_FromLongLong(size < 0 ? rows : size));
   }
-  if (method && sizes) out = PyObject_Call(method, sizes, type == FLOAT32 && kind == OF_FLOAT32 ? nullptr : as_kind[kind]);
-  Py_XDECREF(method);
+  if (sizes) out = is_array(x) ? new_array(kind, sizes, data) : empty_tensor(x, type, kind, sizes, data);
   Py_XDECREF(sizes);
-  Borrowed b;
-  if (out && !borrow(out, &b)) Py_CLEAR(out);
-  if (out) *data = b.data;
   return out;
 }
 
@@ -98,6 +136,13 @@ PyObject* use_torch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (int i = 0; i < WATCHERS; i++) Py_INCREF(watchers[i] = PyTuple_GetItem(args[3], i));
   Py_INCREF(forward_ad = args[4]);
   exchange = found->major == 1 && found->borrow && found->stream ? found : nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* use_numpy(PyObject*, PyObject* args) {
+  if (!PyArg_ParseTuple(args, "OO", &array_type, &empty_array)) return nullptr;
+  Py_INCREF(array_type);
+  Py_INCREF(empty_array);
   Py_RETURN_NONE;
 }
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -68,9 +69,7 @@ def _supports(request: Request) -> bool:
 def compile(request: Request) -> Run:
     plan = _plan_of(request)
     # Python's part of the long way takes longer than a row of 1000 logits.
-    return Run(
-        partial(_scores, plan, request), partial(_native.quick, plan, request.shape) if request.columns else None
-    )
+    return Run(partial(_scores, plan, request), partial(_native.quick, plan, request.shape))
 
 
 def _scores(plan: Any, request: Request, logits: Tensor | None, feats: Tensor | None, labels: Tensor | None) -> Tensor:
@@ -187,6 +186,7 @@ if _native is not None:
     # Since 2.10. Without it no tensor is read in C++, and every call goes the long way.
     if exchange := getattr(Tensor, "__dlpack_c_exchange_api__", None):
         _native.use_torch(Tensor, _kinds, exchange, MODES, forward_ad)
+        _native.use_numpy(np.ndarray, np.empty)
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))

@@ -105,7 +105,7 @@ bool read_matrix(PyObject* const* args, Matrix* m) {
 
 static bool read_tensor(PyObject* x, int64_t* rows, Matrix* m) {
   Plain p;
-  if (!read_plain(x, &p) || p.device_type != CPU_DEVICE) return false;
+  if (!(is_array(x) ? read_array(x, &p) : read_plain(x, &p)) || p.device_type != CPU_DEVICE) return false;
   *rows = p.rows, m->data = p.data, m->type = p.type, m->columns = p.columns, m->stride = p.stride;
   return true;
 }
@@ -114,19 +114,28 @@ bool read_tensors(PyObject* const* tensors, Call* call) {
   const bool logits = !call->plan.stats.empty(), feats = !call->plan.orders[0].empty();
   const bool labels = call->plan.gradient.wanted && call->plan.gradient.labels == GIVEN;
   int64_t rows[3] = {-1, -1, -1};
-  Matrix unread;
-  if (tensors[0] == Py_None ? logits : !read_tensor(tensors[0], &rows[0], logits ? &call->logits : &unread)) return false;
-  if (tensors[1] == Py_None ? feats : !read_tensor(tensors[1], &rows[1], feats ? &call->feats : &unread)) return false;
+  Matrix f, h;
+  if (tensors[0] == Py_None ? logits : !read_tensor(tensors[0], &rows[0], &f)) return false;
+  if (tensors[1] == Py_None ? feats : !read_tensor(tensors[1], &rows[1], &h)) return false;
   if ((tensors[2] != Py_None) != labels || (labels && !read_tensor(tensors[2], &rows[2], &call->labels))) return false;
+  int arrays = 0, given = 0;
+  for (int i = 0; i < 3; i++) given += tensors[i] != Py_None, arrays += is_array(tensors[i]);
+  if (arrays && (arrays != given || call->plan.columns.empty())) return false;  // the latter are for PyTorch
+  if (logits) call->logits = f;
+  if (feats) call->feats = h;
+  call->out_double = call->plan.columns.empty() || f.type == FLOAT64 || h.type == FLOAT64;
   call->rows = std::max(rows[0], rows[1]);
   for (int i = 0; i < 2; i++)
     if (tensors[i] != Py_None && rows[i] != call->rows) return false;
   return !labels || (rows[2] == call->rows && call->labels.columns == call->logits.columns);
 }
 
+int64_t numbers(const Plan& plan) {
+  return plan.columns.empty() ? plan.stats.size() + plan.orders[0].size() : plan.columns.size();
+}
+
 void set_strides(Call* call, bool by_row) {
-  const Plan& plan = call->plan;
-  const int64_t columns = plan.columns.empty() ? plan.stats.size() + plan.orders[0].size() : plan.columns.size();
+  const int64_t columns = numbers(call->plan);
   call->row_stride = by_row ? columns : 1;
   call->column_stride = by_row ? 1 : call->rows;
 }

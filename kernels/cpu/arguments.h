@@ -18,11 +18,13 @@ const Plan* read_plan(PyObject* const* args, Py_ssize_t count, Py_ssize_t wanted
 // A matrix as four arguments: its address, type, columns, stride.
 bool read_matrix(PyObject* const* args, Matrix* m);
 
-// Reads (logits, feats, labels), None for what is not given; logits or feats that the plan does not need are checked and
-// left alone. False, perhaps with an exception set, where one is no plain tensor of the CPU, one is missing, or their
-// sizes do not fit.
+// Reads (logits, feats, labels), None for what is not given; logits or feats that the plan does not need are checked, and
+// decide on the result's type alone. False, perhaps with an exception set, where one is no plain tensor of the CPU, nor all
+// are plain arrays, one is missing, or their sizes do not fit.
 bool read_tensors(PyObject* const* tensors, Call* call);
 
+// How many numbers a row gives.
+int64_t numbers(const Plan& plan);
 // The strides of a result [rows, columns], or [columns, rows].
 void set_strides(Call* call, bool by_row);
 

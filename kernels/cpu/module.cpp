@@ -105,9 +105,9 @@ static PyObject* batchgrad_peak(PyObject*, PyObject* steps) {
 // Whether torch does so many elements on more than one thread.
 static bool shared_out(int64_t elements) { return elements > 32768; }  // at::internal::GRAIN_SIZE
 
-// quick(plan, shape, logits, feats, labels), those that are not needed None: the columns for plain CPU tensors as
-// float32 of `shape`, in which -1 stands for the rows. None where the tensors are of any other kind: then the call takes
-// the long way through Python, which reads all that is allowed and says what is wrong with the rest.
+// quick(plan, shape, logits, feats, labels), those that are not needed None: the result for plain CPU tensors, or the
+// columns for plain arrays, of `shape`, in which -1 stands for the rows. None where they are of any other kind: then the
+// call takes the long way through Python, which reads all that is allowed and says what is wrong with the rest.
 static PyObject* quick(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Plan* plan = read_plan(args, count, 5);
   if (!plan) return nullptr;
@@ -116,13 +116,14 @@ static PyObject* quick(PyObject*, PyObject* const* args, Py_ssize_t count) {
   // out the work of making it (where it is told to be deterministic it fills what is empty), and its threads are set
   // right there first.
   if (watched() || !read_tensors(args + 2, &call) ||
-      (!parallel_for && shared_out(call.rows * int64_t(plan->columns.size())))) {
+      (!parallel_for && shared_out(call.rows * numbers(*plan)))) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
   const bool with_logits = !plan->stats.empty();
   const int type = with_logits ? call.logits.type : call.feats.type;
-  PyObject* out = empty_beside(args[with_logits ? 2 : 3], type, OF_FLOAT32, args[1], call.rows, &call.out);
+  const Kind kind = call.out_double ? OF_FLOAT64 : OF_FLOAT32;
+  PyObject* out = empty_beside(args[with_logits ? 2 : 3], type, kind, args[1], call.rows, &call.out);
   if (!out) return nullptr;
   set_strides(&call, PyLong_AsLong(PyTuple_GetItem(args[1], 0)) < 0);
   PyObject* done = run_without_lock(call);
@@ -197,6 +198,7 @@ static PyMethodDef methods[] = {
     {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launch)), METH_FASTCALL, nullptr},
     {"use_driver", use_driver, METH_VARARGS, nullptr},
     {"use_torch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(use_torch)), METH_FASTCALL, nullptr},
+    {"use_numpy", use_numpy, METH_VARARGS, nullptr},
     {"statistics", statistics, METH_NOARGS, "Their names, by number."},
     {"isas", isas, METH_NOARGS, "Instruction sets that this processor has, the best last."},
     {"isa", isa, METH_NOARGS, "The one in use."},

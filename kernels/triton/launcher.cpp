@@ -224,7 +224,7 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (int i = 0; i < INPUTS; i++) {
     there[i] = args[1 + i] != Py_None;
     if (!there[i]) continue;
-    if (!read_plain(args[1 + i], &given[i])) {
+    if (!read_plain(args[1 + i], &given[i]) || given[i].type == FLOAT64) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }

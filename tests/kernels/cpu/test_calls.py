@@ -14,7 +14,7 @@ from fastood import _plan
 from fastood.kernels.cpu import _native
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_short_way_gives_the_same_bits(dtype):
     f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
     q = torch.randn(5, 30).softmax(-1)
@@ -31,12 +31,77 @@ def test_short_way_gives_the_same_bits(dtype):
         lambda: fastood.gradient_norm(f, h, "predicted", 3, 1, "outside"),
         lambda: fastood.gradient_norm(f, h, q, 2, 1, "outside"),
         lambda: fastood.gradient_norm(f, h, q.to(dtype), 0.5, 2),
+        lambda: fastood.gradient_norm(f, h, q, 3, 3, "outside"),  # from here on PyTorch has a part
+        lambda: fastood.score(f, None, "msp", log=True),
+        lambda: fastood.score(f, h, "exgrad", temperature=2, log=True),
+        lambda: fastood.sweep(f, h, ["varsum", "energy"], [None, 2], log=True),
+        lambda: fastood.norms(h, (0.3, 2), log=True),
+        lambda: torch.stack(list(fastood.row_stats(f, ["msp", "log_msp", ("gen", 0.1, 3)]).values())),
+        lambda: fastood.norms(h, [r / 10 for r in range(1, 40)]),  # and more than one call
+        lambda: fastood.sweep(f, h, ["tv", "msp"], [r / 10 for r in range(1, 40)]),
     ):
         _plan._PLANS.clear()  # the first call finds out that the short way will do
         long, short = call(), call()
-        assert next(iter(_plan._PLANS.values())).quick
-        assert short.dtype == torch.float32
+        (quick,) = next(iter(_plan._PLANS.values())).quick
+        assert any(quick(*given) is not None for given in ((f, h, None), (f, h, q)))
+        assert short.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.equal(short, long)
+
+
+def test_short_way_of_two_types():
+    """An input that is not read decides on the result's type, a label's does not."""
+    f, h, q = torch.randn(5, 30), torch.randn(5, 70), torch.randn(5, 30).softmax(-1)
+    for call, wide in (
+        (lambda: fastood.score(f.double(), h), True),
+        (lambda: fastood.score(f, h.double()), True),
+        (lambda: fastood.score(f.double(), h, "norm", norm=2), True),
+        (lambda: fastood.score(f.double(), h, log=True), True),
+        (lambda: fastood.gradient_norm(f, h, q.double()), False),
+    ):
+        _plan._PLANS.clear()
+        long, short = call(), call()
+        assert short.dtype == long.dtype == (torch.float64 if wide else torch.float32)
+        assert torch.equal(short, long)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_short_way_reads_plain_arrays(dtype):
+    f, h = (torch.randn(5, n).numpy().astype(dtype) for n in (30, 70))
+    q = torch.randn(5, 30).softmax(-1).numpy()
+    _plan._PLANS.clear()
+    fastood.score(f, h), fastood.gradient_norm(f, h, q)
+    of_score, of_norm = (plan.quick[0] for plan in _plan._PLANS.values())
+    expected = fastood.score(*map(torch.from_numpy, (f, h))).numpy()
+    wide = np.zeros((5, 70), dtype)
+    wide[:, :30] = f
+    frozen, one, odd = f.copy(), f[1:2], np.zeros((5, 60), dtype)[:, ::2]
+    frozen.flags.writeable = False
+    unaligned = np.empty(f.nbytes + 1, np.uint8)[1:].view(dtype).reshape(f.shape)
+    unaligned[:] = f
+    for x in (f, frozen, wide[:, :30]):
+        got = of_score(x, h, None)
+        assert (type(got), got.dtype) == (np.ndarray, expected.dtype)
+        np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(of_score(one, h[1:2], None), expected[1:2])
+    np.testing.assert_array_equal(of_norm(f, h, q), fastood.gradient_norm(*map(torch.from_numpy, (f, h, q))).numpy())
+    for x in (
+        odd,
+        unaligned,
+        f[::-1],
+        np.asfortranarray(f),
+        f.astype(f.dtype.newbyteorder()),
+        f.astype(np.int32),
+        f[0],
+        f[:4],
+        f[:, :0],
+        np.ma.masked_array(f),
+        f.view(np.recarray),
+        torch.from_numpy(f),
+        f.tolist(),
+    ):
+        assert of_score(x, h, None) is None
+    assert of_norm(f, h, torch.from_numpy(q)) is None
+    assert of_score(f[:0], h[:0], None).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])

@@ -9,6 +9,7 @@ import torch
 from interpreter import needs_triton
 
 import fastood
+from fastood import _plan
 from fastood.kernels import Request
 from fastood.kernels.cpu import _native
 from fastood.kernels.triton import shapes
@@ -153,7 +154,9 @@ def calls_of(C, D):
         "score": lambda f, h, b: fastood.score(f, h, backend=b),
         "msp beside feats": lambda f, h, b: fastood.score(f, h, "msp", norm=None, backend=b),
         "sweep": lambda f, h, b: fastood.sweep(f, h, ["tv", "energy"], [0, 0.3, 2], backend=b),
-        "scores": lambda f, h, b: torch.stack([*fastood.scores(f, h, ["varsum", "gradnorm"], backend=b).values()]),
+        "scores": lambda f, h, b: torch.stack(
+            [*fastood.scores(f, h, ["varsum", "gen", "gradnorm"], M=3, backend=b).values()]
+        ),
         "norms": lambda f, h, b: fastood.norms(h, [0.5, math.inf], backend=b),
         "statistics": lambda f, h, b: torch.stack([*fastood.row_stats(f, ["tv", "plogp"], backend=b).values()]),
         "GEN": lambda f, h, b: fastood.score(f, method="gen", M=3, backend=b),
@@ -204,6 +207,16 @@ def test_warmed_up(driver):
     assert len(driver.compiled) == compiled
     with pytest.raises(ValueError, match="methods"):
         fastood.warm_up(10, methods=["enrgy"], device="cpu")
+
+
+@pytest.mark.parametrize("name", ["GEN", "scores", "gradient", "log ExGrad", "statistics"])
+def test_a_warm_call_of_several_parts_takes_the_short_way(driver, name, monkeypatch):
+    f, h, call = torch.randn(5, 10), torch.randn(5, 4), calls_of(10, 4)[name]
+    expected = call(f, h, "triton")
+    launched = len(driver.grids)
+    monkeypatch.delattr(_plan, "logits_and_feats")  # with which the long one begins
+    assert torch.equal(call(f, h, "triton"), expected)
+    assert len(driver.grids) == 2 * launched
 
 
 def test_batchgrad_in_groups_of_rows(driver, monkeypatch):
