@@ -14,6 +14,9 @@ from fastood import _plan
 from fastood.kernels.cpu import _native
 
 
+READS_TENSORS = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # C++ does, since torch 2.10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_short_way_gives_the_same_bits(dtype):
     f, h = torch.randn(5, 30).to(dtype), torch.randn(5, 70).to(dtype)
@@ -43,7 +46,7 @@ def test_short_way_gives_the_same_bits(dtype):
         _plan._PLANS.clear()  # the first call finds out that the short way will do
         long, short = call(), call()
         (quick,) = next(iter(_plan._PLANS.values())).quick
-        assert any(quick(*given) is not None for given in ((f, h, None), (f, h, q)))
+        assert any(quick(*given) is not None for given in ((f, h, None), (f, h, q))) == READS_TENSORS
         assert short.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.equal(short, long)
 
@@ -64,6 +67,7 @@ def test_short_way_of_two_types():
         assert torch.equal(short, long)
 
 
+@pytest.mark.skipif(not READS_TENSORS, reason="needs torch 2.10")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
 def test_short_way_reads_plain_arrays(dtype):
     f, h = (torch.randn(5, n).numpy().astype(dtype) for n in (30, 70))
