@@ -52,6 +52,7 @@ class Plan:
             columns = tuple(self._column(e, r, places, T) for e, r in scores)
         as_they_are = (len(self.stats) + len(self.orders), -1)
         self.request = Request(self.stats, self.orders, columns, shape if columns else as_they_are, T, bias, log)
+        self.composed = not columns  # in PyTorch, of statistics and norms
         self.named: list[Score] = []
         self.quick: tuple[Callable[[Any, Any, Any], Any], ...] = ()  # short ways, once a longer one was gone
 
@@ -71,7 +72,7 @@ class Plan:
         for quick in self.quick:
             out = quick(logits, feats, labels)
             if out is not None:
-                return out if self.request.columns else self._made_of_all(out, logits, feats)
+                return self._made_of_all(out, logits, feats) if self.composed else out
         f, h, as_numpy = logits_and_feats(logits, feats)
         if as_numpy and labels is None:  # of which the short ways read plain ones, and only to make columns
             return give(self.run(f, h, backend), as_numpy)
@@ -86,7 +87,7 @@ class Plan:
         out = run(f, h, q)
         if run.quick is not None and run.quick not in self.quick:
             self.quick = (*self.quick, run.quick)  # a new one: another thread may be going through them
-        return give(out if self.request.columns else self._made_of_all(out, f, h), as_numpy)
+        return give(self._made_of_all(out, f, h) if self.composed else out, as_numpy)
 
     def _made_of_all(self, values: Tensor, f: Tensor | None, h: Tensor | None) -> Tensor:
         one_thread_if_forked()

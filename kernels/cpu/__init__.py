@@ -26,6 +26,7 @@ _STATS: dict[str, int] = {}
 try:
     _native = import_module("fastood.kernels.cpu._native")
     _STATS = {name: i for i, name in enumerate(_native.statistics())}
+    _native.use_numpy(np.ndarray, np.empty)
 except (ImportError, AttributeError) as error:  # the second is of a part that was built from older sources
     _native, MISSING = None, str(error)
 
@@ -186,7 +187,6 @@ if _native is not None:
     # Since 2.10. Without it no tensor is read in C++, and every call goes the long way.
     if exchange := getattr(Tensor, "__dlpack_c_exchange_api__", None):
         _native.use_torch(Tensor, _kinds, exchange, MODES, forward_ad)
-        _native.use_numpy(np.ndarray, np.empty)
     _native.use_threads_of(_torch_threads())
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))
