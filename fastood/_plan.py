@@ -52,7 +52,7 @@ class Plan:
             columns = tuple(self._column(e, r, places, T) for e, r in scores)
         as_they_are = (len(self.stats) + len(self.orders), -1)
         self.request = Request(self.stats, self.orders, columns, shape if columns else as_they_are, T, bias, log)
-        self.composed = not columns  # in PyTorch, of statistics and norms
+        self.composed = len(columns) == 0  # in PyTorch, of statistics and norms; `not` is beyond torch.compile
         self.named: list[Score] = []
         self.quick: tuple[Callable[[Any, Any, Any], Any], ...] = ()  # short ways, once a longer one was gone
 

@@ -13,7 +13,6 @@ import fastood
 from fastood import _plan
 from fastood.kernels.cpu import _native
 
-
 READS_TENSORS = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # C++ does, since torch 2.10
 
 
