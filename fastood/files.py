@@ -727,6 +727,10 @@ class ScoreWriter:
     def write(self, scores: Mapping[str, Tensor | np.ndarray], ids: np.ndarray | None = None) -> None:
         """Append rows: name -> [n], the same names every time; and their IDs [n], where there is a name for them."""
         columns = {k: x.detach().cpu().numpy() if isinstance(x, Tensor) else x for k, x in scores.items()}
+        for k, x in columns.items():
+            if not isinstance(x, np.ndarray) or x.ndim != 1:
+                got = f"shape {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
+                raise ValueError(f"scores: {k!r} must be a tensor or an array [n], got {got}")
         if (ids is None) != (self._id_key is None):
             raise ValueError(f"ids must be given if save_scores was given id_key, got id_key={self._id_key!r}")
         if self.names is None:

@@ -191,6 +191,15 @@ def test_a_signal_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("suffix", [*FORMATS, ".npy"])
+@pytest.mark.parametrize(("odd", "got"), [(np.ones((2, 2)), "shape [2, 2]"), ([1.0, 2.0], "list")])
+def test_a_score_is_a_number_per_row(tmp_path, suffix, odd, got):
+    message = re.escape(f"scores: 'msp' must be a tensor or an array [n], got {got}")
+    with pytest.raises(ValueError, match=message), save_scores(tmp_path / f"x{suffix}") as writer:
+        writer.write({"msp": odd})
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_must_not_change_and_there_must_be_some(tmp_path):
     with save_scores(tmp_path / "a.npz") as writer:
         writer.write(SCORES)
