@@ -286,6 +286,7 @@ def of_dtensors(rank, group, f, h, w, b):
         "split rows": lambda: fastood.distributed.score(distribute_tensor(f, mesh, [Shard(0)])),
         "group": lambda: fastood.distributed.score(split, group=mesh["tp"]),
         "feats": lambda: fastood.distributed.score(split, distribute_tensor(h, mesh, [Shard(1)])),
+        "rows of feats": lambda: fastood.distributed.score(split, distribute_tensor(h, mesh, [Shard(0)])),
         "bias": lambda: fastood.distributed.score_linear(h, weight, distribute_tensor(b, mesh, [Replicate()])),
     }.items():
         errors[name] = error_of(call)
@@ -313,13 +314,14 @@ def test_dtensors(run):
         assert "logits must have its classes, dimension 1, as Shard" in errors["split rows"]
         assert "group must be left out where logits is a DTensor" in errors["group"]
         assert "feats must be whole on every rank" in errors["feats"]
+        assert "feats must be whole on every rank" in errors["rows of feats"]
         assert "bias must be split as weight is" in errors["bias"]
 
 
 def of_two_dimensions(rank, group, f, h):
     """Rows over one dimension, classes over the other; of one there is one rank, for want of four."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     found = {}
     for shape in ((1, 3), (3, 1)):
@@ -333,7 +335,12 @@ def of_two_dimensions(rank, group, f, h):
         there = fastood.distributed.score(pixels, method="msp", dim=1)
         assert there.placements == (Shard(1), Replicate())
         found |= {f"energy {shape}": s.full_tensor(), f"pixels {shape}": there.full_tensor()}
-    return as_numpy(found), error_of(lambda: fastood.distributed.score(f, group=mesh))
+    summands = DTensor.from_local(f[:, :4], mesh, [Partial(), Shard(1)])
+    errors = {
+        "mesh": error_of(lambda: fastood.distributed.score(f, group=mesh)),
+        "partial": error_of(lambda: fastood.distributed.score(summands)),
+    }
+    return as_numpy(found), errors
 
 
 def test_rows_over_another_dimension_of_the_mesh(run):
@@ -342,7 +349,9 @@ def test_rows_over_another_dimension_of_the_mesh(run):
     for name, got in same_on_all([found for found, _ in results]).items():
         expected = fastood.score(f, h) if "energy" in name else fastood.score(f, method="msp").reshape(1, 5, 1)
         np.testing.assert_allclose(got, expected, rtol=1e-6)
-    assert "one dimension of the mesh, as mesh['tp'] is" in results[0][1]
+    for _, errors in results:
+        assert "one dimension of the mesh, as mesh['tp'] is" in errors["mesh"]
+        assert "no Partial" in errors["partial"]
 
 
 def of_the_page(rank, group, page):
