@@ -292,6 +292,7 @@ def score(
         return
     if given := _given(ctx, ("workers", "bad_files", "model", "inputs_key")):
         raise ValueError(f"{', '.join(given)}: only with --engine ray")
+    _refuse_folder(source)
     place = _device(device)
     inputs = [source, *filter(None, (detector_file, head, train))]
 
@@ -378,6 +379,11 @@ def _given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
     """Which of these options the command line has."""
     sources = {f"--{name.replace('_', '-')}": ctx.get_parameter_source(name) for name in names}
     return [name for name, origin in sources.items() if origin and origin.name == "COMMANDLINE"]
+
+
+def _refuse_folder(source: Path) -> None:
+    if source.is_dir():
+        raise ValueError(f"{source}: is a folder, which --engine ray takes, of .parquet files")
 
 
 def _apart(ctx: typer.Context, *outputs: Path | None) -> None:
@@ -491,6 +497,7 @@ def fit(
         return
     if given := _given(ctx, ("workers", "bad_files")):
         raise ValueError(f"{', '.join(given)}: only with --engine ray")
+    _refuse_folder(source)
     place = _device(device)
 
     odd: _Odd = {}

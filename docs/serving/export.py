@@ -1,4 +1,4 @@
-"""A trained classifier and its detector as one program: python export.py FOLDER [digits]
+"""A trained classifier and its detector as one program: python export.py FOLDER
 
 Into the folder go served.pt2, which gives {"logits", "score", "accept"} and needs torch alone to run, and
 detector.safetensors, for a monitor. Run as it is, it does so with a small network for handwritten digits; to use it,
@@ -19,6 +19,7 @@ import fastood
 def export(model: nn.Module, validation: Iterable[Tensor], folder: Path) -> nn.Module:
     attached = fastood.attach(model.eval())
     detector = fastood.Detector("energy", norm=None, tpr=0.95).fit_loader(attached, validation)
+    folder.mkdir(parents=True, exist_ok=True)
     detector.save(folder / "detector.safetensors")
     served = nn.Sequential(attached.body, fastood.OODHead(attached.head, detector)).eval()
     example = next(iter(validation))
@@ -44,4 +45,6 @@ def digits() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("python export.py FOLDER")
     export(*digits(), Path(sys.argv[1]))

@@ -249,6 +249,8 @@ def test_standard_output_takes_a_result_and_nothing_else(data, capfd):
     os.mkdir("shards")
     pq.write_table(pa.table({"logits": [[1.0, 2.0]]}), "shards/a.parquet")
     assert "/dev/null: is no folder" in complaint("score", "shards", "/dev/null", "--engine", "ray")
+    for command in (("score", "shards", "x.csv"), ("fit", "shards", "--out", "x.safetensors")):
+        assert "shards: is a folder, which --engine ray takes" in complaint(*command)
 
 
 def test_a_missing_argument_is_a_usage_error(data):
