@@ -238,6 +238,18 @@ def test_the_gradnorm_of_a_flat_row_is_0(backend, C, order, T):
         assert got[1].isnan()
 
 
+@pytest.mark.parametrize("C", [5, 60])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.every_backend
+def test_weights_of_logits_whose_differences_leave_float32(backend, C, order):
+    f, h, T = torch.full((1, C), -3e38), torch.ones(1, 2), 1e3
+    f[0, 1], f[0, 2] = 3e38, 0
+    got = fastood.gradient_norm(f, h, "log_predicted", order, 1.5, "outside", temperature=T, backend=backend)
+    expected, _ = truth.gradient(f, "log_predicted", order, 1.5, "outside", T, truth.EPS["float32"])
+    expected = expected * (truth.norm(h, order) / T) ** 1.5
+    truth.assert_close(got, expected, 1e-5 * np.abs(expected))
+
+
 def test_small_orders_outside_are_beyond_float32(backend):
     f, h = torch.zeros(2, 300), torch.full((2, 1), 1e-20)
     f[1, ::2] = -math.inf

@@ -127,7 +127,7 @@ template <class T, int NORM> struct ClassNorm {
 
 // Sum of q || e_y - p ||^power over the classes below the maximum; of those at it, q alone.
 template <class T, int NORM, class In> static void gradient_outside(const Sweep<In>& s) {
-  const V<T> f_max = all<T>(T(s.row.f_max));
+  const V<T> f_max = all<T>(T(s.row.f_max)), half_max = f_max * T(0.5);
   const bool predicted = s.gradient.labels == PREDICTED, logs = s.gradient.labels == LOG_PREDICTED;
   // Where float exponentials vanish and q = p, they are relative to a lower pivot.
   double pivot = s.row.f_max;
@@ -152,7 +152,7 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
         }
         if (predicted) w = e;
         if (logs) {
-          w = (v - f_max) * softmax.high - log_total;
+          w = (v * T(0.5) - half_max) * softmax.high * 2 - log_total;  // no difference leaves the type
           if (first) w = from_lane<T>(first) ? w : V<T>{};
         }
         sums[u] = add_where(below, sums[u], w * norm(v, e * per_total));

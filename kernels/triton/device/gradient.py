@@ -41,7 +41,8 @@ class Pivot(NamedTuple):
 
     second: Any  # the largest logit but one maximum
     logit: Any  # the same, but a finite one
-    scale: Any
+    minus_half: Any  # of that: logits are halved before they are subtracted, so that no difference leaves float32
+    twice_scale: Any
 
 
 class ClassNorm(NamedTuple):
@@ -78,7 +79,7 @@ def relative(v, q, pivot, NORM: tl.constexpr):
         v = tl.where(v > pivot.second, -INF, v)
     else:
         v = tl.minimum(v, pivot.logit)
-    z = (v - pivot.logit) * pivot.scale
+    z = tl.fma(v, 0.5, pivot.minus_half) * pivot.twice_scale
     return z, tl.exp2(z), q - q_at_max, q_at_max
 
 
@@ -245,7 +246,7 @@ def gradient(
     if LABELS == GIVEN:  # probabilities, which in a half type do not sum to 1 exactly
         valid &= (tl.abs(row_total(labels, EACH) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
     finite = tl.where(second == -INF, f_max, second)  # no other class: any finite pivot does
-    pivot = Pivot(second, finite, scale.to(tl.float32))
+    pivot = Pivot(second, finite, finite * -0.5, (scale * 2.0).to(tl.float32))
 
     RATIOS: tl.constexpr = OUTSIDE and (ORDER > 1 or ORDER == GENERAL)
     others = ()
