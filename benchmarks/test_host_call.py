@@ -40,13 +40,19 @@ def stubbed_driver(monkeypatch):
 
 def test_host_part_of_a_gpu_call(compare, stubbed_driver):
     f, h = torch.randn(1, 1000), torch.randn(1, 2048)
-    detector = fastood.BatchGrad(torch.randn(1000, 2048))
+    detector, q = fastood.BatchGrad(torch.randn(1000, 2048)), f.softmax(-1)
+    own = 0, 0.1, 0.3, 0.5, 0.8, 1, 2, 3, 4, 5, 6, 7
     calls = {
         OURS: partial(fastood.score, f, h, backend="triton"),
         "msp": partial(fastood.score, f, method="msp", backend="triton"),
         "sweep, 4 V x 12 norms": partial(fastood.sweep, f, h, backend="triton"),
+        "sweep, 4 V x 12 norms of one's own": partial(fastood.sweep, f, h, norms=own, backend="triton"),
         "2 norms": partial(fastood.norms, h, [1, 2], backend="triton"),
         "BatchGrad, 4 launches": partial(detector.score, f, h, backend="triton"),
+        "log MSP": partial(fastood.score, f, method="msp", log=True, backend="triton"),
+        "GEN": partial(fastood.score, f, method="gen", backend="triton"),
+        "E_q of L2, q given, 2 launches": partial(fastood.gradient_norm, f, h, q, 2, backend="triton"),
+        "all scores, 2 launches": partial(fastood.scores, f, h, backend="triton"),
         "the allocation alone": partial(f.new_empty, (1,)),
     }
     for call in calls.values():

@@ -152,7 +152,7 @@ def key_of(
 
 def typed(values: Collection[Any]) -> tuple[Any, ...]:
     """More numbers or flags of a key."""
-    return (*values,), (*map(type, values),)
+    return (*values, *map(type, values))
 
 
 def known_plan(key: Any, names: tuple[Any, ...] = ()) -> Plan | None:
