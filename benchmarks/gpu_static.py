@@ -432,8 +432,8 @@ def warps_held(registers: int, compiled: Compiled) -> int:
 # two logits, to keep the largest of a slot out of its sum, so that the rest is exact near p_max = 1 (halves in pairs,
 # one instruction for two); and some 200 instructions a thread of 63 logits to make statistics of the sums and products
 # of those. Rows of odd length are read word by word, halves twice and moved into place: 0.5 and 1.4 more. Where no rest
-# is summed, the maximum is subtracted before scaling, 1 more, which any temperature survives. Rows of 100 classes have
-# 4 threads, of which 12% read nothing: what is once a thread then serves 25. Rows beyond 24576 classes are read
+# is summed, the maximum is subtracted before scaling, 1 more, which any temperature survives. Rows of 20 classes have
+# two threads, of which a sixth of the loads is beyond the end: what is once a thread then serves 10. Rows beyond 24576 classes are read
 # twice for TV, 5 more and another special function, by programs of many warps, in which what is once a thread shows.
 # In twelve norms it adds 3 to count what is not 0 and 1 where orders below 0.25 must see subnormals, and the checks of
 # ranges. Roots and products are 200 to 400 a thread: it shows where rows are short.
@@ -444,10 +444,10 @@ CASES = [
     *(Case("4 V terms", t, 1001, 0, V, (), n, 1.1, least_bits=32) for t, n in ((BFLOAT, 12.5), (FLOAT, 11.1))),
     *(Case("all V terms", t, 1001, 0, EVERY_V, (), n, 1.12, least_bits=32) for t, n in ((BFLOAT, 15.3), (FLOAT, 14.2))),
     *(Case("4 V terms", t, 21841, 0, V, (), n, 1.1, least_bits=32) for t, n in ((BFLOAT, 12.8), (FLOAT, 12.1))),
-    # Whether a row of a program's is nearly flat, so that TV takes another reading, is a word between its warps: 30
-    # instructions a thread.
-    *(Case("4 V terms", t, 100, 0, V, (), 15.8, 1.25, least_bits=64) for t in (BFLOAT, HALF)),
-    Case("4 V terms", FLOAT, 100, 0, V, (), 15.5, 1.25),
+    *(Case("4 V terms", BFLOAT, C, 0, V, (), n, 1.35, least_bits=64) for C, n in ((20, 20), (200, 12))),
+    *(Case("4 V terms", t, 100, 0, V, (), 11.1, 1.1, least_bits=64) for t in (BFLOAT, HALF)),
+    Case("4 V terms", FLOAT, 100, 0, V, (), 10.8, 1.1),
+    Case("all V terms", BFLOAT, 100, 0, EVERY_V, (), 14.8, 1.1, least_bits=64),
     *(Case("4 V terms", t, 10, 0, V, (), 16, 1.25, least_bits=32) for t in (BFLOAT, FLOAT)),
     *(Case("KL(u || p)", t, 1000, 0, ("kl_uniform",), (), n, 1.1) for t, n in ((BFLOAT, 9.7), (FLOAT, 9.7))),
     Case("KL(u || p)", FLOAT, 128256, 0, ("kl_uniform",), (), 7.4, 1.1),
@@ -511,7 +511,10 @@ SHARES = {
     ("4 V terms", 1001, 0): (84, 97),
     ("all V terms", 1001, 0): (68, 92),
     ("4 V terms", 21841, 0): (68, 95),
-    ("4 V terms", 100, 0): (79, 93),
+    ("4 V terms", 20, 0): (60,),
+    ("4 V terms", 100, 0): (86, 95),
+    ("4 V terms", 200, 0): (86,),
+    ("all V terms", 100, 0): (73,),
     ("4 V terms", 10, 0): (52, 69),
     ("norms 1, 2", 0, 2048): (98, 98),
     ("norm 0.3", 0, 2048): (81, 97),

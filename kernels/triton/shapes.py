@@ -18,11 +18,13 @@ from fastood.kernels.statistics import FORMULAS, KL, PLOGP, SUMLOGP, TABLE
 
 # ---- launch shapes
 
-# Most classes -> rows a program, warps. Rows share a warp's shuffles; up to 128 logits a thread stay in registers, 64
-# where rows are as short, so that more warps have a place.
+# Most classes -> rows a program, warps. Rows share a warp's shuffles, and what finishes a row counts less the more
+# logits a thread has: up to 64 stay in registers, so that more warps have a place, and 128 of longer rows.
 ROWS = {
     16: (256, 4),
-    128: (16, 2),
+    128: (16, 1),
+    256: (8, 1),
+    512: (4, 1),
     1024: (2, 1),
     2048: (2, 1),
     4096: (1, 1),
@@ -30,8 +32,9 @@ ROWS = {
     16384: (1, 4),
     24576: (1, 8),
 }
-ROWS_WITH_FEATS = {**ROWS, 16: (8, 1), 128: (16, 4), 1024: (2, 1)}
-ROWS_OF_FEATS = {2048: (4, 1), 4096: (2, 1), 8192: (1, 1), 16384: (1, 2)}  # features alone
+# Of many norms a thread finishes as many numbers for each row of its warp: fewer rows, or that takes its registers.
+ROWS_WITH_FEATS = {**ROWS, 16: (8, 1), 128: (16, 4), 256: (2, 1), 512: (2, 1)}
+ROWS_OF_FEATS = {1024: (8, 1), 2048: (4, 1), 4096: (2, 1), 8192: (1, 1), 16384: (1, 2)}  # features alone
 LONG_ROWS = (1, 4)  # of features, beyond that table
 # Of logits beyond ROWS, by their bytes: warps of the program that reads a row in tiles of 16 bytes a thread, or where
 # rows begin anywhere of an element a thread; and how many of either are in flight.
