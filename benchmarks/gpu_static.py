@@ -108,7 +108,7 @@ def compile_case(
     columns = [Column(((i, 1.0),), j) for i in _or_none(case.stats) for j in _or_none(case.orders)]
     plan = shapes.plan_of(Request(case.stats, case.orders, tuple(columns), (len(columns), -1)))
     assert plan is not None
-    shape = shapes.launch_shape(C, D, size, plan.sums)
+    shape = shapes.launch_shape(C, D, size, plan.sums, plan.block)
     x, x_tiles = shapes.logits_tile(C, *(rows or (C, 0)), size, shape.lanes) if C else (shapes.NOTHING, 0)
     sweeps = (1 + bool(plan.sums & TV), math.ceil(C / (x.w * x.p * x_tiles)) - 1) if x_tiles else (0, 0)
     h = shapes.feats_tile(D, D, 0, size, shape.lanes) if D else shapes.NOTHING
@@ -471,6 +471,8 @@ CASES = [
     Case("energy x norm 0.3", BFLOAT, 1000, 2048, ("energy",), (0.3,), 7.3, 1.8),
     Case("4 V x norm 0.3", BFLOAT, 1000, 2048, V, (0.3,), 8.4, 1.8),
     Case("4 V x 12 norms", BFLOAT, 1000, 2048, V, GRID, 21.9, 3.2),
+    Case("4 V x norms 1, 2", BFLOAT, 100, 512, V, (1.0, 2.0), 6.1, 0.4, least_bits=64),
+    Case("4 V x 12 norms", BFLOAT, 100, 512, V, GRID, 37.3, 4, least_bits=64),
     # 3 and 4 are arithmetic. A load and a multiplication of G serve 4 rows, a load of features serves 8 classes.
     Case("BatchGrad, h >= 0", FLOAT, 1000, 2048, (), (), 3.7, 0.1, "plain", least_bits=64),
     Case("BatchGrad, h of any sign", FLOAT, 1000, 2048, (), (), 4.4, 0.1, "signed", least_bits=64),
@@ -523,6 +525,7 @@ SHARES = {
     ("energy x norm 0.3", 1000, 2048): (87,),
     ("4 V x norm 0.3", 1000, 2048): (87,),
     ("4 V x 12 norms", 1000, 2048): (49,),
+    ("4 V x 12 norms", 100, 512): (34,),
     ("E_q || e_Y - p ||_2, q given", 1000, 0): (78, 91),
     ("E_q || e_Y - p ||_2, q given", 12288, 0): (64,),
     ("E_q || e_Y - p ||_1^2, q predicted", 1000, 0): (61,),

@@ -102,7 +102,7 @@ def scores(
 ) -> tuple[Program]:
     """The columns of a plan, [N, columns], or [columns, N] where not `by_row`."""
     C, D = f.columns if f else 0, h.columns if h else 0
-    shape = shapes.launch_shape(C, D, f.itemsize if f else 0, plan.sums)
+    shape = shapes.launch_shape(C, D, f.itemsize if f else 0, plan.sums, plan.block)
     x_tile, x_tiles = shapes.logits_tile(*f[1:], f.itemsize, shape.lanes) if f else (shapes.NOTHING, 0)
     y_tile = shapes.feats_tile(*h[1:], h.itemsize, shape.lanes) if h else shapes.NOTHING
     nothing = None, Argument(NUMBER), Argument(NUMBER)

@@ -32,8 +32,7 @@ ROWS = {
     16384: (1, 4),
     24576: (1, 8),
 }
-# Of many norms a thread finishes as many numbers for each row of its warp: fewer rows, or that takes its registers.
-ROWS_WITH_FEATS = {**ROWS, 16: (8, 1), 128: (16, 4), 256: (2, 1), 512: (2, 1)}
+ROWS_WITH_FEATS = {**ROWS, 16: (8, 1), 128: (8, 1)}
 ROWS_OF_FEATS = {1024: (8, 1), 2048: (4, 1), 4096: (2, 1), 8192: (1, 1), 16384: (1, 2)}  # features alone
 LONG_ROWS = (1, 4)  # of features, beyond that table
 # Of logits beyond ROWS, by their bytes: warps of the program that reads a row in tiles of 16 bytes a thread, or where
@@ -43,6 +42,8 @@ REGISTERS = 1 << 16  # of a multiprocessor: said, or else the compiler spills so
 SHARED_ROW = 1 << 18  # bytes of a row of which two a multiprocessor leave the caches something for the second sweep
 TILES = 4  # of features in flight, 16 bytes a thread
 FEW = 8  # columns, each of which is compiled by itself; more are looked up in a table
+BLOCK = 64  # columns that are looked up at a time
+NORMS_OF_WARP = 128  # that are finished at a time: four a thread, more would take most registers
 
 
 # Kernels have these as constants: NamedTuples of numbers, of tuples of those, or of tuples of such tuples. From a
@@ -89,14 +90,16 @@ class Shape(NamedTuple):
         return {"num_warps": self.warps} | ({"maxnreg": self.registers} if limit else {})
 
 
-def launch_shape(C: int, D: int, itemsize: int, sums: int) -> Shape:
-    """Of a call with C classes and D features, 0 for what it does not read. `itemsize`: of a logit; `sums`: of rows."""
+def launch_shape(C: int, D: int, itemsize: int, sums: int, block: int) -> Shape:
+    """Of a call with C classes and D features, 0 for what it does not read. `itemsize`: of a logit; `sums`: of rows;
+    `block`: columns that are looked up at a time, 0 of few."""
     if is_streamed(C):
         warps = STREAM[itemsize][0]
         two = itemsize * C <= SHARED_ROW and not D and not sums & (PLOGP | SUMLOGP | KL)  # with those it would spill
         return Shape(1, warps, REGISTERS // (32 * warps * (1 + two)) if itemsize == 4 else 0)
     table = ROWS_OF_FEATS if not C else ROWS_WITH_FEATS if D else ROWS
-    return Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
+    shape = Shape(*next((shape for most, shape in table.items() if most >= (C or D)), LONG_ROWS))
+    return shape._replace(rows=min(shape.rows, NORMS_OF_WARP * shape.warps // block)) if D and block else shape
 
 
 def is_streamed(C: int) -> bool:
@@ -454,6 +457,7 @@ class Plan(NamedTuple):
     all_u: bool  # and a norm
     square: bool  # some column squares its norm
     few: Few | None  # None of more columns
+    block: int  # of more columns, how many are looked up at a time, else 0
 
 
 @lru_cache
@@ -511,6 +515,7 @@ def plan_of(request: Request) -> Plan | None:
         all(c.order != NO_NORM for c in columns),
         any(c.power == 2 for c in columns),
         few if len(columns) <= FEW else None,
+        min(BLOCK, _power_of_2(len(columns))) if len(columns) > FEW else 0,
     )
 
 
@@ -535,6 +540,6 @@ def constants(
         "SQUARE": plan.square,
         "FEW": plan.few,
         "COLUMNS": plan.columns,
-        "BLOCK": min(64, _power_of_2(plan.columns)),
+        "BLOCK": plan.block,
         "ROWS": rows,
     }

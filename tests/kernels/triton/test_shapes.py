@@ -13,7 +13,7 @@ from fastood.kernels.triton import shapes
 def test_tiles(itemsize):
     for columns in [*range(1, 140), 1000, 1001, 1002, 1004, 21841, 24576]:
         for stride in (columns, columns + 1, 0):
-            rows, warps, _ = shape = shapes.launch_shape(columns, 0, itemsize, 0)
+            rows, warps, _ = shape = shapes.launch_shape(columns, 0, itemsize, 0, 0)
             lanes = shape.lanes
             assert rows * lanes in (32 * warps, rows)
             tile, _ = shapes.logits_tile(columns, stride, 0, itemsize, lanes)
@@ -55,7 +55,7 @@ def test_tiles_of_long_rows(itemsize):
     for C in (24577, 24584, 50257, 128256, 262144, 1_000_003):
         for stride in (C, C + 1):
             shifted = shapes.is_shifted(C, stride, 0, itemsize)
-            shape = shapes.launch_shape(C, 0, itemsize, 0)
+            shape = shapes.launch_shape(C, 0, itemsize, 0, 0)
             assert shape.rows == 1
             tile, count = shapes.logits_tile(C, stride, 0, itemsize, shape.lanes)
             assert not tile.shifted
