@@ -122,7 +122,9 @@ def works() -> Iterator[Work]:
     seven = of_statistics("energy", "tv", "msp", "s2", "plogp", "sumlogp", "fmax")
     for C in (1000, 1001):
         yield Work("7 statistics", 262144, C, 0, seven, rivals.every_v)
-    for N, C in ((1 << 24, 10), (1 << 21, 100), (1 << 20, 200), (12288, 21841), (4096, 50257), (2048, 128256), (1024, 262144)):
+    short = (1 << 24, 10), (1 << 21, 100), (1 << 20, 200)
+    long = (12288, 21841), (4096, 50257), (2048, 128256), (1024, 262144)
+    for N, C in short + long:
         yield Work("energy", N, C, 0, fastood.score, rivals.energy)
         yield Work("4 V", N, C, 0, four, rivals.v_terms)
     for what, orders in (("norms {1, 2}", (1, 2)), ("norm 0.3", (0.3,)), ("12 norms", PAPER_NORMS)):

@@ -428,15 +428,15 @@ def warps_held(registers: int, compiled: Compiled) -> int:
 # ---- the report
 
 # Budgets stand two or three percent above what is reached. A bare softmax kernel, with a budget of 13.5 for all V terms
-# (16 where rows are odd), does without the numeric contract. Of all V terms, C=1000, that adds: the smaller of
-# two logits, to keep the largest of a slot out of its sum, so that the rest is exact near p_max = 1 (halves in pairs,
-# one instruction for two); and some 200 instructions a thread of 63 logits to make statistics of the sums and products
-# of those. Rows of odd length are read word by word, halves twice and moved into place: 0.5 and 1.4 more. Where no rest
-# is summed, the maximum is subtracted before scaling, 1 more, which any temperature survives. Rows of 20 classes have
-# two threads, of which a sixth of the loads is beyond the end: what is once a thread then serves 10. Rows beyond 24576 classes are read
-# twice for TV, 5 more and another special function, by programs of many warps, in which what is once a thread shows.
-# In twelve norms it adds 3 to count what is not 0 and 1 where orders below 0.25 must see subnormals, and the checks of
-# ranges. Roots and products are 200 to 400 a thread: it shows where rows are short.
+# (16 where rows are odd), does without the numeric contract. Of all V terms, C=1000, that adds: the smaller of two
+# logits, to keep the largest of a slot out of its sum, so that the rest is exact near p_max = 1 (halves in pairs, one
+# instruction for two); and some 200 instructions a thread of 63 logits to make statistics of the sums and products of
+# those. Rows of odd length are read word by word, halves twice and moved into place: 0.5 and 1.4 more. Where no rest is
+# summed, the maximum is subtracted before scaling, 1 more, which any temperature survives. Rows of 20 classes have two
+# threads, of which a sixth of the loads is beyond the end: what is once a thread then serves 10. Rows beyond 24576
+# classes are read twice for TV, 5 more and another special function, by programs of many warps, in which what is once a
+# thread shows. In twelve norms it adds 3 to count what is not 0 and 1 where orders below 0.25 must see subnormals, and
+# the checks of ranges. Roots and products are 200 to 400 a thread: it shows where rows are short.
 CASES = [
     Case("energy", BFLOAT, 1000, 0, ("energy",), (), 7.2, 1.1),
     *(Case("4 V terms", t, 1000, 0, V, (), n, 1.1) for t, n in ((BFLOAT, 11), (HALF, 10.8), (FLOAT, 10.6))),
