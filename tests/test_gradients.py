@@ -248,6 +248,8 @@ def test_weights_of_logits_whose_differences_leave_float32(backend, C, order):
     expected, _ = truth.gradient(f, "log_predicted", order, 1.5, "outside", T, truth.EPS["float32"])
     expected = expected * (truth.norm(h, order) / T) ** 1.5
     truth.assert_close(got, expected, 1e-5 * np.abs(expected))
+    got = fastood.gradient_norm(f, h, "log_predicted", order, 1.5, "outside", temperature=1e-10, backend=backend)
+    assert got.item() == -math.inf
 
 
 def test_small_orders_outside_are_beyond_float32(backend):

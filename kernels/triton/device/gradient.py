@@ -326,7 +326,10 @@ def gradient(
         sum_below = row_total(sum_below, EACH)
         if LABELS != GIVEN:
             x = size(nothing, nothing + 1.0, kept, NORM)
-            sum_below -= (x * log_p_pivot if LABELS == LOG_PREDICTED else x).to(tl.float64)
+            of_pivot = (x * log_p_pivot if LABELS == LOG_PREDICTED else x).to(tl.float64)
+            if LABELS == LOG_PREDICTED:  # which leaves float32, or is of a masked class
+                of_pivot = tl.where(sum_below == -INF, 0.0, of_pivot)
+            sum_below -= of_pivot
         if ORDER == 1:
             log_norm += 1.0
         of_max = exp2_double(power * log_norm)  # what the maximum adds
