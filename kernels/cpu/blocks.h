@@ -51,17 +51,16 @@ template <int WIDTH, class T> INLINE double take(V<T>* sums) {
   return double(sum_of<T>(total));
 }
 
-// A sum of many, 16 at a time, or it would itself lose what each of them adds: of equal ones, rounding errors add up.
-template <class X> struct TotalOf {
-  X sum = {}, part = {};
+// A sum of many doubles, 16 at a time, or it would itself lose what each of them adds.
+struct Total {
+  double sum = 0, part = 0;
   int parts = 0;
-  void operator+=(X x) {
+  void operator+=(double x) {
     part += x;
-    if (++parts % 16 == 0) sum += part, part = X{};
+    if (++parts % 16 == 0) sum += part, part = 0;
   }
-  operator X() const { return sum + part; }
+  operator double() const { return sum + part; }
 };
-typedef TotalOf<double> Total;
 
 // One that keeps what its additions round away, where the sum is small beside the largest of its terms.
 struct ExactTotal {

@@ -1,5 +1,9 @@
 // Rows of few classes: a row a lane. Included by rows.h.
 
+// As many exponentials are added up before they join the sum: of 48 equal ones one after the other, the rounding errors would
+// add up, and a power sum has them r times.
+constexpr int64_t PART = 16;
+
 // The sums of softmax.h, and TV, of `rows` rows of n <= FEW elements, a state for each row.
 template <class In>
 static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n, const LogitsPlan& plan,
@@ -18,17 +22,19 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
       f_max = larger(x[k], f_max);
       nan = add_where(unequal(x[k], x[k]), nan, all<T>(T(1)));
     }
-    V<T> e[FEW], others = {}, squares = {}, exp_d = {}, differences = {}, above = {};
-    TotalOf<V<T>> all_exp;
+    V<T> e[FEW], others = {}, exp = {}, squares = {}, exp_d = {}, differences = {}, above = {};
     const Softmax<T> softmax(f_max, plan);
-    for (int64_t k = 0; k < n && plan.sums; k++) {
-      V<T> d;
-      e[k] = softmax.exp(x[k], &d);
-      const auto below = unequal(x[k], f_max);
-      others = add_where(below, others, all<T>(T(1)));
-      all_exp += where(below, e[k]);
+    for (int64_t start_of_part = 0; start_of_part < n && plan.sums; start_of_part += PART) {
+      V<T> part = {};
+      for (int64_t k = start_of_part; k < n && k < start_of_part + PART; k++) {
+        V<T> d;
+        e[k] = softmax.exp(x[k], &d);
+        const auto below = unequal(x[k], f_max);
+        others = add_where(below, others, all<T>(T(1)));
+        part = add_where(below, part, e[k]);
+      }
+      exp += part;
     }
-    const V<T> exp = all_exp;
     for (int64_t k = 0; k < n && more; k++) {
       const V<T> d = x[k] - f_max, held = larger(all<T>(softmax.lowest), d);
       squares = add_where(unequal(x[k], f_max), squares, e[k] * e[k]);
@@ -60,12 +66,15 @@ static void few_logits(const void* data, int64_t stride, int64_t rows, int64_t n
     }
     for (int r = 0; r < plan.power_sums; r++) {
       const Softmax<T> sharp(f_max, sharper(plan, plan.power[r]));
-      TotalOf<V<T>> all_power;
-      for (int64_t k = 0; k < n; k++) {
-        V<T> d;
-        all_power += where(unequal(x[k], f_max), sharp.exp(x[k], &d));
+      V<T> power = {};
+      for (int64_t start_of_part = 0; start_of_part < n; start_of_part += PART) {
+        V<T> part = {};
+        for (int64_t k = start_of_part; k < n && k < start_of_part + PART; k++) {
+          V<T> d;
+          part = add_where(unequal(x[k], f_max), part, sharp.exp(x[k], &d));
+        }
+        power += part;
       }
-      const V<T> power = all_power;
       for (int64_t row = 0; row < count; row++) states[start + row].powers_below[r] = descale * power[row];
     }
   }

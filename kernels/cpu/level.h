@@ -45,21 +45,23 @@ static void few_level_sums(const void* data, int64_t stride, int64_t rows, int64
   for (int64_t start = 0; start < rows; start += lanes) {
     const int64_t count = rows - start < lanes ? rows - start : lanes;
     const In* f = static_cast<const In*>(data) + start * stride;
-    V<T> x[FEW], levels, shifts;
-    TotalOf<V<T>> all_expm1, all_tail, all_above;
+    V<T> x[FEW], levels, shifts, expm1 = {}, tail = {}, above = {};
     for (int row = 0; row < lanes; row++) {
       const int64_t i = start + (row < count ? row : 0);
       levels[row] = T(level[i]), shifts[row] = T(shift[i]);
     }
     for (int64_t k = 0; k < n; k += lanes) load_columns<T>(f + k, stride, count, n - k < lanes ? n - k : lanes, x + k);
-    for (int64_t k = 0; k < n; k++) {
-      V<T> rise, beyond;
-      exp_beside_1<T>((x[k] - levels) * per_T - shifts, &rise, &beyond);
-      all_expm1 += rise;
-      all_tail += beyond;
-      all_above += rise > 0 ? rise : V<T>{};
+    for (int64_t start_of_part = 0; start_of_part < n; start_of_part += PART) {
+      V<T> part_expm1 = {}, part_tail = {}, part_above = {};
+      for (int64_t k = start_of_part; k < n && k < start_of_part + PART; k++) {
+        V<T> rise, beyond;
+        exp_beside_1<T>((x[k] - levels) * per_T - shifts, &rise, &beyond);
+        part_expm1 += rise;
+        part_tail += beyond;
+        part_above += rise > 0 ? rise : V<T>{};
+      }
+      expm1 += part_expm1, tail += part_tail, above += part_above;
     }
-    const V<T> expm1 = all_expm1, tail = all_tail, above = all_above;
     for (int64_t row = 0; row < count; row++) out[start + row] = {double(expm1[row]), double(tail[row]), double(above[row])};
   }
 }
