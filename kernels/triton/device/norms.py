@@ -242,7 +242,8 @@ def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, POWER
         else:
             MOST: tl.constexpr = Powers((), False, (), (), False, True, False)
             largest = row_powers(read_powers(rows, one, False, H, K, MOST), H, MOST, TYPE)[0]
-        # Sums that hold infinity or nothing are right as they are.
+        # Sums that hold infinity or nothing are right as they are, but for the number of what is not 0.
+        counted = again
         again = again & (largest > 0.0) & (largest < INF)
         if BIAS:
             largest = larger(largest, 1.0)
@@ -251,6 +252,7 @@ def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, POWER
         more = row_powers(slots, H, POWERS, TYPE)
         picked = ()
         for i in tl.static_range(len(NORMS.ranges)):
-            picked = picked + (tl.where(again, more[i], sums[i]),)
+            COUNT: tl.constexpr = POWERS.nonzero and i == len(POWERS.factors)
+            picked = picked + (tl.where(counted if COUNT else again, more[i], sums[i]),)
         sums = picked
     return PowerSums(sums, unit, sums[len(sums) - 1])

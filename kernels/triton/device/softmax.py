@@ -194,15 +194,16 @@ def mend(rows, sums, again, es, e_max, t_max, per_e_max, scale, X: tl.constexpr,
 def flat_again(rows, sums, scale, W: tl.constexpr, X: tl.constexpr, SUMS: tl.constexpr):
     """KL(u || p) and the deviation; of nearly flat rows from reading them again, by tiles of W words."""
     rest = tl.where(sums.pivot == sums.f_max, sums.rest, 0.0)
-    kl, deviation, flat = sums.kl, sums.deviation, sums.f_max != sums.f_max
+    kl, deviation, flat_kl = sums.kl, sums.deviation, sums.f_max != sums.f_max
+    flat_tv = flat_kl
     if KL & SUMS:
-        kl, flat = kl_uniform(rest, sums.mean_z, X.columns)
+        kl, flat_kl = kl_uniform(rest, sums.mean_z, X.columns)
     if TV & SUMS:
-        flat |= has_flat_tv(deviation, rest)
-    if any_row(flat):
+        flat_tv = has_flat_tv(deviation, rest)
+    if any_row(flat_kl | flat_tv):
         other, tv = of_flat_rows(rows, sums.f_max, scale, W, X, KL & SUMS > 0, TV & SUMS > 0)
-        kl = tl.where(flat, other, kl)
-        deviation = tl.where(flat, (tv + tv) * (1.0 + rest), deviation)
+        kl = tl.where(flat_kl, other, kl)
+        deviation = tl.where(flat_tv, (tv + tv) * (1.0 + rest), deviation)
     return kl, deviation
 
 

@@ -27,11 +27,12 @@ def test_norms_on_every_branch(triton_device, monkeypatch, new_programs, D, dtyp
         monkeypatch.setattr(shapes, "ROWS_OF_FEATS", {D: shape})
     rng = np.random.default_rng(D)
     bias = D % 2 == 0
-    x = np.maximum(rng.standard_normal((5, D)), 0) * [[1.0], [1e3], [1e-4], [1.0], [1.0]]
+    x = np.maximum(rng.standard_normal((6, D)), 0) * [[1.0], [1e3], [1e-4], [1.0], [1.0], [1e-4]]
     x[3] = 0
     x[4, 0] = 6e4  # its sixth power is beyond float32
     if dtype != torch.float16:
-        x[2] *= 1e-38  # subnormals
+        x[[2, 5]] *= 1e-38  # subnormals
+    x[5, -1] = np.inf
     h = torch.from_numpy(x).to(dtype)
     for log in (False, True):
         got = fastood.norms(h.to(triton_device), ORDERS, bias=bias, log=log, backend="triton").cpu()

@@ -74,13 +74,15 @@ def test_statistics_far_from_zero(triton_device, C, dtype, temperature):
 # Logits that are divided by T after the maximum is subtracted, a thread a row or several, and before (129).
 @pytest.mark.parametrize(("C", "dtype"), [(5, torch.bfloat16), (101, torch.float32), (129, torch.float32)], ids=str)
 def test_statistics_at_the_ends_of_float32(triton_device, C, dtype):
-    """Logits that leave float32 when they are divided by T; subnormal ones; mean z and KL(u || p) beyond it."""
+    """Logits that leave float32 when they are divided by T; subnormal ones; mean z and KL(u || p) beyond it, of a row
+    that is flat to TV too."""
     limit = torch.finfo(dtype).max
-    f = torch.full((8, C), -limit, dtype=dtype)
+    f = torch.full((9, C), -limit, dtype=dtype)
     f[1, 0], f[2], f[3] = -math.inf, limit, -1e30
     f[3, 1:], f[4, 0], f[5, 1] = -2e30, limit, 0
     f[6], f[7, 1:], f[7, 0] = 1e-40, -math.inf, 1e-40
-    h = torch.full((8, 2), 1e-30, dtype=dtype)
+    f[8, 1:] = 0
+    h = torch.full((9, 2), 1e-30, dtype=dtype)
     for T in (1.0, 1e-10):
         got = fastood.row_stats(f.to(triton_device), STATS[1:] if T == 1 else STATS, temperature=T, backend="triton")
         for name in got:
@@ -95,6 +97,10 @@ def test_statistics_at_the_ends_of_float32(triton_device, C, dtype):
     truth.assert_close(kl, expected * u, 1e-4 * expected * u)
     with np.errstate(divide="ignore"):
         truth.assert_close(log, np.log(expected), 1e-4)
+        both = fastood.scores(
+            f.to(triton_device), None, ["tv", "kl_uniform"], norm=None, temperature=T, log=True, backend="triton"
+        )
+        truth.assert_close(both["kl_uniform"].cpu(), np.log(expected), 1e-4)
 
 
 @pytest.mark.parametrize("C", [100, 261, 264, 24584])
