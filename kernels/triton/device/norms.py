@@ -252,7 +252,9 @@ def norm_sums(rows, H: tl.constexpr, K: tl.constexpr, NORMS: tl.constexpr, POWER
         more = row_powers(slots, H, POWERS, TYPE)
         picked = ()
         for i in tl.static_range(len(NORMS.ranges)):
-            COUNT: tl.constexpr = POWERS.nonzero and i == len(POWERS.factors)
-            picked = picked + (tl.where(counted if COUNT else again, more[i], sums[i]),)
+            if POWERS.nonzero and i == len(POWERS.factors):
+                picked = picked + (tl.where(counted, more[i], sums[i]),)
+            else:
+                picked = picked + (tl.where(again, more[i], sums[i]),)
         sums = picked
     return PowerSums(sums, unit, sums[len(sums) - 1])
