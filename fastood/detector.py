@@ -531,8 +531,7 @@ class Detector:
 
     def _p_values(self, s: Any, c: Any) -> Any:
         """Of scores, and with `per_class` the predicted classes."""
-        if not self._limits[0]:
-            self._calibrate()
+        self._calibrate()
         x = _numpy(s).astype(np.float64)
         finite = np.isfinite(x)
         if c is None:
@@ -557,7 +556,7 @@ class Detector:
         >>> fastood.Detector("max_logit", tpr=0.5).fit(torch.tensor([[1.0, 0], [2, 0], [3, 0]])).threshold
         2.0
         """
-        limits = self._calibrate()
+        limits = self._thresholds()
         return torch.from_numpy(limits.copy()) if self.per_class else float(limits[0])
 
     def _decide_norm(self, order: float | None) -> None:
@@ -605,25 +604,30 @@ class Detector:
             limit = (arrays if of_array else tensors)[kind]
         return limit
 
-    def _calibrate(self) -> NDArray[np.float64]:
-        """Work out ``_limits`` where that is not done yet; the thresholds, [1] or [C]."""
-        if not self._limits[0]:
-            self._fitted()
-            if self._all.kth(self.tpr) is None:
-                raise ValueError(self._all.too_few(self.tpr))
-            samples = map(self._deciding, range(self.classes or 0)) if self.per_class else [self._all]
-            wide = np.array([sample.kth(self.tpr) for sample in samples])
-            # For float32 the next one up: what is at least that is at least the float64, and the other way round.
-            with np.errstate(over="ignore"):
-                narrow = wide.astype(np.float32)
-            narrow = np.where(narrow < wide, np.nextafter(narrow, np.float32(np.inf)), narrow)
-            # A number is compared the fastest as a scalar of numpy or a tensor without dimensions.
-            pair = [(wide, torch.from_numpy(wide)), (narrow, torch.from_numpy(narrow))]
-            if not self.per_class:
-                pair = [(x[0], y[0]) for x, y in pair]
-            arrays: dict[Any, Any] = {x.dtype: x for x, _ in pair}
-            tensors: dict[Any, Any] = {(y.dtype, y.device) if self.per_class else y.dtype: y for _, y in pair}
-            self._limits = arrays, tensors  # whole, for another thread may be reading
+    def _calibrate(self) -> None:
+        """Work out ``_limits`` where that is not done yet."""
+        if self._limits[0]:
+            return
+        self._fitted()
+        if self._all.kth(self.tpr) is None:
+            raise ValueError(self._all.too_few(self.tpr))
+        samples = map(self._deciding, range(self.classes or 0)) if self.per_class else [self._all]
+        wide = np.array([sample.kth(self.tpr) for sample in samples])
+        # For float32 the next one up: what is at least that is at least the float64, and the other way round.
+        with np.errstate(over="ignore"):
+            narrow = wide.astype(np.float32)
+        narrow = np.where(narrow < wide, np.nextafter(narrow, np.float32(np.inf)), narrow)
+        # A number is compared the fastest as a scalar of numpy or a tensor without dimensions.
+        pair = [(wide, torch.from_numpy(wide)), (narrow, torch.from_numpy(narrow))]
+        if not self.per_class:
+            pair = [(x[0], y[0]) for x, y in pair]
+        arrays: dict[Any, Any] = {x.dtype: x for x, _ in pair}
+        tensors: dict[Any, Any] = {(y.dtype, y.device) if self.per_class else y.dtype: y for _, y in pair}
+        self._limits = arrays, tensors  # whole, for another thread may be reading
+
+    def _thresholds(self) -> NDArray[np.float64]:
+        """[1], or with `per_class` [C]."""
+        self._calibrate()
         return np.atleast_1d(self._limits[0][np.dtype(np.float64)])
 
     def _warn_if_inverted(self) -> None:
@@ -632,7 +636,7 @@ class Detector:
         entry = _entry(self.method)
         if entry.gradient or not entry.stats:
             return  # no norm multiplies a V
-        lowest = self._calibrate().min()
+        lowest = self._thresholds().min()
         if lowest < 0:
             warnings.warn(
                 f"a threshold of {label_of(entry, self._order)} is {lowest:.4g}: below 0 a larger norm makes a row "
