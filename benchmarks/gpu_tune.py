@@ -1,8 +1,8 @@
 """Launch shapes beside those of shapes.py, timed on a GPU: python -m benchmarks.gpu_tune OUT
 
 Each candidate replaces numbers of fastood/kernels/triton/shapes.py for one kernel of gpu_day.py: rows a program, warps,
-most registers a thread; tiles in flight. They are compiled in parallel, then checked against float64 and timed one
-after the other. OUT/tune.txt has a line each: its share of the read ceiling, or why there is none.
+most registers a thread; tiles in flight. They are compiled in parallel, and as each is, checked against float64 and
+timed. OUT/tune.txt has a line each: its share of the read ceiling, or why there is none.
 """
 
 from __future__ import annotations
@@ -25,33 +25,42 @@ from fastood.kernels.triton import launch, shapes
 
 NAMES = ("ROWS", "ROWS_WITH_FEATS", "ROWS_OF_FEATS", "STREAM", "TILES", "HELD_A_THREAD")
 AS_THEY_ARE = {name: getattr(shapes, name) for name in NAMES}
-# What a table has for one of its keys: rows, warps and most registers, or warps and tiles in flight of long rows.
-TABLES: list[tuple[str, int, str, str, int, list[tuple[int, ...]]]] = [
-    ("4 V", 1000, "bfloat16", "ROWS", 1024, [(2, 1), (4, 1)]),
-    ("7 statistics", 1000, "bfloat16", "ROWS", 1024, [(2, 1), (1, 1), (4, 1), (2, 2), (4, 2), (8, 2)]),
-    ("7 statistics", 1000, "bfloat16", "ROWS", 1024, [(2, 1, 80), (2, 1, 96), (2, 1, 128)]),
-    ("7 statistics", 1000, "bfloat16", "ROWS", 1024, [(1, 1, 64), (1, 1, 80), (4, 1, 128), (4, 1, 168)]),
-    ("7 statistics", 1001, "bfloat16", "ROWS", 1024, [(2, 1), (1, 1), (4, 1)]),
-    ("4 V", 100, "bfloat16", "ROWS", 128, [(16, 1), (16, 2), (8, 1), (32, 2)]),
-    ("4 V", 100, "float32", "ROWS", 128, [(16, 1), (16, 2)]),
-    ("4 V", 200, "bfloat16", "ROWS", 256, [(8, 1), (4, 1), (2, 1)]),
-    ("4 V", 10, "bfloat16", "ROWS", 16, [(256, 4), (128, 4), (128, 2), (512, 4)]),
-    ("4 V", 50257, "float32", "STREAM", 4, [(16, 8, 24), (16, 8, 12), (8, 8, 24)]),
-    ("4 V", 128256, "bfloat16", "STREAM", 2, [(8, 8, 32), (16, 8, 32), (16, 4, 32), (8, 4, 32)]),
-    ("12 norms", 0, "bfloat16", "ROWS_OF_FEATS", 2048, [(4, 1), (8, 1), (2, 1), (8, 2), (4, 1, 128)]),
-    ("sweep, 4 V × 12 norms", 1000, "bfloat16", "ROWS_WITH_FEATS", 1024, [(2, 1), (1, 1), (2, 1, 128)]),
+# Of a kernel, C and D: what a table has for one of its keys, which is rows, warps and most registers, or warps and
+# tiles in flight of long rows. First those that were chosen from machine code, for they were never timed.
+TABLES: list[tuple[str, int, int, str, str, int, list[tuple[int, ...]]]] = [
+    ("4 V", 100, 0, "bfloat16", "ROWS", 128, [(16, 1), (16, 2), (8, 1), (32, 2)]),
+    ("4 V", 100, 0, "float32", "ROWS", 128, [(16, 1), (16, 2)]),
+    ("4 V", 20, 0, "bfloat16", "ROWS", 128, [(16, 1), (16, 2), (32, 2)]),
+    ("4 V", 200, 0, "bfloat16", "ROWS", 256, [(8, 1), (4, 1), (2, 1)]),
+    ("norm 0.3", 0, 512, "bfloat16", "ROWS_OF_FEATS", 1024, [(8, 1), (4, 1), (2, 1)]),
+    ("energy × norm 0.3", 100, 512, "bfloat16", "ROWS_WITH_FEATS", 128, [(8, 1), (16, 1), (4, 1)]),
+    ("sweep, 4 V × 12 norms", 100, 512, "bfloat16", "ROWS_WITH_FEATS", 128, [(2, 1), (1, 1), (4, 2), (8, 4)]),
+    ("4 V", 10, 0, "bfloat16", "ROWS", 16, [(256, 4), (128, 4), (128, 2), (512, 4)]),
+    ("4 V", 50257, 0, "float32", "STREAM", 4, [(16, 8, 24), (16, 8, 12), (8, 8, 24)]),
+    ("4 V", 128256, 0, "bfloat16", "STREAM", 2, [(8, 8, 32), (16, 8, 32), (16, 4, 32), (8, 4, 32)]),
+    ("12 norms", 0, 2048, "bfloat16", "ROWS_OF_FEATS", 2048, [(4, 1), (8, 1), (2, 1), (8, 2), (4, 1, 128)]),
+    ("sweep, 4 V × 12 norms", 1000, 2048, "bfloat16", "ROWS_WITH_FEATS", 1024, [(2, 1), (1, 1), (2, 1, 128)]),
+    ("4 V", 1000, 0, "bfloat16", "ROWS", 1024, [(2, 1), (4, 1)]),
+    ("7 statistics", 1000, 0, "bfloat16", "ROWS", 1024, [(2, 1), (1, 1), (4, 1), (2, 2), (4, 2), (8, 2)]),
+    ("7 statistics", 1000, 0, "bfloat16", "ROWS", 1024, [(2, 1, 80), (2, 1, 96), (2, 1, 128)]),
+    ("7 statistics", 1000, 0, "bfloat16", "ROWS", 1024, [(1, 1, 64), (1, 1, 80), (4, 1, 128), (4, 1, 168)]),
+    ("7 statistics", 1001, 0, "bfloat16", "ROWS", 1024, [(2, 1), (1, 1), (4, 1)]),
 ]
 
 
 def candidates() -> Iterator[tuple[gpu_day.Work, str, dict[str, Any]]]:
-    works = {(work.what, work.C): work for work in gpu_day.works()}
-    for what, C, dtype, name, key, entries in TABLES:
+    works = {work.what: work for work in gpu_day.works()}
+
+    def at(what: str, C: int, D: int) -> gpu_day.Work:
+        return works[what]._replace(N=(1 << 28) // (C + D), C=C, D=D)
+
+    for what, C, D, dtype, name, key, entries in TABLES:
         for entry in entries:
-            yield works[what, C], dtype, {name: {**AS_THEY_ARE[name], key: entry}}
+            yield at(what, C, D), dtype, {name: {**AS_THEY_ARE[name], key: entry}}
     for tiles in (2, 4):
-        yield works["12 norms", 0], "bfloat16", {"TILES": tiles}
+        yield at("12 norms", 0, 2048), "bfloat16", {"TILES": tiles}
     for elements in (32, 64, 128):
-        yield works["E_p of L3", 1000], "bfloat16", {"HELD_A_THREAD": elements}
+        yield at("E_p of L3", 1000, 0), "bfloat16", {"HELD_A_THREAD": elements}
 
 
 def put(changes: dict[str, Any]) -> None:
@@ -78,14 +87,18 @@ def compile_some(part: slice) -> None:
         put(changes)
         with contextlib.suppress(Exception):  # time_all says which
             work.ours(*gpu_day.tensors(work._replace(N=3), dtype).values())
+        print("compiled", flush=True)
 
 
-def time_all(out: Path) -> None:
+def time_all(out: Path, compilers: list[subprocess.Popen[str]]) -> None:
     x = torch.ones(1 << 28, device="cuda")
     ceiling = x.nbytes / gpu_seconds(x.sum)
     del x
     with (out / "tune.txt").open("w") as file:
-        for work, dtype, changes in candidates():
+        for i, (work, dtype, changes) in enumerate(candidates()):
+            of_this = compilers[i % len(compilers)].stdout
+            assert of_this is not None
+            of_this.readline()  # which comes when it is compiled, or that process has ended
             put(changes)
             given = gpu_day.tensors(work, dtype)
             call = functools.partial(work.ours, *given.values())
@@ -104,12 +117,8 @@ def main() -> None:
         return compile_some(slice(int(sys.argv[2]), None, int(sys.argv[3])))
     out.mkdir(parents=True, exist_ok=True)
     n = max(1, (os.cpu_count() or 2) // 2)
-    started = [
-        subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_tune", str(out), str(i), str(n)]) for i in range(n)
-    ]
-    for process in started:
-        process.wait()
-    time_all(out)
+    command = [sys.executable, "-m", "benchmarks.gpu_tune", str(out)]
+    time_all(out, [subprocess.Popen([*command, str(i), str(n)], stdout=subprocess.PIPE, text=True) for i in range(n)])
     print((out / "tune.txt").read_text())
     return None
 
