@@ -82,6 +82,11 @@ def test_export_writes_both_files(artefacts):
     assert {path.name for path in artefacts.iterdir()} == {"served.pt2", "detector.safetensors"}
 
 
+def test_no_folder_is_taken_for_triton():
+    """Python looks for packages beside the file that it runs, and a folder is one: torch then fails to import."""
+    assert not (SERVING / "triton").exists()
+
+
 # Of FastAPI and its client, which have them when they are imported.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Using `httpx`")
 def test_fastapi(rows):
@@ -100,7 +105,7 @@ def test_fastapi(rows):
     check_monitor(rows, module.monitor)
     text = client.get("/metrics").text
     assert re.search(r"^fastood_\w+ ", text, re.MULTILINE)
-    for inputs in ([[1.0] * 63], [[1.0] * 64, [1.0]], [["a"]], "no"):
+    for inputs in ([], [[1.0] * 63], [[1.0] * 64, [1.0]], [["a"]], "no"):
         assert client.post("/decide", json={"inputs": inputs}).status_code == 422, inputs
     check_monitor(rows, module.monitor)
 
@@ -194,7 +199,7 @@ def test_triton_python_backend(rows, monkeypatch, artefacts, tmp_path):
         InferenceResponse=InferenceResponse,
         get_input_tensor_by_name=lambda request, name: request[name],
     )
-    for path in (SERVING / "triton" / "ood" / "1" / "model.py", *artefacts.iterdir()):
+    for path in (SERVING / "model_repository" / "ood" / "1" / "model.py", *artefacts.iterdir()):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     model = loaded(tmp_path / "model.py").TritonPythonModel()
     model.initialize({"model_name": "ood", "model_version": "1"})
@@ -202,7 +207,7 @@ def test_triton_python_backend(rows, monkeypatch, artefacts, tmp_path):
     responses = model.execute(requests)
     assert [len(response.outputs["score"]) for response in responses] == [1, 50, 69]
 
-    config = (SERVING / "triton" / "ood" / "config.pbtxt").read_text(encoding="utf-8")
+    config = (SERVING / "model_repository" / "ood" / "config.pbtxt").read_text(encoding="utf-8")
     declared = re.findall(r'name: "(\w+)", data_type: TYPE_(\w+), dims: \[ (\d+) \]', config)
     dtypes = {"FP32": np.float32, "BOOL": np.bool_}
     assert declared[0] == ("inputs", "FP32", "64")

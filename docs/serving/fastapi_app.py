@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from fastapi import FastAPI, HTTPException, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 import fastood
 
@@ -21,7 +21,7 @@ app = FastAPI()
 
 
 class Request(BaseModel):
-    inputs: list[list[float]]
+    inputs: list[list[float]] = Field(min_length=1)
 
 
 @app.post("/decide")

@@ -1,4 +1,4 @@
-"""NVIDIA Triton Inference Server, python backend: tritonserver --model-repository docs/serving/triton
+"""NVIDIA Triton Inference Server, python backend: tritonserver --model-repository docs/serving/model_repository
 
 served.pt2 and detector.safetensors lie beside this file; torch and fastood are installed where the server runs.
 """
