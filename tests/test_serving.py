@@ -118,7 +118,7 @@ def stand_in(monkeypatch, name, **contents):
 
 
 def test_ray_serve(rows, monkeypatch):
-    """`batch` takes a list of what single calls were made with, and gives each of them its own."""
+    """`batch` takes a list of what single calls were made with, and gives each its own; what is no input is in none."""
 
     def batch(max_batch_size, batch_wait_timeout_s):
         def decorated(method):
@@ -147,6 +147,7 @@ def test_ray_serve(rows, monkeypatch):
     stand_in(monkeypatch, "ray", serve=serve)
     stand_in(monkeypatch, "starlette", __path__=[])
     stand_in(monkeypatch, "starlette.requests", Request=object)
+    stand_in(monkeypatch, "starlette.responses", Response=object, JSONResponse=lambda content, status_code: status_code)
     deployed, args = loaded(SERVING / "ray_app.py").app
     replica = deployed(*args)
 
@@ -157,10 +158,14 @@ def test_ray_serve(rows, monkeypatch):
         async def json(self):
             return {"input": self.row}
 
-    async def every():
-        return await asyncio.gather(*(replica(Request(row)) for row in rows.inputs.tolist()))
+    no_inputs = [[1.0] * 63, [[1.0] * 64], [1.0, [1.0]], "no", ["no"] * 64, [None] * 64, [10**400] * 64, None]
 
-    found = asyncio.run(every())
+    async def every():
+        return await asyncio.gather(*(replica(Request(row)) for row in [*no_inputs, *rows.inputs.tolist()]))
+
+    answers = asyncio.run(every())
+    found = answers[len(no_inputs) :]
+    assert answers[: len(no_inputs)] == [422] * len(no_inputs)
     check(rows, *([row[name] for row in found] for name in ("class", "score", "accept")))
     check_monitor(rows, replica.monitor)
     assert replica.state()["rows"] == 120
