@@ -172,15 +172,23 @@ def test_ray_serve(rows, monkeypatch):
 
 
 def test_bentoml(rows, monkeypatch):
+    """What is no input is refused before it is in a batch with others, which is where BentoML validates."""
+
     def decorator(**options):
         return lambda decorated: decorated
 
     stand_in(monkeypatch, "bentoml", service=decorator, api=decorator)
-    service = loaded(SERVING / "bentoml_service.py").OOD()
-    found = service.decide(rows.inputs.numpy())
-    check(rows, *([row[name] for row in found] for name in ("class", "score", "accept")))
-    check_monitor(rows, service.monitor)
-    assert service.decide(np.zeros((0, 64))) == []
+    module = loaded(SERVING / "bentoml_service.py")
+    service = module.OOD()
+    inputs = rows.inputs.numpy()
+    for given in (inputs, inputs.astype(np.float64)):
+        found = service.decide(module.checked(given))
+        check(rows, *([row[name] for row in found] for name in ("class", "score", "accept")))
+    check_monitor(rows, service.monitor, times=2)
+    assert service.decide(module.checked(np.ones((1, 64), np.int64)))[0]["class"] in range(7)
+    for given in (inputs[:, :63], inputs[0], inputs[:0], inputs.reshape(-1, 1, 64), inputs.astype(str), np.array([])):
+        with pytest.raises(ValueError, match=r"inputs must be numbers \[n, 64\], got "):
+            module.checked(given)
 
 
 def test_triton_python_backend(rows, monkeypatch, artefacts, tmp_path):
