@@ -173,6 +173,7 @@ def test_ray_serve(rows, monkeypatch):
 
 def test_bentoml(rows, monkeypatch):
     """What is no input is refused before it is in a batch with others, which is where BentoML validates."""
+    pytest.importorskip("pydantic", reason="needs pydantic")
 
     def decorator(**options):
         return lambda decorated: decorated
