@@ -1,9 +1,9 @@
 """GEN: the sum over the M largest p of p^gamma (1 - p)^gamma.
 
-Rows are held in registers, as gradient.py holds them, and nothing is sorted: the M-th largest logit is found by
-bisection, each step of which counts the logits from a threshold on. Thresholds are numbers of the logits' own type,
-and the steps halve what is between two of them in their order. It ends where as many are counted as are wanted, or
-where two neighbours are left: then the lower one is the M-th largest, and some of what is equal to it belongs.
+Rows are held in registers, and nothing is sorted: the M-th largest logit is found by bisection, each step of which
+counts the logits from a threshold on. Thresholds are numbers of the logits' own type, and the steps halve what is
+between two of them in their order. It ends where as many are counted as are wanted, or where two neighbours are left:
+then the lower one is the M-th largest, and some of what is equal to it belongs.
 
 The maximum's term is worked out once a row, in float64, from what all other classes have. Terms below it are relative
 to the pivot, the next largest logit.
@@ -12,8 +12,8 @@ to the pivot, the next largest logit.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.gradient import collected, load_elements, row_total, two_largest
-from fastood.kernels.triton.device.words import INF, LN2, exp2_double, load_table, log, log2
+from fastood.kernels.triton.device.sweep import collected, load_elements, row_total, two_largest
+from fastood.kernels.triton.device.words import INF, LN2, exp2_double, larger, load_table, log, log2
 
 MINUS_INF = tl.constexpr(-0x7F800001)  # in the order of float32
 STRAIGHT = tl.constexpr(12)  # steps that also try the middle of two values
@@ -97,7 +97,7 @@ def gen(
     low = high
     for i in tl.static_range(TILES):
         low = tl.maximum(low, tl.minimum(high, vs[i]))
-        high = tl.maximum(high, vs[i], propagate_nan=tl.PropagateNan.ALL)
+        high = larger(high, vs[i])
     f_max, second = two_largest(high, low)
     valid = tl.abs(f_max) < INF
     pivot = tl.where(second == -INF, f_max, second)  # no other class: any finite pivot does

@@ -8,9 +8,6 @@ range of float64, since 1 - p keeps its relative precision there. All other clas
 Their sums must leave the maximum out. Inside, with given labels, its logit is masked. Else its logit is replaced by the
 pivot's: then it adds to a sum what the pivot itself adds, no more than half of the sum, and that is subtracted once a
 row. A given label of the maximum's is set aside, with 0 in its place.
-
-Element k of a row is summed in slot k mod W. Which thread holds a slot depends on the alignment of rows, so slots are
-summed in float64, where the order disappears in the rounding to float32.
 """
 
 from typing import Any, NamedTuple
@@ -18,31 +15,55 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.words import (
-    INF,
-    INTERPRETED,
-    LN2,
-    exp2_double,
-    in_full,
-    larger,
-    load_table,
-    log1p,
-    log2,
-    row_max,
-)
+from fastood.kernels.triton.device.sweep import collected, load_elements, masked, no_sum, row_total, two_largest
+from fastood.kernels.triton.device.words import INF, LN2, exp2_double, larger, load_table, log1p, log2
 
 # Label distributions, and orders other than whole ones up to 6, as shapes.py numbers them.
 UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 INFINITE, GENERAL = tl.constexpr(0), tl.constexpr(-1)
 
 
+class Table(NamedTuple):
+    """What the table holds, in float64."""
+
+    scale: Any  # log2(e) / T
+    order: Any
+    inverse: Any  # 1 / order
+    power: Any
+    factor: Any  # a pointer to what the sum over the classes below the maximum is to be multiplied by
+
+
 class Pivot(NamedTuple):
     """Of each row, and the scale of all."""
 
+    f_max: Any
     second: Any  # the largest logit but one maximum
     logit: Any  # the same, but a finite one
     minus_half: Any  # of that: logits are halved before they are subtracted, so that no difference leaves float32
     twice_scale: Any
+
+
+class Classes(NamedTuple):
+    """Rows, to be gone over."""
+
+    f: Any  # where their logits are
+    q: Any  # and their given labels
+    pivot: Any
+    held: Any  # what `relative` gives of each tile, where it is held
+
+
+class Rest(NamedTuple):
+    """Of each row; the rest is all of it but one maximum."""
+
+    rest: Any  # sum of e, which is relative to the pivot
+    powers: Any  # of each slot: sum of e^r, where norms of classes take it
+    gap: Any  # in float64, as weight and r1
+    weight: Any
+    r1: Any
+    log_total: Any  # log2 of 1 + r1
+    p_max: Any
+    p_pivot: Any
+    q_max: Any
 
 
 class ClassNorm(NamedTuple):
@@ -66,12 +87,6 @@ def read(f, q, k, WHOLE: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def load_elements(ptr, k, FILL: tl.constexpr, WHOLE: tl.constexpr, S: tl.constexpr):
-    x = tl.load(ptr + k) if WHOLE else tl.load(ptr + k, mask=k // S.vec < S.columns // S.vec, other=FILL)
-    return in_full(x)
-
-
-@triton.jit
 def relative(v, q, pivot, NORM: tl.constexpr):
     """Of classes k: log2 (p_k / p_pivot), that ratio, and the label, in two parts: below the maximum, and at it."""
     q_at_max = tl.where(v > pivot.second, q, 0.0)
@@ -84,51 +99,13 @@ def relative(v, q, pivot, NORM: tl.constexpr):
 
 
 @triton.jit
-def swept(f, q, k, pivot, S: tl.constexpr, NORM: tl.constexpr):
-    v, q = read(f, q, k, False, S, NORM)
-    return relative(v, q, pivot, NORM)
-
-
-@triton.jit
-def masked(x, k, WHOLE: tl.constexpr, S: tl.constexpr):
-    """0 from the row's end on."""
-    return x if WHOLE else tl.where(k < S.columns, x, 0.0)
-
-
-@triton.jit
-def collected(total, slot, i: tl.constexpr, TILES: tl.constexpr):
-    """Sums of at most 16 elements, which join the sum of those after the 16th and after the last."""
-    if i % 16 == 15 or i == TILES - 1:
-        return total + slot, tl.full(slot.shape, -0.0, tl.float32)
+def terms(classes, k, i: tl.constexpr, S: tl.constexpr, NORM: tl.constexpr):
+    """What `relative` gives of classes k, the i-th tile of those at hand."""
+    if S.held:
+        return classes.held[i]
     else:
-        return total, slot
-
-
-@triton.jit
-def row_total(x, EACH: tl.constexpr):
-    """Of slots [ROWS, W], each row's sum [ROWS, 1] in float64; EACH neighbours, which a thread may hold, in float32."""
-    if EACH == 1:
-        return tl.sum(x.to(tl.float64), 1, keep_dims=True)
-    else:
-        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-        return row_total(even + odd, EACH // 2)
-
-
-@triton.jit
-def two_largest(high, low):
-    """Of each row, from the two largest of its slots; NaN where there is one."""
-    if INTERPRETED:  # its reductions with a function of one's own run element by element
-        f_max = row_max(high)[:, None]
-        at_max = high == f_max
-        second = tl.max(tl.where(at_max, low, high), 1, keep_dims=True)
-        return f_max, tl.where(tl.sum(at_max.to(tl.int32), 1, keep_dims=True) > 1, f_max, second)
-    else:
-        return tl.reduce((high, low), 1, merged, keep_dims=True)
-
-
-@triton.jit
-def merged(high, low, other_high, other_low):
-    return larger(high, other_high), tl.maximum(tl.maximum(low, other_low), tl.minimum(high, other_high))
+        v, q = read(classes.f, classes.q, k, False, S, NORM)
+        return relative(v, q, classes.pivot, NORM)
 
 
 @triton.jit
@@ -195,203 +172,253 @@ def add_power(sum, d, ORDER: tl.constexpr):
     return sum + d if ORDER == 1 else tl.fma(whole_power(d, ORDER - 1), d, sum)
 
 
-@triton.jit(do_not_specialize=["f_stride", "q_stride", "N"])
-def gradient(
-    f_ptr, f_stride, q_ptr, q_stride, table_ptr, out_ptr, N, S: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr
-):
-    """[N] float64. Strides count groups of S.vec elements; table: log2(e) / T, order, 1 / order, power, and what
-    the sum over the classes below the maximum is to be multiplied by. S and NORM: Sweep and GradientNorm of shapes.py.
-    """
+@triton.jit
+def pivot_of(f, q, tiles, scale, S: tl.constexpr, NORM: tl.constexpr):
+    """The Pivot of rows, and which of them are `valid`: have a softmax, and labels that are probabilities."""
     C: tl.constexpr = S.columns
     W: tl.constexpr = S.w
-    EACH: tl.constexpr = S.each
     TILES: tl.constexpr = S.tiles
-    HELD: tl.constexpr = S.held
-    LABELS: tl.constexpr = NORM.labels
-    OUTSIDE: tl.constexpr = NORM.outside
-    ORDER: tl.constexpr = NORM.order
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = tl.minimum(place, N - 1).to(tl.int64)  # whose norm is the same
     lane = tl.arange(0, W)[None, :]
-    f = f_ptr + row * f_stride * S.vec
-    given = q_ptr + row * q_stride * S.vec if LABELS == GIVEN else f
-    scale = load_table(table_ptr)
-    order = load_table(table_ptr + 1)
-    inverse = load_table(table_ptr + 2)
-    power = load_table(table_ptr + 3)
-    r = order.to(tl.float32)
-    zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
-    none = zero if HELD else zero.to(tl.float64)
-    nothing = tl.zeros([ROWS, 1], tl.float32)
-
-    held = ()
-    if HELD:
-        for i in tl.static_range(TILES):
-            held = held + (read(f, given, i * W + lane, (i + 1) * W <= C, S, NORM),)
-
-    high = zero - INF  # the two largest of each slot
+    labels, slot = no_sum(f.shape[0], S)
+    high = slot - INF  # the two largest of each slot
     low = high
-    labels, slot = none, zero
-    least = zero
+    least = slot
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
-            v, q = held[i] if HELD else read(f, given, first + i * W + lane, False, S, NORM)
+            v, label = tiles[i] if S.held else read(f, q, first + i * W + lane, False, S, NORM)
             low = tl.maximum(low, tl.minimum(high, v))
             high = larger(high, v)
-            if LABELS == GIVEN:
-                labels, slot = collected(labels, slot + q, i, TILES)
-                least = tl.minimum(least, q)
+            if NORM.labels == GIVEN:
+                labels, slot = collected(labels, slot + label, i, TILES)
+                least = tl.minimum(least, label)
     f_max, second = two_largest(high, low)
     valid = tl.abs(f_max) < INF
-    if LABELS == GIVEN:  # probabilities, which in a half type do not sum to 1 exactly
-        valid &= (tl.abs(row_total(labels, EACH) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
+    if NORM.labels == GIVEN:  # which in a half type do not sum to 1 exactly
+        valid &= (tl.abs(row_total(labels, S.each) - 1.0) < 1e-2) & (tl.min(least, 1, keep_dims=True) == 0.0)
     finite = tl.where(second == -INF, f_max, second)  # no other class: any finite pivot does
-    pivot = Pivot(second, finite, finite * -0.5, (scale * 2.0).to(tl.float32))
+    return Pivot(f_max, second, finite, finite * -0.5, (scale * 2.0).to(tl.float32)), valid
 
-    RATIOS: tl.constexpr = OUTSIDE and (ORDER > 1 or ORDER == GENERAL)
-    others = ()
-    if HELD:
-        for i in tl.static_range(TILES):
-            v, q = held[i]
-            others = others + (relative(v, q, pivot, NORM),)
-    exps, slot = none, zero
-    powers, slot_r = none, zero
-    q_max = zero
+
+@triton.jit
+def rest_of(classes, table, S: tl.constexpr, NORM: tl.constexpr):
+    """The Rest of rows."""
+    C: tl.constexpr = S.columns
+    W: tl.constexpr = S.w
+    TILES: tl.constexpr = S.tiles
+    ORDER: tl.constexpr = NORM.order
+    RATIOS: tl.constexpr = NORM.outside and (ORDER > 1 or ORDER == GENERAL)
+    lane = tl.arange(0, W)[None, :]
+    r = table.order.to(tl.float32)
+    exps, slot = no_sum(classes.f.shape[0], S)
+    powers, slot_r = exps, slot
+    q_max = slot
     for first in range(0, C, TILES * W):
         for i in tl.static_range(TILES):
-            k = first + i * W + lane
-            z, e, q, q_at_max = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
-            if LABELS == GIVEN:
+            z, e, _, q_at_max = terms(classes, first + i * W + lane, i, S, NORM)
+            if NORM.labels == GIVEN:
                 q_max += q_at_max
             exps, slot = collected(exps, slot + e, i, TILES)
             if RATIOS:
                 slot_r = slot_r + tl.exp2(r * z) if ORDER == GENERAL else tl.fma(whole_power(e, ORDER - 1), e, slot_r)
                 powers, slot_r = collected(powers, slot_r, i, TILES)
+    pivot = classes.pivot
     # Of all classes but one maximum, relative to the pivot: 0, or at least 1.
-    one = tl.where(second == f_max, 1.0, 0.0) if LABELS == GIVEN and not OUTSIDE else 1.0
-    rest = (row_total(exps, EACH) - one).to(tl.float32)
-    gap = (finite.to(tl.float64) - f_max.to(tl.float64)) * scale
+    one = tl.where(pivot.second == pivot.f_max, 1.0, 0.0) if NORM.labels == GIVEN and not NORM.outside else 1.0
+    rest = (row_total(exps, S.each) - one).to(tl.float32)
+    gap = (pivot.logit.to(tl.float64) - pivot.f_max.to(tl.float64)) * table.scale
     weight = exp2_double(gap)
     r1_double = weight * rest.to(tl.float64)
     r1 = r1_double.to(tl.float32)
     p_max = 1.0 / (1.0 + r1)
-    label = 1.0 / C
     # p at the pivot; without another class one whose term, to be subtracted, is finite, and inside 0.
-    p_pivot = tl.where(rest > 0.0, weight.to(tl.float32) * p_max, 0.0 if OUTSIDE else label)
+    p_pivot = tl.where(rest > 0.0, weight.to(tl.float32) * p_max, 0.0 if NORM.outside else 1.0 / C)
     log_total = log2(1.0 + r1)
-    if LABELS == GIVEN:
+    if NORM.labels == GIVEN:
         q_max = tl.sum(q_max, 1, keep_dims=True)  # of one class
+    return Rest(rest, powers, gap, weight, r1_double, log_total, p_max, p_pivot, q_max)
 
-    if OUTSIDE:
-        # ||e_y - p||^power = (1 - p_y)^power (1 + sum over the others of (p_k / (1 - p_y))^r)^(power / r), in which no
-        # high order underflows. That takes ratios of p: the power sum is of (p_k / p_max)^r then. Of whole orders,
-        # which are small, it is of p_k^r.
-        log_norm = gap + (log2(rest) - log_total).to(tl.float64)  # of the maximum
-        power_sum, weight_r, shift, exponent = nothing, nothing, nothing, power.to(tl.float32)
-        factor = nothing.to(tl.float64) + load_table(table_ptr + 4)
-        if RATIOS:
-            rest_r = (row_total(powers, EACH) - one).to(tl.float32)
-            exponent = (power * inverse).to(tl.float32)
-            if ORDER == GENERAL:
-                weight_r = tl.exp2((order * gap).to(tl.float32))
-                power_sum = tl.fma(weight_r, rest_r, 1.0)
-                ratios = tl.exp2(tl.fma(-r, log2(rest), log2(rest_r)))
-                # That of a class of no probability, the largest of all: no high power overflows, whatever its weight;
-                # the least is above 2^-MOST_POWER of it.
-                shift = exponent * log2(tl.fma(power_sum, tl.exp2(-r * log_total), 1.0))
-                factor = exp2_double(shift.to(tl.float64))
+
+@triton.jit
+def class_norm(row, table, S: tl.constexpr, NORM: tl.constexpr):
+    """The ClassNorm, log2 of the norm of the maximum, and what the sum of all others is to be multiplied by.
+
+    ||e_y - p||^power = (1 - p_y)^power (1 + sum over the others of (p_k / (1 - p_y))^r)^(power / r), in which no
+    high order underflows. That takes ratios of p: the power sum is of (p_k / p_max)^r then. Of whole orders,
+    which are small, it is of p_k^r.
+    """
+    ORDER: tl.constexpr = NORM.order
+    nothing = tl.zeros_like(row.rest)
+    r, power = table.order.to(tl.float32), table.power.to(tl.float32)
+    log_norm = row.gap + (log2(row.rest) - row.log_total).to(tl.float64)
+    power_sum, weight_r, shift, exponent = nothing, nothing, nothing, power
+    factor = nothing.to(tl.float64) + load_table(table.factor)
+    if ORDER > 1 or ORDER == GENERAL:
+        rest_r = (row_total(row.powers, S.each) - 1.0).to(tl.float32)
+        exponent = (table.power * table.inverse).to(tl.float32)
+        if ORDER == GENERAL:
+            weight_r = tl.exp2((table.order * row.gap).to(tl.float32))
+            power_sum = tl.fma(weight_r, rest_r, 1.0)
+            ratios = tl.exp2(tl.fma(-r, log2(row.rest), log2(rest_r)))
+            # That of a class of no probability, the largest of all: no high power overflows, whatever its weight;
+            # the least is above 2^-MOST_POWER of it.
+            shift = exponent * log2(tl.fma(power_sum, tl.exp2(-r * row.log_total), 1.0))
+            factor = exp2_double(shift.to(tl.float64))
+        else:
+            ratio_sum = tl.fma(whole_power(row.weight.to(tl.float32), ORDER), rest_r, 1.0)
+            power_sum = ratio_sum * whole_power(row.p_max, ORDER)
+            ratios = rest_r * whole_power(1.0 / row.rest, ORDER)
+            shift = exponent
+        log_norm = tl.fma(log2(1.0 + tl.where(row.rest > 0.0, ratios, 0.0)).to(tl.float64), table.inverse, log_norm)
+    if ORDER == 1:
+        log_norm += 1.0
+    return ClassNorm(row.p_pivot, power_sum, weight_r, row.log_total, r, power, exponent, shift), log_norm, factor
+
+
+@triton.jit
+def expected_norm(classes, row, table, S: tl.constexpr, NORM: tl.constexpr):
+    """E_q[ || e_Y - p ||_r^power ] of rows, of which `row` is the Rest."""
+    C: tl.constexpr = S.columns
+    W: tl.constexpr = S.w
+    TILES: tl.constexpr = S.tiles
+    LABELS: tl.constexpr = NORM.labels
+    lane = tl.arange(0, W)[None, :]
+    of, log_norm, factor = class_norm(row, table, S, NORM)
+    log_p_pivot = (row.gap - row.log_total.to(tl.float64)).to(tl.float32)
+    sum_below, slot = no_sum(classes.f.shape[0], S)
+    for first in range(0, C, TILES * W):
+        for i in tl.static_range(TILES):
+            k = first + i * W + lane
+            z, e, q, _ = terms(classes, k, i, S, NORM)
+            x = size(z, e, of, NORM)
+            if LABELS == GIVEN:
+                slot = tl.fma(q, x, slot)
+            elif LABELS == PREDICTED:
+                slot = tl.fma(e, x, slot)
+            elif LABELS == LOG_PREDICTED:
+                slot = tl.fma(masked(z + log_p_pivot, k, S.held and (i + 1) * W <= C, S), x, slot)
             else:
-                ratio_sum = tl.fma(whole_power(weight.to(tl.float32), ORDER), rest_r, 1.0)
-                power_sum = ratio_sum * whole_power(p_max, ORDER)
-                ratios = rest_r * whole_power(1.0 / rest, ORDER)
-                shift = exponent
-            log_norm = tl.fma(log2(1.0 + tl.where(rest > 0.0, ratios, 0.0)).to(tl.float64), inverse, log_norm)
-        kept = ClassNorm(p_pivot, power_sum, weight_r, log_total, r, power.to(tl.float32), exponent, shift)
-        sum_below, slot = none, zero
-        log_p_pivot = (gap - log_total.to(tl.float64)).to(tl.float32)
+                slot += masked(x, k, S.held and (i + 1) * W <= C, S)
+            sum_below, slot = collected(sum_below, slot, i, TILES)
+    sum_below = row_total(sum_below, S.each)
+    if LABELS != GIVEN:
+        nothing = tl.zeros_like(row.rest)
+        x = size(nothing, nothing + 1.0, of, NORM)
+        of_pivot = (x * log_p_pivot if LABELS == LOG_PREDICTED else x).to(tl.float64)
+        if LABELS == LOG_PREDICTED:  # which leaves float32, or is of a masked class
+            of_pivot = tl.where(sum_below == -INF, 0.0, of_pivot)
+        sum_below -= of_pivot
+    of_max = exp2_double(table.power * log_norm)  # what the maximum adds
+    if LABELS == GIVEN:
+        of_max *= row.q_max.to(tl.float64)
+    elif LABELS == PREDICTED:
+        of_max *= row.p_max.to(tl.float64)
+        factor *= row.weight * row.p_max.to(tl.float64)
+    elif LABELS == LOG_PREDICTED:
+        r1 = row.r1.to(tl.float32)
+        of_max *= -tl.where(r1 < 2.0**-60, row.r1, log1p(r1).to(tl.float64))
+        factor *= LN2
+    else:
+        of_max *= 1.0 / C
+        factor *= 1.0 / C
+    return of_max + tl.where(sum_below == 0.0, 0.0, sum_below * factor)  # the factor may be infinite
+
+
+@triton.jit
+def norm_of_expected(classes, row, table, S: tl.constexpr, NORM: tl.constexpr):
+    """|| E_q[e_Y - p] ||_r^power of rows, of which `row` is the Rest."""
+    C: tl.constexpr = S.columns
+    W: tl.constexpr = S.w
+    TILES: tl.constexpr = S.tiles
+    LABELS: tl.constexpr = NORM.labels
+    ORDER: tl.constexpr = NORM.order
+    lane = tl.arange(0, W)[None, :]
+    label = 1.0 / C
+    nothing = tl.zeros_like(row.rest)
+    r, r1 = table.order.to(tl.float32), row.r1.to(tl.float32)
+    sure = r1 < 1.0  # of one class: q - p = (q - 1) + (1 - p) there keeps 1 - p when q = 1
+    q_rest = (row.q_max if LABELS == GIVEN else label) - tl.where(sure, 1.0, 0.0)
+    d_max = tl.abs(tl.fma(tl.where(sure, r1, -1.0), row.p_max, q_rest))
+    if LABELS == GIVEN:
+        d_max = tl.where(classes.pivot.second == classes.pivot.f_max, 0.0, d_max)
+    sums, slot = no_sum(classes.f.shape[0], S)
+    unit = nothing + 1.0
+    if ORDER != 1:
+        largest = slot
         for first in range(0, C, TILES * W):
             for i in tl.static_range(TILES):
                 k = first + i * W + lane
-                z, e, q, q_at_max = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
-                x = size(z, e, kept, NORM)
-                if LABELS == GIVEN:
-                    slot = tl.fma(q, x, slot)
-                elif LABELS == PREDICTED:
-                    slot = tl.fma(e, x, slot)
-                elif LABELS == LOG_PREDICTED:
-                    slot = tl.fma(masked(z + log_p_pivot, k, HELD and (i + 1) * W <= C, S), x, slot)
+                _, e, q, _ = terms(classes, k, i, S, NORM)
+                largest = tl.maximum(largest, away(e, q, k, row.p_pivot, S.held and (i + 1) * W <= C, S, NORM))
+        unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_max)
+    if ORDER != INFINITE:
+        unit = tl.maximum(unit, 2.0**-126)
+    log_norm = log2_double(unit.to(tl.float64))
+    if ORDER != INFINITE:
+        per_unit = 1.0 / unit
+        log_p_per_unit = (row.gap - row.log_total.to(tl.float64) - log_norm).to(tl.float32)  # log2 of p_pivot / unit
+        for first in range(0, C, TILES * W):
+            for i in tl.static_range(TILES):
+                k = first + i * W + lane
+                z, e, q, _ = terms(classes, k, i, S, NORM)
+                d = away(e, q, k, row.p_pivot, S.held and (i + 1) * W <= C, S, NORM)
+                if ORDER == GENERAL:
+                    log_d = log2(d * per_unit)
+                    if LABELS == GIVEN:  # p below float32 counts in orders near 0
+                        log_d = tl.where(q == 0.0, z + log_p_per_unit, log_d)
+                    slot += tl.exp2(r * log_d)
                 else:
-                    slot += masked(x, k, HELD and (i + 1) * W <= C, S)
-                sum_below, slot = collected(sum_below, slot, i, TILES)
-        sum_below = row_total(sum_below, EACH)
-        if LABELS != GIVEN:
-            x = size(nothing, nothing + 1.0, kept, NORM)
-            of_pivot = (x * log_p_pivot if LABELS == LOG_PREDICTED else x).to(tl.float64)
-            if LABELS == LOG_PREDICTED:  # which leaves float32, or is of a masked class
-                of_pivot = tl.where(sum_below == -INF, 0.0, of_pivot)
-            sum_below -= of_pivot
-        if ORDER == 1:
-            log_norm += 1.0
-        of_max = exp2_double(power * log_norm)  # what the maximum adds
-        if LABELS == GIVEN:
-            of_max *= q_max.to(tl.float64)
-        elif LABELS == PREDICTED:
-            of_max *= p_max.to(tl.float64)
-            factor *= weight * p_max.to(tl.float64)
-        elif LABELS == LOG_PREDICTED:
-            of_max *= -tl.where(r1 < 2.0**-60, r1_double, log1p(r1).to(tl.float64))
-            factor *= LN2
+                    slot = add_power(slot, d * per_unit, ORDER)
+                sums, slot = collected(sums, slot, i, TILES)
+        if ORDER == GENERAL:
+            log_d = row.gap + (log2(row.rest) - row.log_total).to(tl.float64)  # of 1 - p
+            log_d = tl.where(sure & (q_rest == 0.0), log_d, log2_double(d_max.to(tl.float64)))
+            of_max = tl.exp2((table.order * (log_d - log_norm)).to(tl.float32))
+            of_pivot = tl.exp2(r * log2(tl.abs(label - row.p_pivot) * per_unit))
         else:
-            of_max *= label
-            factor *= label
-        value = of_max + tl.where(sum_below == 0.0, 0.0, sum_below * factor)  # the factor may be infinite
-    else:
-        sure = r1 < 1.0  # of one class: q - p = (q - 1) + (1 - p) there keeps 1 - p when q = 1
-        q_rest = (q_max if LABELS == GIVEN else label) - tl.where(sure, 1.0, 0.0)
-        d_max = tl.abs(tl.fma(tl.where(sure, r1, -1.0), p_max, q_rest))
-        if LABELS == GIVEN:
-            d_max = tl.where(second == f_max, 0.0, d_max)
-        unit = nothing + 1.0
-        if ORDER != 1:
-            largest = zero
-            for first in range(0, C, TILES * W):
-                for i in tl.static_range(TILES):
-                    k = first + i * W + lane
-                    z, e, q, q_at_max = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
-                    largest = tl.maximum(largest, away(e, q, k, p_pivot, HELD and (i + 1) * W <= C, S, NORM))
-            unit = tl.maximum(tl.max(largest, 1, keep_dims=True), d_max)
-        if ORDER != INFINITE:
-            unit = tl.maximum(unit, 2.0**-126)
-        log_norm = log2_double(unit.to(tl.float64))
-        if ORDER != INFINITE:
-            per_unit = 1.0 / unit
-            log_p_per_unit = (gap - log_total.to(tl.float64) - log_norm).to(tl.float32)  # log2 of p_pivot / unit
-            sums, slot = none, zero
-            for first in range(0, C, TILES * W):
-                for i in tl.static_range(TILES):
-                    k = first + i * W + lane
-                    z, e, q, q_at_max = others[i] if HELD else swept(f, given, k, pivot, S, NORM)
-                    d = away(e, q, k, p_pivot, HELD and (i + 1) * W <= C, S, NORM)
-                    if ORDER == GENERAL:
-                        log_d = log2(d * per_unit)
-                        if LABELS == GIVEN:  # p below float32 counts in orders near 0
-                            log_d = tl.where(q == 0.0, z + log_p_per_unit, log_d)
-                        slot += tl.exp2(r * log_d)
-                    else:
-                        slot = add_power(slot, d * per_unit, ORDER)
-                    sums, slot = collected(sums, slot, i, TILES)
-            if ORDER == GENERAL:
-                log_d = gap + (log2(rest) - log_total).to(tl.float64)  # of 1 - p
-                log_d = tl.where(sure & (q_rest == 0.0), log_d, log2_double(d_max.to(tl.float64)))
-                of_max = tl.exp2((order * (log_d - log_norm)).to(tl.float32))
-                of_pivot = tl.exp2(r * log2(tl.abs(label - p_pivot) * per_unit))
-            else:
-                of_max = add_power(nothing, d_max * per_unit, ORDER)
-                of_pivot = add_power(nothing, tl.abs(label - p_pivot) * per_unit, ORDER)
-            sums = row_total(sums, EACH) + of_max.to(tl.float64)
-            if LABELS != GIVEN:
-                sums -= of_pivot.to(tl.float64)
-            log_norm = tl.fma(log2_double(sums), inverse, log_norm)
-        value = exp2_double(power * log_norm)
+            of_max = add_power(nothing, d_max * per_unit, ORDER)
+            of_pivot = add_power(nothing, tl.abs(label - row.p_pivot) * per_unit, ORDER)
+        total = row_total(sums, S.each) + of_max.to(tl.float64)
+        if LABELS != GIVEN:
+            total -= of_pivot.to(tl.float64)
+        log_norm = tl.fma(log2_double(total), table.inverse, log_norm)
+    return exp2_double(table.power * log_norm)
 
+
+@triton.jit(do_not_specialize=["f_stride", "q_stride", "N"])
+def gradient(
+    f_ptr, f_stride, q_ptr, q_stride, table_ptr, out_ptr, N, S: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr
+):
+    """[N] float64. Strides count groups of S.vec elements; table: see Table. S and NORM: Sweep and GradientNorm of
+    shapes.py.
+    """
+    W: tl.constexpr = S.w
+    TILES: tl.constexpr = S.tiles
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.minimum(place, N - 1).to(tl.int64)  # whose norm is the same
+    lane = tl.arange(0, W)[None, :]
+    f = f_ptr + row * f_stride * S.vec
+    q = q_ptr + row * q_stride * S.vec if NORM.labels == GIVEN else f
+    table = Table(
+        load_table(table_ptr),
+        load_table(table_ptr + 1),
+        load_table(table_ptr + 2),
+        load_table(table_ptr + 3),
+        table_ptr + 4,
+    )
+    tiles = ()
+    if S.held:
+        for i in tl.static_range(TILES):
+            tiles = tiles + (read(f, q, i * W + lane, (i + 1) * W <= S.columns, S, NORM),)
+    pivot, valid = pivot_of(f, q, tiles, table.scale, S, NORM)
+    held = ()
+    if S.held:
+        for i in tl.static_range(TILES):
+            v, label = tiles[i]
+            held = held + (relative(v, label, pivot, NORM),)
+    classes = Classes(f, q, pivot, held)
+    sums = rest_of(classes, table, S, NORM)
+    if NORM.outside:
+        value = expected_norm(classes, sums, table, S, NORM)
+    else:
+        value = norm_of_expected(classes, sums, table, S, NORM)
     tl.store(out_ptr + place, tl.where(valid, value, float("nan")), mask=place < N)

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from fastood.kernels.triton.device.formulas import formula
 from fastood.kernels.triton.device.gen import selected
-from fastood.kernels.triton.device.gradient import collected, load_elements, masked, row_total
-from fastood.kernels.triton.device.words import INF, LN2, exp2_double, load_table, log, row_max
+from fastood.kernels.triton.device.sweep import collected, load_elements, masked, row_total
+from fastood.kernels.triton.device.words import INF, LN2, exp2_double, larger, load_table, log, row_max
 from fastood.kernels.triton.shapes import STATS
 
 ENERGY = tl.constexpr(STATS["energy"])
@@ -37,7 +37,7 @@ def factors(
     for i in tl.static_range(TILES):
         v = load_elements(h, i * W + lane, -INF, (i + 1) * W <= S.columns, S)
         there = masked(v, i * W + lane, (i + 1) * W <= S.columns, S)
-        most = tl.maximum(most, tl.abs(there), propagate_nan=tl.PropagateNan.ALL)
+        most = larger(most, tl.abs(there))
         v = tl.maximum(v, 0.0) if RELU else v
         high = tl.maximum(high, v)
         vs = vs + (v,)
@@ -89,7 +89,7 @@ def energies(
             b = load_table(bias_ptr + k, k < S.columns, 0.0)
             x = tl.fma(v - b, r, b)
         x = tl.where(v == -INF, v, x)
-        high = tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
+        high = larger(high, x)
         most = tl.maximum(most, v)
         vs = vs + (x,)
     largest, f_max = row_max(high)[:, None], row_max(most)[:, None]
