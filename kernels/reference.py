@@ -579,7 +579,7 @@ def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, l
     )
     if not 2.0**-100 <= T <= 2.0**100:  # of which float32 may not hold the reciprocal, which is what CUDA multiplies by
         dtype = torch.float64
-    p, one_minus_p = (x.to(dtype) for x in Softmax(logits, T).probabilities())
+    p, one_minus_p = Softmax(logits.to(dtype), T).probabilities()
     G, x = G.to(dtype), extended(feats.to(dtype), anchors.bias)
     # c does not depend on N, so that a row's sum does not depend on its batch.
     c = max(1, min(G.shape[0], _TILE // max(1, G.shape[1])))
@@ -588,7 +588,7 @@ def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, l
         tiles = zip(p_n.split(c, -1), one_minus_p_n.split(c, -1), G.split(c), strict=True)
         nothing = x_n.new_zeros(x_n.shape[0], dtype=torch.float64)
         sums.append(sum((_expected_l1(*tile, x_n, T).double() for tile in tiles), start=nothing))
-    out = torch.cat(sums)
+    out = torch.cat(sums) + 0 * p[:, 0]  # NaN without a softmax, also where no feature is weighed
     if x.shape[1] > 0:
         # Infinite or NaN where a feature is, even if p has rounded to 0 and 1: 0 times such a feature is not nothing.
         largest = x.abs().amax(-1).double()

@@ -197,6 +197,26 @@ def test_batchgrad_of_rows_that_are_not_finite(backend):
     assert fastood.BatchGrad(torch.ones(2, 1)).score(confident, torch.tensor([[5.0]]), backend=backend).item() == -2
 
 
+@pytest.mark.parametrize("wide", [0, 1, 2])
+def test_batchgrad_is_float64_where_one_input_is(backend, wide):
+    """Its arithmetic, and not the result's type alone."""
+    given = [torch.randn(5, 7) * 3, torch.randn(5, 9), torch.randn(7, 9)]
+    given[wide] = given[wide].double()
+    f, h, G = given
+    got = fastood.BatchGrad(G).score(f, h, oriented=False, backend="auto" if backend == "triton" else backend)
+    assert got.dtype == torch.float64
+    truth.assert_close(got, *truth.batchgrad(f, h, G, 1.0, False, 2**-53))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batchgrad_without_features(backend, bias):
+    f = torch.tensor([[1.0, 2, 0], [1, math.nan, 0], [math.inf, 0, 0], [-math.inf] * 3])
+    detector = fastood.BatchGrad(torch.zeros(3, int(bias)), bias=bias)
+    got = detector.score(f, torch.empty(4, 0), oriented=False, backend=backend)
+    assert got[0] > 0 if bias else got[0] == 0
+    assert got[1:].isnan().all()
+
+
 @pytest.mark.parametrize("T", [0.01, 1.0])
 def test_batchgrad_of_features_whose_sums_overflow(backend, T):
     """Those of a class that has hardly any probability: what is left of them is well within float32."""
