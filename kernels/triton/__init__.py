@@ -58,11 +58,12 @@ def _unusable_device(device: torch.device) -> str | None:
 
 
 def supports(work: Work, C: int, D: int) -> bool:
+    if not 2.0**-100 <= work.temperature <= 2.0**100:  # what float32 can divide by
+        return False
     if isinstance(work, Request):
         return _supports(work, C, D)
-    within = 2.0**-100 <= work.temperature <= 2.0**100  # what float32 can divide by
     held = isinstance(work, Anchors) or max(C, D) <= shapes.HELD_CLASSES  # by registers, a whole row
-    return within and held and D > 0
+    return held and D > 0
 
 
 def _supports(request: Request, C: int, D: int) -> bool:

@@ -20,6 +20,8 @@ def test_what_it_leaves_to_the_reference(triton_device):
         lambda b: fastood.score(f, method="gen", gamma=5, backend=b),
         lambda b: fastood.row_stats(f, [("power_sum", 4)], temperature=2.0**-99, backend=b)["power_sum", 4],
         lambda b: fastood.score(f, temperature=1e-40, backend=b),
+        lambda b: fastood.score(f, method="gen", temperature=1e-40, backend=b),
+        lambda b: fastood.gradient_norm(f, h * 1e-40, "uniform", 2.0, 1.0, "outside", temperature=1e-40, backend=b),
         lambda b: fastood.score(f.clone().requires_grad_(), h, backend=b).detach(),
         lambda b: anchors.score(f, h, backend=b),
         lambda b: no_feats.score(f, h[:, :0], backend=b),
