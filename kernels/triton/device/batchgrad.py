@@ -169,7 +169,8 @@ def partial_sums(
         # A row that is not good has p = NaN, which a maximum of two would lose: it is summed as if it were plain.
         good = f_max == f_max
         signed = good & (sum < 0.0)
-        infinite = good & (sum == INF)  # though a class may add 0 times it
+        # Of features, or of the sums of G that are beyond float32: though a class may add 0 times those.
+        infinite = good & ((sum == INF) | ((linear != linear) & (sum == sum)))
         plain = ~(signed | infinite)
         totals = totals + (tl.where(infinite, INF, tl.where(plain, linear, 0.0)),)
         plains, signeds = plains + (given & plain,), signeds + (given & signed,)

@@ -124,6 +124,12 @@ def test_batchgrad_of_rows_that_are_not_finite(triton_device, signed):
     sure = torch.tensor([[1e3, 0.0]])
     huge = torch.full((1, 2), 1e30) * (1 - 2 * signed)
     assert batchgrad(triton_device, sure, huge, torch.ones(2, 2), temperature=1e-10).item() == 4
+    # The sum of G is beyond float32, and so is the score, though one class counts it 0 times.
+    h = torch.tensor([[1.0], [-1], [0], [math.nan]]).expand(4, 40)
+    for g in (3e38, -3e38):
+        got = batchgrad(triton_device, sure.expand(4, 2), h, torch.full((2, 40), g))
+        assert got[:3].isinf().all()
+        assert got[3].isnan()
 
 
 @given(
