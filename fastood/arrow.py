@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastood import _columns, _data
 from fastood._inputs import _from_numpy, choice
 from fastood.detector import Detector
-from fastood.files import CHUNK_BYTES, FileError, library, listed
+from fastood.files import CHUNK_BYTES, FileError, library, listed, parquet_file
 from fastood.successors.fitted import Fitted, _odd
 
 FittedT = TypeVar("FittedT", bound=Detector | Fitted)
@@ -606,9 +606,7 @@ def open_parquet(source: Path, stack: ExitStack) -> tuple[Any, int, int]:
     if not info.is_file:
         raise FileError("no such file")
     stream = stack.enter_context(fs.open_input_file(path))
-    # Buffered ahead, all that was read of a file stays in memory until its end.
-    file = stack.enter_context(library("pyarrow.parquet").ParquetFile(stream, pre_buffer=False))
-    return file, info.size, info.mtime_ns
+    return stack.enter_context(parquet_file(stream)), info.size, info.mtime_ns
 
 
 def batches(file: Any, names: list[str], rows: int | None) -> Iterator[Any]:

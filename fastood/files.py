@@ -463,9 +463,15 @@ def _slices(x: Any, shape: Sequence[int]) -> Callable[[int], Iterator[Block]]:
 
 
 def _parquet(path: Path, resources: ExitStack) -> _Contents:
+    file = resources.enter_context(parquet_file(path, memory_map=True))
+    return _ParquetColumns(path, file)
+
+
+def parquet_file(source: Any, **options: Any) -> Any:
+    """A pyarrow.parquet.ParquetFile to read in pieces, which checks the pages that were written with a checksum."""
     # pre_buffer would hold the whole file in memory until its end.
-    file = library("pyarrow.parquet").ParquetFile(path, memory_map=True, pre_buffer=False)
-    return _ParquetColumns(path, resources.enter_context(file))
+    pq = library("pyarrow.parquet")
+    return pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True, **options)
 
 
 class _ParquetColumns(dict[str, Callable[[], _Array]]):

@@ -17,6 +17,7 @@ from formats import FEATS, LOGITS, SAVERS, C, D, N, complaint, fixed_list, fixed
 from safetensors.torch import save_file
 
 from fastood import files
+from fastood.arrow import Scorer, score_file
 from fastood.files import FileError, open_rows
 
 
@@ -296,3 +297,16 @@ def test_tensors_in_a_pt_file_that_hold_less_than_their_shape(tmp_path):
     for message, x in cases.items():
         torch.save({"logits": x, "feats": torch.ones(3, 2)}, tmp_path / "x.pt")
         assert f"'logits' {message}" in complaint(tmp_path / "x.pt")
+
+
+def test_a_flipped_bit_in_parquet_that_was_written_with_checksums(tmp_path):
+    """As Spark writes it; of others nothing tells."""
+    path, table = tmp_path / "x.parquet", pa.table({"logits": fixed_list(LOGITS)})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    whole, number = bytearray(path.read_bytes()), LOGITS[7, 1].tobytes()
+    assert whole.count(number) == 1
+    whole[whole.index(number)] ^= 1
+    path.write_bytes(whole)
+    assert "checksum" in complaint(path)
+    with pytest.raises(FileError, match="checksum"):
+        score_file(path, tmp_path / "scores.parquet", Scorer("msp"))
