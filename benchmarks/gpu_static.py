@@ -123,16 +123,16 @@ def compile_batchgrad(name: str, dtype: torch.dtype, target: GPUTarget, bias: bo
     """A kernel of device.batchgrad.py."""
     types = {"f_ptr": POINTERS[dtype], "h_ptr": POINTERS[dtype], "scale": "fp32", "inverse": "fp32", "sign": "fp32"}
     types |= dict.fromkeys(("stats_ptr", "out_ptr", "x_ptr", "sum_ptr", "g_ptr", "g_sums_ptr", "part_ptr"), "*fp32")
-    rows, feats = shapes.BATCHGRAD_ROWS[0], shapes.BATCHGRAD["FEATS"]
-    constants: dict[str, Any] = {"ROWS": rows, **shapes.BATCHGRAD}
-    shape = shapes.Shape(rows, shapes.BATCHGRAD["WARPS"], shapes.BATCHGRAD_REGISTERS)
+    blocks = shapes.BATCHGRAD
+    constants: dict[str, Any] = {"B": blocks}
+    shape = shapes.Shape(blocks.rows, blocks.warps, shapes.BATCHGRAD_REGISTERS)
     if name == "turned":
-        constants = {"BIAS": bias, "ROWS": rows, "FEATS": feats, "SOME": shapes.TURNED_ROWS}
-        shape = shapes.Shape(rows, 4)
+        constants = {"BIAS": bias, "ROWS": blocks.rows, "FEATS": blocks.feats, "SOME": shapes.TURNED_ROWS}
+        shape = shapes.Shape(blocks.rows, 4)
     elif name == "merged":
         constants, shape = shapes.MERGED, shapes.Shape(shapes.MERGED["SOME"], 4)
     kernel = getattr(device.batchgrad, name)
-    elements = rows * shapes.BATCHGRAD["CLASSES"] * feats
+    elements = blocks.rows * blocks.classes * blocks.feats
     return _compile(kernel, types, constants, target, shape, elements, dtype.itemsize)
 
 
@@ -369,7 +369,7 @@ def analyse(compiled: Compiled, case: Case) -> Report:
     if loops:
         bytes_a_turn = threads * sum(x.bits // 8 for x in flow.loads_rows(loops[0]))
         bytes_in_all = compiled.elements * case.D / (case.C + case.D) * compiled.itemsize
-        turns_of_batchgrad = shapes.BATCHGRAD["FEATS"] / shapes.BATCHGRAD["STEP"]
+        turns_of_batchgrad = shapes.BATCHGRAD.feats / shapes.BATCHGRAD.step
         runs |= dict.fromkeys(loops[0], turns_of_batchgrad if batchgrad else bytes_in_all / bytes_a_turn)
     rows = flow.loads_rows(loops[0] if batchgrad else usual)
 

@@ -164,8 +164,8 @@ def batchgrad(
     on: torch.device, f: Layout, h: Layout, q: None, anchors: Anchors, turned: Turned, plan: Plan
 ) -> tuple[Program, ...]:
     """anchors.sign times BatchGrad, [N] float32. `plan`: of the maximum, its probability and the rest's."""
-    of_rows = shapes.BATCHGRAD_ROWS.items()
-    return tuple(_batchgrad(on, f, h, anchors, turned(), plan, rows, most) for most, rows in of_rows)
+    of_rows = shapes.BATCHGRAD_BLOCKS.items()
+    return tuple(_batchgrad(on, f, h, anchors, turned(), plan, blocks, most) for most, blocks in of_rows)
 
 
 def _batchgrad(
@@ -175,13 +175,13 @@ def _batchgrad(
     anchors: Anchors,
     g_and_sums: tuple[Tensor, Tensor],
     plan: Plan,
-    rows: int,
+    of_program: shapes.Blocks,
     most: int,
 ) -> Program:
-    """For up to `most` rows, by programs of `rows`."""
+    """For up to `most` rows."""
     g, g_sums = g_and_sums
     T, C, D = anchors.temperature, f.columns, anchors.G.shape[1]
-    feats = shapes.BATCHGRAD["FEATS"]
+    rows, feats = of_program.rows, of_program.feats
     class_blocks, feat_blocks = shapes.blocks_of(C, D)
     parts = feat_blocks * class_blocks
     buffers = (
@@ -202,7 +202,7 @@ def _batchgrad(
         shapes.Shape(rows, 4),
         (rows // shapes.TURNED_ROWS, feat_blocks),
     )
-    steps = _number(math.ceil(D / shapes.BATCHGRAD["STEP"]))
+    steps = _number(math.ceil(D / of_program.step))
     counts = (N, _number(C), steps, blocks, _number(class_blocks), _number(feat_blocks))
     summed = Launch(
         device.batchgrad.partial_sums,
@@ -219,8 +219,8 @@ def _batchgrad(
             part,
             *counts,
         ),
-        {"ROWS": rows, **shapes.BATCHGRAD},
-        shapes.Shape(rows, shapes.BATCHGRAD["WARPS"], shapes.BATCHGRAD_REGISTERS),
+        {"B": of_program},
+        shapes.Shape(rows, of_program.warps, shapes.BATCHGRAD_REGISTERS),
         (feat_blocks * class_blocks, 1),
     )
     merged = Launch(
@@ -277,7 +277,7 @@ def _number(n: int) -> Argument:
 
 
 def _turned(anchors: Anchors) -> tuple[Tensor, Tensor]:
-    classes, feats = shapes.BATCHGRAD["CLASSES"], shapes.BATCHGRAD["FEATS"]
+    classes, feats = shapes.BATCHGRAD.classes, shapes.BATCHGRAD.feats
     C, D = anchors.G.shape
 
     def make() -> tuple[Tensor, Tensor]:

@@ -175,10 +175,28 @@ def tiles_in_flight(tile: Tile) -> int:
 
 NOTHING = Tile.of(0, 1, 1, False, 1)
 
-# A program of BatchGrad is two warps of the same 128 rows, four a thread, and of eight classes each; 168 registers a
-# thread let six of them run on a multiprocessor at a time. Fewer rows a program where all fit one: the same sums.
-BATCHGRAD = {"CLASSES": 16, "FEATS": 256, "STEP": 8, "WARPS": 2}
-BATCHGRAD_ROWS = {128: 32, 0: 128}  # most rows of a call, 0 for any -> rows of a program
+
+class Blocks(NamedTuple):
+    """What a program of BatchGrad sums: so many features of so many classes and rows. The kernel has it as B."""
+
+    rows: int
+    classes: int
+    feats: int
+    step: int  # features that are loaded at a time
+    warps: int  # all of the same rows
+    own: int  # classes of a warp
+    each: int  # rows of a tile that a thread has, beside each other
+    tiles: int  # of rows
+
+    @classmethod
+    def of(cls, rows: int, classes: int, feats: int, step: int, warps: int) -> Blocks:
+        each = min(4, rows // 32)
+        return cls(rows, classes, feats, step, warps, classes // warps, each, rows // (32 * each))
+
+
+# 168 registers a thread let six of them run on a multiprocessor at a time. Fewer rows where all fit one: the same sums.
+BATCHGRAD, BATCHGRAD_OF_FEW = Blocks.of(128, 16, 256, 8, 2), Blocks.of(32, 16, 256, 8, 2)
+BATCHGRAD_BLOCKS = {128: BATCHGRAD_OF_FEW, 0: BATCHGRAD}  # by the most rows of a call, 0 for any
 BATCHGRAD_REGISTERS = 168
 TURNED_ROWS = 32  # whose features a program turns
 MERGED = {"SOME": 8, "PARTS": 128}  # rows and partial sums
@@ -187,14 +205,14 @@ TEMPORARY = 1 << 26  # numbers that BatchGrad keeps between its launches
 
 def blocks_of(C: int, D: int) -> tuple[int, int]:
     """Blocks of classes and of features that BatchGrad is split into."""
-    return math.ceil(C / BATCHGRAD["CLASSES"]), math.ceil(D / BATCHGRAD["FEATS"])
+    return math.ceil(C / BATCHGRAD.classes), math.ceil(D / BATCHGRAD.feats)
 
 
 def batchgrad_rows(C: int, D: int) -> int:
     """Rows that share BatchGrad's launches: their turned features, and a partial sum for each pair of blocks."""
     classes, feats = blocks_of(C, D)
-    rows = max(BATCHGRAD_ROWS.values())
-    return max(1, TEMPORARY // (feats * (BATCHGRAD["FEATS"] + classes)) // rows) * rows
+    rows = max(blocks.rows for blocks in BATCHGRAD_BLOCKS.values())
+    return max(1, TEMPORARY // (feats * (BATCHGRAD.feats + classes)) // rows) * rows
 
 
 # The label distributions of gradient norms, and of their orders all but whole ones up to 6, as device/gradient.py

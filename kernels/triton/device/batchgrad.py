@@ -10,11 +10,11 @@ and an addition with turn / 2 and pull / 2, beside what is linear in G and h and
 at a time, choose between the two by their own signs: a row's bits do not depend on its neighbours, only a program's
 time does.
 
-A thread holds rows, and an element of G is one number for all of them. A program sums CLASSES classes over FEATS
-features of ROWS rows. Its warps share the rows and divide the classes, so that one of them brings the features that the
-others find in the cache; classes are fastest in the grid for the same reason. Terms of all classes of a warp meet in
-one sum a row, which leaves registers for enough warps to wait for memory in turn. p is formed from the logits where it
-is used: it costs a few instructions for FEATS features, and [N, C] is never built.
+A thread holds rows, and an element of G is one number for all of them. A program sums what B says: see Blocks in
+shapes.py. Its warps share the rows and divide the classes, so that one of them brings the features that the others
+find in the cache; classes are fastest in the grid for the same reason. Terms of all classes of a warp meet in one sum a
+row, which leaves registers for enough warps to wait for memory in turn. p is formed from the logits where it is used:
+it costs a few instructions for B.feats features, and [N, C] is never built.
 Classes that hardly matter are not skipped, as on a CPU: they would have to be so for every row of a program, on which
 a row's bits would then depend.
 """
@@ -22,9 +22,7 @@ a row's bits would then depend.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.words import INF, in_full
-
-LARGEST = tl.constexpr(3.4028234663852886e38)
+from fastood.kernels.triton.device.words import INF, LARGEST_FLOAT, in_full
 
 
 @triton.jit(do_not_specialize=["h_ptr", "h_stride", "N", "D", "feat_blocks"])
@@ -44,7 +42,7 @@ def turned(h_ptr, h_stride, x_ptr, sum_ptr, N, D, feat_blocks, BIAS: tl.constexp
     tl.store(x_ptr + ((row // ROWS) * feat_blocks * FEATS + d) * ROWS + row % ROWS, h)
     size = tl.abs(h).to(tl.float64)
     total = tl.sum(tl.where(h < 0.0, size + 2.0**200, size), 1)  # beyond float32, as a sum that is too large
-    signed = (total > LARGEST) & (total < INF)
+    signed = (total > LARGEST_FLOAT) & (total < INF)
     rows = tl.num_programs(0) * SOME
     tl.store(sum_ptr + block.to(tl.int64) * rows + n, tl.where(signed, -1.0, total.to(tl.float32)))
 
@@ -84,22 +82,25 @@ def add_where(flags, a, b):
 
 
 @triton.jit
-def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-           OWN: tl.constexpr, CLASSES: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, B: tl.constexpr):
     """For each tile of rows: sum |turn G + pull h - |G| / 2|, turn and pull being halved ones; or if SIGNED, where they
     are whole, sum max(|G|, |turn G + pull h|)."""
+    TILE: tl.constexpr = 32 * B.each
+    TILES: tl.constexpr = B.tiles
+    OWN: tl.constexpr = B.own
+    STEP: tl.constexpr = B.step
     totals = ()
     for _ in tl.static_range(TILES):
         totals = totals + (tl.zeros_like(turns[0]),)
     for step in range(steps):  # pointers that are carried along would take a move for each load
         x = x_ptr + step * (STEP * TILES * TILE)
-        pairs = g_ptr + step * (STEP * CLASSES // 2)
+        pairs = g_ptr + step * (STEP * B.classes // 2)
         hs, gs = (), ()
         for i in tl.static_range(STEP * TILES):
             hs = hs + (tl.load(x + i * TILE),)
         for i in tl.static_range(STEP):
             for k in tl.static_range(OWN // 2):
-                pair = pair_of(tl.load(pairs + (i * CLASSES // 2 + k)))
+                pair = pair_of(tl.load(pairs + (i * B.classes // 2 + k)))
                 gs = gs + (pair[0][:, None], pair[1][:, None])
         more = ()
         for t in tl.static_range(TILES):
@@ -123,18 +124,18 @@ def summed(x_ptr, g_ptr, steps, turns, pulls, SIGNED: tl.constexpr, TILE: tl.con
 @triton.jit(do_not_specialize=["f_ptr", "f_stride", "N", "C", "steps", "row_blocks", "class_blocks", "feat_blocks"])
 def partial_sums(
     f_ptr, f_stride, stats_ptr, scale, inverse, x_ptr, sum_ptr, g_ptr, g_sums_ptr, part_ptr, N, C, steps, row_blocks,
-    class_blocks, feat_blocks, ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATS: tl.constexpr, STEP: tl.constexpr,
-    WARPS: tl.constexpr,
+    class_blocks, feat_blocks, B: tl.constexpr,
 ):  # fmt: skip
-    """What CLASSES classes and FEATS features add to BatchGrad, to part [feature blocks, class blocks, rows].
+    """What a block of classes and one of features add to BatchGrad, to part [feature blocks, class blocks, rows].
 
-    stats [3, N]: max f, max p, 1 - max p; scale, inverse: log2(e) / T, 1 / T; g [class blocks, features, CLASSES];
-    g_sums [class blocks, feature blocks, CLASSES, 2]: sums of max(G, 0) and of max(-G, 0).
+    stats [3, N]: max f, max p, 1 - max p; scale, inverse: log2(e) / T, 1 / T; g [class blocks, features, B.classes];
+    g_sums [class blocks, feature blocks, B.classes, 2]: sums of max(G, 0) and of max(-G, 0).
     """
-    EACH: tl.constexpr = min(4, ROWS // 32)  # rows of a tile that a thread holds beside each other
+    EACH: tl.constexpr = B.each
     TILE: tl.constexpr = 32 * EACH
-    TILES: tl.constexpr = ROWS // TILE
-    OWN: tl.constexpr = CLASSES // WARPS  # classes of a warp
+    TILES: tl.constexpr = B.tiles
+    OWN: tl.constexpr = B.own
+    WARPS: tl.constexpr = B.warps
     class_block = tl.program_id(0) % class_blocks
     outer = tl.program_id(0) // class_blocks
     feat_block = outer % feat_blocks
@@ -143,20 +144,20 @@ def partial_sums(
     own = thread // 32 * OWN
     lane = (thread % 32 * EACH)[:, None] + tl.arange(0, EACH)[None, :]
     block = class_block.to(tl.int64) * feat_blocks + feat_block
-    g_sums_ptr += block * (2 * CLASSES) + 2 * own
-    sum_ptr += (feat_block * row_blocks + row_block).to(tl.int64) * ROWS
+    g_sums_ptr += block * (2 * B.classes) + 2 * own
+    sum_ptr += (feat_block * row_blocks + row_block).to(tl.int64) * B.rows
     half_turns, half_pulls, plains, signeds, totals = (), (), (), (), ()
     for t in tl.static_range(TILES):
-        n = row_block * ROWS + t * TILE + lane
+        n = row_block * B.rows + t * TILE + lane
         given = n < N
         f_max = tl.load(stats_ptr + n, mask=given, other=0.0).to(tl.float32)
         p_max = tl.load(stats_ptr + N + n, mask=given, other=0.0).to(tl.float32)
         one_minus_p_max = tl.load(stats_ptr + 2 * N + n, mask=given, other=0.0).to(tl.float32)
         sum = tl.load(sum_ptr + (t * TILE + lane))
-        logits = f_ptr + n.to(tl.int64) * f_stride + (class_block * CLASSES + own)[:, None]
+        logits = f_ptr + n.to(tl.int64) * f_stride + (class_block * B.classes + own)[:, None]
         linear = tl.zeros_like(f_max)
         for k in tl.static_range(OWN):
-            inside = (class_block * CLASSES + own + k < C)[:, None]
+            inside = (class_block * B.classes + own + k < C)[:, None]
             f = in_full(tl.load(logits + k, mask=given & inside, other=-INF))
             e = tl.exp2((f - f_max) * scale)
             p = e * p_max
@@ -175,20 +176,20 @@ def partial_sums(
         totals = totals + (tl.where(infinite, INF, tl.where(plain, linear, 0.0)),)
         plains, signeds = plains + (given & plain,), signeds + (given & signed,)
 
-    x_ptr += (row_block.to(tl.int64) * feat_blocks + feat_block) * (FEATS * ROWS) + lane
-    g_ptr = (g_ptr + block * (FEATS * CLASSES)).to(tl.pointer_type(tl.uint64)) + own // 2
-    steps = tl.minimum(steps - feat_block * (FEATS // STEP), FEATS // STEP)
+    x_ptr += (row_block.to(tl.int64) * feat_blocks + feat_block) * (B.feats * B.rows) + lane
+    g_ptr = (g_ptr + block * (B.feats * B.classes)).to(tl.pointer_type(tl.uint64)) + own // 2
+    steps = tl.minimum(steps - feat_block * (B.feats // B.step), B.feats // B.step)
     if any_of(plains):
-        more = summed(x_ptr, g_ptr, steps, half_turns, half_pulls, False, TILE, TILES, OWN, CLASSES, STEP)
+        more = summed(x_ptr, g_ptr, steps, half_turns, half_pulls, False, B)
         totals = add_where(plains, totals, more)
     if any_of(signeds):
         turns, pulls = (), ()
         for k in tl.static_range(TILES * OWN):
             turns, pulls = turns + (2.0 * half_turns[k],), pulls + (2.0 * half_pulls[k],)
-        more = summed(x_ptr, g_ptr, steps, turns, pulls, True, TILE, TILES, OWN, CLASSES, STEP)
+        more = summed(x_ptr, g_ptr, steps, turns, pulls, True, B)
         totals = add_where(signeds, totals, more)
     part = (feat_block * class_blocks + class_block).to(tl.int64) * row_blocks + row_block
-    part_ptr += part * ROWS + tl.arange(0, TILE)
+    part_ptr += part * B.rows + tl.arange(0, TILE)
     for t in tl.static_range(TILES):
         tl.store(part_ptr + t * TILE, tl.sum(tl.reshape(totals[t], [WARPS, TILE]), 0))
 

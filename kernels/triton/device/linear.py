@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 
 from fastood.kernels.triton.device.formulas import SQUARES, formula
-from fastood.kernels.triton.device.words import INF, INTERPRETED, exp2_double, in_full, log
+from fastood.kernels.triton.device.words import INF, INTERPRETED, LARGEST_FLOAT, exp2_double, in_full, log
 
-LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 STEP_UP = tl.constexpr(4.0)  # how far the maximum may be above the pivot, in powers of two, before that follows
 
 

@@ -63,21 +63,8 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
     TYPE: tl.constexpr = rows.ptr.dtype.element_ty
     C: tl.constexpr = X.columns
     LANES: tl.constexpr = X.w // X.words
-    GROUPS: tl.constexpr = (X.tiles + K - 1) // K
-    LAST: tl.constexpr = X.tiles - (GROUPS - 1) * K  # tiles of the last group
-    EACH: tl.constexpr = K * X.vec  # elements of a slot in each other group
-    lane = tl.arange(0, LANES)[None, :]
-    shift = tl.full([1, LANES], LEAST_SHIFT, tl.float32)
-    zero = tl.zeros_like(shift)
-    top = tl.full([1, LANES], filler(-INF, X.p, TYPE), tl.uint32 if X.p == 2 else tl.float32)
-    slots = Slots(top, shift, no_exp(zero, SUMS))
-    for group in range(GROUPS - 1):
-        us = read_tiles(rows, group * (X.w * K), X, K, False, "")
-        slots = add_words(slots, us, scale, group * EACH, zero == 0.0, X, TYPE, SUMS)
-    last = read_tiles(rows, (GROUPS - 1) * X.w * K, X, LAST, True, "")
-    own = lane < C // X.vec - (X.tiles - 1) * LANES  # of the last tile
-    slots = add_words(slots, last, scale, (GROUPS - 1) * EACH, own, X, TYPE, SUMS)
-
+    own = tl.arange(0, LANES)[None, :] < C // X.vec - (X.tiles - 1) * LANES  # of the last tile
+    slots, last = first_sweep(rows, scale, own, X, K, SUMS)
     shift, sums = slots.shift, slots.sums
     tops = unpack(slots.top, X.p, TYPE)
     high = tops[0] if X.p == 1 else larger(tops[0], tops[1])
@@ -94,7 +81,7 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
         row_shift = tl.maximum(tl.ceil(f_max * scale), LEAST_SHIFT)
         t_max = fused(f_max, scale, -row_shift)
         e_max = tl.exp2(t_max).to(tl.float64)
-        left_out = zero
+        left_out = tl.zeros_like(shift)
         if REST & SUMS:
             # The largest of a slot comes last, or is left out where it is the row's: the rest is not drowned in it.
             at_max = high == f_max[:, None]
@@ -121,11 +108,7 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
             mean_z = (totals.t / C - t_max) * LN2
         if TV & SUMS:
             mean = ((wide_rest + 1.0) * e_max / C).to(tl.float32)[:, None]
-            slot = words_above(last, scale, row_shift, mean, X, TYPE)
-            for group in range(GROUPS - 1):
-                first = (GROUPS - 2 - group) * (X.w * K)
-                us = read_tiles(rows, first, X, K, False, "evict_first")
-                slot += words_above(us, scale, row_shift, mean, X, TYPE)
+            slot = second_sweep(rows, last, scale, row_shift, mean, X, K)
             deviation = (tl.sum(slot.to(tl.float64), 1) * 2.0 / e_max).to(tl.float32)
         if REST & SUMS:
             again |= wide_rest < LEAST_REST
@@ -139,25 +122,68 @@ def streamed_sums(rows, scale, X: tl.constexpr, K: tl.constexpr, SUMS: tl.conste
             doubtful |= flat
         any_again = any_row(doubtful)
         if any_again:
-            # In tiles of a word a thread, so that this is not what takes the most registers.
-            if any_row(again):
-                more = sums_again(rows, f_max, scale, LANES, X)
-                rest = tl.where(again, more.rest, rest)
-                rest_squares = tl.where(again, more.rest_squares, rest_squares)
-                if REST & SUMS:
-                    pivot = tl.where(again, more.pivot, f_max)
-                else:  # relative to the maximum, what is relative to another pivot has vanished
-                    vanished = again & (more.pivot != f_max)
-                    rest, rest_squares = tl.where(vanished, 0.0, rest), tl.where(vanished, 0.0, rest_squares)
-                rest_t = tl.where(again, more.rest_t, rest_t)
-                mean_z = tl.where(again, more.mean_z, mean_z)
-                if TV & SUMS:
-                    u = tl.fma(rest, tl.exp2((pivot - f_max) * scale), 1.0) / C
-                    deviation = tl.where(again, deviations_again(rows, f_max, scale, u, LANES, X), deviation)
-            if (TV | KL) & SUMS:
-                so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
-                kl, deviation = flat_again(rows, so_far, scale, LANES, X, SUMS)
+            so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
+            mended = mend_streamed(rows, so_far, again, scale, LANES, X, SUMS)
+            pivot, rest, rest_squares, rest_t = mended.pivot, mended.rest, mended.rest_squares, mended.rest_t
+            mean_z, deviation, kl = mended.mean_z, mended.deviation, mended.kl
     return RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, any_again)
+
+
+@triton.jit
+def first_sweep(rows, scale, own, X: tl.constexpr, K: tl.constexpr, SUMS: tl.constexpr):
+    """The Slots of a row, and the words of its last group of tiles, of whose last tile `own` are the row's."""
+    TYPE: tl.constexpr = rows.ptr.dtype.element_ty
+    LANES: tl.constexpr = X.w // X.words
+    GROUPS: tl.constexpr = (X.tiles + K - 1) // K
+    LAST: tl.constexpr = X.tiles - (GROUPS - 1) * K  # tiles of the last group
+    EACH: tl.constexpr = K * X.vec  # elements of a slot in each other group
+    shift = tl.full([1, LANES], LEAST_SHIFT, tl.float32)
+    zero = tl.zeros_like(shift)
+    top = tl.full([1, LANES], filler(X.p, TYPE), tl.uint32 if X.p == 2 else tl.float32)
+    slots = Slots(top, shift, no_exp(zero, SUMS))
+    for group in range(GROUPS - 1):
+        us = read_tiles(rows, group * (X.w * K), X, K, False, "")
+        slots = add_words(slots, us, scale, group * EACH, zero == 0.0, X, TYPE, SUMS)
+    last = read_tiles(rows, (GROUPS - 1) * X.w * K, X, LAST, True, "")
+    return add_words(slots, last, scale, (GROUPS - 1) * EACH, own, X, TYPE, SUMS), last
+
+
+@triton.jit
+def second_sweep(rows, last, scale, shift, mean, X: tl.constexpr, K: tl.constexpr):
+    """sum max(2^t - mean, 0) of each slot, from the last group's words, which are there, to the first."""
+    TYPE: tl.constexpr = rows.ptr.dtype.element_ty
+    GROUPS: tl.constexpr = (X.tiles + K - 1) // K
+    slot = words_above(last, scale, shift, mean, X, TYPE)
+    for group in range(GROUPS - 1):
+        us = read_tiles(rows, (GROUPS - 2 - group) * (X.w * K), X, K, False, "evict_first")
+        slot += words_above(us, scale, shift, mean, X, TYPE)
+    return slot
+
+
+@triton.jit
+def mend_streamed(rows, sums, again, scale, W: tl.constexpr, X: tl.constexpr, SUMS: tl.constexpr):
+    """The sums with what reading rows `again`, and the flat among them, gives: by tiles of W words, one a thread, so
+    that this is not what takes the most registers."""
+    f_max, pivot, rest, rest_squares, rest_t = sums.f_max, sums.pivot, sums.rest, sums.rest_squares, sums.rest_t
+    mean_z, deviation, kl = sums.mean_z, sums.deviation, sums.kl
+    if any_row(again):
+        more = sums_again(rows, f_max, scale, W, X)
+        rest = tl.where(again, more.rest, rest)
+        rest_squares = tl.where(again, more.rest_squares, rest_squares)
+        if REST & SUMS:
+            pivot = tl.where(again, more.pivot, f_max)
+        else:  # relative to the maximum, what is relative to another pivot has vanished
+            vanished = again & (more.pivot != f_max)
+            rest, rest_squares = tl.where(vanished, 0.0, rest), tl.where(vanished, 0.0, rest_squares)
+        rest_t = tl.where(again, more.rest_t, rest_t)
+        mean_z = tl.where(again, more.mean_z, mean_z)
+        if TV & SUMS:
+            u = tl.fma(rest, tl.exp2((pivot - f_max) * scale), 1.0) / X.columns
+            deviation = tl.where(again, deviations_again(rows, f_max, scale, u, W, X), deviation)
+    if (TV | KL) & SUMS:
+        so_far = RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, sums.any_again)
+        kl, deviation = flat_again(rows, so_far, scale, W, X, SUMS)
+    return RowSums(f_max, pivot, rest, rest_squares, rest_t, mean_z, deviation, kl, sums.any_again)
 
 
 @triton.jit
@@ -172,7 +198,7 @@ def no_exp(zero, SUMS: tl.constexpr):
 @triton.jit
 def read_tiles(rows, first, X: tl.constexpr, K: tl.constexpr, LAST: tl.constexpr, POLICY: tl.constexpr):
     """K tiles from the row's word `first` on, as tiles of a word a thread; where they are the LAST, -inf beyond it."""
-    FILL: tl.constexpr = filler(-INF, X.p, rows.ptr.dtype.element_ty)
+    FILL: tl.constexpr = filler(X.p, rows.ptr.dtype.element_ty)
     w = tl.arange(0, X.w)[None, :]
     here = words(rows.ptr, X.p) + (rows.base + first) + w
     raw = ()

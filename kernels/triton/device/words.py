@@ -21,6 +21,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NVIDIA = tl.constexpr(torch.version.hip is None)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 
 # ---- arithmetic
 
@@ -206,24 +207,23 @@ def words(ptr, P: tl.constexpr):
 
 
 @triton.jit
-def load_words(rows, word, FILL: tl.constexpr, X: tl.constexpr):
-    """These words of rows. Masked by whole groups of X.vec elements, so that they stay one load each."""
+def load_words(rows, word, X: tl.constexpr):
+    """These words of rows, -inf beyond the end: by whole groups of X.vec elements, so that they stay one load each."""
     if X.shifted:
         groups = (rows.head + (X.columns + X.vec - 1)) // X.vec
     else:
         groups = (X.columns + X.vec - 1) // X.vec
     inside = (word // X.words) < groups
     here = words(rows.ptr, X.p) + rows.base + word
-    return tl.load(here, mask=inside, other=filler(FILL, X.p, rows.ptr.dtype.element_ty))
+    return tl.load(here, mask=inside, other=filler(X.p, rows.ptr.dtype.element_ty))
 
 
 @triton.constexpr_function
-def filler(FILL, P, TYPE):
-    """A word of 0 or -inf."""
+def filler(P, TYPE):
+    """A word of -inf."""
     if P == 1:
-        return FILL
-    minus_inf = 0xFC00FC00 if tl.float16 == TYPE else 0xFF80FF80
-    return 0 if FILL == 0 else minus_inf
+        return -float("inf")
+    return 0xFC00FC00 if tl.float16 == TYPE else 0xFF80FF80
 
 
 @triton.jit
@@ -311,10 +311,10 @@ def load_tile(rows, word, INSIDE: tl.constexpr, X: tl.constexpr):
     place: a slot then holds the same logits wherever the row begins.
     """
     here = words(rows.ptr, X.p) + rows.base
-    u = tl.load(here + word) if INSIDE else load_words(rows, word, -INF, X)
+    u = tl.load(here + word) if INSIDE else load_words(rows, word, X)
     if X.shifted and X.p == 2:
         word += 1
-        next = tl.load(here + word) if INSIDE else load_words(rows, word, -INF, X)
+        next = tl.load(here + word) if INSIDE else load_words(rows, word, X)
         u = (((next.to(tl.uint64) << 32) | u.to(tl.uint64)) >> (rows.head * 16).to(tl.uint64)).to(tl.uint32)
     return u
 
@@ -352,7 +352,7 @@ def load_row(rows, w, X: tl.constexpr):
         if X.p == 1:
             u = in_full(u)
         else:
-            FILL = filler(-INF, X.p, rows.ptr.dtype.element_ty)
+            FILL = filler(X.p, rows.ptr.dtype.element_ty)
             if X.shifted:
                 u = only_own(u, (u & 0xFFFF0000) | (FILL & 0xFFFF), i, 0, w, X)
             if X.shifted or X.columns % X.p > 0:

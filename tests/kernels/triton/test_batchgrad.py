@@ -103,7 +103,7 @@ def test_batchgrad_bits_do_not_depend_on_the_batch(triton_device, monkeypatch):
     assert torch.equal(batchgrad(triton_device, f[::3], h[::3], G), whole[::3])
     assert torch.equal(batchgrad(triton_device, f[1:2], h[1:2], G), whole[1:2])
     monkeypatch.setattr(shapes, "TEMPORARY", 1)
-    monkeypatch.setattr(shapes, "BATCHGRAD_ROWS", {0: 32})
+    monkeypatch.setattr(shapes, "BATCHGRAD_BLOCKS", {0: shapes.BATCHGRAD_OF_FEW})
     assert shapes.batchgrad_rows(9, 6) == 32
     assert torch.equal(batchgrad(triton_device, f, h, G), whole)
 
