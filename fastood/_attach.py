@@ -144,12 +144,18 @@ class Attached(nn.Module):
         (model,) = pending
         with torch.no_grad():
             whole = self._with_head(self.head) if model is None else model
-            expected = _tensor_of(whole(*args, **kwargs))
-            if not isinstance(expected, Tensor) or _as_rows(expected).ndim != 2:
-                shape = f"shape {list(expected.shape)}" if isinstance(expected, Tensor) else type(expected).__name__
+            output = whole(*args, **kwargs)
+            expected = _tensor_of(output)
+            if not isinstance(expected, Tensor):
+                keys = f" of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
                 raise ValueError(
-                    f"model must give logits [N, C], got {shape}: where it has a head per token or pixel, pass a model "
-                    "that gives one row per input"
+                    f"model must give logits [N, C], got {type(output).__name__}{keys}: pass a model that gives them "
+                    "alone, as .logits or ['logits'], or first in a tuple"
+                )
+            if _as_rows(expected).ndim != 2:
+                raise ValueError(
+                    f"model must give logits [N, C], got shape {list(expected.shape)}: where it has a head per token "
+                    "or pixel, pass a model that gives one row per input"
                 )
             expected = _as_rows(expected)
             try:
@@ -162,7 +168,8 @@ class Attached(nn.Module):
             try:
                 logits = _as_rows(_applied(self.head, raw))
             except Exception as error:
-                raise self._wrong(f"it does not take feats {list(raw.shape)} ({error})") from error
+                reason = str(error).partition("\n")[0]  # torch may go on to list all backends that it has
+                raise self._wrong(f"it does not take feats {list(raw.shape)} ({reason})") from error
             self._compare(logits, expected)
             if model is None:
                 # Scaled to where a soft cap shows, and turned to where a ReLU does. A power of 2, so as to be exact.
@@ -189,7 +196,8 @@ class Attached(nn.Module):
             worst = float((logits - expected).abs().nan_to_num(0, 0, 0).max())
             raise self._wrong(
                 f"head(feats) is off the model's logits by up to {worst:.2g}: something that is not linear follows it "
-                "(a soft cap, a softmax), or it is called more than once, or not last"
+                "(a soft cap, a softmax: attach to the model without it, or to nn.Sequential(body, head)), or it is "
+                "called more than once, or not last"
             )
 
     def _wrong(self, what: str) -> ValueError:

@@ -574,7 +574,11 @@ def _head_of(head: Any, entry: Successor) -> dict[str, Tensor]:
     if isinstance(head, nn.Module):
         weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
         if not isinstance(weight, Tensor) or weight.numel() != math.prod(weight.shape[:2]) or weight.ndim < 2:
-            raise TypeError(f"head must be a Linear, a 1x1 Conv2d or (weight, bias), got {type(head).__name__}")
+            kind = f"{type(head).__module__}.{type(head).__name__}"  # torch's quantised layers are called Linear, too
+            raise TypeError(f"head must be a Linear, a 1x1 Conv2d or (weight, bias), got {kind}")
+        if type(weight).dequantize is not Tensor.dequantize:  # torchao's, which have few operations
+            weight = weight.dequantize()
+        _require_linear(head, weight, bias)
         weight = weight.flatten(1)
     elif isinstance(head, tuple | list) and len(head) == 2:
         weight, bias = head
@@ -594,6 +598,27 @@ def _head_of(head: Any, entry: Successor) -> dict[str, Tensor]:
         raise ValueError(f"head: bias must be [{w.shape[0]}], one number per class, got shape {list(b.shape[1:])}")
     parts = {"weight": w, "bias": b[0]}
     return {name: parts[name].detach().to(result_dtype(parts[name])) for name in entry.head}
+
+
+def _require_linear(head: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """An adapter or a cosine has a weight, too, which is not all that it does."""
+    inner = getattr(head, "_orig_mod", head)  # of torch.compile
+    if type(inner).forward in (nn.Linear.forward, nn.Conv2d.forward) or torch.compiler.is_compiling():
+        return
+    h = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    name = type(inner).__name__
+    try:
+        with torch.no_grad():
+            expected = nn.functional.linear(h, weight.flatten(1), bias)
+            off = (inner(h[..., None, None] if weight.ndim == 4 else h).flatten(1) - expected).abs().max()
+            same = bool(off <= 0.01 * expected.abs().max())  # TF32 is nearer than that
+    except Exception as error:
+        raise TypeError(f"head must be a linear layer, but {name} does not take feats [1, D] ({error})") from error
+    if not same:
+        raise ValueError(
+            f"head must be a linear layer, but {name} gives something else than its weight and bias do: where that "
+            "is linear too, as an adapter's, pass (weight, bias) of the whole"
+        )
 
 
 def _tiles(n: int, *columns: Tensor | None) -> Iterable[slice]:

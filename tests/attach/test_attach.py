@@ -160,6 +160,33 @@ def test_what_cannot_be_split_is_refused(form, message, small):
             attached(images())
 
 
+def test_a_softmax_that_is_refused_is_left_out_as_the_message_says():
+    model, x = Softmaxed().eval(), images()
+    with pytest.raises(ValueError, match=r"attach to the model without it, or to nn\.Sequential\(body, head\)"):
+        fastood.attach(model, example=x)
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model.features(x)
+
+    whole = nn.Sequential(Body(), model.fc).eval()
+    logits, _ = call(fastood.attach(whole, example=x), x)
+    torch.testing.assert_close(logits.log_softmax(1), call(model, x))
+
+
+def test_several_outputs_without_logits_are_named():
+    class Detects(ResNet):
+        def forward(self, x):
+            return {"class": super().forward(x), "box": x}
+
+    with pytest.raises(ValueError, match=r"got dict of 'class', 'box': pass a model that gives them alone"):
+        fastood.attach(Detects().eval(), example=images())
+
+
 def test_heads_that_are_not_found_or_two():
     class Net(ResNet):
         def __init__(self):

@@ -141,6 +141,8 @@ def test_what_is_refused():
     refused("at least one feature", z, h[:, :0], "scale", head=head)
     refused("head must be a Linear", z, h, "scale", head=torch.nn.Conv2d(D, C, 3), error=TypeError)
     refused("head must be a Linear", z, h, "scale", head="fc", error=TypeError)
+    quantised = torch.ao.nn.quantized.dynamic.Linear(D, C)
+    refused(r"got torch\.ao\.nn\.quantized\.dynamic\.\S*Linear$", z, h, "scale", head=quantised, error=TypeError)
     refused(r"head: bias must be \[6\]", z, h, "scale", head=(head[0], head[1][:3]))
     refused("must not be given with a fastood.Fitted", z, h, fitted("scale"), head=head)
     refused("temperature must be that of method, 1, got 2", z, h, fitted("scale"), temperature=2.0)
@@ -177,3 +179,66 @@ def test_what_is_refused():
         a.merge(a)
     with pytest.raises(TypeError, match="other must be a fastood"):
         a.merge(3)
+
+
+class Adapted(torch.nn.Linear):
+    def forward(self, h):
+        return super().forward(h) + h[:, : self.out_features]
+
+
+class Cosine(torch.nn.Linear):
+    def forward(self, h):
+        return torch.nn.functional.linear(h / h.norm(dim=1, keepdim=True), self.weight, self.bias)
+
+
+class Plain(torch.nn.Module):
+    """A head of another library's, which is what its weight and bias are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias, self.layer = layer.weight, layer.bias, layer
+
+    def forward(self, h):
+        return self.layer(h)
+
+
+@pytest.mark.parametrize("kind", [Adapted, Cosine])
+def test_a_head_that_does_more_than_its_weight_says_is_refused(kind):
+    with pytest.raises(ValueError, match=f"head must be a linear layer, but {kind.__name__} gives something else"):
+        Fitted("react", head=kind(D, C))
+
+
+def test_heads_of_other_libraries():
+    z, h, y = map(torch.as_tensor, rows()[:3])
+    layer = torch.nn.Linear(D, C).to(h.dtype)
+    expected = Fitted("react", head=layer).fit(z, h, y)
+    convolution = torch.nn.utils.skip_init(torch.nn.Conv2d, D, C, 1).to(h.dtype)
+    convolution.weight, convolution.bias = torch.nn.Parameter(layer.weight.detach()[..., None, None]), layer.bias
+    for head in (Plain(layer), Plain(convolution), torch.compile(layer)):
+        assert torch.equal(Fitted("react", head=head).fit(z, h, y).score(z, h), expected.score(z, h))
+    odd = Plain(layer)
+    odd.layer = torch.nn.Linear(D + 1, C)
+    with pytest.raises(TypeError, match=r"but Plain does not take feats \[1, D\]"):
+        Fitted("react", head=odd)
+
+
+class Packed(torch.Tensor):
+    """As torchao has its weights: few operations, and one that gives the numbers."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.linalg.vector_norm:
+            raise NotImplementedError("Packed has no norm")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_quantised_weight_that_has_no_norm():
+    z, h = map(torch.as_tensor, rows()[:2])
+    layer, packed = torch.nn.Linear(D, C), torch.nn.Linear(D, C)
+    del packed.weight
+    packed.weight = layer.weight.detach().as_subclass(Packed)
+    packed.bias = layer.bias
+    assert torch.equal(fastood.score(z, h, "dml", head=packed), fastood.score(z, h, "dml", head=layer))
