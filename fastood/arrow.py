@@ -381,6 +381,8 @@ class Report(NamedTuple):
         Label of a V term times a norm -> the rows in which it is below 0.
     odd : str or None
         What makes the first rows look unlike logits and features.
+    scores : list of str
+        The columns of scores that it was given, which without feats are others.
     new : bool
         Whether it was scored by this call; False where it had been before.
     """
@@ -390,6 +392,7 @@ class Report(NamedTuple):
     accepted: int | None
     negative: dict[str, int]
     odd: str | None
+    scores: list[str]
     new: bool
 
 
@@ -418,8 +421,8 @@ def score_file(
 
     Examples
     --------
-    >>> score_file("in/0.parquet", "out/0.parquet", Scorer("energy", norm=0.3))  # doctest: +SKIP
-    Report(rows=50000, nan=0, accepted=None, negative={'energy*||h||_0.3': 0}, odd=None, new=True)
+    >>> score_file("in/0.parquet", "out/0.parquet", Scorer("energy", norm=None))  # doctest: +SKIP
+    Report(rows=50000, nan=0, accepted=None, negative={}, odd=None, scores=['energy'], new=True)
     """
     pa, pq = library("pyarrow"), library("pyarrow.parquet")
     choice("nan", nan, NAN)
@@ -574,7 +577,7 @@ class _Found:
         return table.filter(library("pyarrow").array(~bad)) if self._nan == "drop" and bad.any() else table
 
     def report(self) -> Report:
-        return Report(self._rows, self._bad, self._accepted, dict(self._negative), self._odd, True)
+        return Report(self._rows, self._bad, self._accepted, dict(self._negative), self._odd, self._labels, True)
 
 
 def _report_in(pq: Any, fs: Any, path: str, made_by: Mapping[str, str]) -> Report | None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from fastood._collect import shown
 from fastood._columns import finite
+from fastood._data import some
 from fastood._inputs import choice, flag
 from fastood._version import __version__
 from fastood.arrow import (
@@ -226,7 +227,11 @@ def fit_files(
             if isinstance(part, Detector):
                 part.successor = fitted.successor if isinstance(fitted, Detector) else None
             if part.rows:
-                whole = whole.merge(part) if whole.rows else part
+                try:
+                    whole = whole.merge(part) if whole.rows else part
+                except ValueError as error:
+                    path = _below(source, record["name"])
+                    raise FileError(f"{path}: is unlike the files before it: {error}") from error
         elif not record["of_file"]:
             raise RuntimeError(record["error"])
         elif bad_files == "fail":
@@ -306,10 +311,14 @@ class _Tally:
         reports = self.reports.values()
         negative: Counter[str] = Counter()
         odd: dict[str, list[str]] = {}
+        of_files = Counter(some(report.scores) for report in reports)
+        of_most = max(of_files, key=lambda scores: of_files[scores], default="")
         for name, report in self.reports.items():
             negative.update(report.negative)
             if report.odd is not None:
                 odd.setdefault(report.odd, []).append(self._paths[name])
+            if (own := some(report.scores)) != of_most:  # by default, where it lacks feats and others do not
+                odd.setdefault(f"has scores called {own}, most files {of_most}", []).append(self._paths[name])
         accepted = [report.accepted for report in reports if report.accepted is not None]
         return Summary(
             files=len(self._paths),
@@ -337,7 +346,10 @@ def _on_actors(
     if not ray.is_initialized():
         ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
     if workers is None:
-        workers = max(int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)), 1)
+        workers = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
+        if gpu and not workers:  # for which actors would wait without end
+            raise ValueError("device: the Ray cluster has no GPU; where it will have some, workers says how many")
+        workers = max(workers, 1)
 
     class Work:  # a class is what makes Ray Data keep an object per actor
         def __call__(self, file: dict[str, Any]) -> dict[str, Any]:

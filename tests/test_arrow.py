@@ -221,7 +221,7 @@ def source(tmp_path):
 def test_a_file_becomes_one_of_scores(source, tmp_path, chunk_rows):
     out = tmp_path / "new" / "folder" / "out.parquet"
     report = score_file(source, out, Scorer(norm=2), chunk_rows=chunk_rows)
-    assert report == (N, 0, None, {LABEL: int((truth() < 0).sum())}, None, True)
+    assert report == (N, 0, None, {LABEL: int((truth() < 0).sum())}, None, [LABEL], True)
     scored = pq.read_table(out)
     assert scored.column_names == ["id", "name", LABEL]
     np.testing.assert_allclose(scored[LABEL].to_numpy(), truth(), rtol=2e-6)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -200,6 +201,26 @@ def test_a_folder_is_fitted_on(here, shards):
     whole = fastood.Detector("energy").fit(np.concatenate([x.combine_chunks().to_numpy_ndarray() for x in parts]))
     assert fastood.Detector.load("det.safetensors").threshold == whole.threshold
     assert "400 rows, 3" in here("--detector", "det.safetensors").stdout
+
+
+def test_files_that_hold_other_columns_than_most_are_named(here, shards):
+    """A file with feats among files without: by default its score is another, and a detector cannot be of both."""
+    path = shards / "in" / "part=1" / "3.parquet"
+    held = pq.ParquetFile(path).read()
+    pq.write_table(held.append_column("feats", tensors(np.ones((ROWS, D), np.float32))), path)
+    warning = "3.parquet: has scores called energy*||h||_0.3, most files energy\n"
+    assert warning in here().stderr
+    assert warning in here().stderr  # of what was scored before, too
+    said = here("--out", "det.safetensors", command="fit", code=2).stderr
+    assert re.search(r"/in/part=\d/\d\.parquet: is unlike the files before it: other must have norm=", said)
+    here("--out", "det.safetensors", "--norm", "none", command="fit")
+
+
+def test_without_a_gpu_nobody_waits_for_one(shards, monkeypatch):
+    ray = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: {"CPU": 2.0})
+    monkeypatch.setattr(fastood.ray, "library", lambda name: ray)
+    with pytest.raises(ValueError, match=r"device: the Ray cluster has no GPU; .* workers says how many"):
+        next(fastood.ray._on_actors(None, [{"path": "a"}], None, gpu=True, progress=False))
 
 
 @pytest.mark.parametrize(
