@@ -86,8 +86,7 @@ def of_detector(detector: Detector, backend: str) -> Work:
         "oriented": True,
         "detector": {**settings, "threshold": thresholds(detector)},
     }
-    used = {name for name, width in (("logits", detector.classes), ("feats", detector.dim)) if width is not None}
-    return Work([named], used, metadata, columns)
+    return Work([named], read_by(detector), metadata, columns)
 
 
 def _as_fitted(x: Tensor | None, width: int | None) -> Tensor | None:
@@ -98,6 +97,10 @@ def _as_fitted(x: Tensor | None, width: int | None) -> Tensor | None:
 def used_by(columns: Iterable[tuple[Score, Order]]) -> set[str]:
     """What scores times norms of these orders are computed from."""
     return {name for entry, r in columns for name in (*entry.needs, *(() if r is None else ("feats",)))}
+
+
+def read_by(detector: Detector) -> set[str]:
+    return {name for name, width in (("logits", detector.classes), ("feats", detector.dim)) if width is not None}
 
 
 def facts(detector: Detector) -> dict[str, Any]:

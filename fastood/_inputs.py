@@ -102,6 +102,39 @@ def take(**named: Any) -> tuple[list[Tensor | None], bool]:
     return tensors, "numpy array" in list(kinds.values())
 
 
+def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
+    """Tensors with columns along `dim` as [positions, columns], views where strides allow; the positions' shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastood._inputs import rows_along
+    >>> (f, h), shape = rows_along(1, logits=torch.zeros(2, 19, 4, 5), feats=None)
+    >>> f.shape, h, shape
+    (torch.Size([40, 19]), None, (2, 4, 5))
+    """
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be a whole number, got {dim!r}")
+    rows: list[Any] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, x in named.items():
+        if x is None:
+            rows.append(None)
+            continue
+        if not isinstance(x, (Tensor, np.ndarray)):
+            take(**{name: x})  # which says what is wrong
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"dim must be a dimension of {name}, got dim={dim} for shape {list(x.shape)}")
+        moved: Any = x.movedim(dim, -1) if isinstance(x, Tensor) else np.moveaxis(x, dim, -1)
+        shapes[name] = tuple(moved.shape[:-1])
+        rows.append(moved.reshape(math.prod(shapes[name]), moved.shape[-1]))
+    of_each = list(shapes.values())
+    if any(shape != of_each[0] for shape in of_each[1:]):  # a set would make numbers of a compiler's symbols
+        (first, wanted), *_, (name, got) = shapes.items()
+        raise ValueError(f"{name} must have the positions of {first}, {list(wanted)}, got {list(got)}")
+    return rows, (*shapes.values(), ())[0]
+
+
 def logits_and_feats(logits: Any, feats: Any) -> tuple[Tensor | None, Tensor | None, bool]:
     """Checked logits [N, C] and feats [N, D], one of which may be None."""
     if logits is None and feats is None:
@@ -127,16 +160,21 @@ def give(x: Tensor, as_numpy: bool) -> Any:
     return x.numpy() if as_numpy else x
 
 
+def as_array(x: Any) -> Any:
+    """A tensor as an array, of floats in float64: numpy has not all of torch's. Anything else stays."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach().cpu()
+    return (x.double() if x.is_floating_point() else x).numpy()
+
+
 def vector(name: str, x: Any) -> NDArray[np.float64]:
     """Scores [N], of any kind, as numbers that have an order."""
     one_thread_if_forked()
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array: leave masked rows out, knowingly, by its compressed()")
-    if isinstance(x, Tensor):
-        x = x.detach().cpu()
-        x = (x.double() if x.is_floating_point() else x).numpy()
     try:
-        a = np.asarray(x)
+        a = np.asarray(as_array(x))
     except ValueError:  # rows of several lengths
         raise ValueError(f"{name} must be a non-empty vector, got a ragged one") from None
     if a.size and a.dtype.kind not in "fiub":

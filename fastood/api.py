@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -20,7 +19,7 @@ from fastood._inputs import (
     flag,
     logits_and_feats,
     order_of,
-    take,
+    rows_along,
 )
 from fastood._plan import Plan, keep, kept, key_of, known_plan, typed
 from fastood.kernels import Stat
@@ -403,39 +402,6 @@ def warm_up(
     for name in _names("methods", methods):
         of_norm: Order = "auto" if _entry(name, "methods").gradient else norm
         score(logits, feats, name, norm=of_norm, backend=backend, **options)
-
-
-def rows_along(dim: int, **named: Any) -> tuple[list[Any], tuple[int, ...]]:
-    """Tensors with columns along `dim` as [positions, columns], views where strides allow; the positions' shape.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from fastood.api import rows_along
-    >>> (f, h), shape = rows_along(1, logits=torch.zeros(2, 19, 4, 5), feats=None)
-    >>> f.shape, h, shape
-    (torch.Size([40, 19]), None, (2, 4, 5))
-    """
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be a whole number, got {dim!r}")
-    rows: list[Any] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, x in named.items():
-        if x is None:
-            rows.append(None)
-            continue
-        if not isinstance(x, (Tensor, np.ndarray)):
-            take(**{name: x})  # which says what is wrong
-        if not -x.ndim <= dim < x.ndim:
-            raise ValueError(f"dim must be a dimension of {name}, got dim={dim} for shape {list(x.shape)}")
-        moved: Any = x.movedim(dim, -1) if isinstance(x, Tensor) else np.moveaxis(x, dim, -1)
-        shapes[name] = tuple(moved.shape[:-1])
-        rows.append(moved.reshape(math.prod(shapes[name]), moved.shape[-1]))
-    of_each = list(shapes.values())
-    if any(shape != of_each[0] for shape in of_each[1:]):  # a set would make numbers of a compiler's symbols
-        (first, wanted), *_, (name, got) = shapes.items()
-        raise ValueError(f"{name} must have the positions of {first}, {list(wanted)}, got {list(got)}")
-    return rows, (*shapes.values(), ())[0]
 
 
 def _scores_of_both_kinds(

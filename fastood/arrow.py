@@ -200,9 +200,7 @@ class Scorer:
             table = table.combine_chunks()  # for batches of the size that was asked for
         parts, odd = [], None
         # Where a column's chunks end no rows are copied together.
-        for i, part in enumerate(
-            table.to_batches() or [pa.RecordBatch.from_arrays(_none(pa, table), schema=table.schema)]
-        ):
+        for i, part in enumerate(table.to_batches() or [_no_rows(pa, table.schema)]):
             held, valid = _without_nulls(pa, part)
             logits, feats = self._tensors(held)
             if i == 0 and self._make_model is None:
@@ -352,15 +350,15 @@ def _spread(x: Any, valid: Any) -> Any:
     return out
 
 
-def _none(pa: Any, table: Any) -> list[Any]:
-    """The columns of a table without rows, which need not have a chunk."""
-    return [_no_rows(pa, field.type) for field in table.schema]
+def _no_rows(pa: Any, schema: Any) -> Any:
+    """A batch of none, which a table without rows need not have."""
 
+    def column(kind: Any) -> Any:
+        if isinstance(kind, pa.BaseExtensionType):
+            return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
+        return pa.array([], kind)
 
-def _no_rows(pa: Any, kind: Any) -> Any:
-    if isinstance(kind, pa.BaseExtensionType):
-        return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
-    return pa.array([], kind)
+    return pa.RecordBatch.from_arrays([column(field.type) for field in schema], schema=schema)
 
 
 # ---- files
@@ -616,8 +614,7 @@ def batches(file: Any, names: list[str], rows: int | None) -> Iterator[Any]:
     """Record batches of these columns of a Parquet file; one of no rows where it has none."""
     pa, metadata = library("pyarrow"), file.metadata
     if metadata.num_rows == 0:
-        schema = pa.schema([file.schema_arrow.field(name) for name in names], file.schema_arrow.metadata)
-        yield pa.RecordBatch.from_arrays([_no_rows(pa, field.type) for field in schema], schema=schema)
+        yield _no_rows(pa, pa.schema([file.schema_arrow.field(name) for name in names], file.schema_arrow.metadata))
         return
     if rows is None:
         bytes_of_all = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))

@@ -468,9 +468,7 @@ def fit(
 
         fastood score requests.npz decisions.csv --detector det.safetensors
     """
-    import torch
-
-    from fastood.files import open_rows, writable
+    from fastood.files import labels_of, open_rows, writable
 
     source = Path(source_uri)
     _apart(ctx, out)
@@ -506,9 +504,7 @@ def fit(
         made = _successors(later, rows, head, train, train_labels_key, temperature, place, [method])
         detector = Detector(made[0] if made else method, **settings)
         chunks: Iterator[tuple[Any, Any]] = _on(place, _looked_at(chunks_of(rows, chunk_rows), rows, odd))
-        for (logits, feats), labels in zip(chunks, rows.ids(chunk_rows), strict=True):
-            if labels is not None and labels.dtype.kind not in "iu":
-                raise ValueError(f"{source}: {labels_key!r} must hold integers, the true classes, got strings")
+        for (logits, feats), labels in zip(chunks, labels_of(rows, chunk_rows), strict=True):
             s = detector.score(logits, feats, backend=backend)
             finite = s.isfinite()
             if not finite.all():
@@ -517,9 +513,8 @@ def fit(
                     raise ValueError(f"{source}: the score of row {first}, counted from 0, is not finite; see --nan")
                 lost += int((~finite).sum())
                 logits, feats = (None if x is None else x[finite] for x in (logits, feats))
-                labels = None if labels is None else labels[finite.cpu().numpy()]
-            y = None if labels is None else torch.from_numpy(labels.astype(int))
-            detector.partial_fit(logits, feats, y, backend=backend)
+                labels = None if labels is None else labels[finite.cpu()]
+            detector.partial_fit(logits, feats, labels, backend=backend)
             seen += len(s)
             below_0.update(_data.negative({detector._label(): s.cpu().numpy()}))
     said = _promise(detector)  # or which rows are lacking
@@ -529,8 +524,7 @@ def fit(
     of = f" of {seen:,}" if detector.rows < seen else ""
     typer.echo(f"{out}: {detector._label()}, fitted on {detector.rows:,}{of} rows{right}")
     typer.echo(said)
-    read = {name for name, width in (("logits", detector.classes), ("feats", detector.dim)) if width is not None}
-    typer.echo(_contents(rows, read, "labels"))
+    typer.echo(_contents(rows, _columns.read_by(detector), "labels"))
     if lost:
         typer.echo(f"{source}: {lost:,} of {seen:,} rows have a score that is not finite and are left out")
 
@@ -971,12 +965,12 @@ def print_table(evaluation: Evaluation) -> None:
 
 def _promise(detector: Detector) -> str:
     """What it accepts, and how many rows like those that it was fitted on."""
-    from fastood.detector import _rank
+    from fastood._sample import rank
 
     n, limit = detector.rows, _columns.thresholds(detector)
     kept = f"at least {100 * detector.tpr:.6g}% of rows drawn like those that it was fitted on"
     if isinstance(limit, float):
-        k = _rank(n, detector.tpr)
+        k = rank(n, detector.tpr)
         # Of one calibration set the share accepted is of Beta(n + 1 - k, k), where scores do not tie.
         spread = 100 * math.sqrt(k * (n + 1 - k) / (n + 2)) / (n + 1)
         return (
@@ -991,11 +985,10 @@ def _promise(detector: Detector) -> str:
     )
 
 
-def _check_fits(rows: Rows, detector: Detector) -> set[str]:
-    """What the detector reads; FileError where the file lacks it, or is of another network."""
+def _check_fits(rows: Rows, detector: Detector) -> None:
+    """FileError where the file lacks what the detector reads, or is of another network."""
     from fastood.files import FileError
 
-    used = set()
     for name, width, wanted in (("logits", rows.classes, detector.classes), ("feats", rows.dim, detector.dim)):
         # Lists of no rows, in a table, have no width.
         if wanted is not None and width != wanted and (width is None or rows.rows):
@@ -1004,9 +997,6 @@ def _check_fits(rows: Rows, detector: Detector) -> set[str]:
             raise FileError(
                 f"{rows.path}: {key!r} must have the {wanted} columns that the detector was fitted on, got {got}"
             )
-        if wanted is not None:
-            used.add(name)
-    return used
 
 
 # ---- what is said of the data

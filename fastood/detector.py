@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 
 from fastood._data import label_of
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import Array, ArrayT, Order, class_labels, flag, logits_and_feats, number, widened
+from fastood._inputs import Array, ArrayT, Order, class_labels, flag, logits_and_feats, number, rows_along, widened
 from fastood._plan import Plan
+from fastood._sample import Floats, Sample
+from fastood._sample import rows_needed as rows_needed
 from fastood._version import __version__
-from fastood.api import _entry, refuse_factors, rows_along, score
+from fastood.api import _entry, refuse_factors, score
 from fastood.api import _order as order_of_norm
 from fastood.registry import Method
 from fastood.successors.declaration import HeadMethod
@@ -30,18 +31,8 @@ from fastood.successors.fitted import Fitted, Head, successor_of
 if TYPE_CHECKING:
     from fastood._choice import Choice
 
-EXACT_ROWS = 2_000_000
-"""So many calibration scores are kept as they are (16 MB in a file); of more, a sketch."""
-
-SKETCH_K = 32768
-SKETCH_ERROR = 1e-4
-"""The share of rows by which a rank in a sketch of that k may be off, at 99% confidence (datasketches says 9.35e-5)."""
-
 FILE_VERSION = 1
 _OF_SUCCESSOR = "successor."  # before the names of its tensors in a file
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class Detector:
@@ -155,8 +146,8 @@ class Detector:
         self.dim: int | None = None
         self._order: float | None = None  # of the norm, once it is decided
         self._options = {"norm": self.norm, "temperature": self.temperature, "bias": self.bias, **self.params}
-        self._all = _Sample()
-        self._of_class: dict[int, _Sample] = {}
+        self._all = Sample()
+        self._of_class: dict[int, Sample] = {}
         self._limits = self._none()
 
     @staticmethod
@@ -221,10 +212,10 @@ class Detector:
         ValueError: tpr=0.99 takes at least 99 in-distribution rows, got 50
         """
         self._forget()
+        logits, feats, labels = _unfolded(dim, logits, feats, labels)
         if self._learns:
-            logits, feats, labels = self._learned(logits, feats, labels, dim)
-            dim = None
-        self.partial_fit(logits, feats, labels, backend=backend, dim=dim)
+            logits, feats, labels = self._learned(logits, feats, labels)
+        self.partial_fit(logits, feats, labels, backend=backend)
         self._calibrate()
         self._warn_if_inverted()
         return self
@@ -251,10 +242,7 @@ class Detector:
         >>> detector.rows
         100
         """
-        if dim is not None:
-            (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
-            if isinstance(labels, (Tensor, np.ndarray)) and tuple(labels.shape) == shape:
-                labels = labels.reshape(-1)  # of another shape they are refused below
+        logits, feats, labels = _unfolded(dim, logits, feats, labels)
         if self.rows == 0:
             self._forget()  # what an empty batch may have left
             with self._all_or_none():
@@ -272,7 +260,7 @@ class Detector:
             order = np.argsort(c, kind="stable")
             present, starts = np.unique(c[order], return_index=True)
             for k, part in zip(present.tolist(), np.split(x[order], starts[1:]), strict=False):
-                self._of_class.setdefault(k, _Sample()).add(part)
+                self._of_class.setdefault(k, Sample()).add(part)
         self._limits = self._none()
         return self
 
@@ -305,13 +293,9 @@ class Detector:
                 x, c = x[right], c[right]
         return x, c
 
-    def _learned(self, logits: Any, feats: Any, labels: Any, dim: int | None) -> tuple[Any, Any, Any]:
+    def _learned(self, logits: Any, feats: Any, labels: Any) -> tuple[Any, Any, Any]:
         """Fit the successor on every other row; the rows in between, to calibrate on."""
         assert self.successor is not None
-        if dim is not None:
-            (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
-            if isinstance(labels, (Tensor, np.ndarray)) and tuple(labels.shape) == shape:
-                labels = labels.reshape(-1)
         f, h, _ = logits_and_feats(logits, feats)  # or what is wrong with the whole of them
         if labels is not None:
             known = 1 << 62 if f is None else f.shape[1]
@@ -389,7 +373,7 @@ class Detector:
             raise ValueError(f"other must score by the same fitted {self.method}: fit one, and give it to both")
         self._all.merge(other._all)
         for k, sample in other._of_class.items():
-            self._of_class.setdefault(k, _Sample()).merge(sample)
+            self._of_class.setdefault(k, Sample()).merge(sample)
         self._limits = self._none()
         return self
 
@@ -585,7 +569,7 @@ class Detector:
         s[~(abs(top) < math.inf)] = math.nan  # there is no predicted class, which this score does not notice
         return s, c
 
-    def _deciding(self, k: int) -> _Sample:
+    def _deciding(self, k: int) -> Sample:
         """The sample that decides about predicted class `k`."""
         sample = self._of_class.get(k)
         return self._all if sample is None or sample.kth(self.tpr) is None else sample
@@ -668,7 +652,7 @@ class Detector:
 
         self._fitted()
         path = writable(path, suffixes=(".safetensors",))
-        samples = [self._all, *(self._of_class.get(k, _Sample()) for k in range(self.classes or 0) if self.per_class)]
+        samples = [self._all, *(self._of_class.get(k, Sample()) for k in range(self.classes or 0) if self.per_class)]
         ranked = [sample.ranked() for sample in samples]
         tensors = {
             "scores": np.concatenate([values for values, _ in ranked]),
@@ -757,7 +741,7 @@ class Detector:
         for name, used in (("classes", detector._by_logits or detector.per_class), ("dim", reads_feats)):
             if (header[name] is not None) != bool(used):
                 raise ValueError(f"{name} must {'not ' if used else ''}be null for this score, got {header[name]!r}")
-        detector._all, *of_class = _Sample.all_of(own, 1 + (detector.classes or 0) * detector.per_class)
+        detector._all, *of_class = Sample.all_of(own, 1 + (detector.classes or 0) * detector.per_class)
         detector._of_class = {k: sample for k, sample in enumerate(of_class) if sample.n}
         if header["rows"] != detector.rows:
             raise ValueError(f"it must hold {header['rows']!r} rows, found {detector.rows}")
@@ -799,6 +783,15 @@ class Detector:
         return f"Detector({self.method!r}{options}{', per_class=True' * self.per_class}; {state})"
 
 
+def _unfolded(dim: int | None, logits: Any, feats: Any, labels: Any) -> tuple[Any, Any, Any]:
+    """Where there is a `dim`, its positions as rows, and labels of their shape as those of rows."""
+    if dim is not None:
+        (logits, feats), shape = rows_along(dim, logits=logits, feats=feats)
+        if isinstance(labels, (Tensor, np.ndarray)) and tuple(labels.shape) == shape:
+            labels = labels.reshape(-1)  # others are refused where they are read
+    return logits, feats, labels
+
+
 def accepted(s: Any, c: Any, limit: Any) -> Any:
     """Scores against a threshold, or against that of predicted class c in [C] of them: bool [N]."""
     if isinstance(s, np.ndarray):
@@ -806,158 +799,6 @@ def accepted(s: Any, c: Any, limit: Any) -> Any:
     if c is not None:
         limit = limit.index_select(0, c)  # an export to ONNX keeps the threshold's name, as after take it does not
     return s.nan_to_num(-math.inf, -math.inf, -math.inf) >= limit  # the same, quicker
-
-
-class _Sample:
-    """Finite calibration scores: all of them up to EXACT_ROWS, of more a sketch."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self._exact: list[Floats] = []
-        self._sketch: Any = None
-        # What sketches of other processes kept, each score for several rows. No sketch is ever made of bytes from a
-        # file: the library trusts them, and forged ones crash it.
-        self._kept: list[tuple[Floats, Ints]] = []
-        self._ranked: tuple[Floats, Ints] | None = None
-
-    @property
-    def sketched(self) -> bool:
-        return self._sketch is not None or bool(self._kept)
-
-    @property
-    def slack(self) -> int:
-        """By how many rows a rank may be off."""
-        return math.ceil(SKETCH_ERROR * self.n) if self.sketched else 0
-
-    def add(self, scores: Floats) -> None:
-        exact = [*self._exact, scores]
-        if sum(map(len, exact)) > EXACT_ROWS:
-            self._sketch = self._sketch or _new_sketch()
-            for part in exact:
-                self._sketch.update(part)
-            exact = []
-        elif len(exact) > 64:  # their headers would outweigh many small ones
-            exact = [np.concatenate(exact)]
-        self._exact, self._ranked = exact, None
-        self.n += len(scores)
-
-    def merge(self, other: _Sample) -> None:
-        exact = np.concatenate([np.empty(0), *other._exact])
-        self.add(exact)  # at once and before the rest: where it takes a library that is not there, nothing is merged
-        if other._sketch is not None:
-            sketch = self._sketch or _new_sketch()
-            sketch.merge(other._sketch)
-            self._sketch = sketch
-        self._kept = [*self._kept, *other._kept]
-        self.n += other.n - len(exact)
-        self._ranked = None
-
-    def ranked(self) -> tuple[Floats, Ints]:
-        """The scores in order, and how many rows there are up to each."""
-        if self._ranked is None:
-            kept = [*self._kept, *((x, np.ones(len(x), np.int64)) for x in [np.empty(0), *self._exact])]
-            if self._sketch is not None:
-                # Not with the weights of its iterator, which are wrong after some merges (datasketches 5.2).
-                x = np.unique([x for x, _ in self._sketch])
-                upto = np.rint(np.array(self._sketch.get_cdf(x, True))[:-1] * self._sketch.n).astype(np.int64)
-                kept.append((x, np.diff(upto, prepend=0)))
-            values, weights = (np.concatenate(x) for x in zip(*kept, strict=True))
-            order = np.argsort(values)
-            self._ranked = values[order], weights[order].cumsum()
-            if not self.sketched:
-                self._exact = [self._ranked[0]]  # held once
-        return self._ranked
-
-    def kth(self, tpr: float) -> float | None:
-        """The threshold: the k-th smallest score, k / (n + 1) <= 1 - tpr; None where there are too few rows."""
-        k = _rank(self.n, tpr) - self.slack
-        if k < 1:
-            return None
-        values, upto = self.ranked()
-        return float(values[np.searchsorted(upto, k)])
-
-    def p_value(self, scores: Floats) -> Floats:
-        values, upto = self.ranked()
-        count = last = values.searchsorted(scores, side="right")
-        if self.sketched:  # else a row for each score
-            count = np.minimum(np.where(last > 0, upto[last - 1], 0) + self.slack, self.n)
-        # As float64 first: torch.compile, which makes torch's operations of numpy's, divides integers in float32.
-        return (1 + count).astype(np.float64) / (self.n + 1)
-
-    def too_few(self, tpr: float) -> str:
-        if self.sketched:
-            known = f"a sketch of {self.n} rows knows ranks to {SKETCH_ERROR:g} of them"
-            return f"tpr={tpr:g} is out of reach: {known}; fit on at most {EXACT_ROWS} rows"
-        return f"tpr={tpr:g} takes at least {rows_needed(tpr)} in-distribution rows, got {self.n}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy, which the library's sketch refuses."""
-        state = {**self.__dict__, "_ranked": None}
-        if self.sketched:
-            values, upto = self.ranked()
-            state |= {"_exact": [], "_sketch": None, "_kept": [(values, np.diff(upto, prepend=0))]}
-        return state
-
-    @classmethod
-    def all_of(cls, tensors: Mapping[str, NDArray[Any]], wanted: int) -> list[_Sample]:
-        """The `wanted` samples of a file, checked."""
-        wanted_dtypes = {"scores": np.float64, "counts": np.int64, "weights": np.int64}
-        for name, x in tensors.items():
-            if name not in wanted_dtypes or x.dtype != wanted_dtypes[name] or x.ndim != 1:
-                raise ValueError(f"{name!r} must not be there, or not be {x.dtype}{list(x.shape)}")
-        scores, counts = tensors["scores"], tensors["counts"]
-        weights = tensors.get("weights", np.ones(len(scores), np.int64))
-        if len(counts) != wanted or (counts < 0).any() or (counts > len(scores)).any() or counts.sum() != len(scores):
-            raise ValueError(f"'counts' must be {wanted} numbers that add up to the {len(scores)} scores")
-        if not np.isfinite(scores).all():
-            raise ValueError("'scores' must be finite")
-        if weights.shape != scores.shape or (weights < 1).any() or weights.sum(dtype=np.float64) > 2**62:
-            raise ValueError("'weights' must be a number >= 1 for every score")
-        samples = []
-        for x, w in zip(*(np.split(x, counts.cumsum()[:-1]) for x in (scores, weights)), strict=True):
-            if (x[1:] < x[:-1]).any():
-                raise ValueError("'scores' must not fall within a sample")
-            sample = cls()
-            sample.n = int(w.sum())
-            if sample.n > len(x):
-                sample._kept = [(x, w)]
-            else:
-                sample._exact = [x]
-            samples.append(sample)
-        return samples
-
-
-def _rank(n: int, tpr: float) -> int:
-    """The largest k with k / (n + 1) <= 1 - tpr, as float64 has it, so that p-values compare alike."""
-    k = int((1 - tpr) * (n + 1))
-    while (k + 1) / (n + 1) <= 1 - tpr:
-        k += 1
-    while k / (n + 1) > 1 - tpr:
-        k -= 1
-    return k
-
-
-def rows_needed(tpr: float) -> int:
-    """The fewest calibration rows of which a threshold can promise `tpr`.
-
-    Examples
-    --------
-    >>> from fastood.detector import rows_needed
-    >>> rows_needed(0.95)
-    19
-    """
-    n = max(math.ceil(1 / (1 - tpr)) - 2, 1)  # or the next, or the one after it, in float64
-    while _rank(n, tpr) < 1:
-        n += 1
-    return n
-
-
-def _new_sketch() -> Any:
-    try:
-        return import_module("datasketches").kll_doubles_sketch(SKETCH_K)
-    except ImportError:
-        what = f"datasketches is needed for more than {EXACT_ROWS} calibration rows"
-        raise RuntimeError(f"{what}: pip install datasketches") from None
 
 
 def _numpy(x: Any) -> NDArray[Any]:

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastood._inputs import ArrayT, Order, flag, give, result_dtype, same_rows, take, temperature_of
+from fastood._inputs import ArrayT, Order, flag, give, result_dtype, rows_along, same_rows, take, temperature_of
 from fastood._plan import Plan
-from fastood.api import _entries, _entry, _names, _order, rows_along
+from fastood.api import _entries, _entry, _names, _order
 from fastood.kernels import Request, Stat, prepared, select
 from fastood.kernels.seam import traced
 from fastood.kernels.slices import Whole, above_level, parts_for, parts_of

@@ -229,6 +229,14 @@ def open_rows(
     return Rows(path, logits, feats, ids, _ranges(name for name in contents if name not in used), resources)
 
 
+def labels_of(rows: Rows, rows_per_chunk: int | None = None) -> Iterator[Tensor | None]:
+    """The IDs of rows, chunk by chunk, that are their true classes: int64."""
+    for ids in rows.ids(rows_per_chunk):
+        if ids is not None and ids.dtype.kind not in "iu":
+            raise FileError(f"{rows.path}: {rows.id_key!r} must hold integers, the true classes, got strings")
+        yield None if ids is None else torch.from_numpy(ids.astype(np.int64))
+
+
 @contextmanager
 def arrays_of(path: Path) -> Iterator[_Contents]:
     """The arrays of a file by name, each looked at when it is called."""

@@ -14,8 +14,9 @@ from scipy.special import gammaln  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import Array, number
-from fastood.detector import Detector, _rank, _Sample
+from fastood._inputs import Array, as_array, number
+from fastood._sample import Floats, Ints, Sample, rank
+from fastood.detector import Detector
 
 __all__ = ["Monitor"]
 
@@ -23,9 +24,6 @@ STATE_VERSION = 1
 
 _LENGTHS = 3  # of windows, each a tenth of the one before
 _MOST = 2**53  # rows, of which no sum is past what int64 holds
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class Monitor:
@@ -118,7 +116,7 @@ class Monitor:
         self._threshold = None if isinstance(limit, Tensor) else limit
 
         n, sample = detector.rows, detector._all
-        k = max(_rank(n, detector.tpr) - sample.slack, 1)
+        k = max(rank(n, detector.tpr) - sample.slack, 1)
         ranks = np.unique([k, *_share(n, np.arange(1, 10) / 10)])
         self._flag = int(ranks.searchsorted(k))  # the edge that is the threshold
         self._edges, self._ties = _edges(sample, ranks)
@@ -489,7 +487,7 @@ def _share(n: int, shares: Floats) -> Ints:
     return np.clip(np.rint(shares * (n + 1)), 1, n).astype(np.int64)
 
 
-def _edges(sample: _Sample, ranks: Ints) -> tuple[Floats, Floats]:
+def _edges(sample: Sample, ranks: Ints) -> tuple[Floats, Floats]:
     """The calibration scores of these increasing ranks, and the numbers in (0, 1) that break ties with each.
 
     With every row goes a uniform random number, and rows that tie are in the order of these. So among m tied rows
@@ -511,10 +509,8 @@ def _edges(sample: _Sample, ranks: Ints) -> tuple[Floats, Floats]:
 
 def _vector(name: str, x: Any, what: str, kind: str) -> NDArray[Any]:
     one_thread_if_forked()
-    if isinstance(x, Tensor):
-        x = x.detach().cpu()
-        x = (x.double() if x.is_floating_point() else x).numpy()
-    elif not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+    x = as_array(x)
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a torch tensor or a numpy array, got {type(x).__name__}")
     if x.dtype.kind != kind:
         raise TypeError(f"{name} must be {what}, got {x.dtype}")

@@ -60,7 +60,7 @@ def prepared(backend: Backend, request: Request, C: int, D: int) -> Run:
     """The request as the backend carries it out for rows of C logits and D features, worked out once."""
     if torch.compiler.is_compiling():  # which traces what there is, with sizes that are no numbers yet
         return backend.compile(request)
-    return _prepared(backend, request, C if request.stats else 0, D if request.orders else 0)
+    return _prepared(backend, request, *_read(request, C, D))
 
 
 @lru_cache(maxsize=1024)

@@ -574,9 +574,7 @@ def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, l
     assert logits is not None
     assert feats is not None
     T, G = anchors.temperature, anchors.G
-    dtype = torch.promote_types(
-        torch.promote_types(logits.dtype, feats.dtype), torch.promote_types(G.dtype, torch.float32)
-    )
+    dtype = wanted = result_dtype(logits, feats, G)
     if not 2.0**-100 <= T <= 2.0**100:  # of which float32 may not hold the reciprocal, which is what CUDA multiplies by
         dtype = torch.float64
     p, one_minus_p = Softmax(logits.to(dtype), T).probabilities()
@@ -593,7 +591,7 @@ def expected_l1(anchors: Anchors, logits: Tensor | None, feats: Tensor | None, l
         # Infinite or NaN where a feature is, even if p has rounded to 0 and 1: 0 times such a feature is not nothing.
         largest = x.abs().amax(-1).double()
         out = torch.where(largest.isfinite(), out, largest + 0 * p[:, 0])
-    return (anchors.sign * out).to(result_dtype(logits, feats, anchors.G))
+    return (anchors.sign * out).to(wanted)
 
 
 def _expected_l1(p: Tensor, one_minus_p: Tensor, g: Tensor, x: Tensor, T: float) -> Tensor:

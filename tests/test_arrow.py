@@ -372,7 +372,7 @@ def test_a_detector_is_the_same_however_its_rows_are_split(tmp_path):
 def test_a_sketch_is_within_its_error_however_its_rows_are_split(tmp_path, monkeypatch):
     """Files with few rows are kept as they are, files with many are sketches already when they are merged."""
     pytest.importorskip("datasketches", reason="needs datasketches: pip install 'fastood[scale]'")
-    monkeypatch.setattr("fastood.detector.EXACT_ROWS", 20_000)
+    monkeypatch.setattr("fastood._sample.EXACT_ROWS", 20_000)
     n = 200_000
     logits = RNG.normal(size=(n, C)).astype(np.float32) * 4
     ranks = np.sort(fastood.score(logits).astype(float))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastood
-from fastood.api import rows_along
+from fastood._inputs import rows_along
 
 
 def truths(x, dim):

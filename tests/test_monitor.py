@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import betabinom
 
-from fastood import Detector, Monitor, detector
+from fastood import Detector, Monitor, _sample
 from fastood.monitor import _Bet, _edges, _Window
 
 
@@ -283,7 +283,7 @@ def test_few_calibration_rows(n):
 
 def test_a_sketch_will_do(monkeypatch):
     pytest.importorskip("datasketches", reason="needs datasketches")
-    monkeypatch.setattr(detector, "EXACT_ROWS", 1000)
+    monkeypatch.setattr(_sample, "EXACT_ROWS", 1000)
     found = fitted(normal(50_000).round(2))
     assert found._all.sketched
     monitor = Monitor(found)

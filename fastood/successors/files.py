@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastood._inputs import choice
-from fastood.files import FileError, Rows, arrays_of, listed, open_rows
+from fastood.files import FileError, Rows, arrays_of, labels_of, listed, open_rows
 from fastood.registry import SCORES
 from fastood.successors.declaration import SUCCESSORS
 from fastood.successors.fitted import Fitted
@@ -136,10 +135,7 @@ def from_files(
                     f"{train}: must have the columns of {rows.path}, {rows.classes} of logits and {rows.dim} of feats, "
                     f"got {known.classes} and {known.dim}"
                 )
-            for (logits, feats), ids in zip(chunks_of(known), known.ids(), strict=True):
-                if ids is not None and ids.dtype.kind not in "iu":
-                    raise FileError(f"{train}: {labels_key!r} must hold integers, the true classes, got strings")
-                labels = None if ids is None else torch.from_numpy(ids.astype(int))
+            for (logits, feats), labels in zip(chunks_of(known), labels_of(known), strict=True):
                 each(partial(Fitted.partial_fit, logits=logits, feats=feats, labels=labels))
         each(Fitted._state)  # or what is lacking
     return [fitted for fitted in made if fitted.method not in left_out], [*left_out.values()]

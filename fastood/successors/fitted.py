@@ -22,6 +22,7 @@ from fastood._inputs import (
     give,
     logits_and_feats,
     result_dtype,
+    rows_along,
     take,
     temperature_of,
 )
@@ -360,8 +361,6 @@ class Fitted:
         tensor([1.0000, 0.7071])
         """
         if dim is not None:
-            from fastood.api import rows_along
-
             (f, h), shape = rows_along(dim, logits=logits, feats=feats)
             return self.score(f, h, oriented=oriented, backend=backend).reshape(shape)
         needs, oriented = self.entry.needs, flag("oriented", oriented)

@@ -7,18 +7,18 @@ from functools import reduce
 import numpy as np
 import pytest
 
-from fastood import Detector, detector
+from fastood import Detector, _sample
 
 
 @pytest.fixture
 def sketching(monkeypatch):
     pytest.importorskip("datasketches", reason="needs datasketches")
-    monkeypatch.setattr(detector, "EXACT_ROWS", 10_000)
+    monkeypatch.setattr(_sample, "EXACT_ROWS", 10_000)
 
 
 def test_the_stated_error_is_the_librarys():
     kll = pytest.importorskip("datasketches", reason="needs datasketches").kll_doubles_sketch
-    assert kll.get_normalized_rank_error(detector.SKETCH_K, False) <= detector.SKETCH_ERROR
+    assert kll.get_normalized_rank_error(_sample.SKETCH_K, False) <= _sample.SKETCH_ERROR
 
 
 @pytest.mark.parametrize("per_class", [False, True])
@@ -70,7 +70,7 @@ def test_what_a_sketch_cannot_know(sketching):
 
 
 def test_without_the_library_the_error_says_so_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(detector, "EXACT_ROWS", 100)
+    monkeypatch.setattr(_sample, "EXACT_ROWS", 100)
     monkeypatch.setitem(sys.modules, "datasketches", None)
     fitted = Detector("max_logit").fit(np.arange(100.0)[:, None])
     with pytest.raises(RuntimeError, match="datasketches is needed for more than 100 calibration rows: pip install"):
