@@ -213,9 +213,7 @@ class Scorer:
     def _tensors(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
         if self._make_model is not None:
             return self._through_model(batch.column(0))
-        found = _matrices(batch, self._keys)
-        logits, feats = (x if x is None else x.to(self.device) for x in map(found.get, ("logits", "feats")))
-        return logits, feats
+        return _matrices(batch, self._keys, self.device)
 
     def _through_model(self, column: Any) -> tuple[Tensor | None, Tensor | None]:
         pa = library("pyarrow")
@@ -316,15 +314,18 @@ def _tensor(key: str, column: Any) -> Tensor:
     return _from_numpy(key, values.to_numpy(zero_copy_only=False)).reshape(n, *shape)
 
 
-def _matrices(batch: Any, keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """Those of the columns called so, by name: [n, columns]."""
-    found: dict[str, Tensor] = {}
-    for name, key in keys.items():
-        if key in batch.schema.names:
-            x = found[name] = _tensor(key, batch.column(key))
-            if x.ndim != 2:
-                raise ValueError(f"{key!r} must hold a vector per row, got shape {list(x.shape)}")
-    return found
+def _matrices(batch: Any, keys: Mapping[str, str], device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:
+    """Logits and feats, those of them that are there: [n, columns]."""
+
+    def matrix(key: str) -> Tensor | None:
+        if key not in batch.schema.names:
+            return None
+        x = _tensor(key, batch.column(key))
+        if x.ndim != 2:
+            raise ValueError(f"{key!r} must hold a vector per row, got shape {list(x.shape)}")
+        return x.to(device)
+
+    return matrix(keys["logits"]), matrix(keys["feats"])
 
 
 def _without_nulls(pa: Any, batch: Any) -> tuple[Any, Any]:
@@ -516,7 +517,7 @@ def fit_file(
             raise ValueError(f"must hold {logits_key!r} or {feats_key!r}, found {listed(found) or 'no columns'}")
         for batch in batches(file, [*names, *([] if labels_key is None else [labels_key])], chunk_rows):
             held, good = _without_nulls(library("pyarrow"), batch)
-            logits, feats = (x if x is None else x.to(device) for x in map(_matrices(held, keys).get, keys))
+            logits, feats = _matrices(held, keys, device)
             labels = None if labels_key is None else _labels(labels_key, held.column(labels_key))
             # The lists of no rows, as where all of a chunk are null, have no width to be asked about.
             usable = _usable(own, logits, feats) if len(held) else torch.ones(0, dtype=torch.bool)

@@ -22,9 +22,7 @@ __all__ = ["METRICS", "aupr_in", "aupr_out", "auroc", "evaluate", "fpr95_in", "f
 def _ranks(id_scores: Any, ood_scores: Any) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
     """Who is in-distribution, and every score's rank. All metrics here depend on the order alone,
     and unlike scores, ranks are finite (energy and ||h||_0.1 may be infinite)."""
-    arrays = []
-    for name, x in (("id_scores", id_scores), ("ood_scores", ood_scores)):
-        arrays.append(vector(name, x))
+    arrays = [vector("id_scores", id_scores), vector("ood_scores", ood_scores)]
     is_id = np.repeat([True, False], [a.size for a in arrays])
     return is_id, np.unique(np.concatenate(arrays), return_inverse=True)[1]
 

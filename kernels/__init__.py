@@ -99,7 +99,7 @@ def _of_columns(backend: Backend, request: Request, taken: list[bool], C: int, D
 def _of_parts(backend: Backend, request: Request, C: int, D: int) -> Run:
     """Statistics and norms from as few calls as it takes, the reference's for those that the backend does not know, and
     the columns made of them in PyTorch."""
-    parts = [*((((s,), ())) for s in request.stats), *((((), (r,))) for r in request.orders)]
+    parts = [*(((s,), ()) for s in request.stats), *(((), (r,)) for r in request.orders)]
     groups: list[tuple[Backend, Request]] = []
     for stats, orders in parts:
         alone = request.of(stats, orders)

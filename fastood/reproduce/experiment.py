@@ -44,14 +44,13 @@ class Step(NamedTuple):
     make: Callable[[], dict[str, Tensor]]
 
 
-def carry_out(steps: Iterable[Step], progress: Callable[[str, bool], object]) -> int:
-    """Make the files that are not there yet, in order; how many those were.
+def carry_out(steps: Iterable[Step], progress: Callable[[str, bool], object]) -> None:
+    """Make the files that are not there yet, in order.
 
     `progress` is called after each step with what it is, and whether it was made now.
     """
     from safetensors.torch import save
 
-    made = 0
     for step in steps:
         new = not step.path.exists()
         if new:
@@ -59,9 +58,7 @@ def carry_out(steps: Iterable[Step], progress: Callable[[str, bool], object]) ->
             data = save({name: x.contiguous() for name, x in step.make().items()})
             with atomic(step.path) as temporary:
                 temporary.write_bytes(data)
-            made += 1
         progress(step.what, new)
-    return made
 
 
 def stored(paths: Iterable[Path]) -> dict[str, Tensor]:

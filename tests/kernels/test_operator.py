@@ -16,7 +16,6 @@ from fastood.kernels import Anchors, Column, Request, cpu, triton
 from fastood.kernels.operator import work_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, in its compiler
 if not fastood.backends("cpu")["cpu"].usable:
     pytest.skip("needs the C++ part, built where there is a C++ compiler", allow_module_level=True)
