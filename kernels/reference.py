@@ -326,15 +326,16 @@ class Softmax:
 
     def gradient_outside(self, q: Tensor | str, order: float, power: float) -> Tensor:
         """E_q[ || e_Y - p ||_order^power ]; "log_predicted" takes the weights log p_y for q."""
-        z, e = self.z.double(), self.e.double()  # a small order's norm is beyond float32
+        # In float64: a small order's norm is beyond float32, and so may log p be.
+        z, e = relative(self.f_rest.double(), self.pivot.double(), self.T), self.e.double()
         p = e * self.p_pivot[:, None]
         # ||e_y - p||_r = (1 - p_y) (1 + sum over the other classes of (p_k / (1 - p_y))^r)^(1/r): no ratio is
         # above 1, so that a high order does not underflow as a whole.
         norm = Powers(1 - p)(power)
         norm_of_max = (power * (self.log_r1 + self.log_msp)).exp()
         if order != math.inf:
-            relative = (z + self.gap[:, None]) * order  # log (p_k / p_max)^r
-            others = 1 + row_sum(relative.exp())[:, None] - relative.exp()
+            log_ratios = (z + self.gap[:, None]) * order  # log (p_k / p_max)^r
+            others = 1 + row_sum(log_ratios.exp())[:, None] - log_ratios.exp()
             others = others * (order * (self.log_msp[:, None] - (-p).log1p())).exp()
             norm = norm * Powers(1 + others)(power / order)
             rest = self.rest.clamp(min=1)  # 0 where there is one class alone

@@ -12,7 +12,7 @@ static double raised(double x, double r) { return r == 1 ? x : r == 2 ? x * x : 
 GradientRow gradient_row(const Call& call, const LogitsState& s) {
   const GradientPlan& g = call.plan.gradient;
   const double r1 = rest(s), total = 1 + r1;
-  GradientRow row{s.f_max, total, std::log2(total), r1 / total, 1.0 / double(call.logits.columns), 0, 0};
+  GradientRow row{s.f_max, total, std::log2(total), r1 / total, 1.0 / double(call.logits.columns), 0, 0, 1};
   if (!g.outside || g.order == 1 || g.order == INFINITY) return row;
   row.power_sum = g.order == 2 ? (s.ties + s.squares_below) / (total * total) : s.ties + s.powers_below[0];
   if (g.power > g.order) {  // below the maximum, where p <= 1/2, || e_y - p ||^power is between 2^-power and 2^shift

@@ -138,7 +138,8 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
   const double descale = __builtin_ldexp(1.0, -Vec<T>::scaled);
   const Softmax<T> softmax(all<T>(T(pivot)), s.plan);
   const ClassNorm<T, NORM> norm(s.plan, s.gradient, s.row);
-  const T per_total = T(p_pivot * descale), log_total = T(s.row.log_total);
+  const T per_total = T(p_pivot * descale), log_total = T(s.row.log_total * s.row.log_unit);
+  const T log_scale = T(softmax.high * s.row.log_unit);
   V<T> sums[2] = {}, q_max[2] = {};
   Total sum;
   for_labels<T>(
@@ -152,7 +153,7 @@ template <class T, int NORM, class In> static void gradient_outside(const Sweep<
         }
         if (predicted) w = e;
         if (logs) {
-          w = (v * T(0.5) - half_max) * softmax.high * 2 - log_total;  // no difference leaves the type
+          w = (v * T(0.5) - half_max) * log_scale * 2 - log_total;  // no difference leaves the type
           if (first) w = from_lane<T>(first) ? w : V<T>{};
         }
         sums[u] = add_where(below, sums[u], w * norm(v, e * per_total));

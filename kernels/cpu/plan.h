@@ -126,6 +126,7 @@ struct GradientRow {
   double uniform;     // 1 / C
   double power_sum;   // sum of e^(order z); S_2 for order 2
   double shift;       // log2 of what the norms are divided by, so that no power leaves the range
+  double log_unit;    // what log p_y is multiplied by, so that it does not
 };
 
 struct GradientState {

@@ -57,12 +57,22 @@ static double tv_chunk(const Call& call, int64_t row, int64_t chunk, const Logit
 
 static GradientState gradient_chunk(const Call& call, int64_t row, int64_t chunk, const GradientRow& about,
                                     const void* kept) {
-  GradientState state{};
-  clear(call.gradient_norms(), &state.difference);
   const int64_t start = chunk * CHUNK, n = std::min(CHUNK, call.logits.columns - start);
   const void* labels = call.labels.data ? call.labels.at(row, start) : nullptr;
-  kernels->gradient[call.logits.type](call.logits.at(row, start), n, kept, labels, call.labels.type, call.plan.logits,
-                                      call.plan.gradient, call.gradient_norms(), about, &state);
+  const auto swept = [&](const GradientRow& about) {
+    GradientState state{};
+    clear(call.gradient_norms(), &state.difference);
+    kernels->gradient[call.logits.type](call.logits.at(row, start), n, kept, labels, call.labels.type, call.plan.logits,
+                                        call.plan.gradient, call.gradient_norms(), about, &state);
+    return state;
+  };
+  GradientState state = swept(about);
+  if (call.plan.gradient.labels == LOG_PREDICTED && state.sum_below == -INFINITY) {  // beyond float, or a masked class
+    GradientRow larger = about;
+    larger.log_unit = std::min(1.0, std::ldexp(1.0, -16 - std::ilogb(call.plan.logits.scale)));
+    state = swept(larger);
+    state.sum_below /= larger.log_unit;
+  }
   return state;
 }
 

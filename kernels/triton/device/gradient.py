@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastood.kernels.triton.device.sweep import collected, load_elements, masked, no_sum, row_total, two_largest
-from fastood.kernels.triton.device.words import INF, LN2, exp2_double, larger, load_table, log1p, log2
+from fastood.kernels.triton.device.words import INF, LN2, any_row, exp2_double, larger, load_table, log1p, log2
 
 # Label distributions, and orders other than whole ones up to 6, as shapes.py numbers them.
 UNIFORM, PREDICTED, LOG_PREDICTED, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -275,6 +275,25 @@ def class_norm(row, table, S: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
+def sum_of_logs(classes, row, of, scale, S: tl.constexpr, NORM: tl.constexpr):
+    """sum of log2 p_y || e_y - p ||^power over the classes below the maximum, in float64, from the rows read again."""
+    W: tl.constexpr = S.w
+    pivot = classes.pivot
+    log_p_pivot = row.gap - row.log_total.to(tl.float64)
+    nothing = tl.zeros_like(row.rest)
+    total = tl.zeros([nothing.shape[0], W], tl.float64)
+    for first in range(0, S.columns, W):
+        k = first + tl.arange(0, W)[None, :]
+        v, _ = read(classes.f, classes.q, k, False, S, NORM)
+        below = tl.fma(tl.minimum(v, pivot.logit), 0.5, pivot.minus_half)
+        z = below * pivot.twice_scale
+        log_p = below.to(tl.float64) * (scale * 2.0) + log_p_pivot
+        total += tl.where(k < S.columns, log_p * size(z, tl.exp2(z), of, NORM).to(tl.float64), 0.0)
+    of_pivot = log_p_pivot * size(nothing, nothing + 1.0, of, NORM).to(tl.float64)
+    return tl.sum(total, 1, keep_dims=True) - of_pivot
+
+
+@triton.jit
 def expected_norm(classes, row, table, S: tl.constexpr, NORM: tl.constexpr):
     """E_q[ || e_Y - p ||_r^power ] of rows, of which `row` is the Rest."""
     C: tl.constexpr = S.columns
@@ -303,10 +322,13 @@ def expected_norm(classes, row, table, S: tl.constexpr, NORM: tl.constexpr):
     if LABELS != GIVEN:
         nothing = tl.zeros_like(row.rest)
         x = size(nothing, nothing + 1.0, of, NORM)
-        of_pivot = (x * log_p_pivot if LABELS == LOG_PREDICTED else x).to(tl.float64)
-        if LABELS == LOG_PREDICTED:  # which leaves float32, or is of a masked class
-            of_pivot = tl.where(sum_below == -INF, 0.0, of_pivot)
-        sum_below -= of_pivot
+        if LABELS == LOG_PREDICTED:
+            left = sum_below == -INF  # float32, unless a class is masked
+            sum_below -= (x * log_p_pivot).to(tl.float64)
+            if any_row(tl.max(left.to(tl.int32), 1)):
+                sum_below = tl.where(left, sum_of_logs(classes, row, of, table.scale, S, NORM), sum_below)
+        else:
+            sum_below -= x.to(tl.float64)
     of_max = exp2_double(table.power * log_norm)  # what the maximum adds
     if LABELS == GIVEN:
         of_max *= row.q_max.to(tl.float64)
