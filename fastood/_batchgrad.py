@@ -13,16 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import (
-    ArrayT,
-    class_labels,
-    flag,
-    give,
-    logits_and_feats,
-    result_dtype,
-    take,
-    temperature_of,
-)
+from fastood._inputs import ArrayT, class_labels, flag, give, logits_and_feats, result_dtype, take, temperature_of
 from fastood.gradients import label_minus_p, required
 from fastood.kernels import Anchors, Run, reference, select, supporting
 from fastood.kernels.seam import traced
@@ -117,13 +108,7 @@ class BatchGrad:
 
     @classmethod
     def from_anchors(
-        cls,
-        logits: ArrayT,
-        feats: ArrayT,
-        labels: ArrayT,
-        *,
-        temperature: float = 1.0,
-        bias: bool = False,
+        cls, logits: ArrayT, feats: ArrayT, labels: ArrayT, *, temperature: float = 1.0, bias: bool = False
     ) -> BatchGrad:
         """From in-distribution samples, one or more of each class; the arguments are ``anchor_gradient``'s."""
         G = anchor_gradient(logits, feats, labels, temperature=temperature, bias=bias)
@@ -219,13 +204,7 @@ class BatchGrad:
 
 
 def batchgrad(
-    logits: ArrayT,
-    feats: ArrayT,
-    G: ArrayT,
-    *,
-    temperature: float = 1.0,
-    bias: bool = False,
-    oriented: bool = True,
+    logits: ArrayT, feats: ArrayT, G: ArrayT, *, temperature: float = 1.0, bias: bool = False, oriented: bool = True
 ) -> ArrayT:
     """``BatchGrad(G, ...).score(logits, feats, ...)``, for one call: [N], higher = more in-distribution.
 

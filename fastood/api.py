@@ -12,15 +12,7 @@ from torch.compiler import is_compiling
 
 from fastood._compiled import short_way, short_when_compiled
 from fastood._fork import one_thread_if_forked
-from fastood._inputs import (
-    ArrayT,
-    Order,
-    choice,
-    flag,
-    logits_and_feats,
-    order_of,
-    rows_along,
-)
+from fastood._inputs import ArrayT, Order, choice, flag, logits_and_feats, order_of, rows_along
 from fastood._plan import Plan, keep, kept, key_of, known_plan, typed
 from fastood.kernels import Stat
 from fastood.kernels.statistics import FORMULAS

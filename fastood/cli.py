@@ -844,11 +844,8 @@ def reproduce(
         choice("SUITE", name, tuple(SUITES))
     place = _device(device)
     # For the page: what its numbers hang on. Others have other folders of data.
-    given: list[str] = []
-    for name in ("out", "model", "seeds", "rows", "deep_rows"):
-        origin = ctx.get_parameter_source(name)
-        if origin and origin.name == "COMMANDLINE":
-            given += [f"--{name.replace('_', '-')}", str(ctx.params[name])]
+    options = _given(ctx, ("out", "model", "seeds", "rows", "deep_rows"))
+    given = [text for x in options for text in (x, str(ctx.params[x.removeprefix("--").replace("-", "_")]))]
     hidden = not sys.stderr.isatty()
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:

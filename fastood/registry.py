@@ -281,34 +281,9 @@ register(
         log_v=lambda s: (-s["one_minus_s2"]).log1p().where(s["s2"] > 0.5, s["s2"].log()),
     )
 )
-register(
-    Score(
-        "tv",
-        "1/2 sum_k |1/C - p_k|",
-        "V of Eq. 4, Table 2",
-        "in",
-        stats=("tv",),
-    )
-)
-register(
-    Score(
-        "max_logit",
-        "max_k f_k",
-        "Hendrycks et al. (2022)",
-        "in",
-        stats=("fmax",),
-    )
-)
-register(
-    Score(
-        "neg_entropy",
-        "sum_k p_k log p_k",
-        "minus the entropy of p",
-        "in",
-        stats=("plogp",),
-        positive=False,
-    )
-)
+register(Score("tv", "1/2 sum_k |1/C - p_k|", "V of Eq. 4, Table 2", "in", stats=("tv",)))
+register(Score("max_logit", "max_k f_k", "Hendrycks et al. (2022)", "in", stats=("fmax",)))
+register(Score("neg_entropy", "sum_k p_k log p_k", "minus the entropy of p", "in", stats=("plogp",), positive=False))
 register(
     Score(
         "kl_uniform",

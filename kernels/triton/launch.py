@@ -119,12 +119,7 @@ def scores(
 
 @lru_cache(maxsize=1024)
 def gradient(
-    on: torch.device,
-    f: Layout,
-    h: None,
-    q: Layout | None,
-    stat: tuple[str, str, float, float, str],
-    temperature: float,
+    on: torch.device, f: Layout, h: None, q: Layout | None, stat: tuple[str, str, float, float, str], temperature: float
 ) -> tuple[Program]:
     """A gradient norm, [N] float64; q for the labels "given"."""
     _, labels, order, power, expectation = stat
@@ -206,19 +201,7 @@ def _batchgrad(
     counts = (N, _number(C), steps, blocks, _number(class_blocks), _number(feat_blocks))
     summed = Launch(
         device.batchgrad.partial_sums,
-        (
-            Argument(LOGITS),
-            _number(f.stride),
-            stats,
-            math.log2(math.e) / T,
-            1 / T,
-            x,
-            sums,
-            g,
-            g_sums,
-            part,
-            *counts,
-        ),
+        (Argument(LOGITS), _number(f.stride), stats, math.log2(math.e) / T, 1 / T, x, sums, g, g_sums, part, *counts),
         {"B": of_program},
         shapes.Shape(rows, of_program.warps, shapes.BATCHGRAD_REGISTERS),
         (feat_blocks * class_blocks, 1),
