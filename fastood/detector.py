@@ -216,6 +216,8 @@ class Detector:
         if self._learns:
             logits, feats, labels = self._learned(logits, feats, labels)
         self.partial_fit(logits, feats, labels, backend=backend)
+        if labels is not None and self._all.kth(self.tpr) is None:
+            raise ValueError(f"{self._all.too_few(self.tpr)} whose labels are the predicted classes")
         self._calibrate()
         self._warn_if_inverted()
         return self

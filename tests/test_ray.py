@@ -274,7 +274,7 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_goes_on(shards):
         wait_for(lambda: len([*out.glob("part=*/*.parquet")]) >= 3 or driver.poll() is not None, 120)
         driver.kill()
         driver.wait()
-    wait_for(lambda: not processes(shards), 60)
+    wait_for(lambda: not processes(shards), 90)  # agents of Ray's sometimes look for their head for a minute
     before = {x: x.stat().st_mtime_ns for x in out.glob("part=*/*.parquet")}
     assert 3 <= len(before) < FILES, log.read_text()
     done = score(shards, *model("slow"))

@@ -214,6 +214,8 @@ def test_labels_leave_out_what_the_classifier_gets_wrong(per_class):
     ):
         assert fitted.rows == right.sum()
         np.testing.assert_array_equal(fitted.threshold, expected.threshold)
+    with pytest.raises(ValueError, match="in-distribution rows, got 0 whose labels are the predicted classes"):
+        Detector(**options).fit(logits, feats, (logits.argmax(1) + 1) % 5)
 
 
 @pytest.mark.parametrize(
