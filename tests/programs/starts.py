@@ -1,8 +1,8 @@
 """How fastood starts, each time in a process that is forked off once torch is loaded: `starts.py LEVEL ...`.
 
-Prints JSON: the instruction set that is taken where the environment asks for each; what is said where it names no
-backend, and where there is no C++ part; and how far scores are from float64 where torch has dropped one of its private
-names that fastood looks up.
+Prints JSON: the instruction set that is taken where the environment asks for each; what is said where it names none or
+no backend, and where there is no C++ part; and how far scores are from float64 where torch has dropped one of its
+private names that fastood looks up.
 """
 
 import json
@@ -48,6 +48,13 @@ def isa(name):
     return _native.isa()
 
 
+def no_such_isa():
+    try:
+        return isa("AVX2")
+    except ValueError as error:
+        return str(error)
+
+
 def no_such_backend():
     os.environ["FASTOOD_BACKEND"] = "nonsense"
     import fastood
@@ -90,6 +97,7 @@ def lacking(name):
 
 answers = {
     "isas": {name: forked(isa, name) for name in sys.argv[1:]},
+    "no such isa": forked(no_such_isa),
     "no such backend": forked(no_such_backend),
     "not built": forked(not_built),
     "lacking": {name: forked(lacking, name) for name in PRIVATE},

@@ -189,6 +189,10 @@ def test_without_the_extension_it_says_so_once(starts):
 
 def test_environment_forces_an_isa(starts):
     assert starts["isas"] == {isa: isa for isa in _native.isas()}
+    assert (
+        starts["no such isa"]
+        == f"FASTOOD_CPU_ISA must be one of {_native.isas()}, which this processor has, got 'AVX2'"
+    )
 
 
 def test_no_matrix_is_copied():
