@@ -316,11 +316,13 @@ class Softmax:
             if q == "predicted":
                 return 0 * self.msp  # E_p[e_Y - p] = 0, exactly
             q, q_max = torch.full_like(self.f, 1 / self.C), torch.full_like(self.msp, 1 / self.C)
-        else:
-            q_max = self._at_max(q)
+            p = self.e * self._rows(self.p_pivot)
+        else:  # in float64: p beyond float32 counts in orders near 0 where q is 0
+            q, q_max = q.double(), self._at_max(q)
+            p = relative(self.f_rest.double(), self.pivot.double(), self.T).exp() * self.p_pivot[:, None]
         # At that maximum q - p = (q - 1) + (1 - p) keeps 1 - p when q = 1, and q - p is 0 in a flat row.
         at_max = torch.where(self.msp > 0.5, q_max - 1 + self.one_minus_msp, q_max - self.msp)
-        difference = (q - self.e * self._rows(self.p_pivot)).scatter(-1, self.argmax[:, None], self._rows(at_max))
+        difference = (q - p).scatter(-1, self.argmax[:, None], at_max[:, None].to(p.dtype))
         norm = norms_of(difference, (order,))[:, 0]
         return Powers(norm.masked_fill(norm == LARGEST, math.inf))(power)
 

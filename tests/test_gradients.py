@@ -255,6 +255,16 @@ def test_weights_of_logits_whose_differences_leave_float32(backend, C, order):
     assert got.item() == -math.inf
 
 
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.every_backend
+def test_probabilities_beyond_float32_count_in_orders_near_0(backend, label):
+    f, q = torch.full((1, 100), -105.0), torch.zeros(1, 100)
+    f[0, 0], q[0, label] = 0, 1
+    got = fastood.gradient_norm(f, torch.ones(1, 1), q, 0.1, backend=backend)
+    expected, _ = truth.gradient(f, q, 0.1, 1.0, "inside", 1.0, truth.EPS["float32"])
+    truth.assert_close(got, expected, 1e-5 * np.abs(expected))
+
+
 def test_small_orders_outside_are_beyond_float32(backend):
     f, h = torch.zeros(2, 300), torch.full((2, 1), 1e-20)
     f[1, ::2] = -math.inf
