@@ -455,7 +455,7 @@ def score_file(
                 table = found.counted(table, odd)
                 if writer is None:
                     schema = table.schema.with_metadata({**(table.schema.metadata or {}), **metadata})
-                    writer = parquet.enter_context(pq.ParquetWriter(stream, schema))
+                    writer = parquet.enter_context(pq.ParquetWriter(stream, schema, write_page_checksum=True))
                 writer.write_table(table)
             assert writer is not None  # `batches` gives one of no rows, too
             report = found.report()

@@ -828,7 +828,7 @@ def _parquet_rows(path: Path, metadata: Metadata) -> Iterator[Sink]:
             table = pa.table({k: pa.array(x, pa.string() if x.dtype == object else None) for k, x in columns.items()})
             table = table.replace_schema_metadata(metadata)
             if out is None:
-                out = stack.enter_context(pq.ParquetWriter(path, table.schema))
+                out = stack.enter_context(pq.ParquetWriter(path, table.schema, write_page_checksum=True))
             out.write_table(table)
 
         yield write

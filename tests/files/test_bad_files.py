@@ -16,9 +16,10 @@ import torch
 from formats import FEATS, LOGITS, SAVERS, C, D, N, complaint, fixed_list, fixed_shape, read
 from safetensors.torch import save_file
 
+import fastood
 from fastood import files
 from fastood.arrow import Scorer, score_file
-from fastood.files import FileError, open_rows
+from fastood.files import FileError, open_rows, save_scores
 
 
 def test_no_such_file_folder_and_extension(tmp_path):
@@ -299,14 +300,34 @@ def test_tensors_in_a_pt_file_that_hold_less_than_their_shape(tmp_path):
         assert f"'logits' {message}" in complaint(tmp_path / "x.pt")
 
 
+def flip(path, number):
+    """A bit of a number that a file holds."""
+    whole = bytearray(path.read_bytes())
+    assert whole.count(number.tobytes()) == 1
+    whole[whole.index(number.tobytes())] ^= 1
+    path.write_bytes(whole)
+
+
 def test_a_flipped_bit_in_parquet_that_was_written_with_checksums(tmp_path):
     """As Spark writes it; of others nothing tells."""
     path, table = tmp_path / "x.parquet", pa.table({"logits": fixed_list(LOGITS)})
     pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
-    whole, number = bytearray(path.read_bytes()), LOGITS[7, 1].tobytes()
-    assert whole.count(number) == 1
-    whole[whole.index(number)] ^= 1
-    path.write_bytes(whole)
+    flip(path, LOGITS[7, 1])
     assert "checksum" in complaint(path)
     with pytest.raises(FileError, match="checksum"):
         score_file(path, tmp_path / "scores.parquet", Scorer("msp"))
+
+
+def test_a_flipped_bit_in_scores(tmp_path):
+    """Which are written with checksums."""
+    requests, table = tmp_path / "x.parquet", pa.table({"logits": fixed_list(LOGITS)})
+    pq.write_table(table, requests)
+    scores = fastood.score(LOGITS, method="msp")
+    score_file(requests, tmp_path / "of_arrow.parquet", Scorer("msp"))
+    with save_scores(tmp_path / "of_arrays.parquet") as writer:
+        writer.write({"msp": scores})
+    for name in ("of_arrow", "of_arrays"):
+        path = tmp_path / f"{name}.parquet"
+        flip(path, scores[7])
+        with pytest.raises(OSError, match="checksum"):
+            pq.read_table(path, page_checksum_verification=True)
