@@ -641,7 +641,7 @@ def test_offsets_beyond_32_bits(backend):
 @pytest.mark.parametrize("r", [1e8, 2.6e8, 1e9])
 def test_high_orders_do_not_take_the_largest_for_nothing(backend, r, dtype):
     """The logarithm of the largest over itself is a rounding error, of which they are a multiple."""
-    h = torch.randn(400, 49, generator=torch.Generator().manual_seed(0)).to(dtype)
+    h = torch.randn(96, 49, generator=torch.Generator().manual_seed(0)).to(dtype)
     for log in (False, True):
         got = fastood.norms(h, [r], log=log, backend=backend)[:, 0]
         truth.assert_close(got, *truth.norm_and_error(h, r, 2**-24, log=log), f"log={log}")
