@@ -311,14 +311,18 @@ class _Tally:
         reports = self.reports.values()
         negative: Counter[str] = Counter()
         odd: dict[str, list[str]] = {}
-        of_files = Counter(some(report.scores) for report in reports)
-        of_most = max(of_files, key=lambda scores: of_files[scores], default="")
+        of_files = Counter(tuple(report.scores) for report in reports)
+        of_most = max(of_files, key=lambda scores: of_files[scores], default=())
         for name, report in self.reports.items():
             negative.update(report.negative)
             if report.odd is not None:
                 odd.setdefault(report.odd, []).append(self._paths[name])
-            if (own := some(report.scores)) != of_most:  # by default, where it lacks feats and others do not
-                odd.setdefault(f"has scores called {own}, most files {of_most}", []).append(self._paths[name])
+            if tuple(report.scores) != of_most:  # by default, where it lacks feats and others do not
+                own, others = (
+                    some([x for x in these if x not in those])
+                    for these, those in ((report.scores, of_most), (of_most, report.scores))
+                )
+                odd.setdefault(f"has scores called {own}, most files {others}", []).append(self._paths[name])
         accepted = [report.accepted for report in reports if report.accepted is not None]
         return Summary(
             files=len(self._paths),

@@ -216,6 +216,14 @@ def test_files_that_hold_other_columns_than_most_are_named(here, shards):
     here("--out", "det.safetensors", "--norm", "none", command="fit")
 
 
+def test_other_columns_are_named_however_many_go_before():
+    names = ["a", "b", "c", "d"]
+    tally = fastood.ray._Tally([{"name": x, "path": f"{x}.parquet"} for x in "123"])
+    for file, scores in zip("123", (names, [*names[:3], "e"], names), strict=True):
+        tally.reports[file] = fastood.arrow.Report(1, 0, None, {}, None, scores, True)
+    assert tally.summary().odd == {"has scores called e, most files d": ["2.parquet"]}
+
+
 def test_without_a_gpu_nobody_waits_for_one(shards, monkeypatch):
     ray = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: {"CPU": 2.0})
     monkeypatch.setattr(fastood.ray, "library", lambda name: ray)
