@@ -108,12 +108,7 @@ class Plan:
                 vs[e.name] = e.value(stats, self.params[e.name], self.request.log)
             u = None if r is None else norms[r]
             columns.append(e.compose(stats, vs[e.name], u, log=self.request.log, oriented=self.oriented))
-        if len(self.shape) == 1:
-            return columns[0].to(dtype, copy=True)
-        out = torch.stack(columns, -1 if self.shape[0] < 0 else 0)
-        if len(self.shape) > 2:
-            out = out.reshape([values[0].shape[0] if n < 0 else n for n in self.shape])
-        return out.to(dtype)
+        return reference.arranged(columns, self.shape, dtype)
 
     def _check_given(self, f: Tensor | None, h: Tensor | None) -> None:
         for entry, _ in self.scores:

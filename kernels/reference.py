@@ -84,8 +84,9 @@ def multiplied(values: Sequence[Tensor], request: Request, dtype: torch.dtype) -
     """The columns of a request, from its statistics and norms."""
     columns: list[Any] = []
     for terms, order, power, divisor in request.columns:
-        parts: list[Any] = [x if i == ONE else values[i].double() for i, x in terms]
-        parts = [x if i == ONE or y == 1 else y * x for x, (i, y) in zip(parts, terms, strict=True)]
+        parts: list[Any] = [
+            x if i == ONE else values[i].double() if x == 1 else x * values[i].double() for i, x in terms
+        ]
         v = parts[0]
         for part in parts[1:]:
             v = v + part
@@ -93,11 +94,17 @@ def multiplied(values: Sequence[Tensor], request: Request, dtype: torch.dtype) -
             u = values[len(request.stats) + order]
             v = times_norm(v, u, power, divisor, wide=dtype == torch.float64)
         columns.append(v)
-    if len(request.shape) == 1:
+    return arranged(columns, request.shape, dtype)
+
+
+def arranged(columns: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Columns [N] as `shape`, in which -1 stands for the rows: it is the first or the last of it."""
+    if len(shape) == 1:
         return columns[0].to(dtype, copy=True)  # of a statistic alone
-    by_row = request.shape[0] < 0  # the property is beyond torch 2.8's compiler where the temperature is a symbol
-    out = torch.stack(columns, -1 if by_row else 0)
-    return out.reshape(request.sized(columns[0].shape[0])).to(dtype)
+    out = torch.stack(columns, -1 if shape[0] < 0 else 0)
+    if len(shape) > 2:
+        out = out.reshape([columns[0].shape[0] if n < 0 else n for n in shape])
+    return out.to(dtype)
 
 
 def times_norm(v: Tensor | float, u: Tensor, power: int, divisor: float, wide: bool) -> Tensor:
@@ -184,6 +191,11 @@ class Softmax:
     def z(self) -> Tensor:
         """(f_k - pivot) / T of the rest."""
         return relative(self.f_rest, self.pivot, self.T)
+
+    @lazy
+    def z_double(self) -> Tensor:
+        """The same in float64, where float32 does not hold log p, or p counts that it does not hold."""
+        return relative(self.f_rest.double(), self.pivot.double(), self.T)
 
     @lazy
     def e(self) -> Tensor:
@@ -319,7 +331,7 @@ class Softmax:
             p = self.e * self._rows(self.p_pivot)
         else:  # in float64: p beyond float32 counts in orders near 0 where q is 0
             q, q_max = q.double(), self._at_max(q)
-            p = relative(self.f_rest.double(), self.pivot.double(), self.T).exp() * self.p_pivot[:, None]
+            p = self.z_double.exp() * self.p_pivot[:, None]
         # At that maximum q - p = (q - 1) + (1 - p) keeps 1 - p when q = 1, and q - p is 0 in a flat row.
         at_max = torch.where(self.msp > 0.5, q_max - 1 + self.one_minus_msp, q_max - self.msp)
         difference = (q - p).scatter(-1, self.argmax[:, None], at_max[:, None].to(p.dtype))
@@ -329,7 +341,7 @@ class Softmax:
     def gradient_outside(self, q: Tensor | str, order: float, power: float) -> Tensor:
         """E_q[ || e_Y - p ||_order^power ]; "log_predicted" takes the weights log p_y for q."""
         # In float64: a small order's norm is beyond float32, and so may log p be.
-        z, e = relative(self.f_rest.double(), self.pivot.double(), self.T), self.e.double()
+        z, e = self.z_double, self.e.double()
         p = e * self.p_pivot[:, None]
         # ||e_y - p||_r = (1 - p_y) (1 + sum over the other classes of (p_k / (1 - p_y))^r)^(1/r): no ratio is
         # above 1, so that a high order does not underflow as a whole.
