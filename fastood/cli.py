@@ -375,10 +375,11 @@ class _Factory:
         return self._function()()
 
 
-def _given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
-    """Which of these options the command line has."""
-    sources = {f"--{name.replace('_', '-')}": ctx.get_parameter_source(name) for name in names}
-    return [name for name, origin in sources.items() if origin and origin.name == "COMMANDLINE"]
+def _given(ctx: typer.Context, names: Iterable[str]) -> dict[str, Any]:
+    """Those of these options that the command line has, as it writes them, and what they are."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    there = [name for name, origin in sources.items() if origin and origin.name == "COMMANDLINE"]
+    return {f"--{name.replace('_', '-')}": ctx.params[name] for name in there}
 
 
 def _refuse_folder(source: Path) -> None:
@@ -845,7 +846,7 @@ def reproduce(
     place = _device(device)
     # For the page: what its numbers hang on. Others have other folders of data.
     options = _given(ctx, ("out", "model", "seeds", "rows", "deep_rows"))
-    given = [text for x in options for text in (x, str(ctx.params[x.removeprefix("--").replace("-", "_")]))]
+    given = [text for option, x in options.items() for text in (option, str(x))]
     hidden = not sys.stderr.isatty()
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:

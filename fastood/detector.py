@@ -216,9 +216,7 @@ class Detector:
         if self._learns:
             logits, feats, labels = self._learned(logits, feats, labels)
         self.partial_fit(logits, feats, labels, backend=backend)
-        if labels is not None and self._all.kth(self.tpr) is None:
-            raise ValueError(f"{self._all.too_few(self.tpr)} whose labels are the predicted classes")
-        self._calibrate()
+        self._calibrate(" whose labels are the predicted classes" if labels is not None else "")
         self._warn_if_inverted()
         return self
 
@@ -590,13 +588,13 @@ class Detector:
             limit = (arrays if of_array else tensors)[kind]
         return limit
 
-    def _calibrate(self) -> None:
-        """Work out ``_limits`` where that is not done yet."""
+    def _calibrate(self, which: str = "") -> None:
+        """Work out ``_limits`` where that is not done yet; `which` rows an error says that there are too few of."""
         if self._limits[0]:
             return
         self._fitted()
         if self._all.kth(self.tpr) is None:
-            raise ValueError(self._all.too_few(self.tpr))
+            raise ValueError(self._all.too_few(self.tpr) + which)
         samples = map(self._deciding, range(self.classes or 0)) if self.per_class else [self._all]
         wide = np.array([sample.kth(self.tpr) for sample in samples])
         # For float32 the next one up: what is at least that is at least the float64, and the other way round.
