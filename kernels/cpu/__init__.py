@@ -196,6 +196,7 @@ if _native is not None:
     # A forked child has the parent's thread pool but not its threads, and would wait for them for ever.
     os.register_at_fork(after_in_child=lambda: _native.use_threads_of(0))
     if isa := os.environ.get("FASTOOD_CPU_ISA"):
-        if isa not in _native.isas():
-            raise ValueError(f"FASTOOD_CPU_ISA must be one of {_native.isas()}, which this processor has, got {isa!r}")
-        _native.use_isa(isa)
+        try:
+            _native.use_isa(isa)
+        except ValueError as error:
+            raise ValueError(f"FASTOOD_CPU_ISA {error}") from None

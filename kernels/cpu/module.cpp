@@ -164,7 +164,12 @@ static PyObject* use_isa(PyObject*, PyObject* name) {
   for (const Kernels* k : supported())
     if (std::strcmp(k->name, PyBytes_AsString(bytes)) == 0) found = k;
   Py_DECREF(bytes);
-  if (!found) return PyErr_Format(PyExc_ValueError, "%R is not an instruction set of this processor", name);
+  if (!found) {
+    PyObject* names = isas(nullptr, nullptr);
+    PyErr_Format(PyExc_ValueError, "must be one of %R, which this processor has, got %R", names, name);
+    Py_XDECREF(names);
+    return nullptr;
+  }
   kernels = found;
   Py_RETURN_NONE;
 }
