@@ -96,6 +96,15 @@ class Rectified(ResNet):
         return super().forward(x).relu()
 
 
+class Body(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.features(x)
+
+
 class Functional(ResNet):
     def forward(self, x):
         return F.linear(self.features(x), self.fc.weight, self.fc.bias)
@@ -165,15 +174,7 @@ def test_a_softmax_that_is_refused_is_left_out_as_the_message_says():
     with pytest.raises(ValueError, match=r"attach to the model without it, or to nn\.Sequential\(body, head\)"):
         fastood.attach(model, example=x)
 
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return self.model.features(x)
-
-    whole = nn.Sequential(Body(), model.fc).eval()
+    whole = nn.Sequential(Body(model), model.fc).eval()
     logits, _ = call(fastood.attach(whole, example=x), x)
     torch.testing.assert_close(logits.log_softmax(1), call(model, x))
 
@@ -222,14 +223,6 @@ def test_a_module_that_is_no_linear_layer_by_its_name():
 def test_two_parts_made_by_hand():
     model, x = made(Distilled)
 
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return self.model.features(x)
-
     class Mean(nn.Module):
         def __init__(self):
             super().__init__()
@@ -238,10 +231,10 @@ def test_two_parts_made_by_hand():
         def forward(self, f):
             return sum(head(f) for head in self.heads) / 2
 
-    torch.testing.assert_close(call(fastood.attach(model, (Body(), Mean())), x), truth(model, x))
+    torch.testing.assert_close(call(fastood.attach(model, (Body(model), Mean())), x), truth(model, x))
     with pytest.raises(ValueError, match=r"head=\(body, head\) does not split the model: head\(feats\) is off"):
-        fastood.attach(model, (Body(), model.head), example=x)
-    for pair in ((Body(),), (Body(), model.features)):
+        fastood.attach(model, (Body(model), model.head), example=x)
+    for pair in ((Body(model),), (Body(model), model.features)):
         with pytest.raises(TypeError, match="head must be a name or"):
             fastood.attach(model, pair)
 

@@ -12,7 +12,7 @@ to the pivot, the next largest logit.
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.sweep import collected, load_elements, row_total, two_largest
+from fastood.kernels.triton.device.sweep import collected, load_elements, row_total, rows_of_program, two_largest
 from fastood.kernels.triton.device.words import INF, LN2, exp2_double, larger, load_table, log, log2
 
 MINUS_INF = tl.constexpr(-0x7F800001)  # in the order of float32
@@ -82,8 +82,7 @@ def gen(
     W: tl.constexpr = S.w
     EACH: tl.constexpr = S.each
     TILES: tl.constexpr = S.tiles
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = tl.minimum(place, N - 1).to(tl.int64)  # whose score is the same
+    place, row = rows_of_program(N, ROWS)
     lane = tl.arange(0, W)[None, :]
     f = f_ptr + row * f_stride * S.vec
     scale, gamma = load_table(table_ptr), load_table(table_ptr + 1)

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastood.kernels.triton.device.sweep import collected, load_elements, masked, no_sum, row_total, two_largest
+from fastood.kernels.triton.device.sweep import (
+    collected,
+    load_elements,
+    masked,
+    no_sum,
+    row_total,
+    rows_of_program,
+    two_largest,
+)
 from fastood.kernels.triton.device.words import INF, LN2, any_row, exp2_double, larger, load_table, log1p, log2
 
 # Label distributions, and orders other than whole ones up to 6, as shapes.py numbers them.
@@ -415,8 +423,7 @@ def gradient(
     """
     W: tl.constexpr = S.w
     TILES: tl.constexpr = S.tiles
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = tl.minimum(place, N - 1).to(tl.int64)  # whose norm is the same
+    place, row = rows_of_program(N, ROWS)
     lane = tl.arange(0, W)[None, :]
     f = f_ptr + row * f_stride * S.vec
     q = q_ptr + row * q_stride * S.vec if NORM.labels == GIVEN else f

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fastood.kernels.triton.device.formulas import formula
 from fastood.kernels.triton.device.gen import selected
-from fastood.kernels.triton.device.sweep import collected, load_elements, masked, row_total
+from fastood.kernels.triton.device.sweep import collected, load_elements, masked, row_total, rows_of_program
 from fastood.kernels.triton.device.words import INF, LN2, exp2_double, larger, load_table, log, row_max
 from fastood.kernels.triton.shapes import STATS
 
@@ -27,8 +27,7 @@ def factors(
     """
     W: tl.constexpr = S.w
     TILES: tl.constexpr = S.tiles
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = tl.minimum(place, N - 1).to(tl.int64)  # whose factor is the same
+    place, row = rows_of_program(N, ROWS)
     lane = tl.arange(0, W)[None, :]
     h = h_ptr + row * h_stride * S.vec
     zero = tl.full([ROWS, W], -0.0, tl.float32)  # to which a compiler adds without an instruction
@@ -73,8 +72,7 @@ def energies(
     of S.vec elements; bias: [C] float32, or None for 0; table: log2(e) / T, T."""
     W: tl.constexpr = S.w
     TILES: tl.constexpr = S.tiles
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    row = tl.minimum(place, N - 1).to(tl.int64)
+    place, row = rows_of_program(N, ROWS)
     lane = tl.arange(0, W)[None, :]
     f = f_ptr + row * f_stride * S.vec
     r = tl.load(factor_ptr + row).to(tl.float32)

@@ -12,6 +12,13 @@ from fastood.kernels.triton.device.words import INTERPRETED, in_full, larger, ro
 
 
 @triton.jit
+def rows_of_program(N, ROWS: tl.constexpr):
+    """[ROWS, 1]: their places in the result, and what is read, beyond the end the last row: its result is the same."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    return place, tl.minimum(place, N - 1).to(tl.int64)
+
+
+@triton.jit
 def load_elements(ptr, k, FILL: tl.constexpr, WHOLE: tl.constexpr, S: tl.constexpr):
     x = tl.load(ptr + k) if WHOLE else tl.load(ptr + k, mask=k // S.vec < S.columns // S.vec, other=FILL)
     return in_full(x)
